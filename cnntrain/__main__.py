@@ -1,0 +1,5 @@
+"""`python -m cnntrain ...`, the same as `cnntrain ...`."""
+
+from cnntrain.commands import main
+
+main()

@@ -1,0 +1,30 @@
+"""The command line: one file per command. Nothing here imports torch before it is needed."""
+
+import difflib
+import importlib
+import os
+import sys
+
+import cnntrain
+
+COMMANDS = {"train": "train a network from a config"}
+
+
+def main() -> None:
+    """`cnntrain COMMAND ...`: the console script."""
+    sys.path.insert(0, os.getcwd())  # as with `python -m`: a backend of the user's own lies here
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in COMMANDS:
+        sys.argv[:2] = [f"cnntrain {command}"]
+        importlib.import_module(f"cnntrain.commands.{command}").main()
+    elif command in ("--version", "version"):
+        print(f"cnntrain {cnntrain.__version__}")
+    elif command in ("--help", "-h", "help"):
+        print("cnntrain COMMAND [...]      (cnntrain COMMAND --help tells more)\n")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:10}{purpose}")
+    else:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(COMMANDS)}"
+        print(f"cnntrain: no command {command!r}; {hint}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,315 @@
+"""Compose a config, check it against the signatures of what it names, build objects from it.
+
+Nothing here imports torch until something is built or a question about the machine comes up, so
+that a mistyped option is answered at once. This file knows groups and kinds by name, no class.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cnntrain.signatures import is_subclass, signature
+
+# In a wheel conf/ lies beside this file, in a checkout beside the package.
+_HERE = Path(__file__).parent
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node of the config with a `_target_` has to be."""
+
+    kind: str  # the class that the target must be or derive from
+    given: tuple[str, ...] = ()  # parameters that the program fills in, not the config
+    partial: bool = False  # called later, with what is given
+
+
+NODES = {
+    "backend": Node("torch.nn.Conv2d", partial=True),
+    "model": Node("torch.nn.Module", ("conv", "in_shape", "num_classes")),
+    "data": Node("cnntrain.data.ImageData"),
+    "optimizer": Node("torch.optim.Optimizer", ("params",), partial=True),
+    "scheduler": Node(
+        "torch.optim.lr_scheduler.LRScheduler", ("optimizer", "total_steps"), partial=True
+    ),
+    "loss": Node("torch.nn.Module"),
+    "trainer": Node("lightning.pytorch.Trainer", ("logger", "callbacks", "default_root_dir")),
+}
+SCALARS = {"seed": "int"}
+
+
+class ConfigError(Exception):
+    """What is wrong with a config: `problems`, one line each, for the person who wrote it."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(dict.fromkeys(problems))
+        super().__init__("\n".join(self.problems))
+
+
+Loader = Callable[[Sequence[str]], DictConfig]
+
+
+def compose(
+    overrides: Sequence[str] = (), *, name: str = "train", folder: Path = CONF, extra: str = ""
+) -> DictConfig:
+    """The config that `python train.py <overrides>` would run, checked.
+
+    `folder` holds the root config `name`.yaml, `extra` is a folder searched before it. Raises
+    ConfigError with every problem found.
+    """
+
+    def load(chosen: Sequence[str]) -> DictConfig:
+        path = [f"hydra.searchpath=[{_quoted(f'file://{extra}')}]"] if extra else []
+        return hydra.compose(name, [*path, *chosen])
+
+    with hydra.initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name=name):
+        cfg, problems = _load_all(overrides, load)
+    if cfg is not None:
+        problems += check(cfg)
+        if not any(p.startswith(("trainer", "optimizer")) for p in problems):
+            problems += contradictions(cfg)
+    if problems or cfg is None:
+        raise ConfigError(problems)
+    return cfg
+
+
+def combinations(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Every combination of a sweep's overrides, as Hydra's own sweeper expands them."""
+    axes: list[list[str]] = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            axes.append([text])  # left for compose, which says what is wrong with it
+            continue
+        if override.is_sweep_override() and override.is_discrete_sweep():
+            key = override.get_key_element()
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            axes.append([text])
+    for combination in itertools.product(*axes):
+        yield list(combination)
+
+
+def check(cfg: DictConfig) -> list[str]:
+    """Every key and type of every node against the signature of its target: one line a problem."""
+    problems = []
+    for key in map(str, cfg):
+        if key in SCALARS:
+            problems += _check_seed(cfg[key])
+        elif key not in NODES:
+            problems.append(f"{key}: {_unknown('there is', 'option', key, [*NODES, *SCALARS])}")
+    for key, node in NODES.items():
+        if key not in cfg:
+            problems.append(f"{key}: missing")
+        elif cfg[key] or key != "scheduler":  # no scheduler is a constant learning rate
+            problems += _check_node(key, node, cfg)
+    return problems
+
+
+def contradictions(cfg: DictConfig) -> list[str]:
+    """Options that are right one by one and impossible together, or on this machine."""
+    trainer, problems = cfg.trainer, []
+    accelerator, precision = trainer.get("accelerator"), str(trainer.get("precision"))
+    half = precision == "16-mixed"
+    if accelerator in ("gpu", "cuda") or (half and accelerator == "auto"):
+        import torch
+
+        if not torch.cuda.is_available():
+            if accelerator != "auto":
+                problems.append(
+                    f"trainer.accelerator={accelerator}: this machine has no GPU that PyTorch "
+                    "can use; take trainer=cpu or trainer=auto"
+                )
+            accelerator = "cpu"
+    if half and accelerator == "cpu":
+        problems.append(
+            f"trainer.precision={precision}: float16 trains only on a GPU; "
+            "take trainer.precision=bf16-mixed or 32"
+        )
+    mixed = precision.endswith("mixed")
+    if mixed and cfg.optimizer.get("fused") and trainer.get("gradient_clip_val"):
+        problems.append(
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val}: with precision={precision} "
+            "the gradient cannot be clipped in front of a fused optimizer; add "
+            "optimizer.fused=false"
+        )
+    return problems
+
+
+def build(node: DictConfig, **given: Any) -> Any:
+    """The object that a node describes. `given` are the parameters that the program fills in."""
+    return hydra.utils.instantiate(node, **given)
+
+
+@contextlib.contextmanager
+def blame(option: str) -> Iterator[None]:
+    """Turn a constructor's refusal of its arguments into a ConfigError that names `option`."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, InstantiationException) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise ConfigError([f"{option}: {_first_line(cause or error)}"]) from error
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Names a config by its content: equal for equal options, whatever their order."""
+    content = json.dumps(OmegaConf.to_container(cfg, resolve=True), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None, list[str]]:
+    """Compose; if Hydra refuses, find out which overrides are to blame and compose the rest."""
+    errors = (HydraException, OmegaConfBaseException, YAMLError)
+    try:
+        return load(overrides), []
+    except errors as error:
+        refusal = error
+    try:
+        base = load([])
+    except errors as error:
+        return None, [_one_line(error)]
+    problems: list[str] = []
+    kept: list[str] = []
+    # Choices first: whether `model.dropout` exists depends on `model=`.
+    for text in sorted(overrides, key=lambda text: "." in text.split("=")[0]):
+        try:
+            base = load([*kept, text])
+            kept.append(text)
+        except errors as error:
+            problems.append(_explain(text, error, base))
+    return base, problems or [_one_line(refusal)]
+
+
+def _explain(text: str, error: Exception, base: DictConfig) -> str:
+    try:
+        override: Override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return f"{text}: cannot be read; write option=value, in quotes if it has special characters"
+    key = str(override.key_or_group)
+    message = str(error)
+    if "Available options in" in message:
+        listed = message.split("Available options in")[1].split("Config search")[0]
+        choices = [line.strip() for line in listed.split("\n")[1:] if line.strip()]
+        value = str(override.value())
+        return f"{text}: {_unknown(f'{key} has', 'choice', value, choices)}"
+    if "Could not override" in message:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(base, parent) if parent else base
+        if not isinstance(node, DictConfig):
+            return f"{text}: {_unknown('there is', 'option', key, list(_flat(base)))}"
+        target = node.get("_target_")
+        if target and not text.startswith(("+", "~")) and name in _parameters(target):
+            return f"{text}: {target} has it, but the config does not: add it with +{text}"
+        names = [str(k) for k in node if not str(k).startswith("_")]
+        return (
+            f"{text}: {_unknown(f'{parent} has' if parent else 'there is', 'option', name, names)}"
+        )
+    return f"{text}: {_one_line(error)}"
+
+
+def _check_seed(value: Any) -> list[str]:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        return [f"seed={value}: must be a whole number from 0 to 4294967295"]
+    return []
+
+
+def _check_node(key: str, node: Node, cfg: DictConfig) -> list[str]:
+    try:
+        values = OmegaConf.to_container(cfg[key], resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        return [f"{key}: {_one_line(error)}"]
+    if not isinstance(values, dict) or "_target_" not in values:
+        return [f"{key}={cfg[key]}: must name a choice, or a class as {key}._target_"]
+    target, partial = str(values.pop("_target_")), values.pop("_partial_", False)
+    try:
+        if not is_subclass(target, node.kind):
+            return [f"{key}._target_={target}: must be a class derived from {node.kind}"]
+        accepted = signature(target)
+    except ImportError as error:
+        return [f"{key}._target_={target}: cannot be imported: {_first_line(error)}"]
+    problems = []
+    if bool(partial) != node.partial:
+        problems.append(f"{key}._partial_={partial}: must be {str(node.partial).lower()}")
+    for name, value in ((str(name), value) for name, value in values.items()):
+        option = f"{key}.{name}={_shown(value)}"
+        if "_target_" in json.dumps(value, default=str):
+            problems.append(f"{option}: a _target_ may stand only in {', '.join(NODES)}")
+        elif name in node.given:
+            problems.append(f"{option}: is filled in by the program; leave it out")
+        elif name not in accepted.types and not accepted.open:
+            names = [n for n in accepted.types if n not in node.given]
+            problems.append(f"{option}: {_unknown(f'{target} has', 'option', name, names)}")
+        elif name in accepted.types and (wrong := _mismatch(accepted.types[name], value)):
+            problems.append(f"{option}: {wrong}")
+    return problems
+
+
+def _mismatch(kind: Any, value: Any) -> str | None:
+    """What keeps a plain value from being of a type, in pydantic's words."""
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic.errors import PydanticSchemaGenerationError
+
+    try:
+        # By way of JSON, where strict still takes a list for a tuple and an int for a float.
+        TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        found = [e["msg"][0].lower() + e["msg"][1:] for e in error.errors()]
+        return ", or ".join(dict.fromkeys(found))
+    except PydanticSchemaGenerationError:
+        pass  # a type that is not for plain values: its constructor will say
+    return None
+
+
+def _unknown(has: str, what: str, name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    way_out = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(names))}"
+    if what == "choice" and near:
+        way_out += f" (there is {', '.join(sorted(names))})"
+    return f"{has} no {what} {name!r}; {way_out}"
+
+
+def _parameters(target: str) -> Iterable[str]:
+    try:
+        return signature(target).types
+    except ImportError:
+        return ()
+
+
+def _flat(cfg: DictConfig) -> Iterator[str]:
+    for key, value in cfg.items():
+        yield str(key)
+        if isinstance(value, DictConfig):
+            yield from (f"{key!s}.{inner!s}" for inner in map(str, value))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

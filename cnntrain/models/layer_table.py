@@ -1,0 +1,80 @@
+"""What a network consists of and costs, layer by layer."""
+
+from dataclasses import dataclass
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as one image passes it."""
+
+    name: str
+    kind: str  # the class; of a convolution this is the backend
+    shape: tuple[int, ...]  # of the output, without the batch
+    parameters: int
+    macs: int  # multiply-accumulate operations per image
+
+
+def layers(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]:
+    """Every layer without children, in the order in which an image (C, H, W) meets them.
+
+    MACs: of a convolution kw*kh * c_in/groups * c_out * ow*oh, of a fully connected layer
+    in*out; other layers count as none.
+    """
+    found: list[Layer] = []
+    names = {module: name for name, module in network.named_modules()}
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        parameters = sum(p.numel() for p in module.parameters())
+        shape = tuple(output.shape[1:])
+        found.append(
+            Layer(names[module], type(module).__name__, shape, parameters, _macs(module, shape))
+        )
+
+    leaves = [m for m in network.modules() if not list(m.children())]
+    hooks = [leaf.register_forward_hook(record) for leaf in leaves]
+    training = network.training
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, *in_shape, device=device))
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def layer_table(network: nn.Module, in_shape: tuple[int, int, int]) -> Table:
+    """`layers` as a table for the terminal, with totals."""
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    rows = layers(network, in_shape)
+    parameters = sum(p.numel() for p in network.parameters())
+    table.add_column("layer", "total")
+    table.add_column("type")
+    for title, footer in [
+        ("output", ""),
+        ("parameters", f"{parameters:,}"),
+        ("MACs / image", f"{sum(row.macs for row in rows):,}"),
+    ]:
+        table.add_column(title, footer, justify="right")
+    for row in rows:
+        shape = "x".join(map(str, row.shape))
+        counts = [f"{count:,}" if count else "" for count in (row.parameters, row.macs)]
+        table.add_row(row.name, row.kind, shape, *counts)
+    return table
+
+
+def _macs(module: nn.Module, shape: tuple[int, ...]) -> int:
+    if isinstance(module, nn.Conv2d):
+        c_out, oh, ow = shape
+        kh, kw = module.kernel_size
+        return kw * kh * module.in_channels // module.groups * c_out * ow * oh
+    if isinstance(module, nn.Linear):
+        positions = torch.Size(shape[:-1]).numel()
+        return module.in_features * module.out_features * positions
+    return 0

@@ -1,0 +1,66 @@
+"""The layers that networks choose by name."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Activation = Literal["relu", "leaky_relu", "sigmoid", "tanh"]
+Pooling = Literal["max", "avg"]
+Init = Literal["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "default"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
+POOLINGS: dict[str, type[nn.Module]] = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that also trains on a single value per channel.
+
+    A batch of one whose feature map is 1x1 has no variance, where `nn.BatchNorm2d` raises. Such a
+    batch (often the last one of an epoch) is normalised by the running statistics and leaves them
+    as they are. Shapes: (N, C, H, W) in and out. Source: Ioffe and Szegedy, arXiv:1502.03167.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        single = input.dim() == 4 and input.numel() == input.shape[1]
+        if not (self.training and single):
+            return super().forward(input)
+        return nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
+def initialise(network: nn.Module, init: Init) -> None:
+    """Draw the weights of all convolutions and fully connected layers anew, biases zero.
+
+    Sources: Glorot and Bengio 2010 (xavier), He et al. 2015 (kaiming). `default` keeps PyTorch's.
+    """
+    if init == "default":
+        return
+    draw = getattr(nn.init, f"{init}_")
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            draw(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def flat_features(features: nn.Module, in_shape: tuple[int, ...]) -> int:
+    """How many numbers `features` makes of one image (C, H, W), found by showing it one.
+
+    Raises ValueError if the image is too small for the layers.
+    """
+    training = features.training
+    try:
+        with torch.no_grad():
+            return features.eval()(torch.zeros(1, *in_shape)).numel()
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"images of shape {tuple(in_shape)} are too small: {reason}") from error
+    finally:
+        features.train(training)

@@ -1,0 +1,128 @@
+"""A network in training: what one step does, and what is counted on the way."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from cnntrain.config import blame
+
+Stage = Literal["train", "val", "test"]
+
+
+class Tally:
+    """Loss and accuracy over the images seen so far, kept on the device: no step waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.images = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self.loss += loss.detach() * len(labels)
+        self.correct += (logits.argmax(dim=1) == labels).sum()
+        self.images += len(labels)
+
+    def metrics(self, stage: Stage) -> dict[str, float]:
+        """Mean loss (nats) and accuracy (0 to 1); waits for the device."""
+        if not self.images:
+            return {}
+        loss, correct = float(self.loss), int(self.correct)
+        return {f"{stage}/loss": loss / self.images, f"{stage}/acc": correct / self.images}
+
+
+class Classifier(lightning.LightningModule):
+    """Trains `network`, which makes logits (N, classes) of images (N, C, H, W).
+
+    `optimizer` is called with the parameters, `scheduler` with the optimizer; one that asks for
+    `total_steps` moves at every update, any other once an epoch.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: nn.Module,
+        optimizer: Callable[..., Optimizer],
+        scheduler: Callable[..., LRScheduler] | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.seed = seed
+        self.tallies: dict[Stage, Tally] = {}
+        self.last_loss: Tensor | None = None
+        self.grad_norm: Tensor | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def configure_optimizers(self) -> Any:
+        with blame("optimizer"):
+            optimizer = self.make_optimizer(params=self.network.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        every_step = "total_steps" in inspect.signature(self.make_scheduler).parameters
+        steps = {"total_steps": int(self.trainer.estimated_stepping_batches)} if every_step else {}
+        with blame("scheduler"):
+            scheduler = self.make_scheduler(optimizer=optimizer, **steps)
+        interval = "step" if every_step else "epoch"
+        return [optimizer], [{"scheduler": scheduler, "interval": interval}]
+
+    def on_train_epoch_start(self) -> None:
+        self.tallies["train"] = Tally(self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        self.tallies["val"] = Tally(self.device)
+
+    def on_test_epoch_start(self) -> None:
+        self.tallies["test"] = Tally(self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout is a function of (seed, epoch, step), whatever was drawn before.
+        mixed = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx])
+        torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.last_loss = self._step("train", batch)
+        return self.last_loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step("test", batch)
+
+    def _step(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        logits = self.network(images)
+        loss = self.loss(logits, labels)
+        self.tallies[stage].add(loss, logits, labels)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # Before clipping, and only where it will be shown.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.global_step + 1) % every == 0:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+
+    def on_train_epoch_end(self) -> None:
+        self._publish("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._publish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._publish("test")
+
+    def _publish(self, stage: Stage) -> None:
+        # For checkpoints and early stopping, which look up a metric by name.
+        self.log_dict(self.tallies[stage].metrics(stage), logger=False)
