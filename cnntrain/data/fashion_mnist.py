@@ -1,0 +1,180 @@
+"""FashionMNIST (Xiao, Rasul, Vollgraf 2017, https://arxiv.org/abs/1708.07747), whole and small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
+
+from cnntrain.data.cache import obtain
+from cnntrain.data.idx import DataError, IdxFile, parse_idx, read_bytes
+from cnntrain.data.images import ImageData, Probability
+
+# Images and labels of each set, decompressed.
+FILES = {
+    "train": (
+        IdxFile(
+            "train-images-idx3-ubyte",
+            47_040_016,
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        ),
+        IdxFile(
+            "train-labels-idx1-ubyte",
+            60_008,
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        ),
+    ),
+    "test": (
+        IdxFile(
+            "t10k-images-idx3-ubyte",
+            7_840_016,
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        ),
+        IdxFile(
+            "t10k-labels-idx1-ubyte",
+            10_008,
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        ),
+    ),
+}
+
+# Made by scripts/make_fashion_mnist_mini.py.
+MINI_FOLDER = Path(__file__).parent / "fashion_mnist_mini"
+MINI_FILES = {
+    "train": (
+        IdxFile(
+            "train-images-idx3-ubyte",
+            3_920_016,
+            "39ec3d4cf0329486de1715ac60961add0175c9fd1d7fcccb4a5fdfc165ae7afb",
+        ),
+        IdxFile(
+            "train-labels-idx1-ubyte",
+            5_008,
+            "f29017232782847b2a9ccd77f17e05c81960c9911c9b49be6dc4f601355a7fa1",
+        ),
+    ),
+    "test": (
+        IdxFile(
+            "t10k-images-idx3-ubyte",
+            784_016,
+            "d80a67e53cb3b517101bca833cb8ed596b1b0fe4c7a3322c2a8c2f0a4efd55b3",
+        ),
+        IdxFile(
+            "t10k-labels-idx1-ubyte",
+            1_008,
+            "634ffa6c8b922879b3e66937af19eab2df16a7d6ea6b605955fe8f6c1df3cb10",
+        ),
+    ),
+}
+
+
+class FashionMNIST(ImageData):
+    """70,000 grey pictures of clothes, 28 x 28, ten classes: 60,000 to train, 10,000 to test.
+
+    Args:
+        root: Cache folder for the four idx files (55 MB), fetched at the first use; a leading ~
+            is the home folder.
+
+    The other options are those of `ImageData`.
+    """
+
+    shape = (1, 28, 28)
+    classes = (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    )
+    mean = (0.2860,)
+    std = (0.3530,)
+    train_size = 60_000
+
+    def __init__(
+        self,
+        *,
+        root: str = "~/.cache/cnntrain/fashion_mnist",
+        batch_size: PositiveInt = 128,
+        eval_batch_size: PositiveInt = 1024,
+        val_size: PositiveInt = 5000,
+        split_seed: NonNegativeInt = 0,
+        hflip: Probability = 0.0,
+        crop: NonNegativeInt = 0,
+        erase: Probability = 0.0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_size=val_size,
+            split_seed=split_seed,
+            hflip=hflip,
+            crop=crop,
+            erase=erase,
+        )
+        self.root = Path(root).expanduser().absolute()
+
+    def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
+        files = [file for pair in FILES.values() for file in pair]
+        images, labels = obtain(self.root, files, FILES[split])
+        return _arrays(images, labels, FILES[split])
+
+
+class FashionMNISTMini(ImageData):
+    """A tenth of FashionMNIST that comes with cnntrain: 5,000 images to train and 1,000 to test,
+    as many of each class, drawn from the real sets. The options are those of `ImageData`."""
+
+    shape = FashionMNIST.shape
+    classes = FashionMNIST.classes
+    mean = FashionMNIST.mean
+    std = FashionMNIST.std
+    train_size = 5_000
+
+    def __init__(
+        self,
+        *,
+        batch_size: PositiveInt = 128,
+        eval_batch_size: PositiveInt = 1024,
+        val_size: PositiveInt = 500,
+        split_seed: NonNegativeInt = 0,
+        hflip: Probability = 0.0,
+        crop: NonNegativeInt = 0,
+        erase: Probability = 0.0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_size=val_size,
+            split_seed=split_seed,
+            hflip=hflip,
+            crop=crop,
+            erase=erase,
+        )
+
+    def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
+        contents = []
+        for file in MINI_FILES[split]:
+            path = MINI_FOLDER / f"{file.name}.gz"
+            try:
+                data = read_bytes(path)
+                problem = file.difference(data)
+            except (DataError, OSError) as error:
+                problem = str(error)
+            if problem:
+                raise DataError(f"{path}: {problem}; install cnntrain again")
+            contents.append(data)
+        return _arrays(contents[0], contents[1], MINI_FILES[split])
+
+
+def _arrays(
+    images: bytes, labels: bytes, files: tuple[IdxFile, IdxFile]
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (N, 1, H, W) and (N,)."""
+    pixels = parse_idx(images, files[0].name)  # (N, H, W)
+    return pixels[:, None], parse_idx(labels, files[1].name)

@@ -1,0 +1,140 @@
+"""What a data set of labelled images is to the rest of cnntrain."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from cnntrain.data.augment import Augment
+from cnntrain.data.loader import Loader
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class ImageData(ABC):
+    """Labelled images: a training set, of which a fixed part validates, and a test set.
+
+    A data set of one's own is a subclass with the class attributes below and `read`. Making one
+    reads nothing; `prepare` does.
+
+    Args:
+        batch_size: Training images in a batch.
+        eval_batch_size: Validation or test images in a batch.
+        val_size: Training images set apart for validation.
+        split_seed: Chooses which; has nothing to do with a run's seed.
+        hflip: Probability of a left-right flip of a training image.
+        crop: Pixels of padding before a random crop of a training image; 0 is off.
+        erase: Probability that a rectangle of a training image is made black.
+
+    Raises:
+        ValueError: `val_size` leaves nothing to train on.
+    """
+
+    shape: ClassVar[tuple[int, int, int]]  # (C, H, W)
+    classes: ClassVar[tuple[str, ...]]  # the name of each label
+    mean: ClassVar[tuple[float, ...]]  # of the pixels scaled to 0..1, per channel
+    std: ClassVar[tuple[float, ...]]
+    train_size: ClassVar[int]  # images in the training set, validation included
+
+    def __init__(
+        self,
+        *,
+        batch_size: PositiveInt = 128,
+        eval_batch_size: PositiveInt = 1024,
+        val_size: PositiveInt = 5000,
+        split_seed: NonNegativeInt = 0,
+        hflip: Probability = 0.0,
+        crop: NonNegativeInt = 0,
+        erase: Probability = 0.0,
+    ) -> None:
+        if val_size >= self.train_size:
+            raise ValueError(
+                f"data.val_size={val_size} leaves nothing of the {self.train_size} training "
+                f"images to train on: choose at most {self.train_size - 1}"
+            )
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_size = val_size
+        self.split_seed = split_seed
+        self.augment = Augment(hflip=hflip, crop=crop, erase=erase)
+        self._parts: dict[str, tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @abstractmethod
+    def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
+        """The set's images, uint8 (N, C, H, W), and labels, integers (N,); fetched if need be.
+
+        Raises:
+            DataError: They cannot be had; the message says what to do.
+        """
+
+    def prepare(self) -> None:
+        """Fetches the data if need be, and reads the training set. It may take minutes, with a
+        log line for what it does; the test set stays closed.
+
+        Raises:
+            DataError: The data cannot be had; the message says what to do.
+        """
+        if self._parts is None:
+            images, labels = self.read("train")
+            train, val = self.split()
+            self._parts = {
+                "train": _tensors(images[train], labels[train]),
+                "val": _tensors(images[val], labels[val]),
+            }
+
+    def split(self) -> tuple[np.ndarray, np.ndarray]:
+        """The training set's indices to train on and to validate with, ascending.
+
+        NumPy promises a bit generator's raw numbers for good, as it does not its shuffles: the
+        same images validate whatever the versions.
+        """
+        raw = np.random.PCG64(self.split_seed).random_raw(self.train_size)
+        order = np.argsort(raw, kind="stable")
+        return np.sort(order[self.val_size :]), np.sort(order[: self.val_size])
+
+    def train_loader(self, seed: int = 0, device: torch.device | str = "cpu") -> Loader:
+        """Shuffled and augmented training batches, as `seed` and the epoch determine."""
+        images, labels = self._part("train")
+        return Loader(
+            images,
+            labels,
+            self.batch_size,
+            mean=self.mean,
+            std=self.std,
+            shuffle=True,
+            seed=seed,
+            augment=self.augment,
+            device=device,
+        )
+
+    def val_loader(self, device: torch.device | str = "cpu") -> Loader:
+        """Validation batches, in the stored order."""
+        return self._eval_loader(*self._part("val"), device)
+
+    def test_loader(self, device: torch.device | str = "cpu") -> Loader:
+        """Test batches, in the stored order. Reads the test set: call it once, at the end."""
+        return self._eval_loader(*_tensors(*self.read("test")), device)
+
+    def _part(self, name: str) -> tuple[Tensor, Tensor]:
+        self.prepare()
+        assert self._parts is not None
+        return self._parts[name]
+
+    def _eval_loader(self, images: Tensor, labels: Tensor, device: torch.device | str) -> Loader:
+        return Loader(
+            images, labels, self.eval_batch_size, mean=self.mean, std=self.std, device=device
+        )
+
+
+def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """uint8 (N, C, H, W) and int64 (N,)."""
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))

@@ -1,0 +1,160 @@
+"""Batches out of memory: gathered, augmented and normalised where the images lie.
+
+After airbench's CifarLoader (https://github.com/KellerJordan/cifar10-airbench): no worker
+processes, no work per sample in Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnntrain.data.augment import Augment
+
+# What is random in an epoch; each has a stream of its own, so that one does not shift the other.
+ORDER, AUGMENT = 0, 1
+
+
+class Loader:
+    """Iterates over labelled images in memory; one iteration is one epoch.
+
+    The order is a pure function of (seed, epoch), a sample's augmentation one of (seed, epoch,
+    position in the order): no other random number, PyTorch's global ones included, is read or
+    changed, and both are the same on every device. Lightning sets the epoch by itself.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,).
+        batch_size: Samples in a batch; the last one holds the rest.
+        mean: Of the pixels scaled to 0..1; one number, or one per channel.
+        std: Standard deviation, likewise.
+        shuffle: A new order each epoch instead of the stored one.
+        seed: Of order and augmentation, not negative.
+        augment: What to do to the uint8 images first.
+        device: Where the batches are wanted. Images and labels move there once if they fit, and
+            a batch at a time otherwise.
+
+    Yields:
+        Images normalised to (x / 255 - mean) / std, float32 (B, C, H, W), and labels (B,).
+
+    Raises:
+        ValueError: Sizes or types that do not go together.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
+        shuffle: bool = False,
+        seed: int = 0,
+        augment: Augment | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"images must be uint8 (N, C, H, W), not {images.dtype} {tuple(images.shape)}"
+            )
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"{len(images)} images but labels of shape {tuple(labels.shape)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self.augment = augment or Augment()
+        self.device = torch.device(device)
+        home = self.device if fits(images.nbytes, self.device) else torch.device("cpu")
+        self.images = images.to(home)  # (N, C, H, W)
+        self.labels = labels.to(home)  # (N,)
+        # (x / 255 - mean) / std = scale * x + shift
+        m = torch.tensor(mean, dtype=torch.float64).reshape(-1, 1, 1)
+        s = torch.tensor(std, dtype=torch.float64).reshape(-1, 1, 1)
+        scale = 1 / (255 * s)
+        self._scale = scale.to(self.device, torch.float32)  # (1 or C, 1, 1)
+        self._shift = (-m / s).to(self.device, torch.float32)
+        self._same_scale = scale.item() if scale.numel() == 1 else None
+
+    def __len__(self) -> int:
+        """The number of batches in an epoch."""
+        return -(-len(self.images) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the iterations that begin from now on."""
+        self.epoch = epoch
+
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for `sampler.set_epoch`, which it calls before every epoch.
+
+        The loader itself has no `sampler`: Lightning would take it for a DataLoader to rebuild.
+        """
+        return SimpleNamespace(sampler=self)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator reads the epoch at the first batch: Lightning makes the first epoch's
+        # iterator before it sets the epoch.
+        n, _, height, width = self.images.shape
+        labels = self.labels
+        order: Iterator[Tensor | None] = repeat(None)
+        if self.shuffle:
+            shuffled = torch.randperm(n, generator=self._generator(ORDER))
+            shuffled = send(shuffled, self.images.device)
+            labels = labels.index_select(0, shuffled)
+            order = iter(shuffled.split(self.batch_size))
+        parameters: Iterator[Tensor | None] = repeat(None)
+        if self.augment:
+            drawn = self.augment.draw(n, height, width, self._generator(AUGMENT))
+            parameters = iter(send(drawn, self.device).split(self.batch_size, 1))
+
+        targets = labels.split(self.batch_size)
+        for start, target in zip(range(0, n, self.batch_size), targets, strict=True):
+            rows = next(order)
+            if rows is None:
+                images = self.images[start : start + self.batch_size]
+            else:
+                images = self.images.index_select(0, rows)
+            images, target = send(images, self.device), send(target, self.device)
+            drawn_here = next(parameters)
+            if drawn_here is not None:
+                images = self.augment.apply(images, drawn_here)
+            yield self._normalise(images), target
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) to float32 scale * images + shift."""
+        if self._same_scale is not None:
+            # Converts, scales and shifts in one pass over the memory.
+            return torch.add(self._shift, images, alpha=self._same_scale)
+        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+    def _generator(self, stream: int) -> torch.Generator:
+        """A generator on the CPU that (seed, epoch) determine. SeedSequence mixes: seed 0 of
+        epoch 1 has nothing in common with seed 1 of epoch 0."""
+        mixed = np.random.SeedSequence([self.seed, self.epoch, stream])
+        return torch.Generator().manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Whether the images may live on the device: half of its free memory is left to training."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return nbytes <= free // 2
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Moves a tensor without making the CPU wait: only pinned memory is copied in passing."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

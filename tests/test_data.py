@@ -1,0 +1,330 @@
+"""Loader, augmentation, split and the set that comes with cnntrain."""
+
+import inspect
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cnntrain.data import (
+    Augment,
+    DataError,
+    FashionMNIST,
+    FashionMNISTMini,
+    Loader,
+    fashion_mnist,
+    loader,
+)
+from cnntrain.data.fashion_mnist import FILES, MINI_FILES, MINI_FOLDER
+from cnntrain.data.idx import read_idx
+
+N, BATCH = 103, 10
+CONF = Path(__file__).parents[1] / "conf" / "data"
+
+
+def samples(n: int = N, channels: int = 1, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (n, channels, size, size - 2)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), torch.arange(n)
+
+
+def make(**options) -> Loader:
+    images, labels = samples(channels=options.pop("channels", 1))
+    options = {"mean": (0.25,), "std": (0.5,), "shuffle": True, **options}
+    return Loader(images, labels, options.pop("batch_size", BATCH), **options)
+
+
+def epoch(loader: Loader, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    loader.set_epoch(number)
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+@pytest.mark.parametrize(
+    ("channels", "mean", "std"),
+    [(1, (0.286,), (0.353,)), (1, 0.286, 0.353), (3, (0.1, 0.4, 0.6), (0.2, 0.25, 0.3))],
+)
+def test_normalisation(channels, mean, std):
+    images, labels = samples(channels=channels)
+    got, targets = epoch(Loader(images, labels, BATCH, mean=mean, std=std))
+    m, s = (np.reshape(v, (-1, 1, 1)).astype(np.float64) for v in (mean, std))
+    expected = (images.numpy() / 255.0 - m) / s
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6, atol=1e-6)
+    assert targets.tolist() == list(range(N))
+    assert targets.dtype == torch.int64
+
+
+def test_batches_and_the_smaller_last_one():
+    loader = make()
+    sizes = [(len(images), len(labels)) for images, labels in loader]
+    assert len(loader) == len(sizes) == 11
+    assert sizes == [(10, 10)] * 10 + [(3, 3)]
+    assert [len(make(batch_size=size)) for size in (1, 103, 104)] == [103, 1, 1]
+
+
+def test_each_sample_once_with_its_label():
+    loader = make()
+    images, labels = epoch(loader, 4)
+    assert sorted(labels.tolist()) == list(range(N))
+    plain, _ = epoch(make(shuffle=False))
+    assert torch.equal(images, plain[labels])
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    order = {
+        (seed, number): tuple(epoch(make(seed=seed), number)[1].tolist())
+        for seed in range(3)
+        for number in range(3)
+    }
+    assert len(set(order.values())) == 9  # seed + epoch would give 5
+    loader = make(seed=1)
+    epoch(loader, 7)  # what ran before has no say
+    assert tuple(epoch(loader, 2)[1].tolist()) == order[1, 2]
+    assert tuple(epoch(make(batch_size=7, seed=1), 2)[1].tolist()) == order[1, 2]
+
+
+def test_iterator_made_before_the_epoch_is_set_follows_it():
+    """As Lightning does in the first epoch of a fit."""
+    loader = make()
+    iterator = iter(loader)
+    loader.batch_sampler.sampler.set_epoch(5)
+    assert torch.equal(next(iterator)[1], epoch(make(), 5)[1][:BATCH])
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_position():
+    options = {"augment": Augment(hflip=0.5, crop=2, erase=0.5)}
+    images, labels = epoch(make(**options), 1)
+    again, _ = epoch(make(**options), 1)
+    assert torch.equal(images, again)
+    # Not of the batch size, and without a say in the order.
+    other, _ = epoch(make(batch_size=7, **options), 1)
+    assert torch.equal(images, other)
+    plain, order = epoch(make(), 1)
+    assert torch.equal(labels, order)
+    assert not torch.equal(images, plain)
+    assert not torch.equal(images, epoch(make(seed=1, **options), 1)[0])
+
+
+def test_global_generators_are_left_alone():
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first = epoch(make(augment=Augment(0.5, 2, 0.5)))[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
+    torch.manual_seed(1)
+    assert torch.equal(epoch(make(augment=Augment(0.5, 2, 0.5)))[0], first)
+
+
+def test_images_that_do_not_fit_come_a_batch_at_a_time(monkeypatch):
+    expected = epoch(make(augment=Augment(0.5, 2, 0.5)))
+    monkeypatch.setattr(loader, "fits", lambda nbytes, device: False)
+    got = epoch(make(augment=Augment(0.5, 2, 0.5)))
+    assert all(map(torch.equal, got, expected))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
+    assert [loader.fits(n, torch.device("cuda")) for n in (500, 501)] == [True, False]
+    assert loader.fits(10**15, torch.device("cpu"))
+
+
+def test_loader_refuses_what_does_not_go_together():
+    images, labels = samples()
+    options = {"mean": 0.5, "std": 0.5}
+    with pytest.raises(ValueError, match="103 images but labels of shape \\(102,\\)"):
+        Loader(images, labels[1:], 4, **options)
+    with pytest.raises(ValueError, match=r"uint8 \(N, C, H, W\), not torch\.float32"):
+        Loader(images.float(), labels, 4, **options)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        Loader(images, labels, 0, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("resident", [True, False])
+def test_gpu_gets_the_same_batches_without_waiting(monkeypatch, resident):
+    options = {"augment": Augment(hflip=0.5, crop=2, erase=0.5)}
+    expected = epoch(make(**options), 1)
+    monkeypatch.setattr(loader, "fits", lambda nbytes, device: resident)
+    on_gpu = make(device="cuda", **options)
+    epoch(on_gpu)  # the first pinned buffers are allocated here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images, labels = epoch(on_gpu, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert images.is_cuda
+    torch.testing.assert_close(images.cpu(), expected[0])
+    assert torch.equal(labels.cpu(), expected[1])
+
+
+def by_hand(image: np.ndarray, crop: int, parameters: list[int]) -> np.ndarray:
+    """Crop, flip and erasing of one (C, H, W) image, pixel by pixel."""
+    flip, row, column, top, left, height, width = parameters
+    channels, h, w = image.shape
+    out = np.zeros_like(image)
+    for c in range(channels):
+        for i in range(h):
+            for j in range(w):
+                y = i + row - crop
+                x = (w - 1 - j if flip else j) + column - crop
+                erased = top <= i < top + height and left <= j < left + width
+                if 0 <= y < h and 0 <= x < w and not erased:
+                    out[c, i, j] = image[c, y, x]
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    "augment",
+    [Augment(hflip=0.5), Augment(crop=3), Augment(erase=0.7), Augment(0.5, 1, 0.7)],
+    ids=["hflip", "crop", "erase", "all"],
+)
+def test_augmentation_against_loops(augment, dtype):
+    images = samples(40, channels=2)[0].to(dtype)
+    before = images.clone()
+    generator = torch.Generator().manual_seed(3)
+    parameters = augment.draw(40, *images.shape[2:], generator)
+    got = augment.apply(images, parameters)
+    assert got.dtype == dtype
+    assert torch.equal(images, before)
+    for image, result, drawn in zip(images.numpy(), got.numpy(), parameters.T, strict=True):
+        np.testing.assert_array_equal(result, by_hand(image, augment.crop, drawn.tolist()))
+    assert torch.equal(augment(images, generator.manual_seed(3)), got)
+
+
+def test_augmentation_off_is_the_identity():
+    images = samples()[0]
+    assert not Augment()
+    assert torch.equal(Augment()(images, torch.Generator()), images)
+    certain = Augment(hflip=1.0)
+    assert torch.equal(certain(images, torch.Generator()), images.flip(-1))
+
+
+def test_rates_and_ranges():
+    n = 20_000
+    augment = Augment(hflip=0.3, crop=2, erase=0.4)
+    drawn = augment.draw(n, 28, 28, torch.Generator().manual_seed(0)).double()
+    flip, row, column, top, left, height, width = drawn
+    assert abs(flip.mean() - 0.3) < 0.015  # 4.6 standard deviations of a binomial
+    for offset in (row, column):
+        counts = torch.bincount(offset.long(), minlength=5) / n
+        assert len(counts) == 5
+        assert ((counts - 0.2).abs() < 0.013).all()
+    erased = height > 0
+    assert abs(erased.double().mean() - 0.4) < 0.016
+    assert torch.equal(erased, width > 0)
+    h, w = height[erased], width[erased]
+    # Rounding of sides moves area and ratio a little past their bounds.
+    area = h * w / 784
+    assert 0.012 < area.min() < 0.03
+    assert 0.31 < area.max() < 0.36
+    assert abs(area.mean() - 0.175) < 0.005
+    assert abs(torch.log(h / w).mean()) < 0.03
+    assert (top + height).max() <= 28
+    assert (left + width).max() <= 28
+    assert top[erased].min() == left[erased].min() == 0
+    # Where a rectangle fits, every position is alike: on average half of what is free.
+    assert abs(((top[erased] + 0.5) / (29 - h)).mean() - 0.5) < 0.015
+
+
+def test_erasing_leaves_the_other_draws_alone():
+    draws = [
+        Augment(0.5, 2, erase).draw(50, 28, 28, torch.Generator().manual_seed(0))
+        for erase in (0.0, 1.0)
+    ]
+    assert torch.equal(draws[0][:3], draws[1][:3])
+    assert (draws[1][5:] > 0).all()
+    assert (draws[0][3:] == 0).all()
+
+
+@pytest.mark.parametrize(("cls", "total"), [(FashionMNIST, 60_000), (FashionMNISTMini, 5_000)])
+def test_split_is_disjoint_complete_and_fixed(cls, total):
+    train, val = cls().split()
+    assert len(val) == total // (12 if total == 60_000 else 10)
+    assert sorted([*train, *val]) == list(range(total))
+    torch.manual_seed(5)
+    np.testing.assert_array_equal(cls().split()[1], val)
+    assert set(cls(split_seed=1).split()[1]) != set(val)
+    assert set(val) < set(cls(val_size=len(val) + 1).split()[1])
+
+
+def test_split_of_the_whole_set_is_this_one_for_good():
+    train, val = FashionMNIST().split()
+    assert val[:5].tolist() == [2, 3, 11, 13, 20]
+    assert int(val.sum()) == 148_902_005
+    assert len(train) + len(val) == 60_000
+
+
+def test_too_large_a_validation_set_names_the_option():
+    FashionMNISTMini(val_size=4999)
+    with pytest.raises(ValueError, match=r"data\.val_size=5000 .* choose at most 4999"):
+        FashionMNISTMini(val_size=5000)
+
+
+def test_mini_set():
+    data = FashionMNISTMini()
+    (train, labels), (test, test_labels) = data.read("train"), data.read("test")
+    assert (train.shape, test.shape) == ((5000, 1, 28, 28), (1000, 1, 28, 28))
+    assert np.bincount(labels).tolist() == [500] * 10
+    assert np.bincount(test_labels).tolist() == [100] * 10
+    images = {image.tobytes() for image in [*train, *test]}
+    assert len(images) == 6000
+    # The whole set's mean and deviation, which are also this one's normalisation.
+    assert train.mean() / 255 == pytest.approx(data.mean[0], abs=0.003)
+    assert train.std() / 255 == pytest.approx(data.std[0], abs=0.003)
+    assert sum(path.stat().st_size for path in MINI_FOLDER.iterdir()) < 3_000_000
+    assert "Zalando SE" in (MINI_FOLDER / "LICENSE").read_text()
+
+
+def test_mini_loaders():
+    data = FashionMNISTMini(batch_size=64, eval_batch_size=300, hflip=0.5)
+    train, val, test = data.train_loader(seed=3), data.val_loader(), data.test_loader()
+    assert (len(train), len(val), len(test)) == (71, 2, 4)
+    assert (len(train.images), len(val.images), len(test.images)) == (4500, 500, 1000)
+    assert train.augment == Augment(hflip=0.5)
+    assert not val.augment
+    x, y = next(iter(train))
+    assert (x.shape, y.shape) == ((64, 1, 28, 28), (64,))
+    _, labels = data.read("train")
+    kept, held_out = data.split()
+    assert torch.equal(epoch(val)[1], torch.from_numpy(labels[held_out].astype(np.int64)))
+    assert train.labels.tolist() == labels[kept].tolist()
+    assert (data.shape, data.num_classes, data.classes[9]) == ((1, 28, 28), 10, "Ankle boot")
+
+
+def test_damaged_mini_file(tmp_path, monkeypatch):
+    for path in MINI_FOLDER.glob("*.gz"):
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(fashion_mnist, "MINI_FOLDER", tmp_path)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz: .*; install cnntrain again"):
+        FashionMNISTMini().prepare()
+
+
+def test_mini_set_is_drawn_from_the_real_one():
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    data = FashionMNIST(root=f"{cache}/cnntrain/fashion_mnist")
+    for split, files in MINI_FILES.items():
+        paths = [data.root / file.name for file in FILES[split]]
+        if not all(path.is_file() for path in paths):
+            pytest.skip(f"the real set is not in {data.root}")
+        real, labels = map(read_idx, paths)
+        known = {(image.tobytes(), label) for image, label in zip(real, labels, strict=True)}
+        mini, mini_labels = (read_idx(MINI_FOLDER / f"{file.name}.gz") for file in files)
+        pairs = {(i.tobytes(), label) for i, label in zip(mini, mini_labels, strict=True)}
+        assert pairs <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("fashion_mnist", FashionMNIST), ("fashion_mnist_mini", FashionMNISTMini)]
+)
+def test_config_has_every_option_and_its_default(name, cls):
+    config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    assert config.pop("_target_") == f"cnntrain.data.{cls.__name__}"
+    defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values()}
+    root = config.get("root", "").replace("${oc.env:XDG_CACHE_HOME,'~/.cache'}", "~/.cache")
+    assert {**config, **({"root": root} if root else {})} == defaults
+    cls(**config)

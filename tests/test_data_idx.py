@@ -1,0 +1,71 @@
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from cnntrain.data import DataError
+from cnntrain.data.idx import IdxFile, parse_idx, read_idx
+
+
+def idx_bytes(values: np.ndarray) -> bytes:
+    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+    return header + values.tobytes()
+
+
+VALUES = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
+GOOD = idx_bytes(VALUES)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_reads_what_was_written(tmp_path, pack):
+    path = tmp_path / "a folder with spaces" / "x"
+    path.parent.mkdir()
+    path.write_bytes(pack(GOOD))
+    read = read_idx(path)
+    assert read.dtype == np.uint8
+    assert read.flags.writeable
+    np.testing.assert_array_equal(read, VALUES)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not an idx file (it starts with nothing)"),
+        (b"<html>", "not an idx file (it starts with 3c68746d)"),
+        (b"\0\0\x0d" + GOOD[3:], "idx type 0x0d, only unsigned bytes (0x08) are read"),
+        (b"\0\0\x08\0", "idx header of 0 dimensions in 4 bytes"),
+        (GOOD[:10], "idx header of 3 dimensions in 10 bytes"),
+        (GOOD[:-1], "59 bytes of values, but the header 3x4x5 calls for 60"),
+        (GOOD + b"\0", "61 bytes of values, but the header 3x4x5 calls for 60"),
+        (gzip.compress(GOOD)[:-9], "damaged gzip file"),
+        (b"\x1f\x8bnonsense", "damaged gzip file"),
+    ],
+)
+def test_malformed_file_is_one_line_that_names_it(tmp_path, data, message):
+    path = tmp_path / "broken"
+    path.write_bytes(data)
+    with pytest.raises(DataError) as error:
+        read_idx(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match="nowhere: No such file or directory"):
+        read_idx(tmp_path / "nowhere")
+
+
+def test_dimensions_beyond_32_bits_do_not_wrap():
+    data = struct.pack(">HBB", 0, 8, 2) + struct.pack(">2I", 2**31, 2**33 % 2**32 + 2**31)
+    with pytest.raises(DataError, match=str(2**62)):
+        parse_idx(data, "huge")
+
+
+def test_difference_tells_length_from_content():
+    # The sum of b"abc" is FIPS 180-2's first example.
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    file = IdxFile("x", 3, known)
+    assert file.difference(b"abc") is None
+    assert file.difference(b"ab") == "2 bytes instead of 3"
+    assert file.difference(b"abd") == "wrong SHA-256 sum"
