@@ -168,6 +168,11 @@ def blame(option: str) -> Iterator[None]:
         raise ConfigError([f"{option}: {_first_line(cause or error)}"]) from error
 
 
+def occupied(directory: str | Path) -> str:
+    """What to say of a run directory that another run has."""
+    return f"hydra.run.dir={directory}: holds another run already; give this one its own folder"
+
+
 def config_hash(cfg: DictConfig) -> str:
     """Names a config by its content: equal for equal options, whatever their order."""
     content = json.dumps(OmegaConf.to_container(cfg, resolve=True), sort_keys=True)

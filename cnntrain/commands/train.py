@@ -26,7 +26,7 @@ def _check() -> None:
     folder = Path(arguments.config_path) if arguments.config_path else config.CONF
     sweep = arguments.multirun or any("hydra.mode=MULTIRUN" in o for o in arguments.overrides)
     runs = config.combinations(arguments.overrides) if sweep else [arguments.overrides]
-    problems: list[str] = []
+    problems = [] if sweep else _occupied(arguments.overrides)
     for overrides in runs:
         try:
             config.compose(
@@ -41,6 +41,12 @@ def _check() -> None:
         _refuse(config.ConfigError(problems))
 
 
+def _occupied(overrides: list[str]) -> list[str]:
+    """Hydra writes into a run's directory before the run starts: so ask before Hydra does."""
+    given = [o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")]
+    return [config.occupied(path) for path in given if (Path(path) / "result.json").exists()]
+
+
 @hydra.main(config_path=str(config.CONF), config_name="train", version_base="1.3")
 def _app(cfg: DictConfig) -> float | None:
     from cnntrain.data import DataError
@@ -53,6 +59,9 @@ def _app(cfg: DictConfig) -> float | None:
     except DataError as error:
         print(f"cnntrain: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ncnntrain: interrupted", file=sys.stderr)
+        sys.exit(130)
     print(
         f"\ntest accuracy   {result.metrics['test/acc']:.2%}   (loss "
         f"{result.metrics['test/loss']:.4f}, {result.seconds:.0f} s in all)\n"

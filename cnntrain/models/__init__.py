@@ -1,7 +1,7 @@
 """The networks. Each receives its convolution and never imports one."""
 
-from cnntrain.models.layer_table import Layer, layer_table, layers
 from cnntrain.models.lenet5 import LeNet5
 from cnntrain.models.shallow import Shallow
+from cnntrain.models.summary import Layer, layer_table, summarise
 
-__all__ = ["Layer", "LeNet5", "Shallow", "layer_table", "layers"]
+__all__ = ["Layer", "LeNet5", "Shallow", "layer_table", "summarise"]

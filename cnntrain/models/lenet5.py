@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from cnntrain.models.layers import (
+from cnntrain.models.choices import (
     ACTIVATIONS,
     POOLINGS,
     Activation,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from cnntrain.models.layers import ACTIVATIONS, POOLINGS, Activation, Pooling, flat_features
+from cnntrain.models.choices import ACTIVATIONS, POOLINGS, Activation, Pooling, flat_features
 
 
 class Shallow(nn.Module):

@@ -19,7 +19,7 @@ class Layer:
     macs: int  # multiply-accumulate operations per image
 
 
-def layers(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]:
+def summarise(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]:
     """Every layer without children, in the order in which an image (C, H, W) meets them.
 
     MACs: of a convolution kw*kh * c_in/groups * c_out * ow*oh, of a fully connected layer
@@ -50,9 +50,9 @@ def layers(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]:
 
 
 def layer_table(network: nn.Module, in_shape: tuple[int, int, int]) -> Table:
-    """`layers` as a table for the terminal, with totals."""
+    """`summarise` as a table for the terminal, with totals."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
-    rows = layers(network, in_shape)
+    rows = summarise(network, in_shape)
     parameters = sum(p.numel() for p in network.parameters())
     table.add_column("layer", "total")
     table.add_column("type")

@@ -77,6 +77,8 @@ class Classifier(lightning.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": interval}]
 
     def on_train_epoch_start(self) -> None:
+        # In time: the loader reads the epoch when it is asked for the first batch.
+        self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
         self.tallies["train"] = Tally(self.device)
 
     def on_validation_epoch_start(self) -> None:
@@ -91,8 +93,9 @@ class Classifier(lightning.LightningModule):
         torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        self.last_loss = self._step("train", batch)
-        return self.last_loss
+        loss = self._step("train", batch)
+        self.last_loss = loss.detach()
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._step("val", batch)

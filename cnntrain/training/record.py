@@ -1,6 +1,7 @@
 """What a run writes down while it trains: metrics.csv, TensorBoard and a line an epoch."""
 
 import csv
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.utils.tensorboard.summary import hparams
 
 from cnntrain.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 METRICS = ["train/loss", "train/acc", "val/loss", "val/acc"]
 COLUMNS = ["epoch", "step", "lr", *METRICS, "grad_norm"]
@@ -25,6 +28,10 @@ class TensorBoard(TensorBoardLogger):
     def save(self) -> None:
         """Nothing beside the event file: the options are in .hydra/config.yaml."""
 
+    def finalize(self, status: str) -> None:
+        """Not closed after fitting: testing goes on in the same stream. `end` closes it."""
+        self.experiment.flush()
+
     def begin(self, cfg: DictConfig) -> None:
         """Fill the HParams tab: the options now, the metrics as they are logged under their names.
 
@@ -37,9 +44,9 @@ class TensorBoard(TensorBoardLogger):
             self.experiment._get_file_writer().add_summary(summary)
 
     def end(self) -> None:
-        """Mark the run as finished in the HParams tab."""
+        """Mark the run as finished in the HParams tab, and close the stream."""
         self.experiment._get_file_writer().add_summary(self._end)
-        self.experiment.flush()
+        self.experiment.close()
 
 
 class Record(lightning.Callback):
@@ -105,10 +112,9 @@ class Record(lightning.Callback):
             for stage in ("train", "val")
             if f"{stage}/loss" in row
         )
-        print(
+        log.info(
             f"epoch {row['epoch'] + 1:>{width}}/{trainer.max_epochs}  {shown}"
-            f"{speed:,.0f} images/s  {time.perf_counter() - self.started:.1f} s",
-            flush=True,
+            f"{speed:,.0f} images/s  {time.perf_counter() - self.started:.1f} s"
         )
 
     def chosen(self, trainer: Trainer) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One run, from a config to a result."""
 
+import io
 import logging
 import time
 import warnings
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-import rich
 from omegaconf import DictConfig
+from rich.console import Console
 
 from cnntrain.config import blame, build, config_hash
 from cnntrain.models import layer_table
@@ -17,6 +18,8 @@ from cnntrain.training.classifier import Classifier
 from cnntrain.training.progress import Progress
 from cnntrain.training.record import METRICS, Record, TensorBoard
 from cnntrain.training.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ def train(cfg: DictConfig, directory: Path) -> Result:
                 cfg.trainer,
                 default_root_dir=directory,
                 logger=tensorboard,
-                callbacks=[record, *([Progress()] if cfg.trainer.progress_bar else [])],
+                callbacks=[*([Progress()] if cfg.trainer.progress_bar else []), record],
             )
         device = trainer.strategy.root_device
-        rich.print(layer_table(network, data.shape))
+        text = io.StringIO()
+        Console(file=text, width=100).print(layer_table(network, data.shape))
+        log.info(text.getvalue())
         if trainer.compile_network:
             network.compile()
 
@@ -77,10 +82,12 @@ def train(cfg: DictConfig, directory: Path) -> Result:
         test = module.tallies["test"].metrics("test")
         tensorboard.log_metrics(test, record.epochs[-1]["epoch"])
         tensorboard.end()
-    except BaseException as error:
-        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-        status = "interrupted" if interrupted else "failed"
-        run.write_result(status, **facts, error=f"{type(error).__name__}: {error}".split("\n")[0])
+    except (KeyboardInterrupt, SystemExit):  # Lightning exits upon the first
+        run.write_result("interrupted", **facts)
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        run.write_result("failed", **facts, error=reason)
         raise
 
     chosen = record.chosen(trainer)
@@ -105,3 +112,5 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config import ConfigError
+from cnntrain.config import ConfigError, occupied
 
 PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 
@@ -38,11 +38,6 @@ class RunDirectory:
     def write_result(self, status: str, **content: Any) -> None:
         """`status` is running, completed, failed or interrupted."""
         write_json(self.result, {"status": status, **content})
-
-
-def occupied(path: Path) -> str:
-    """What to say of a directory that another run has."""
-    return f"hydra.run.dir={path}: holds another run already; give this one a folder of its own"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,119 @@
+"""The networks against counts and formulas worked out by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from cnntrain.conv import BACKENDS
+from cnntrain.models import LeNet5, Shallow, layer_table, summarise
+from cnntrain.models.choices import BatchNorm2d
+
+
+def count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_lenet5_has_65886_parameters() -> None:
+    convolutions = (25 + 1) * 6 + (6 * 25 + 1) * 16 + (16 * 25 + 1) * 128
+    norms = 2 * (6 + 16 + 128)
+    connected = (128 + 1) * 84 + (84 + 1) * 10
+    assert count(LeNet5()) == convolutions + norms + connected == 65_886
+    assert count(LeNet5(norm=False)) == 65_886 - norms
+    assert count(LeNet5(channels=(3, 4, 5), hidden=7)) == (
+        26 * 3 + (3 * 25 + 1) * 4 + (4 * 25 + 1) * 5 + 2 * 12 + 6 * 7 + 8 * 10
+    )
+
+
+def test_lenet5_layers_in_order() -> None:
+    kinds = [type(m).__name__ for m in LeNet5().modules() if not list(m.children())]
+    block = ["Conv2d", "BatchNorm2d", "Tanh"]
+    head = ["Flatten", "Linear", "Dropout", "Tanh", "Linear"]
+    assert kinds == [*block, "MaxPool2d", *block, "MaxPool2d", *block, *head]
+
+
+def test_lenet5_options_choose_layers() -> None:
+    network = LeNet5(activation="leaky_relu", pooling="avg", dropout=0.25, norm=False)
+    kinds = [type(m).__name__ for m in network.modules() if not list(m.children())]
+    assert kinds.count("LeakyReLU") == 4
+    assert kinds.count("AvgPool2d") == 2
+    assert "BatchNorm2d" not in kinds
+    assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.25]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("network", [LeNet5, Shallow])
+def test_any_batch_shape_and_class_count(network: Any, name: str) -> None:
+    torch.manual_seed(0)
+    for shape, classes, batch in [((1, 28, 28), 10, 1), ((3, 32, 30), 7, 2), ((2, 40, 44), 3, 1)]:
+        made = network(shape, classes, conv=BACKENDS[name])
+        for mode in (True, False):
+            logits = made.train(mode)(torch.randn(batch, *shape))
+            assert logits.shape == (batch, classes)
+            logits.sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in made.parameters())
+        assert all(type(m) is BACKENDS[name] for m in made.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_too_small_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"images of shape \(1, 20, 20\) are too small"):
+        LeNet5((1, 20, 20))
+
+
+def test_xavier_uniform_bounds() -> None:
+    torch.manual_seed(0)
+    network = LeNet5()
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            window = math.prod(layer.weight.shape[2:])
+            fans = window * (layer.weight.shape[0] + layer.weight.shape[1])
+            bound = math.sqrt(6 / fans)
+            largest = layer.weight.abs().max().item()
+            assert 0.9 * bound < largest <= bound
+            assert not layer.bias.any()
+
+
+def test_init_default_is_pytorch_s() -> None:
+    torch.manual_seed(3)
+    network = LeNet5(init="default", norm=False)
+    torch.manual_seed(3)
+    expected = nn.Conv2d(1, 6, 5, padding=2)
+    assert torch.equal(network.features[0].weight, expected.weight)
+
+
+def test_batch_norm_of_a_single_value() -> None:
+    norm = BatchNorm2d(2).train()
+    norm.running_mean.copy_(torch.tensor([1.0, 2.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 9.0]))
+    out = norm(torch.tensor([3.0, 5.0]).reshape(1, 2, 1, 1)).flatten()
+    expected = [(3 - 1) / math.sqrt(4 + 1e-5), (5 - 2) / math.sqrt(9 + 1e-5)]
+    assert out.tolist() == pytest.approx(expected)
+    assert norm.running_mean.tolist() == [1.0, 2.0]
+    x = torch.randn(4, 2, 3, 3)
+    assert torch.equal(norm(x), nn.BatchNorm2d(2).train()(x))
+
+
+def test_layer_table_counts_work() -> None:
+    rows = {row.name: row for row in summarise(LeNet5(conv=BACKENDS["im2col"]), (1, 28, 28))}
+    assert [rows[f"features.{i}"].macs for i in (0, 4, 8)] == [
+        5 * 5 * 1 * 6 * 28 * 28,
+        5 * 5 * 6 * 16 * 10 * 10,
+        5 * 5 * 16 * 128 * 1 * 1,
+    ]
+    assert rows["features.3"].shape == (6, 14, 14)
+    assert rows["features.8"].kind == "Im2colConv2d"
+    assert rows["classifier.0"].macs == 128 * 84
+    text = Console(width=100, file=None, record=True, quiet=False)
+    with text.capture() as captured:
+        text.print(layer_table(LeNet5(conv=BACKENDS["im2col"]), (1, 28, 28)))
+    last = captured.get().strip().splitlines()[-1].split()
+    assert last == ["total", "65,886", f"{117_600 + 240_000 + 51_200 + 10_752 + 840:,}"]
+    assert captured.get().count("Im2colConv2d") == 3
+
+
+def test_layer_table_counts_groups() -> None:
+    network = nn.Sequential(nn.Conv2d(8, 16, (3, 5), stride=2, groups=4))
+    assert summarise(network, (8, 9, 11))[0].macs == 3 * 5 * 8 // 4 * 16 * 4 * 4

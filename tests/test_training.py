@@ -1,0 +1,364 @@
+"""Runs: what they compute, against plain loops, and what they leave behind."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from cnntrain.config import ConfigError, build, compose
+from cnntrain.data import FashionMNISTMini
+from cnntrain.training import CrossEntropy, OneCycle, Result, WarmupCosine, train
+from cnntrain.training.run_directory import write_json
+
+SHORT = ["data=fashion_mnist_mini", "trainer=cpu", "trainer.max_epochs=1"]
+
+
+def run(directory: Path, *overrides: str) -> tuple[Result, DictConfig]:
+    cfg = compose([*SHORT, "trainer.progress_bar=false", *overrides])
+    return train(cfg, directory), cfg
+
+
+def scalars(directory: Path, tag: str) -> list[float]:
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+def load(cfg: DictConfig, checkpoint: Path, **options: Any) -> nn.Module:
+    """A network with a checkpoint's weights, by PyTorch's own means."""
+    network = build(cfg.model, conv=build(cfg.backend), **options)
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    state = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
+    network.load_state_dict(state)
+    return network.eval()
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, loader: Any) -> tuple[float, float]:
+    """Mean loss and accuracy over the whole set, in float64."""
+    logits, labels = zip(*[(network(x), y) for x, y in loader], strict=True)
+    scores, truth = torch.cat(logits).double(), torch.cat(labels)
+    loss = -scores.log_softmax(1)[torch.arange(len(truth)), truth].mean()
+    return loss.item(), (scores.argmax(1) == truth).double().mean().item()
+
+
+def test_metrics_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    result, cfg = run(tmp_path / "run", "trainer.max_epochs=2", "loss.label_smoothing=0.1")
+    data = build(cfg.data)
+    network = load(
+        cfg, tmp_path / "run/checkpoints/best.ckpt", in_shape=(1, 28, 28), num_classes=10
+    )
+    for stage, loader in [("val", data.val_loader()), ("test", data.test_loader())]:
+        loss, accuracy = evaluate(network, loader)
+        assert result.metrics[f"{stage}/acc"] == pytest.approx(accuracy, abs=1e-12)
+        assert result.metrics[f"{stage}/loss"] == pytest.approx(loss, rel=1e-5)  # unsmoothed
+    assert result.metrics["test/acc"] > 0.6
+
+
+def test_training_is_the_plain_loop(tmp_path: Path) -> None:
+    """The same weights as a loop written out with nothing of the training room."""
+    result, cfg = run(
+        tmp_path / "run",
+        "model.dropout=0",
+        "optimizer=sgd",
+        "scheduler=none",
+        "trainer.test_checkpoint=last",
+        "optimizer.lr=0.02",
+        "seed=5",
+    )
+    torch.manual_seed(5)
+    import lightning
+
+    lightning.seed_everything(5, verbose=False)
+    data = build(cfg.data)
+    network = build(cfg.model, conv=nn.Conv2d, in_shape=(1, 28, 28), num_classes=10)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    for images, labels in data.train_loader(seed=5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    trained = load(
+        cfg, tmp_path / "run/checkpoints/last.ckpt", in_shape=(1, 28, 28), num_classes=10
+    )
+    for mine, theirs in zip(network.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    accuracy = evaluate(network.eval(), data.test_loader())[1]
+    assert result.metrics["test/acc"] == pytest.approx(accuracy, abs=0.002)
+
+
+def test_backends_train_alike_and_exchange_checkpoints(tmp_path: Path) -> None:
+    losses, results = {}, {}
+    for name in ("native", "im2col", "naive"):
+        results[name], _ = run(
+            tmp_path / name,
+            f"backend={name}",
+            "data.batch_size=80",
+            "trainer.log_every_n_steps=1",
+            "+trainer.limit_train_batches=50",
+        )
+        losses[name] = scalars(tmp_path / name, "train/loss_step")
+        assert len(losses[name]) == 50
+    for name in ("im2col", "naive"):
+        assert losses[name] == pytest.approx(losses["native"], abs=1e-4)
+    data = FashionMNISTMini()
+    for trained in losses:
+        for used in losses:
+            network = load(
+                compose([*SHORT, f"backend={used}"]),
+                tmp_path / trained / "checkpoints/best.ckpt",
+                in_shape=(1, 28, 28),
+                num_classes=10,
+            )
+            accuracy = evaluate(network, data.test_loader())[1]
+            assert accuracy == pytest.approx(results[trained].metrics["test/acc"], abs=5e-4)
+
+
+def test_seed_determines_everything(tmp_path: Path) -> None:
+    options = ("data.hflip=0.5", "data.crop=2", "+trainer.limit_train_batches=5")
+    first, again, other = (
+        run(tmp_path / name, f"seed={seed}", *options)[0].metrics
+        for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert first == again
+    assert first["train/loss"] != other["train/loss"]
+
+
+def test_test_set_is_opened_once_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, bool]] = []
+    read = FashionMNISTMini.read
+
+    def record(self: FashionMNISTMini, split: Any) -> Any:
+        opened.append((split, (tmp_path / "run/checkpoints/last.ckpt").exists()))
+        return read(self, split)
+
+    monkeypatch.setattr(FashionMNISTMini, "read", record)
+    run(tmp_path / "run", "+trainer.limit_train_batches=3")
+    assert opened == [("train", False), ("test", True)]
+
+
+def test_run_directory_is_the_whole_record(tmp_path: Path) -> None:
+    result, _ = run(
+        tmp_path / "run",
+        "trainer.max_epochs=3",
+        "trainer.log_every_n_steps=2",
+        "+trainer.limit_train_batches=6",
+    )
+    directory = tmp_path / "run"
+    files = {str(p.relative_to(directory)).split(".tfevents")[0] for p in directory.rglob("*.*")}
+    assert files == {
+        ".hydra",
+        ".hydra/config.yaml",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "environment.json",
+        "events.out",
+        "metrics.csv",
+        "result.json",
+    }
+    assert len(list(directory.glob("events*"))) == 1
+
+    recorded = json.loads((directory / "result.json").read_text())
+    assert recorded["status"] == "completed"
+    assert recorded["metrics"] == result.metrics
+    assert set(result.metrics) == {
+        f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "acc")
+    }
+    rows = list(csv.DictReader((directory / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [row["step"] for row in rows] == ["6", "12", "18"]
+    for tag in ("train/loss", "train/acc", "val/loss", "val/acc"):
+        logged = [float(row[tag]) for row in rows]
+        assert scalars(directory, tag) == pytest.approx(logged)
+    best = max(range(3), key=lambda epoch: float(rows[epoch]["val/acc"]))
+    assert result.metrics["val/acc"] == float(rows[best]["val/acc"])
+    assert recorded["tested_epoch"] == best
+    assert len(scalars(directory, "grad_norm")) == len(scalars(directory, "lr")) == 9
+    assert len(scalars(directory, "images_per_second")) == 3
+
+    environment = json.loads((directory / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert set(environment["git"]) == {"revision", "diff"}
+
+
+def test_hparams_tab_has_options_and_final_metrics(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    result, _ = run(tmp_path / "run", "optimizer.lr=0.001", "+trainer.limit_train_batches=3")
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    content = {
+        tag: plugin_data_pb2.HParamsPluginData.FromString(data)
+        for tag, data in events.PluginTagToContent("hparams").items()
+    }
+    start = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert start["optimizer.lr"].number_value == 0.001
+    assert start["model._target_"].string_value == "cnntrain.models.LeNet5"
+    assert start["model.norm"].bool_value is True
+    metrics = content["_hparams_/experiment"].experiment.metric_infos
+    assert {m.name.tag for m in metrics} == set(result.metrics)
+    for tag, value in result.metrics.items():
+        assert events.Scalars(tag)[-1].value == pytest.approx(value)
+    assert "_hparams_/session_end_info" in content
+    assert "hp_metric" not in events.Tags()["scalars"]
+
+
+def test_options_reach_the_library(tmp_path: Path) -> None:
+    run(
+        tmp_path / "clip",
+        "optimizer=sgd",
+        "optimizer.momentum=0",
+        "optimizer.nesterov=false",
+        "optimizer.lr=1",
+        "scheduler=none",
+        "trainer.gradient_clip_val=0.01",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.log_every_n_steps=1",
+        "trainer.test_checkpoint=last",
+        "+trainer.limit_train_batches=2",
+    )
+    assert len(scalars(tmp_path / "clip", "lr")) == 1  # two batches, one step
+    assert scalars(tmp_path / "clip", "grad_norm")[0] > 0.1  # as it was before clipping
+    cfg = compose(SHORT)
+    import lightning
+
+    lightning.seed_everything(0, verbose=False)
+    before = build(cfg.model, conv=nn.Conv2d, in_shape=(1, 28, 28), num_classes=10)
+    after = load(cfg, tmp_path / "clip/checkpoints/last.ckpt", in_shape=(1, 28, 28), num_classes=10)
+    steps = zip(before.parameters(), after.parameters(), strict=True)
+    moved = math.sqrt(sum((a - b).square().sum().item() for a, b in steps))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_early_stopping_and_last_checkpoint(tmp_path: Path) -> None:
+    run(
+        tmp_path / "run",
+        "trainer.max_epochs=9",
+        "trainer.early_stopping=2",
+        "trainer.monitor=val/loss",
+        "optimizer.lr=0",
+        "model.norm=false",
+        "+trainer.limit_train_batches=1",
+    )
+    rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
+    assert len(rows) == 3  # the first, and two without a better one
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32"])
+def test_precision_is_that_of_the_convolution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    from cnntrain.conv import Im2colConv2d
+
+    seen = set()
+    forward = Im2colConv2d.forward
+
+    def watch(self: Im2colConv2d, x: torch.Tensor) -> torch.Tensor:
+        out = forward(self, x)
+        if self.training:
+            seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(Im2colConv2d, "forward", watch)
+    options = ("backend=im2col", "+trainer.limit_train_batches=2")
+    run(tmp_path / "run", f"trainer.precision={precision}", *options)
+    assert seen == {torch.bfloat16 if precision == "bf16-mixed" else torch.float32}
+
+
+def test_deterministic_mode(tmp_path: Path) -> None:
+    try:
+        run(tmp_path / "run", "trainer.deterministic=true", "+trainer.limit_train_batches=1")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_compile_computes_the_same(tmp_path: Path) -> None:
+    options = ("backend=im2col", "model=shallow", "+trainer.limit_train_batches=3")
+    options = (*options, "data.batch_size=64", "data.eval_batch_size=500")
+    compiled, eager = (
+        run(tmp_path / str(mode), f"trainer.compile={mode}", *options)[0].metrics
+        for mode in ("true", "false")
+    )
+    assert compiled == pytest.approx(eager, abs=1e-3)
+
+
+def test_a_directory_belongs_to_one_run(tmp_path: Path) -> None:
+    run(tmp_path / "run", "+trainer.limit_train_batches=1")
+    before = (tmp_path / "run/result.json").read_text()
+    with pytest.raises(ConfigError, match="holds another run already"):
+        run(tmp_path / "run")
+    assert (tmp_path / "run/result.json").read_text() == before
+
+
+def test_what_a_constructor_refuses_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer: Invalid learning rate: -1"):
+        run(tmp_path / "a", "optimizer.lr=-1")
+    with pytest.raises(ConfigError, match=r"data: data.val_size=5000 leaves nothing"):
+        run(tmp_path / "b", "data.val_size=5000")
+    assert json.loads((tmp_path / "a/result.json").read_text())["status"] == "failed"
+
+
+def test_a_failure_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, split: str) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(FashionMNISTMini, "read", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(tmp_path / "run")
+    recorded = json.loads((tmp_path / "run/result.json").read_text())
+    assert recorded["status"] == "failed"
+    assert recorded["error"] == "OSError: the disk is gone"
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_cross_entropy_against_the_formula() -> None:
+    logits, label, smoothing = [0.5, -1.0, 2.0], 2, 0.3
+    norm = math.log(sum(math.exp(x) for x in logits))
+    target = [smoothing / 3 + (1 - smoothing) * (i == label) for i in range(3)]
+    expected = -sum(t * (x - norm) for t, x in zip(target, logits, strict=True))
+    loss = CrossEntropy(smoothing)
+    given = torch.tensor([logits]), torch.tensor([label])
+    assert loss.train()(*given).item() == pytest.approx(expected, rel=1e-6)
+    assert loss.eval()(*given).item() == pytest.approx(norm - logits[label], rel=1e-6)
+
+
+def rates(scheduler_class: Any, steps: int, **options: Any) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0, momentum=0.9)
+    scheduler = scheduler_class(optimizer, total_steps=steps, **options)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()  # once more at the end than there are updates, as the trainer does
+    return found
+
+
+def test_one_cycle_rises_and_falls() -> None:
+    found = rates(OneCycle, 101, pct_start=0.31, div_factor=20.0, final_div_factor=100.0)
+    assert found[0] == pytest.approx(2.0 / 20)
+    assert max(found) == pytest.approx(2.0)
+    assert 29 <= found.index(max(found)) <= 31
+    assert found[-1] == pytest.approx(2.0 / 20 / 100)
+
+
+def test_warmup_cosine_against_the_formula() -> None:
+    found = rates(WarmupCosine, 50, warmup=0.2, final=0.1)
+    assert found[:10] == pytest.approx([2.0 * (step + 1) / 10 for step in range(10)])
+    falling = [
+        2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (s - 10) / 40)) / 2) for s in range(10, 50)
+    ]
+    assert found[10:] == pytest.approx(falling)
