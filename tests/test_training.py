@@ -200,7 +200,7 @@ def test_hparams_tab_has_options_and_final_metrics(tmp_path: Path) -> None:
     start = content["_hparams_/session_start_info"].session_start_info.hparams
     assert start["optimizer.lr"].number_value == 0.001
     assert start["model._target_"].string_value == "cnntrain.models.LeNet5"
-    assert start["model.norm"].bool_value is True
+    assert start["model.norm"].string_value == "true"
     metrics = content["_hparams_/experiment"].experiment.metric_infos
     assert {m.name.tag for m in metrics} == set(result.metrics)
     for tag, value in result.metrics.items():
@@ -350,7 +350,7 @@ def rates(scheduler_class: Any, steps: int, **options: Any) -> list[float]:
 def test_one_cycle_rises_and_falls() -> None:
     found = rates(OneCycle, 101, pct_start=0.31, div_factor=20.0, final_div_factor=100.0)
     assert found[0] == pytest.approx(2.0 / 20)
-    assert max(found) == pytest.approx(2.0)
+    assert max(found) == pytest.approx(2.0, rel=1e-3)
     assert 29 <= found.index(max(found)) <= 31
     assert found[-1] == pytest.approx(2.0 / 20 / 100)
 

@@ -1,6 +1,7 @@
 """What a run writes down while it trains: metrics.csv, TensorBoard and a line an epoch."""
 
 import csv
+import json
 import logging
 import time
 from pathlib import Path
@@ -141,8 +142,8 @@ def options(cfg: DictConfig) -> dict[str, Any]:
                 walk(value, f"{name}.")
             elif isinstance(value, ListConfig):
                 found[name] = str(OmegaConf.to_container(value))
-            elif key != "_partial_":
-                found[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+            elif key != "_partial_":  # true as one would type it, where TensorBoard has 1
+                found[name] = json.dumps(value) if isinstance(value, bool | None) else value
 
     walk(cfg, "")
     return found

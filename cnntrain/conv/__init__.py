@@ -1,0 +1,22 @@
+"""The convolutions. Each is called like ``nn.Conv2d`` and trains like it."""
+
+from .geometry import Geometry
+from .im2col import Im2colConv2d
+from .module import Conv2d
+from .naive import NaiveConv2d
+from .native import NativeConv2d
+
+BACKENDS = {
+    "native": NativeConv2d,
+    "im2col": Im2colConv2d,
+    "naive": NaiveConv2d,
+}
+
+__all__ = [
+    "BACKENDS",
+    "Conv2d",
+    "Geometry",
+    "Im2colConv2d",
+    "NaiveConv2d",
+    "NativeConv2d",
+]

@@ -1,0 +1,80 @@
+"""The numbers of a convolution: stride, dilation, groups, output size, padding, work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pair = tuple[int, ...]  # (height, width); wide enough a type for torch.Size
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a window moves over an input that is already padded.
+
+    Attributes:
+        stride: steps of the window, in pixels, (down, right).
+        dilation: distances between the window's taps, in pixels, (down, right).
+        groups: into how many independent convolutions the channels are cut.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Geometry:
+        """The geometry of a module, ``nn.Conv2d`` and every backend alike."""
+        return cls(_pair(conv.stride), _pair(conv.dilation), conv.groups)
+
+    def output_size(self, input_size: Pair, kernel_size: Pair) -> tuple[int, int]:
+        """(height, width) of the output for a padded input: floor((H - d (k - 1) - 1) / s) + 1."""
+        (h, w), (kh, kw), (sh, sw), (dh, dw) = input_size, kernel_size, self.stride, self.dilation
+        return (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1
+
+    def macs(
+        self, in_channels: int, out_channels: int, kernel_size: Pair, output_size: Pair
+    ) -> int:
+        """Multiply-accumulates for one image: kw kh c_in / groups c_out oh ow, bias not counted."""
+        (kh, kw), (oh, ow) = kernel_size, output_size
+        return kw * kh * in_channels // self.groups * out_channels * oh * ow
+
+
+def padding_amounts(
+    padding: str | int | tuple[int, ...], kernel_size: Pair, dilation: Pair
+) -> tuple[int, int, int, int]:
+    """Pixels to add at (left, right, top, bottom), as ``F.pad`` takes them.
+
+    'same' adds d (k - 1) in all; where that is odd, the extra pixel goes to the right and the
+    bottom, as in ``nn.Conv2d``.
+    """
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":
+        down, right = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
+        return right // 2, right - right // 2, down // 2, down - down // 2
+    assert not isinstance(padding, str), padding  # nn.Conv2d's constructor refuses other strings
+    top, left = _pair(padding)
+    return left, left, top, top
+
+
+def pad(x: Tensor, amounts: tuple[int, int, int, int], mode: str) -> Tensor:
+    """Pads (N, C, H, W) once, so that no algorithm has to know of padding.
+
+    mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+    """
+    if not any(amounts):
+        return x
+    return F.pad(x, amounts, mode="constant" if mode == "zeros" else mode)
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if len(value) == 1:
+        return value[0], value[0]
+    if len(value) != 2:
+        raise RuntimeError(f"expected one or two values, (down, right), but got {tuple(value)}")
+    return value[0], value[1]

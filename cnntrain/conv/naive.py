@@ -1,0 +1,88 @@
+"""The naive convolution: a window slides over the input, one output position after the other.
+
+At every position the filters are multiplied with what lies under the window, for all images at
+once. It reads as the definition does; the definition itself, seven loops, is in oracle.py.
+
+While the window slides the batch is the last dimension, so that what lies under it is made of
+long contiguous runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autograd import Algorithm
+from .geometry import Geometry, Pair
+from .module import Conv2d
+
+
+class Naive(Algorithm):
+    """For each output position, filters times the K = C/groups * kh * kw numbers under the window.
+
+    One matrix product for each group, all groups in one ``bmm``.
+    """
+
+    def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
+        x = batch_last(x)  # (C, H, W, N)
+        filters = filter_matrix(w, geometry)  # (groups, O/groups, K)
+        oh, ow = geometry.output_size(x.shape[1:3], w.shape[2:])
+        y = x.new_empty(*filters.shape[:2], oh, ow, x.shape[3])
+        for row in range(oh):
+            for column in range(ow):
+                under = window(x, row, column, w.shape[2:], geometry)  # (C, kh, kw, N)
+                under = under.reshape(geometry.groups, filters.shape[2], -1)  # (groups, K, N)
+                y[:, :, row, column] = torch.bmm(filters, under)
+        return batch_first(y.flatten(0, 1))
+
+    def grad_input(self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry) -> Tensor:
+        oh, ow = g.shape[2:]
+        g = batch_last(g).unflatten(0, (geometry.groups, -1))  # (groups, O/groups, OH, OW, N)
+        filters = filter_matrix(w, geometry).mT  # (groups, K, O/groups)
+        dx = g.new_zeros(w.shape[1] * geometry.groups, *input_size, g.shape[4])  # (C, H, W, N)
+        for row in range(oh):
+            for column in range(ow):
+                under = window(dx, row, column, w.shape[2:], geometry)  # a view: (C, kh, kw, N)
+                under += torch.bmm(filters, g[:, :, row, column]).view(under.shape)
+        return batch_first(dx)
+
+    def grad_weight(self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
+        o, oh, ow = g.shape[1:]
+        x = batch_last(x)  # (C, H, W, N)
+        g = batch_last(g).unflatten(0, (geometry.groups, -1))  # (groups, O/groups, OH, OW, N)
+        k = x.shape[0] // geometry.groups * kernel_size[0] * kernel_size[1]
+        dw = g.new_zeros(geometry.groups, o // geometry.groups, k)
+        for row in range(oh):
+            for column in range(ow):
+                under = window(x, row, column, kernel_size, geometry)  # (C, kh, kw, N)
+                under = under.reshape(geometry.groups, k, -1)  # (groups, K, N)
+                dw.baddbmm_(g[:, :, row, column], under.mT)
+        return dw.view(o, -1, *kernel_size)
+
+
+def window(x: Tensor, row: int, column: int, kernel: Pair, geometry: Geometry) -> Tensor:
+    """What output position (row, column) sees of x (C, H, W, N): a view (C, kh, kw, N)."""
+    (kh, kw), (dh, dw) = kernel, geometry.dilation
+    top, left = row * geometry.stride[0], column * geometry.stride[1]
+    return x[:, top : top + dh * (kh - 1) + 1 : dh, left : left + dw * (kw - 1) + 1 : dw]
+
+
+def filter_matrix(w: Tensor, geometry: Geometry) -> Tensor:
+    """(O, C/groups, kh, kw) -> (groups, O/groups, K)"""
+    return w.reshape(geometry.groups, w.shape[0] // geometry.groups, w[0].numel())
+
+
+def batch_last(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (C, H, W, N)"""
+    return x.flatten(1).t().contiguous().view(*x.shape[1:], -1)
+
+
+def batch_first(x: Tensor) -> Tensor:
+    """(C, H, W, N) -> (N, C, H, W)"""
+    return x.flatten(0, 2).t().contiguous().view(-1, *x.shape[:3])
+
+
+class NaiveConv2d(Conv2d):
+    """``nn.Conv2d`` by sliding windows, for reading and for comparing. Slow for large outputs."""
+
+    algorithm = Naive()

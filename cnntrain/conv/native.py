@@ -1,0 +1,9 @@
+"""PyTorch's own convolution: oneDNN on CPU, cuDNN on GPU. What the others are measured against."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class NativeConv2d(nn.Conv2d):
+    """``nn.Conv2d`` itself, under the name that a config chooses it by."""
