@@ -1,13 +1,16 @@
 """The command line as a user meets it: real processes, signals, a real TensorBoard server."""
 
+import fcntl
 import json
 import os
 import re
 import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -50,6 +53,7 @@ def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
     """In a pseudo-terminal, with loss, accuracy and images/s."""
     command = [*TRAIN, "data=fashion_mnist_mini", "trainer.max_epochs=2", "data.batch_size=16"]
     master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     with subprocess.Popen(command, cwd=tmp_path, stdout=slave, stderr=slave) as process:
         os.close(slave)
         shown = b""

@@ -40,7 +40,7 @@ from .geometry import Geometry, Pair
 from .module import Conv2d
 
 # On CPU, columns that stay in the caches beat columns of the whole batch: lenet5's layers, batch
-# 512, take 1.4 times as long without this limit. 2 MiB was best of 1, 2, 4, 8 and 16.
+# 512, take 1.5 times as long without this limit. 2 MiB was best of 1, 2, 4 and 64.
 CACHE_MIB = 2
 
 
