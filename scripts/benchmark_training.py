@@ -2,19 +2,28 @@
 
     python scripts/benchmark_training.py --rounds 5 --batch-sizes 64 512
 
-In one process and in turns, each on one epoch of LeNet-5 on the 55,000 training images with the
-5,000 of validation after it: (a) `cnntrain.training.train`, as a user runs it, with all logging
-and checkpoints; (b) a bare PyTorch loop over float tensors in memory; (c) a Lightning script with
-torchvision's dataset, ToTensor, Normalize and a DataLoader. What counts is the wall time from the
-start of fitting to its end. Machines are noisy: only the ratios mean something.
+In one process and in turns, each contender trains LeNet-5 for one epoch on the 55,000 training
+images and validates on the other 5,000:
+
+- native, im2col, naive: `cnntrain.training.train` with that backend, as a user runs it, with its
+  default recipe, all logging and checkpoints;
+- bare: a PyTorch loop over float tensors in memory, the shortest that does the job;
+- usual: a Lightning script with torchvision's dataset, ToTensor, Normalize, a DataLoader with its
+  defaults, and torchmetrics.
+
+What counts is the wall time from the start of fitting to its end. Machines are shared and noisy:
+only the ratios mean something.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import logging
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +32,9 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 import torchmetrics
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -30,8 +42,11 @@ from torchvision import transforms
 from torchvision.datasets import FashionMNIST
 
 from cnntrain.config import build, compose
+from cnntrain.conv import BACKENDS
 from cnntrain.models import LeNet5
 from cnntrain.training import train
+
+CONTENDERS = ["native", "im2col", "naive", "bare", "usual"]
 
 
 def cnntrain_run(backend: str, batch_size: int, data: str) -> float:
@@ -85,8 +100,8 @@ class UsualModule(lightning.LightningModule):
         logits = self.network(images)
         loss = cross_entropy(logits, labels)
         self.train_acc(logits, labels)
-        self.log("train_loss", loss)
-        self.log("train_acc", self.train_acc, on_step=False, on_epoch=True)
+        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_acc", self.train_acc, on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -117,12 +132,11 @@ def usual_script(sets: dict[str, tuple[Tensor, Tensor]], batch_size: int) -> flo
             max_epochs=1,
             accelerator="cpu",
             default_root_dir=folder,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         train_loader, val_loader = loader("train", batch_size, True), loader("val", 1024, False)
         started = time.perf_counter()
-        trainer.fit(UsualModule(), train_loader, val_loader)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            trainer.fit(UsualModule(), train_loader, val_loader)
         seconds = time.perf_counter() - started
     return len(sets["train"][1]) / seconds
 
@@ -144,44 +158,67 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 512])
-    parser.add_argument("--backend", default="native")
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--data", default="fashion_mnist")
     parser.add_argument("--csv", type=Path, default=Path("outputs/benchmark_training.csv"))
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # among others: that the usual script should have workers
     floats, raw = load(arguments.data)
     rows = []
     for batch_size in arguments.batch_sizes:
-        contenders: dict[str, Callable[[], float]] = {
-            "cnntrain": partial(cnntrain_run, arguments.backend, batch_size, arguments.data),
+        calls: dict[str, Callable[[], float]] = {
             "bare": partial(bare_loop, floats, batch_size),
             "usual": partial(usual_script, raw, batch_size),
         }
-        speeds: dict[str, list[float]] = {name: [] for name in contenders}
-        for round_ in range(arguments.rounds):
-            for name, contender in contenders.items():
-                speeds[name].append(contender())
-            row = {"batch_size": batch_size, "round": round_} | {
-                n: s[-1] for n, s in speeds.items()
-            }
-            rows.append(row)
-            print(row, flush=True)
-        median = {name: statistics.median(values) for name, values in speeds.items()}
-        per_round = [a / b for a, b in zip(speeds["cnntrain"], speeds["bare"], strict=True)]
-        print(
-            f"batch size {batch_size}, median of {arguments.rounds} rounds: "
-            + ", ".join(f"{name} {speed:,.0f} images/s" for name, speed in median.items())
-            + f"; cnntrain is {median['cnntrain'] / median['bare']:.2f} x the bare loop "
-            f"(rounds {min(per_round):.2f} to {max(per_round):.2f}), "
-            f"{median['cnntrain'] / median['usual']:.2f} x the usual script",
-            flush=True,
-        )
+        for backend in BACKENDS:
+            calls[backend] = partial(cnntrain_run, backend, batch_size, arguments.data)
+        speeds: dict[str, list[float]] = {name: [] for name in arguments.contenders}
+        for number in range(arguments.rounds):
+            for name, speed in speeds.items():
+                speed.append(calls[name]())
+            shown = ", ".join(f"{name} {speed[-1]:,.0f}" for name, speed in speeds.items())
+            print(f"batch size {batch_size}, round {number + 1}, images/s: {shown}", flush=True)
+        rows += summary(batch_size, speeds)
+    print_table(rows)
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
     with arguments.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"written: {arguments.csv}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{arguments.csv}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def summary(batch_size: int, speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Median images/s of each contender, and the median over the rounds of its ratio to others."""
+    rows = []
+    for name, speed in speeds.items():
+        row: dict[str, Any] = {"batch_size": batch_size, "contender": name}
+        row["images_per_second"] = round(statistics.median(speed))
+        for other in ("bare", "usual", "native"):
+            if other in speeds:
+                ratios = [a / b for a, b in zip(speed, speeds[other], strict=True)]
+                row[f"to_{other}"] = round(statistics.median(ratios), 3)
+                row[f"to_{other}_lowest"] = round(min(ratios), 3)
+                row[f"to_{other}_highest"] = round(max(ratios), 3)
+        row["rounds"] = len(speed)
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    table = Table("batch size", "", "images/s", box=box.SIMPLE_HEAD)
+    others = [name for name in ("bare", "usual", "native") if f"to_{name}" in rows[0]]
+    for name in others:
+        table.add_column(f"times {name} (lowest to highest)")
+    for row in rows:
+        ratios = [
+            f"{row[f'to_{o}']:.2f} ({row[f'to_{o}_lowest']:.2f} to {row[f'to_{o}_highest']:.2f})"
+            for o in others
+        ]
+        speed = f"{row['images_per_second']:,}"
+        table.add_row(str(row["batch_size"]), row["contender"], speed, *ratios)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

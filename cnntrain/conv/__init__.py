@@ -1,10 +1,10 @@
 """The convolutions. Each is called like ``nn.Conv2d`` and trains like it."""
 
-from .geometry import Geometry
-from .im2col import Im2colConv2d
-from .module import Conv2d
-from .naive import NaiveConv2d
-from .native import NativeConv2d
+from cnntrain.conv.geometry import Geometry
+from cnntrain.conv.im2col import Im2colConv2d
+from cnntrain.conv.module import Conv2d
+from cnntrain.conv.naive import NaiveConv2d
+from cnntrain.conv.native import NativeConv2d
 
 BACKENDS = {
     "native": NativeConv2d,

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from .geometry import Geometry, Pair
+from cnntrain.conv.geometry import Geometry, Pair
 
 
 class Algorithm(ABC):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .geometry import Geometry, Pair
+from cnntrain.conv.geometry import Geometry, Pair
 
 
 def unroll_width(x: Tensor, kernel: Pair, how: Geometry) -> Tensor:

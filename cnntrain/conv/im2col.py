@@ -24,8 +24,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from .autograd import Algorithm
-from .columns import (
+from cnntrain.conv.autograd import Algorithm
+from cnntrain.conv.columns import (
     column_bytes,
     column_matrices,
     fold_width,
@@ -36,8 +36,8 @@ from .columns import (
     weight_from_matrix,
     weight_matrix,
 )
-from .geometry import Geometry, Pair
-from .module import Conv2d
+from cnntrain.conv.geometry import Geometry, Pair
+from cnntrain.conv.module import Conv2d
 
 # On CPU, columns that stay in the caches beat columns of the whole batch: lenet5's layers, batch
 # 512, take 1.5 times as long without this limit. 2 MiB was best of 1, 2, 4 and 64.

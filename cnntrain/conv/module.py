@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .autograd import Algorithm, Forward
-from .geometry import Geometry, pad, padding_amounts
+from cnntrain.conv.autograd import Algorithm, Forward
+from cnntrain.conv.geometry import Geometry, pad, padding_amounts
 
 
 class Conv2d(nn.Conv2d):

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import Algorithm
-from .geometry import Geometry, Pair
-from .module import Conv2d
+from cnntrain.conv.autograd import Algorithm
+from cnntrain.conv.geometry import Geometry, Pair
+from cnntrain.conv.module import Conv2d
 
 
 class Naive(Algorithm):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .geometry import Geometry, Pair
+from cnntrain.conv.geometry import Geometry, Pair
 
 
 def seven_loops(

@@ -7,6 +7,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
+from cnntrain.conv import Geometry
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -23,7 +25,7 @@ def summarise(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]
     """Every layer without children, in the order in which an image (C, H, W) meets them.
 
     MACs: of a convolution kw*kh * c_in/groups * c_out * ow*oh, of a fully connected layer
-    in*out; other layers count as none.
+    in*out, bias not counted; other layers count as none.
     """
     found: list[Layer] = []
     names = {module: name for name, module in network.named_modules()}
@@ -71,9 +73,8 @@ def layer_table(network: nn.Module, in_shape: tuple[int, int, int]) -> Table:
 
 def _macs(module: nn.Module, shape: tuple[int, ...]) -> int:
     if isinstance(module, nn.Conv2d):
-        c_out, oh, ow = shape
-        kh, kw = module.kernel_size
-        return kw * kh * module.in_channels // module.groups * c_out * ow * oh
+        channels = module.in_channels, module.out_channels
+        return Geometry.of(module).macs(*channels, module.kernel_size, shape[1:])
     if isinstance(module, nn.Linear):
         positions = torch.Size(shape[:-1]).numel()
         return module.in_features * module.out_features * positions

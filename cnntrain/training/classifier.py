@@ -77,8 +77,6 @@ class Classifier(lightning.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": interval}]
 
     def on_train_epoch_start(self) -> None:
-        # In time: the loader reads the epoch when it is asked for the first batch.
-        self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
         self.tallies["train"] = Tally(self.device)
 
     def on_validation_epoch_start(self) -> None:
