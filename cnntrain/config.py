@@ -5,23 +5,19 @@ that a mistyped option is answered at once. This file knows groups and kinds by 
 """
 
 import contextlib
-import difflib
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from cnntrain.overrides import load_all, one_line, unknown
 from cnntrain.signatures import is_subclass, signature
 
 # In a wheel conf/ lies beside this file, in a checkout beside the package.
@@ -60,9 +56,6 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-Loader = Callable[[Sequence[str]], DictConfig]
-
-
 def compose(
     overrides: Sequence[str] = (), *, name: str = "train", folder: Path = CONF, extra: str = ""
 ) -> DictConfig:
@@ -77,7 +70,7 @@ def compose(
         return hydra.compose(name, [*path, *chosen])
 
     with hydra.initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name=name):
-        cfg, problems = _load_all(overrides, load)
+        cfg, problems = load_all(overrides, load)
     if cfg is not None:
         problems += check(cfg)
         if not any(p.startswith(("trainer", "optimizer")) for p in problems):
@@ -87,24 +80,6 @@ def compose(
     return cfg
 
 
-def combinations(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Every combination of a sweep's overrides, as Hydra's own sweeper expands them."""
-    axes: list[list[str]] = []
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException:
-            axes.append([text])  # left for compose, which says what is wrong with it
-            continue
-        if override.is_sweep_override() and override.is_discrete_sweep():
-            key = override.get_key_element()
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([text])
-    for combination in itertools.product(*axes):
-        yield list(combination)
-
-
 def check(cfg: DictConfig) -> list[str]:
     """Every key and type of every node against the signature of its target: one line a problem."""
     problems = []
@@ -112,7 +87,7 @@ def check(cfg: DictConfig) -> list[str]:
         if key in SCALARS:
             problems += _check_seed(cfg[key])
         elif key not in NODES:
-            problems.append(f"{key}: {_unknown('there is', 'option', key, [*NODES, *SCALARS])}")
+            problems.append(f"{key}: {unknown('there is', 'option', key, [*NODES, *SCALARS])}")
     for key, node in NODES.items():
         if key not in cfg:
             problems.append(f"{key}: missing")
@@ -165,7 +140,7 @@ def blame(option: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
         if isinstance(cause, ConfigError):
             raise cause from None
-        raise ConfigError([f"{option}: {_first_line(cause or error)}"]) from error
+        raise ConfigError([f"{option}: {first_line(cause or error)}"]) from error
 
 
 def occupied(directory: str | Path) -> str:
@@ -179,56 +154,6 @@ def config_hash(cfg: DictConfig) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None, list[str]]:
-    """Compose; if Hydra refuses, find out which overrides are to blame and compose the rest."""
-    errors = (HydraException, OmegaConfBaseException, YAMLError)
-    try:
-        return load(overrides), []
-    except errors as error:
-        refusal = error
-    try:
-        base = load([])
-    except errors as error:
-        return None, [_one_line(error)]
-    problems: list[str] = []
-    kept: list[str] = []
-    # Choices first: whether `model.dropout` exists depends on `model=`.
-    for text in sorted(overrides, key=lambda text: "." in text.split("=")[0]):
-        try:
-            base = load([*kept, text])
-            kept.append(text)
-        except errors as error:
-            problems.append(_explain(text, error, base))
-    return base, problems or [_one_line(refusal)]
-
-
-def _explain(text: str, error: Exception, base: DictConfig) -> str:
-    try:
-        override: Override = OverridesParser.create().parse_override(text)
-    except HydraException:
-        return f"{text}: cannot be read; write option=value, in quotes if it has special characters"
-    key = str(override.key_or_group)
-    message = str(error)
-    if "Available options in" in message:
-        listed = message.split("Available options in")[1].split("Config search")[0]
-        choices = [line.strip() for line in listed.split("\n")[1:] if line.strip()]
-        value = str(override.value())
-        return f"{text}: {_unknown(f'{key} has', 'choice', value, choices)}"
-    if "Could not override" in message:
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(base, parent) if parent else base
-        if not isinstance(node, DictConfig):
-            return f"{text}: {_unknown('there is', 'option', key, list(_flat(base)))}"
-        target = node.get("_target_")
-        if target and not text.startswith(("+", "~")) and name in _parameters(target):
-            return f"{text}: {target} has it, but the config does not: add it with +{text}"
-        names = [str(k) for k in node if not str(k).startswith("_")]
-        return (
-            f"{text}: {_unknown(f'{parent} has' if parent else 'there is', 'option', name, names)}"
-        )
-    return f"{text}: {_one_line(error)}"
-
-
 def _check_seed(value: Any) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
         return [f"seed={value}: must be a whole number from 0 to 4294967295"]
@@ -239,7 +164,7 @@ def _check_node(key: str, node: Node, cfg: DictConfig) -> list[str]:
     try:
         values = OmegaConf.to_container(cfg[key], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        return [f"{key}: {_one_line(error)}"]
+        return [f"{key}: {one_line(error)}"]
     if not isinstance(values, dict) or "_target_" not in values:
         return [f"{key}={cfg[key]}: must name a choice, or a class as {key}._target_"]
     target, partial = str(values.pop("_target_")), values.pop("_partial_", False)
@@ -248,7 +173,7 @@ def _check_node(key: str, node: Node, cfg: DictConfig) -> list[str]:
             return [f"{key}._target_={target}: must be a class derived from {node.kind}"]
         accepted = signature(target)
     except ImportError as error:
-        return [f"{key}._target_={target}: cannot be imported: {_first_line(error)}"]
+        return [f"{key}._target_={target}: cannot be imported: {first_line(error)}"]
     problems = []
     if bool(partial) != node.partial:
         problems.append(f"{key}._partial_={partial}: must be {str(node.partial).lower()}")
@@ -260,7 +185,7 @@ def _check_node(key: str, node: Node, cfg: DictConfig) -> list[str]:
             problems.append(f"{option}: is filled in by the program; leave it out")
         elif name not in accepted.types and not accepted.open:
             names = [n for n in accepted.types if n not in node.given]
-            problems.append(f"{option}: {_unknown(f'{target} has', 'option', name, names)}")
+            problems.append(f"{option}: {unknown(f'{target} has', 'option', name, names)}")
         elif name in accepted.types and (wrong := _mismatch(accepted.types[name], value)):
             problems.append(f"{option}: {wrong}")
     return problems
@@ -282,28 +207,6 @@ def _mismatch(kind: Any, value: Any) -> str | None:
     return None
 
 
-def _unknown(has: str, what: str, name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    way_out = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(names))}"
-    if what == "choice" and near:
-        way_out += f" (there is {', '.join(sorted(names))})"
-    return f"{has} no {what} {name!r}; {way_out}"
-
-
-def _parameters(target: str) -> Iterable[str]:
-    try:
-        return signature(target).types
-    except ImportError:
-        return ()
-
-
-def _flat(cfg: DictConfig) -> Iterator[str]:
-    for key, value in cfg.items():
-        yield str(key)
-        if isinstance(value, DictConfig):
-            yield from (f"{key!s}.{inner!s}" for inner in map(str, value))
-
-
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
@@ -312,9 +215,5 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

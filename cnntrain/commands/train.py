@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cnntrain import config
+from cnntrain.overrides import combinations
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def _check() -> None:
         return
     folder = Path(arguments.config_path) if arguments.config_path else config.CONF
     sweep = arguments.multirun or any("hydra.mode=MULTIRUN" in o for o in arguments.overrides)
-    runs = config.combinations(arguments.overrides) if sweep else [arguments.overrides]
+    runs = combinations(arguments.overrides) if sweep else [arguments.overrides]
     problems = [] if sweep else _occupied(arguments.overrides)
     for overrides in runs:
         try:

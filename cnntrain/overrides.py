@@ -1,0 +1,115 @@
+"""Overrides: what a person typed after the command, expanded, composed and explained.
+
+Hydra stops at the first override that it cannot apply. Here all of them are found, each with a way
+out.
+"""
+
+import difflib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cnntrain.signatures import signature
+
+Loader = Callable[[Sequence[str]], DictConfig]
+
+
+def combinations(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Every combination of a sweep's overrides, as Hydra's own sweeper expands them."""
+    axes: list[list[str]] = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            axes.append([text])  # left for compose, which says what is wrong with it
+            continue
+        if override.is_sweep_override() and override.is_discrete_sweep():
+            key = override.get_key_element()
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            axes.append([text])
+    for combination in itertools.product(*axes):
+        yield list(combination)
+
+
+def load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None, list[str]]:
+    """Compose; if Hydra refuses, find out which overrides are to blame and compose the rest."""
+    errors = (HydraException, OmegaConfBaseException, YAMLError)
+    try:
+        return load(overrides), []
+    except errors as error:
+        refusal = error
+    try:
+        base = load([])
+    except errors as error:
+        return None, [one_line(error)]
+    problems: list[str] = []
+    kept: list[str] = []
+    # Choices first: whether `model.dropout` exists depends on `model=`.
+    for text in sorted(overrides, key=lambda text: "." in text.split("=")[0]):
+        try:
+            base = load([*kept, text])
+            kept.append(text)
+        except errors as error:
+            problems.append(_explain(text, error, base))
+    return base, problems or [one_line(refusal)]
+
+
+def _explain(text: str, error: Exception, base: DictConfig) -> str:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return f"{text}: cannot be read; write option=value, in quotes if it has special characters"
+    key = str(override.key_or_group)
+    message = str(error)
+    if "Available options in" in message:
+        listed = message.split("Available options in")[1].split("Config search")[0]
+        choices = [line.strip() for line in listed.split("\n")[1:] if line.strip()]
+        value = str(override.value())
+        return f"{text}: {unknown(f'{key} has', 'choice', value, choices)}"
+    if "Could not override" in message:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(base, parent) if parent else base
+        if not isinstance(node, DictConfig):
+            return f"{text}: {unknown('there is', 'option', key, list(_flat(base)))}"
+        target = node.get("_target_")
+        if target and not text.startswith(("+", "~")) and name in _parameters(target):
+            return f"{text}: {target} has it, but the config does not: add it with +{text}"
+        names = [str(k) for k in node if not str(k).startswith("_")]
+        return (
+            f"{text}: {unknown(f'{parent} has' if parent else 'there is', 'option', name, names)}"
+        )
+    return f"{text}: {one_line(error)}"
+
+
+def unknown(has: str, what: str, name: str, names: Sequence[str]) -> str:
+    """A line that refuses a name and offers the nearest one, or all there are."""
+    near = difflib.get_close_matches(name, names, n=1)
+    way_out = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(names))}"
+    if what == "choice" and near:
+        way_out += f" (there is {', '.join(sorted(names))})"
+    return f"{has} no {what} {name!r}; {way_out}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message with its line breaks taken out."""
+    return " ".join(str(error).split())
+
+
+def _parameters(target: str) -> Iterable[str]:
+    try:
+        return signature(target).types
+    except ImportError:
+        return ()
+
+
+def _flat(cfg: DictConfig) -> Iterator[str]:
+    for key, value in cfg.items():
+        yield str(key)
+        if isinstance(value, DictConfig):
+            yield from (f"{key!s}.{inner!s}" for inner in map(str, value))
