@@ -39,14 +39,12 @@ class Trainer(lightning.Trainer):
         **lightning_options: Any,
     ):
         mode = "max" if monitor.endswith("acc") else "min"
+        folder = Path(default_root_dir or ".") / "checkpoints"
         self.best = ModelCheckpoint(
-            dirpath=Path(default_root_dir or ".") / "checkpoints",
-            filename="best",
-            monitor=monitor,
-            mode=mode,
-            save_last=True,
-            enable_version_counter=False,
+            folder, "best", monitor=monitor, mode=mode, enable_version_counter=False
         )
+        # Not the first one's `save_last`, which is the last of the best.
+        self.last = ModelCheckpoint(folder, "last", enable_version_counter=False)
         stopping: list[lightning.Callback] = []
         if early_stopping is not None:
             stopping.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
@@ -62,7 +60,7 @@ class Trainer(lightning.Trainer):
             accumulate_grad_batches=accumulate_grad_batches,
             log_every_n_steps=log_every_n_steps,
             default_root_dir=default_root_dir,
-            callbacks=[*(callbacks or []), self.best, *stopping],
+            callbacks=[*(callbacks or []), self.best, self.last, *stopping],
             # What these would print, the run says itself, and the weights are new, not suspect.
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -73,5 +71,5 @@ class Trainer(lightning.Trainer):
     @property
     def chosen_checkpoint(self) -> Path:
         """The file of the weights that are to meet the test set."""
-        chosen = self.best.best_model_path if self.test_checkpoint == "best" else ""
-        return Path(chosen or self.best.last_model_path)
+        chosen = self.best if self.test_checkpoint == "best" else self.last
+        return Path(chosen.best_model_path)
