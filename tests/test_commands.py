@@ -253,3 +253,10 @@ def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
     else:
         assert done.returncode == 0, done.stderr
         assert "--cfg" in command or "test accuracy" in done.stdout
+
+
+def test_readme_python() -> None:
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(compile(block.split("```")[0], "README.md", "exec"), {})

@@ -15,7 +15,6 @@ from rich.console import Console
 from cnntrain.config import blame, build, config_hash
 from cnntrain.models import layer_table
 from cnntrain.training.classifier import Classifier
-from cnntrain.training.progress import Progress
 from cnntrain.training.record import METRICS, Record, TensorBoard
 from cnntrain.training.run_directory import RunDirectory
 
@@ -63,7 +62,7 @@ def train(cfg: DictConfig, directory: Path) -> Result:
                 cfg.trainer,
                 default_root_dir=directory,
                 logger=tensorboard,
-                callbacks=[*([Progress()] if cfg.trainer.progress_bar else []), record],
+                callbacks=[record],
             )
         device = trainer.strategy.root_device
         text = io.StringIO()

@@ -7,6 +7,8 @@ import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from pydantic import PositiveFloat, PositiveInt
 
+from cnntrain.training.progress import Progress
+
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
 Precision = Literal[32, "32", "32-true", "bf16-mixed", "16-mixed"]
 
@@ -45,6 +47,7 @@ class Trainer(lightning.Trainer):
         )
         # Not the first one's `save_last`, which is the last of the best.
         self.last = ModelCheckpoint(folder, "last", enable_version_counter=False)
+        progress = [Progress()] if progress_bar else []
         stopping: list[lightning.Callback] = []
         if early_stopping is not None:
             stopping.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
@@ -60,7 +63,7 @@ class Trainer(lightning.Trainer):
             accumulate_grad_batches=accumulate_grad_batches,
             log_every_n_steps=log_every_n_steps,
             default_root_dir=default_root_dir,
-            callbacks=[*(callbacks or []), self.best, self.last, *stopping],
+            callbacks=[*progress, *(callbacks or []), self.best, self.last, *stopping],
             # What these would print, the run says itself, and the weights are new, not suspect.
             enable_progress_bar=False,
             enable_model_summary=False,
