@@ -221,7 +221,7 @@ def test_tensorboard_shows_the_run(server: str, tmp_path: Path) -> None:
     asked = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": columns, "sliceSize": 9}
     groups = _ask(f"{server}/data/plugin/hparams/session_groups", json.dumps(asked).encode())
     (group,) = groups["sessionGroups"]  # type: ignore[index]
-    assert group["hparams"]["optimizer.lr"] == 0.003
+    assert group["hparams"]["optimizer.lr"] == 0.005
     result = json.loads((tmp_path / "outputs/first/result.json").read_text())["metrics"]
     shown = {m["name"]["tag"]: m["value"] for m in group["metricValues"]}
     assert shown == pytest.approx(result)

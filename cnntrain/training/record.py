@@ -39,7 +39,7 @@ class TensorBoard(TensorBoardLogger):
         Not `log_hyperparams`, which would log the metrics once more, at step 0.
         """
         experiment, start, self._end = hparams(
-            options(cfg), dict.fromkeys(["test/loss", "test/acc", *METRICS], 0.0)
+            options(cfg), dict.fromkeys(["test/acc", "val/acc", "test/loss", *METRICS], 0.0)
         )
         for summary in (experiment, start):
             self.experiment._get_file_writer().add_summary(summary)
