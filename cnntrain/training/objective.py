@@ -38,7 +38,7 @@ class OneCycle(OneCycleLR):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3,
+        pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.5,
         div_factor: PositiveFloat = 25.0,
         final_div_factor: PositiveFloat = 1e4,
         anneal_strategy: Literal["cos", "linear"] = "cos",
