@@ -14,16 +14,6 @@ from cnntrain.conv.autograd import Algorithm
 from cnntrain.conv.geometry import pad, padding_amounts
 from cnntrain.conv.oracle import seven_loops
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors here are tiny: threads waiting for each other would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 OURS = [Im2colConv2d, NaiveConv2d]
 every_backend = pytest.mark.parametrize("backend", list(BACKENDS.values()), ids=list(BACKENDS))
 our_backend = pytest.mark.parametrize("backend", OURS, ids=["im2col", "naive"])

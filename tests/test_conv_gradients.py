@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_conv import GRID, one_thread, our_backend, randn, twin  # noqa: F401 - a fixture
+from test_conv import GRID, our_backend, randn, twin
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from test_conv import every_backend, one_thread, randn  # noqa: F401 - a fixture
+from test_conv import every_backend, randn
 from torch import nn
 
 from cnntrain.conv import BACKENDS, Im2colConv2d
