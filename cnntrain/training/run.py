@@ -67,7 +67,7 @@ def train(cfg: DictConfig, directory: Path) -> Result:
         device = trainer.strategy.root_device
         text = io.StringIO()
         Console(file=text, width=100).print(layer_table(network, data.shape))
-        log.info(text.getvalue())
+        log.info(text.getvalue().strip("\n"))
         if trainer.compile_network:
             network.compile()
 
