@@ -7,6 +7,7 @@ that a mistyped option is answered at once. This file knows groups and kinds by 
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +31,38 @@ class Node:
     """What a node of the config with a `_target_` has to be."""
 
     kind: str  # the class that the target must be or derive from
-    given: tuple[str, ...] = ()  # parameters that the program fills in, not the config
+    given: tuple[str, ...] = ()  # parameters that the program decides, not the config
     partial: bool = False  # called later, with what is given
+    filled: bool = False  # and all of that has to be taken
 
 
+# What the run itself needs to have its way with: whole epochs, validated, recorded, tested once.
+TRAINER_GIVEN = (
+    "default_root_dir",
+    "logger",
+    "callbacks",
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "num_sanity_val_steps",
+    "check_val_every_n_epoch",
+    "max_steps",
+    "fast_dev_run",
+    "barebones",
+)
 NODES = {
-    "backend": Node("torch.nn.Conv2d", partial=True),
-    "model": Node("torch.nn.Module", ("conv", "in_shape", "num_classes")),
+    "backend": Node(
+        "torch.nn.Conv2d", ("in_channels", "out_channels", "kernel_size", "padding"), partial=True
+    ),
+    "model": Node("torch.nn.Module", ("conv", "in_shape", "num_classes"), filled=True),
     "data": Node("cnntrain.data.ImageData"),
     "optimizer": Node("torch.optim.Optimizer", ("params",), partial=True),
     "scheduler": Node(
         "torch.optim.lr_scheduler.LRScheduler", ("optimizer", "total_steps"), partial=True
     ),
     "loss": Node("torch.nn.Module"),
-    "trainer": Node("lightning.pytorch.Trainer", ("logger", "callbacks", "default_root_dir")),
+    "trainer": Node("lightning.pytorch.Trainer", TRAINER_GIVEN),
 }
-SCALARS = {"seed": "int"}
 
 
 class ConfigError(Exception):
@@ -57,7 +74,11 @@ class ConfigError(Exception):
 
 
 def compose(
-    overrides: Sequence[str] = (), *, name: str = "train", folder: Path = CONF, extra: str = ""
+    overrides: Sequence[str] = (),
+    *,
+    name: str = "train",
+    folder: Path = CONF,
+    extra: Path | None = None,
 ) -> DictConfig:
     """The config that `python train.py <overrides>` would run, checked.
 
@@ -84,10 +105,10 @@ def check(cfg: DictConfig) -> list[str]:
     """Every key and type of every node against the signature of its target: one line a problem."""
     problems = []
     for key in map(str, cfg):
-        if key in SCALARS:
-            problems += _check_seed(cfg[key])
-        elif key not in NODES:
-            problems.append(f"{key}: {unknown('there is', 'option', key, [*NODES, *SCALARS])}")
+        if key not in NODES and key != "seed":
+            problems.append(f"{key}: {unknown('there is', 'option', key, [*NODES, 'seed'])}")
+    if "seed" in cfg or not problems:  # else it is mistyped, as has been said
+        problems += _check_seed(cfg.get("seed"))
     for key, node in NODES.items():
         if key not in cfg:
             problems.append(f"{key}: missing")
@@ -116,6 +137,10 @@ def contradictions(cfg: DictConfig) -> list[str]:
             f"trainer.precision={precision}: float16 trains only on a GPU; "
             "take trainer.precision=bf16-mixed or 32"
         )
+    for part, what in [("train", "train"), ("val", "validate"), ("test", "test")]:
+        if trainer.get(f"limit_{part}_batches") == 0:
+            option = f"trainer.limit_{part}_batches=0"
+            problems.append(f"{option}: a run has to {what}; take 1 or more, or leave it out")
     mixed = precision.endswith("mixed")
     if mixed and cfg.optimizer.get("fused") and trainer.get("gradient_clip_val"):
         problems.append(
@@ -140,12 +165,23 @@ def blame(option: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
         if isinstance(cause, ConfigError):
             raise cause from None
-        raise ConfigError([f"{option}: {first_line(cause or error)}"]) from error
+        said = first_line(cause or error)
+        raise ConfigError(
+            [said if said.startswith(f"{option}.") else f"{option}: {said}"]
+        ) from error
 
 
-def occupied(directory: str | Path) -> str:
-    """What to say of a run directory that another run has."""
-    return f"hydra.run.dir={directory}: holds another run already; give this one its own folder"
+def run_directory_problem(directory: str) -> str | None:
+    """Why a run cannot have this directory for its own, if so: nothing is written to find out."""
+    if not directory:
+        return "hydra.run.dir=: must name a folder"
+    path = Path(directory).absolute()
+    if (path / "result.json").exists():
+        return f"hydra.run.dir={directory}: holds another run already; give this one its own folder"
+    above = next(p for p in (path, *path.parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        return f"hydra.run.dir={directory}: {above} is not a folder that can be written"
+    return None
 
 
 def config_hash(cfg: DictConfig) -> str:
@@ -156,7 +192,7 @@ def config_hash(cfg: DictConfig) -> str:
 
 def _check_seed(value: Any) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        return [f"seed={value}: must be a whole number from 0 to 4294967295"]
+        return [f"seed={_shown(value)}: must be a whole number from 0 to 4294967295"]
     return []
 
 
@@ -175,6 +211,9 @@ def _check_node(key: str, node: Node, cfg: DictConfig) -> list[str]:
     except ImportError as error:
         return [f"{key}._target_={target}: cannot be imported: {first_line(error)}"]
     problems = []
+    missing = [name for name in node.given if node.filled and name not in accepted.types]
+    if missing and not accepted.open:
+        problems.append(f"{key}._target_={target}: must take the parameters {', '.join(missing)}")
     if bool(partial) != node.partial:
         problems.append(f"{key}._partial_={partial}: must be {str(node.partial).lower()}")
     for name, value in ((str(name), value) for name, value in values.items()):
@@ -182,7 +221,7 @@ def _check_node(key: str, node: Node, cfg: DictConfig) -> list[str]:
         if "_target_" in json.dumps(value, default=str):
             problems.append(f"{option}: a _target_ may stand only in {', '.join(NODES)}")
         elif name in node.given:
-            problems.append(f"{option}: is filled in by the program; leave it out")
+            problems.append(f"{option}: is decided by the program; leave it out")
         elif name not in accepted.types and not accepted.open:
             names = [n for n in accepted.types if n not in node.given]
             problems.append(f"{option}: {unknown(f'{target} has', 'option', name, names)}")
@@ -200,7 +239,10 @@ def _mismatch(kind: Any, value: Any) -> str | None:
         # By way of JSON, where strict still takes a list for a tuple and an int for a float.
         TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        found = [e["msg"][0].lower() + e["msg"][1:] for e in error.errors()]
+        found = [
+            "has too few values" if e["type"] == "missing" else e["msg"][0].lower() + e["msg"][1:]
+            for e in error.errors()
+        ]
         return ", or ".join(dict.fromkeys(found))
     except PydanticSchemaGenerationError:
         pass  # a type that is not for plain values: its constructor will say

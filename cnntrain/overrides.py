@@ -7,7 +7,10 @@ out.
 import difflib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
+import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -19,27 +22,32 @@ from cnntrain.signatures import signature
 Loader = Callable[[Sequence[str]], DictConfig]
 
 
-def combinations(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Every combination of a sweep's overrides, as Hydra's own sweeper expands them."""
-    axes: list[list[str]] = []
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException:
-            axes.append([text])  # left for compose, which says what is wrong with it
-            continue
+def combinations(overrides: Sequence[str], folder: Path) -> list[list[str]]:
+    """Every combination of a sweep's overrides, as Hydra's own sweeper expands them.
+
+    `folder` holds the config; `glob(...)` looks up choices there.
+    """
+    with hydra.initialize_config_dir(str(folder.absolute()), version_base="1.3"):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        axes = [_values(text, parser) for text in overrides]
+    return [list(combination) for combination in itertools.product(*axes)]
+
+
+def _values(text: str, parser: OverridesParser) -> list[str]:
+    try:
+        (override,) = parser.parse_overrides([text])
         if override.is_sweep_override() and override.is_discrete_sweep():
             key = override.get_key_element()
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([text])
-    for combination in itertools.product(*axes):
-        yield list(combination)
+            return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    except HydraException:
+        pass  # left for compose, which says what is wrong with it
+    return [text]
 
 
 def load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None, list[str]]:
     """Compose; if Hydra refuses, find out which overrides are to blame and compose the rest."""
-    errors = (HydraException, OmegaConfBaseException, YAMLError)
+    # ValueError: a file that isn't UTF-8, or `model=null`.
+    errors = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
     try:
         return load(overrides), []
     except errors as error:
@@ -67,6 +75,14 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
         return f"{text}: cannot be read; write option=value, in quotes if it has special characters"
     key = str(override.key_or_group)
     message = str(error)
+    if override.is_sweep_override():
+        return f"{text}: a sweep needs -m, and the values one by one: a,b,c; a list is [a,b,c]"
+    if key.startswith("hydra."):
+        return f"{text}: Hydra refuses it; python train.py --cfg hydra shows its options"
+    if "group override must be" in message:
+        return f"{text}: must name a choice of {key}; python train.py --help lists them"
+    if "Multiple values for" in message:
+        return f"{text}: has a choice already; write {text.lstrip('+')}"
     if "Available options in" in message:
         listed = message.split("Available options in")[1].split("Config search")[0]
         choices = [line.strip() for line in listed.split("\n")[1:] if line.strip()]

@@ -235,12 +235,19 @@ def readme_commands() -> list[str]:
     return [c for c in commands if c.startswith("python train.py ") and "<" not in c]
 
 
+def test_the_folder_one_is_in_is_searched(cnntrain: Run, tmp_path: Path) -> None:
+    (tmp_path / "mypkg.py").write_text("from torch import nn\n\n\nclass My(nn.Conv2d): pass\n")
+    done = cnntrain(*QUICK[1:], "backend._target_=mypkg.My", "experiment=quick")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1/1" in done.stdout
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
     """As the README has it, on little data."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
     arguments = shlex.split(command.split("`")[0])[2:]
-    if not any(a.startswith("data=") for a in arguments):
+    if not any(a.startswith(("data=", "experiment=")) for a in arguments):
         arguments.append("data=fashion_mnist_mini")
     done = cnntrain(*arguments, *QUICK[1:], PYTHONPATH=str(tmp_path))
     if "trainer=gpu" in arguments and not Path("/dev/nvidia0").exists():

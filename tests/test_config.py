@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, Run
 
 from cnntrain.config import CONF, NODES, ConfigError, compose, config_hash
+from cnntrain.overrides import combinations
 
 MISTAKES = [
     (["model.dropuot=0.1"], ["model.dropuot=0.1: model has no option 'dropuot'", "'dropout'"]),
@@ -21,7 +22,7 @@ MISTAKES = [
     (["model=shallow", "model.dropout=0.1"], ["model.dropout=0.1: model has no option 'dropout'"]),
     (["optimizer.amsgrad=true"], ["add it with +optimizer.amsgrad=true"]),
     (["model.activation=rel"], ["model.activation=rel: input should be 'relu', 'leaky_relu'"]),
-    (["model.channels=[6,16]"], ["model.channels=[6, 16]: field required"]),
+    (["model.channels=[6,16]"], ["model.channels=[6, 16]: has too few values"]),
     (["model.dropout=1"], ["model.dropout=1: input should be less than 1"]),
     (["optimizer.lr=fast"], ["optimizer.lr=fast: input should be a valid number"]),
     (["loss.label_smoothing=2"], ["loss.label_smoothing=2: input should be less than or equal"]),
@@ -35,15 +36,24 @@ MISTAKES = [
         ["trainer.gradient_clip_val=1", "optimizer.fused=false"],
     ),
     (["seed=-1"], ["seed=-1: must be a whole number from 0"]),
-    (["seed=true"], ["seed=True: must be a whole number"]),
+    (["seed=true"], ["seed=true: must be a whole number"]),
     (["optimizer._target_=os.system"], ["os.system: must be a class derived from torch.optim"]),
     (["backend._target_=torch.nn.Linear"], ["must be a class derived from torch.nn.Conv2d"]),
     (["backend._target_=nowhere.Conv"], ["nowhere.Conv: cannot be imported"]),
     (["backend._target_=torch.nn.Conv9d"], ["torch.nn.Conv9d: cannot be imported"]),
     (["+model.conv.x._target_=os.system"], ["a _target_ may stand only in backend, model"]),
-    (["+model.num_classes=7"], ["model.num_classes=7: is filled in by the program"]),
+    (["+model.num_classes=7"], ["model.num_classes=7: is decided by the program"]),
     (["backend._partial_=false"], ["backend._partial_=False: must be true"]),
     (["model.hidden="], ["model.hidden"]),
+    (["scheduler=null"], ["scheduler=null: must name a choice of scheduler"]),
+    (["backend=3"], ["backend=3: must name a choice of backend"]),
+    (["+backend=naive"], ["+backend=naive: has a choice already; write backend=naive"]),
+    (["~seed"], ["seed=null: must be a whole number"]),
+    (["seed=0,1"], ["seed=0,1: a sweep needs -m"]),
+    (["hydra.rum.dir=x"], ["hydra.rum.dir=x: Hydra refuses it"]),
+    (["+backend.kernel_size=3"], ["backend.kernel_size=3: is decided by the program"]),
+    (["+trainer.max_steps=3"], ["trainer.max_steps=3: is decided by the program"]),
+    (["+trainer.limit_val_batches=0"], ["trainer.limit_val_batches=0: a run has to validate"]),
     (["model.hidden=[1"], ["model.hidden=[1: cannot be read"]),
 ]
 
@@ -97,6 +107,7 @@ def test_mistake_in_a_file(tmp_path: Path, file: str, old: str, new: str, said: 
 
 def test_no_mistake_in_what_ships() -> None:
     groups = {group: [f.stem for f in (CONF / group).glob("*.yaml")] for group in NODES}
+    groups["experiment"] = [f.stem for f in (CONF / "experiment").glob("*.yaml")]
     groups.pop("loss")
     assert all(groups.values())
     for group, choices in groups.items():
@@ -154,8 +165,54 @@ def test_command_line_refuses_with_exit_code_2(cnntrain: Run, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_has_to_take_what_the_program_gives(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/line.yaml").write_text("_target_: torch.nn.Linear\nbias: true\n")
+    with pytest.raises(ConfigError, match=r"must take the parameters conv, in_shape, num_classes$"):
+        compose(["model=line"], extra=tmp_path)
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/odd.yaml").write_bytes(b"_target_: \xff\n")
+    with pytest.raises(ConfigError, match=r"^model=odd: "):
+        compose(["model=odd"], extra=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config-dir", "nowhere"], "--config-dir=nowhere: is not a folder"),
+        (["--resolve"], "--resolve: goes with --cfg"),
+        (["hydra.run.dir="], "hydra.run.dir=: must name a folder"),
+        (["hydra.run.dir=a file/run"], "a file is not a folder that can be written"),
+    ],
+)
+def test_hydra_s_own_arguments(
+    cnntrain: Run, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    (tmp_path / "a file").write_text("")
+    done = cnntrain(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_combinations_of_a_sweep() -> None:
+    overrides = [
+        "backend=glob(n*)",
+        "seed=range(0,3)",
+        "model.dropout=0.1",
+        "model.channels=[1,2,3]",
+    ]
+    found = combinations(overrides, CONF)
+    assert len(found) == 2 * 3
+    assert found[0] == ["backend=naive", "seed=0", "model.dropout=0.1", "model.channels=[1,2,3]"]
+    assert found[-1][:2] == ["backend=native", "seed=2"]
+
+
 def test_sweep_is_checked_before_it_starts(cnntrain: Run, tmp_path: Path) -> None:
-    done = cnntrain("-m", "backend=native,im2coll", "model.dropout=0.1,2")
+    done = cnntrain("backend=native,im2coll", "-m", "model.dropout=0.1,2")
     assert done.returncode == 2
     assert "backend=im2coll" in done.stderr
     assert "model.dropout=2" in done.stderr

@@ -90,3 +90,9 @@ def test_copies_and_pickles(backend):
     assert pickle.loads(pickle.dumps(Im2colConv2d(1, 1, 1, max_column_mib=7))).algorithm == (
         Im2colConv2d(1, 1, 1, max_column_mib=7).algorithm
     )
+
+
+@every_backend
+def test_meta_device_tells_the_shape(backend):
+    conv = backend(3, 2, 3, stride=2, device="meta")
+    assert conv(torch.empty(4, 3, 9, 8, device="meta")).shape == (4, 2, 4, 3)

@@ -59,8 +59,14 @@ def test_any_batch_shape_and_class_count(network: Any, name: str) -> None:
 
 
 def test_too_small_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"images of shape \(1, 20, 20\) are too small"):
+    with pytest.raises(ValueError, match=r"images of shape \(1, 20, 20\) do not fit"):
         LeNet5((1, 20, 20))
+
+
+def test_unknown_choices_are_refused() -> None:
+    for option in ("activation", "pooling", "init"):
+        with pytest.raises(ValueError, match=rf"{option}='none': choose from .*(tanh|avg|default)"):
+            LeNet5(**{option: "none"})
 
 
 def test_xavier_uniform_bounds() -> None:

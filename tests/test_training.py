@@ -99,6 +99,9 @@ def test_backends_train_alike_and_exchange_checkpoints(tmp_path: Path) -> None:
             tmp_path / name,
             f"backend={name}",
             "data.batch_size=80",
+            # One-cycle in as few as 50 steps would amplify the last bits beyond comparison.
+            "scheduler=none",
+            "optimizer.lr=0.001",
             "trainer.log_every_n_steps=1",
             "+trainer.limit_train_batches=50",
         )
@@ -251,6 +254,7 @@ def test_early_stopping_and_last_checkpoint(tmp_path: Path) -> None:
         "optimizer.lr=0",
         "model.norm=false",
         "+trainer.limit_train_batches=1",
+        "scheduler=none",
     )
     rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
     assert len(rows) == 3  # the first, and two without a better one
@@ -306,9 +310,9 @@ def test_a_directory_belongs_to_one_run(tmp_path: Path) -> None:
 def test_what_a_constructor_refuses_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optimizer: Invalid learning rate: -1"):
         run(tmp_path / "a", "optimizer.lr=-1")
-    with pytest.raises(ConfigError, match=r"data: data.val_size=5000 leaves nothing"):
+    with pytest.raises(ConfigError, match=r"^data.val_size=5000 leaves nothing"):
         run(tmp_path / "b", "data.val_size=5000")
-    assert json.loads((tmp_path / "a/result.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "a").exists()  # refused before anything is written
 
 
 def test_a_failure_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +363,12 @@ def test_one_cycle_rises_and_falls() -> None:
     assert max(found) == pytest.approx(2.0, rel=1e-3)
     assert 29 <= found.index(max(found)) <= 31
     assert found[-1] == pytest.approx(2.0 / 20 / 100)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10])
+def test_one_cycle_of_few_steps(steps: int) -> None:
+    found = rates(OneCycle, steps)
+    assert all(0 < rate <= 2 for rate in found)
 
 
 def test_warmup_cosine_against_the_formula() -> None:

@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import os
 import sys
 
 import cnntrain
@@ -12,7 +11,6 @@ COMMANDS = {"train": "train a network from a config"}
 
 def main() -> None:
     """`cnntrain COMMAND ...`: the console script."""
-    sys.path.insert(0, os.getcwd())  # as with `python -m`: a backend of the user's own lies here
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
         sys.argv[:2] = [f"cnntrain {command}"]

@@ -1,5 +1,7 @@
 """`cnntrain train`, `python train.py`: one run, or with -m one for every combination."""
 
+import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -15,37 +17,40 @@ from cnntrain.overrides import combinations
 
 def main() -> None:
     """Check the whole command line, then hand it to Hydra."""
-    _check()
+    sys.path.insert(1, os.getcwd())  # a backend of the user's own may lie here
+    # Hydra's parser takes overrides only in one place; a person writes -m wherever it fits.
+    arguments = get_args_parser().parse_intermixed_args()
+    sys.argv[1:] = [a for a in sys.argv[1:] if a not in arguments.overrides] + arguments.overrides
+    asks = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
+    if not any(asks):
+        _check(arguments)
     _app()
 
 
-def _check() -> None:
+def _check(arguments: argparse.Namespace) -> None:
     """Say everything that is wrong with the command line before anything is written."""
-    arguments = get_args_parser().parse_args()
-    if arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
-        return
-    folder = Path(arguments.config_path) if arguments.config_path else config.CONF
-    sweep = arguments.multirun or any("hydra.mode=MULTIRUN" in o for o in arguments.overrides)
-    runs = combinations(arguments.overrides) if sweep else [arguments.overrides]
-    problems = [] if sweep else _occupied(arguments.overrides)
-    for overrides in runs:
+    folder = Path(arguments.config_path or config.CONF)
+    extra = Path(arguments.config_dir).absolute() if arguments.config_dir else None
+    overrides: list[str] = arguments.overrides
+    problems = []
+    if extra and not extra.is_dir():
+        problems.append(f"--config-dir={arguments.config_dir}: is not a folder")
+        extra = None
+    if arguments.resolve and not arguments.cfg:
+        problems.append("--resolve: goes with --cfg")
+    runs = [overrides]
+    if arguments.multirun or any("hydra.mode=MULTIRUN" in o for o in overrides):
+        runs = combinations(overrides, folder)
+    for chosen in [o for o in overrides if o.startswith("hydra.run.dir=")]:
+        problem = config.run_directory_problem(chosen.partition("=")[2].strip("'\""))
+        problems += [problem] if problem else []
+    for run in runs:
         try:
-            config.compose(
-                overrides,
-                name=arguments.config_name or "train",
-                folder=folder,
-                extra=str(Path(arguments.config_dir).absolute()) if arguments.config_dir else "",
-            )
+            config.compose(run, name=arguments.config_name or "train", folder=folder, extra=extra)
         except config.ConfigError as error:
             problems += error.problems
     if problems:
         _refuse(config.ConfigError(problems))
-
-
-def _occupied(overrides: list[str]) -> list[str]:
-    """Hydra writes into a run's directory before the run starts: so ask before Hydra does."""
-    given = [o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")]
-    return [config.occupied(path) for path in given if (Path(path) / "result.json").exists()]
 
 
 @hydra.main(config_path=str(config.CONF), config_name="train", version_base="1.3")
@@ -73,8 +78,8 @@ def _app(cfg: DictConfig) -> float | None:
 
 
 def _short(path: Path) -> str:
-    """As one would type it here."""
-    here = Path.cwd()
+    """As one would type it where the command was typed."""
+    here = Path(HydraConfig.get().runtime.cwd)
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 

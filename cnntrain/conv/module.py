@@ -48,11 +48,12 @@ class Conv2d(nn.Conv2d):
 
 def _autocast(t: Tensor) -> Tensor:
     """Casts as autocast would for ``nn.Conv2d``: before anything is unrolled."""
-    if not torch.is_autocast_enabled(t.device.type):
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return t
     if not t.is_floating_point() or t.dtype == torch.float64:  # autocast leaves these alone
         return t
-    return t.to(torch.get_autocast_dtype(t.device.type))
+    return t.to(torch.get_autocast_dtype(device))
 
 
 def _check(

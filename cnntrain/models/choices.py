@@ -1,9 +1,12 @@
 """The layers that networks choose by name."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 Activation = Literal["relu", "leaky_relu", "sigmoid", "tanh"]
 Pooling = Literal["max", "avg"]
@@ -35,14 +38,22 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
+def choose(option: str, name: str, choices: Mapping[str, T]) -> T:
+    """The choice called `name`; ValueError with all of them if there is none."""
+    if name not in choices:
+        raise ValueError(f"{option}={name!r}: choose from {', '.join(choices)}")
+    return choices[name]
+
+
 def initialise(network: nn.Module, init: Init) -> None:
     """Draw the weights of all convolutions and fully connected layers anew, biases zero.
 
     Sources: Glorot and Bengio 2010 (xavier), He et al. 2015 (kaiming). `default` keeps PyTorch's.
     """
-    if init == "default":
+    draws = {name: getattr(nn.init, f"{name}_", None) for name in get_args(Init)}
+    draw = choose("init", init, draws)
+    if draw is None:  # default
         return
-    draw = getattr(nn.init, f"{init}_")
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             draw(layer.weight)
@@ -53,7 +64,7 @@ def initialise(network: nn.Module, init: Init) -> None:
 def flat_features(features: nn.Module, in_shape: tuple[int, ...]) -> int:
     """How many numbers `features` makes of one image (C, H, W), found by showing it one.
 
-    Raises ValueError if the image is too small for the layers.
+    Raises ValueError, with the layer's reason, if it cannot pass: it may be too small.
     """
     training = features.training
     try:
@@ -61,6 +72,6 @@ def flat_features(features: nn.Module, in_shape: tuple[int, ...]) -> int:
             return features.eval()(torch.zeros(1, *in_shape)).numel()
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"images of shape {tuple(in_shape)} are too small: {reason}") from error
+        raise ValueError(f"images of shape {tuple(in_shape)} do not fit: {reason}") from error
     finally:
         features.train(training)

@@ -13,6 +13,7 @@ from cnntrain.models.choices import (
     BatchNorm2d,
     Init,
     Pooling,
+    choose,
     flat_features,
     initialise,
 )
@@ -22,9 +23,10 @@ class LeNet5(nn.Module):
     """LeNet-5: three 5x5 convolutions, two 2x2 poolings, two fully connected layers.
 
     Images (N, *in_shape) in, logits (N, num_classes) out. 65,886 parameters with the defaults.
-    Images must be at least 28x28; ValueError if they are smaller. `conv` is called like
-    `nn.Conv2d`. Source: LeCun, Bottou, Bengio and Haffner 1998, doi:10.1109/5.726791; here with
-    max pooling, full connections between feature maps and, where `norm`, batch normalisation.
+    Images must be at least 28x28; ValueError if they are smaller or a choice is unknown. `conv` is
+    called like `nn.Conv2d`. Source: LeCun, Bottou, Bengio and Haffner 1998, doi:10.1109/5.726791;
+    here with max pooling, full connections between feature maps and, where `norm`, batch
+    normalisation.
     """
 
     def __init__(
@@ -42,7 +44,8 @@ class LeNet5(nn.Module):
         init: Init = "xavier_uniform",
     ):
         super().__init__()
-        act, pool = ACTIVATIONS[activation], POOLINGS[pooling]
+        act = choose("activation", activation, ACTIVATIONS)
+        pool = choose("pooling", pooling, POOLINGS)
         c1, c2, c3 = channels
 
         def block(c_in: int, c_out: int, padding: int) -> list[nn.Module]:

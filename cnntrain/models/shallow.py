@@ -5,7 +5,14 @@ from collections.abc import Callable
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from cnntrain.models.choices import ACTIVATIONS, POOLINGS, Activation, Pooling, flat_features
+from cnntrain.models.choices import (
+    ACTIVATIONS,
+    POOLINGS,
+    Activation,
+    Pooling,
+    choose,
+    flat_features,
+)
 
 
 class Shallow(nn.Module):
@@ -28,8 +35,8 @@ class Shallow(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             conv(in_shape[0], channels, 3),  # (N, 16, 26, 26)
-            ACTIVATIONS[activation](),
-            POOLINGS[pooling](2),  # (N, 16, 13, 13)
+            choose("activation", activation, ACTIVATIONS)(),
+            choose("pooling", pooling, POOLINGS)(2),  # (N, 16, 13, 13)
             nn.Flatten(),
         )
         self.classifier = nn.Linear(flat_features(self.features, in_shape), num_classes)

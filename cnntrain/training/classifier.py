@@ -65,8 +65,7 @@ class Classifier(lightning.LightningModule):
         return self.network(images)
 
     def configure_optimizers(self) -> Any:
-        with blame("optimizer"):
-            optimizer = self.make_optimizer(params=self.network.parameters())
+        optimizer = self.make_optimizer(params=self.network.parameters())
         if self.make_scheduler is None:
             return optimizer
         every_step = "total_steps" in inspect.signature(self.make_scheduler).parameters

@@ -44,6 +44,8 @@ class OneCycle(OneCycleLR):
         anneal_strategy: Literal["cos", "linear"] = "cos",
         cycle_momentum: bool = True,
     ):
+        if pct_start * total_steps == 1:
+            pct_start *= 0.9  # OneCycleLR divides by the rise's length, pct_start * steps - 1
         super().__init__(
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],

@@ -47,8 +47,11 @@ def train(cfg: DictConfig, directory: Path) -> Result:
         )
     with blame("loss"):
         loss = build(cfg.loss)
+    with blame("optimizer"):
+        optimizer = build(cfg.optimizer)
+        optimizer(params=network.parameters())  # refuses now what it would refuse after the data
     scheduler = build(cfg.scheduler) if cfg.scheduler else None
-    module = Classifier(network, loss, build(cfg.optimizer), scheduler, seed=cfg.seed)
+    module = Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
 
     run = RunDirectory(directory, cfg)
     facts: dict[str, Any] = {"config_hash": config_hash(cfg), "seed": cfg.seed}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config import ConfigError, occupied
+from cnntrain.config import ConfigError, run_directory_problem
 
 PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 
@@ -28,7 +28,7 @@ class RunDirectory:
         try:
             self.result.touch(exist_ok=False)  # claims it: of two that try, one succeeds
         except FileExistsError:
-            raise ConfigError([occupied(path)]) from None
+            raise ConfigError([str(run_directory_problem(str(path)))]) from None
         config = path / ".hydra" / "config.yaml"
         if not config.exists():  # called from Python: Hydra has written nothing
             config.parent.mkdir(exist_ok=True)

@@ -1,0 +1,172 @@
+"""Names followed through source files, as Python itself would follow them, without importing."""
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+# Modules that are cheap to import and written in ways that no reader of source could follow.
+REAL_MODULES = {"typing", "typing_extensions", "collections.abc", "pydantic", "pathlib"}
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Where a name is defined: its module, and its node there (None: the module itself)."""
+
+    module: str
+    name: str
+    node: Any = field(compare=False, default=None)
+
+
+class NotInSource(LookupError):
+    """The source files don't tell what a name is."""
+
+
+@cache
+def _source(module: str) -> Path | None:
+    """The file of a module, found without importing its parents."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        name = top
+        for part in rest:
+            if spec is None or spec.submodule_search_locations is None:
+                return None
+            name = f"{name}.{part}"
+            spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+    except (ImportError, ValueError):
+        return None
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    return Path(spec.origin)
+
+
+@cache
+def _statements(module: str) -> list[ast.stmt]:
+    """The statements that run when a module is imported, those under `if` and `try` included."""
+    path = _source(module)
+    if path is None:
+        raise NotInSource(module)
+
+    def walk(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+        for statement in body:
+            if isinstance(statement, (ast.If, ast.Try)):
+                yield from walk(statement.body)
+                yield from walk(statement.orelse)
+            else:
+                yield statement
+
+    try:
+        return list(walk(ast.parse(path.read_bytes()).body))
+    except SyntaxError as error:
+        raise NotInSource(module) from error
+
+
+def locate(target: str) -> Definition:
+    parts = target.split(".")
+    for cut in range(len(parts), 0, -1):
+        if _source(".".join(parts[:cut])):
+            definition = Definition(".".join(parts[:cut]), "")
+            for name in parts[cut:]:
+                if definition.name:
+                    raise NotInSource(target)
+                definition = _lookup(definition.module, name, ())
+            return definition
+    raise NotInSource(target)
+
+
+def _lookup(module: str, name: str, seen: tuple[tuple[str, str], ...]) -> Definition:
+    """Follow a name that `module` binds to the place that defines it."""
+    if (module, name) in seen:
+        raise NotInSource(name)
+    seen = (*seen, (module, name))
+    stars = []
+    for statement in reversed(_statements(module)):
+        match statement:
+            case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                if statement.name == name:
+                    return Definition(module, name, statement)
+            case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
+                return Definition(module, name, value)
+            case ast.AnnAssign(target=ast.Name(id=found), value=value) if found == name and value:
+                return Definition(module, name, value)
+            case ast.Import(names=aliases):
+                for alias in aliases:
+                    if (alias.asname or alias.name.split(".")[0]) == name:
+                        return Definition(alias.name if alias.asname else name, "")
+            case ast.ImportFrom(names=aliases):
+                origin = _absolute(module, statement)
+                for alias in aliases:
+                    if alias.name == "*":
+                        stars.append(origin)
+                    elif (alias.asname or alias.name) == name:
+                        return _member(origin, alias.name, seen)
+    for origin in stars:
+        try:
+            return _member(origin, name, seen)
+        except NotInSource:
+            continue
+    return _member(module, name, seen, only_submodule=True)
+
+
+def _member(
+    module: str, name: str, seen: tuple[tuple[str, str], ...], only_submodule: bool = False
+) -> Definition:
+    if module in REAL_MODULES:
+        return Definition(module, name)
+    if not only_submodule:
+        try:
+            return _lookup(module, name, seen)
+        except NotInSource:
+            pass
+    if _source(f"{module}.{name}"):
+        return Definition(f"{module}.{name}", "")
+    raise NotInSource(f"{module}.{name}")
+
+
+def _absolute(module: str, statement: ast.ImportFrom) -> str:
+    if not statement.level:
+        return statement.module or ""
+    path = _source(module)
+    package = module.split(".")
+    up = statement.level - (1 if path and path.name == "__init__.py" else 0)
+    base = package[: len(package) - up]
+    return ".".join([*base, *([statement.module] if statement.module else [])])
+
+
+def resolve(expression: ast.expr, module: str) -> Definition:
+    match expression:
+        case ast.Name(id=name):
+            return _lookup(module, name, ())
+        case ast.Attribute(value=value, attr=name):
+            owner = resolve(value, module)
+            if owner.name:
+                raise NotInSource(name)
+            return _member(owner.module, name, ())
+        case ast.Subscript(value=value):  # Generic[T] as a base class
+            return resolve(value, module)
+    raise NotInSource(ast.dump(expression))
+
+
+def load(target: str) -> Any:
+    """Import the object with the dotted name `target`; ImportError if there is none."""
+    parts = target.split(".")
+    for cut in range(len(parts), 0, -1):
+        module = ".".join(parts[:cut])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name and (module == error.name or module.startswith(error.name + ".")):
+                continue
+            raise
+        for name in parts[cut:]:
+            if not hasattr(found, name):
+                raise ImportError(f"{module} has no {name!r}")
+            found = getattr(found, name)
+        return found
+    raise ImportError(f"there is no module {parts[0]!r}")
