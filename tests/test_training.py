@@ -99,14 +99,13 @@ def test_backends_train_alike_and_exchange_checkpoints(tmp_path: Path) -> None:
             tmp_path / name,
             f"backend={name}",
             "data.batch_size=80",
-            # One-cycle in as few as 50 steps would amplify the last bits beyond comparison.
-            "scheduler=none",
-            "optimizer.lr=0.001",
             "trainer.log_every_n_steps=1",
             "+trainer.limit_train_batches=50",
+            # A cycle of 50 steps would reach the peak learning rate within them, where a last bit
+            # that picks another pixel in max pooling grows beyond comparison.
+            "trainer.max_epochs=8",
         )
-        losses[name] = scalars(tmp_path / name, "train/loss_step")
-        assert len(losses[name]) == 50
+        losses[name] = scalars(tmp_path / name, "train/loss_step")[:50]
     for name in ("im2col", "naive"):
         assert losses[name] == pytest.approx(losses["native"], abs=1e-4)
     data = FashionMNISTMini()
