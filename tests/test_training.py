@@ -118,7 +118,8 @@ def test_backends_train_alike_and_exchange_checkpoints(tmp_path: Path) -> None:
                 num_classes=10,
             )
             accuracy = evaluate(network, data.test_loader())[1]
-            assert accuracy == pytest.approx(results[trained].metrics["test/acc"], abs=5e-4)
+            one_image = 1 / 1000
+            assert abs(accuracy - results[trained].metrics["test/acc"]) < 1.5 * one_image
 
 
 def test_seed_determines_everything(tmp_path: Path) -> None:
