@@ -225,7 +225,7 @@ def _check_node(key: str, node: Node, cfg: DictConfig) -> list[str]:
         elif name not in accepted.types and not accepted.open:
             names = [n for n in accepted.types if n not in node.given]
             problems.append(f"{option}: {unknown(f'{target} has', 'option', name, names)}")
-        elif name in accepted.types and (wrong := _mismatch(accepted.types[name], value)):
+        elif name in accepted.types and (wrong := _mismatch(accepted.types[name](), value)):
             problems.append(f"{option}: {wrong}")
     return problems
 

@@ -56,6 +56,8 @@ def load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None,
         base = load([])
     except errors as error:
         return None, [one_line(error)]
+    if len(overrides) == 1:  # the one to blame
+        return base, [_explain(overrides[0], refusal, base)]
     problems: list[str] = []
     kept: list[str] = []
     # Choices first: whether `model.dropout` exists depends on `model=`.

@@ -12,8 +12,9 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias, Union
 
 from cnntrain.source import REAL_MODULES, Definition, NotInSource, load, locate, resolve
@@ -25,9 +26,13 @@ Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Signature:
-    """What a call accepts by keyword: `types` by name (Any where unknown); `open` if any name."""
+    """What a call accepts by keyword: names in `types`, or any if it is `open`.
 
-    types: dict[str, Any] = field(default_factory=dict)
+    A name's type is worked out when it is called for: that may lead through many source files, and
+    a config names only some of the parameters. It is Any where the source doesn't tell.
+    """
+
+    types: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     open: bool = False
 
 
@@ -104,7 +109,7 @@ def _parameters(function: Any, module: str) -> Signature:
     names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     if names and names[0].arg in ("self", "cls"):
         names = names[1:]
-    found = {a.arg: _plain(_type(a.annotation, module) if a.annotation else Any) for a in names}
+    found = {a.arg: partial(_annotated, a.annotation, module) for a in names}
     return Signature(found, arguments.kwarg is not None)
 
 
@@ -115,14 +120,20 @@ def _inspect(found: Any) -> Signature:
     except (TypeError, ValueError):
         return Signature(open=True)
     types_by_name = {
-        p.name: p.annotation if isinstance(p.annotation, (type, types.UnionType)) else Any
+        p.name: partial(_inspected, p.annotation)
         for p in parameters
         if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL
     }
-    types_by_name = {
-        n: Any if t is inspect.Parameter.empty else t for n, t in types_by_name.items()
-    }
     return Signature(types_by_name, any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+
+def _inspected(annotation: Any) -> Any:
+    known = isinstance(annotation, (type, types.UnionType))
+    return annotation if known and annotation is not inspect.Parameter.empty else Any
+
+
+def _annotated(annotation: ast.expr | None, module: str) -> Any:
+    return _plain(_type(annotation, module)) if annotation else Any
 
 
 def _plain(kind: Any) -> Any:
