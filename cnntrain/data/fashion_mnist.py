@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
 from cnntrain.data.cache import obtain
 from cnntrain.data.idx import DataError, IdxFile, parse_idx, read_bytes
-from cnntrain.data.images import ImageData, Probability
+from cnntrain.data.images import ImageData
 
 # Images and labels of each set, decompressed.
 FILES = {
@@ -97,27 +97,8 @@ class FashionMNIST(ImageData):
     std = (0.3530,)
     train_size = 60_000
 
-    def __init__(
-        self,
-        *,
-        root: str = "~/.cache/cnntrain/fashion_mnist",
-        batch_size: PositiveInt = 128,
-        eval_batch_size: PositiveInt = 1024,
-        val_size: PositiveInt = 5000,
-        split_seed: NonNegativeInt = 0,
-        hflip: Probability = 0.0,
-        crop: NonNegativeInt = 0,
-        erase: Probability = 0.0,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=val_size,
-            split_seed=split_seed,
-            hflip=hflip,
-            crop=crop,
-            erase=erase,
-        )
+    def __init__(self, *, root: str = "~/.cache/cnntrain/fashion_mnist", **options: Any) -> None:
+        super().__init__(**options)
         self.root = Path(root).expanduser().absolute()
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
@@ -136,26 +117,8 @@ class FashionMNISTMini(ImageData):
     std = FashionMNIST.std
     train_size = 5_000
 
-    def __init__(
-        self,
-        *,
-        batch_size: PositiveInt = 128,
-        eval_batch_size: PositiveInt = 1024,
-        val_size: PositiveInt = 500,
-        split_seed: NonNegativeInt = 0,
-        hflip: Probability = 0.0,
-        crop: NonNegativeInt = 0,
-        erase: Probability = 0.0,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=val_size,
-            split_seed=split_seed,
-            hflip=hflip,
-            crop=crop,
-            erase=erase,
-        )
+    def __init__(self, *, val_size: PositiveInt = 500, **options: Any) -> None:
+        super().__init__(val_size=val_size, **options)
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
         contents = []
