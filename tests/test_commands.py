@@ -98,7 +98,13 @@ def test_an_occupied_directory_is_left_as_it_is(cnntrain: Run, tmp_path: Path) -
 def test_ctrl_c_is_recorded(tmp_path: Path) -> None:
     command = [*TRAIN, "data=fashion_mnist_mini", "trainer.max_epochs=500", "hydra.run.dir=run"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore SIGINT, and so would what the tests start in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("run/checkpoints/last.ckpt")):
