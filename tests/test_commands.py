@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, signals, a real TensorBoard server."""
 
+import csv
 import fcntl
 import json
 import os
@@ -266,6 +267,20 @@ def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
     else:
         assert done.returncode == 0, done.stderr
         assert "--cfg" in command or "test accuracy" in done.stdout
+
+
+def test_benchmark_writes_its_ratios(tmp_path: Path) -> None:
+    """The README's measurement, one round on little data; what it measures is not tested."""
+    command = [sys.executable, str(ROOT / "scripts/benchmark_training.py"), "--rounds", "1"]
+    options = ["--batch-sizes", "512", "--data", "fashion_mnist_mini", "--csv", "ratios.csv"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, *options], cwd=tmp_path, env=environment, check=True, timeout=300)
+    rows = list(csv.DictReader((tmp_path / "ratios.csv").open()))
+    speed = {row["contender"]: float(row["images_per_second"]) for row in rows}
+    assert set(speed) == {"native", "im2col", "naive", "bare", "usual"}
+    for row in rows:
+        ratio = speed[row["contender"]] / speed["bare"]
+        assert float(row["to_bare"]) == pytest.approx(ratio, abs=2e-3, rel=2e-3)
 
 
 def test_readme_python() -> None:
