@@ -65,6 +65,24 @@ NODES = {
 }
 
 
+@dataclass(frozen=True)
+class Root:
+    """What a command's root config conf/<command>.yaml may hold, `seed` apart."""
+
+    nodes: tuple[str, ...]
+    target: str | None = None  # the function whose parameters are the other options
+    given: tuple[str, ...] = ()  # those of its parameters that the program decides
+
+
+ROOTS = {
+    "train": Root(tuple(NODES)),
+    "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
+    "benchmark": Root(
+        ("model",), "cnntrain.lab.benchmark.benchmark", ("model", "layers", "directory")
+    ),
+}
+
+
 class ConfigError(Exception):
     """What is wrong with a config: `problems`, one line each, for the person who wrote it."""
 
@@ -93,27 +111,36 @@ def compose(
     with hydra.initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name=name):
         cfg, problems = load_all(overrides, load)
     if cfg is not None:
-        problems += check(cfg)
-        if not any(p.startswith(("trainer", "optimizer")) for p in problems):
+        root = ROOTS.get(name, ROOTS["train"])  # a --config-name of the user's own is trained
+        problems += check(cfg, root)
+        if "trainer" in root.nodes and not any(
+            p.startswith(("trainer", "optimizer")) for p in problems
+        ):
             problems += contradictions(cfg)
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg
 
 
-def check(cfg: DictConfig) -> list[str]:
+def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
     """Every key and type of every node against the signature of its target: one line a problem."""
+    options = signature(root.target).types if root.target else {}
+    names = [*root.nodes, "seed", *(name for name in options if name not in root.given)]
     problems = []
     for key in map(str, cfg):
-        if key not in NODES and key != "seed":
-            problems.append(f"{key}: {unknown('there is', 'option', key, [*NODES, 'seed'])}")
+        if key in options and key not in (*root.nodes, *root.given, "seed"):
+            value = OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
+            if wrong := _mismatch(options[key](), value):
+                problems.append(f"{key}={_shown(value)}: {wrong}")
+        elif key not in names and key not in root.given:
+            problems.append(f"{key}: {unknown('there is', 'option', key, names)}")
     if "seed" in cfg or not problems:  # else it is mistyped, as has been said
         problems += _check_seed(cfg.get("seed"))
-    for key, node in NODES.items():
+    for key in root.nodes:
         if key not in cfg:
             problems.append(f"{key}: missing")
         elif cfg[key] or key != "scheduler":  # no scheduler is a constant learning rate
-            problems += _check_node(key, node, cfg)
+            problems += _check_node(key, NODES[key], cfg)
     return problems
 
 

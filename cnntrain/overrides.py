@@ -99,6 +99,9 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
         if target and not text.startswith(("+", "~")) and name in _parameters(target):
             return f"{text}: {target} has it, but the config does not: add it with +{text}"
         names = [str(k) for k in node if not str(k).startswith("_")]
+        inner = [full for full in _flat(base) if full.endswith(f".{name}")]
+        if not parent and inner:
+            return f"{text}: there is no option {name!r}; did you mean {' or '.join(inner)}?"
         return (
             f"{text}: {unknown(f'{parent} has' if parent else 'there is', 'option', name, names)}"
         )

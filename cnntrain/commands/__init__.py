@@ -6,7 +6,11 @@ import sys
 
 import cnntrain
 
-COMMANDS = {"train": "train a network from a config"}
+COMMANDS = {
+    "train": "train a network from a config",
+    "verify": "prove that a backend is a convolution, check by check",
+    "benchmark": "time backends side by side on the layers of a model",
+}
 
 
 def main() -> None:
@@ -20,7 +24,7 @@ def main() -> None:
     elif command in ("--help", "-h", "help"):
         print("cnntrain COMMAND [...]      (cnntrain COMMAND --help tells more)\n")
         for name, purpose in COMMANDS.items():
-            print(f"  {name:10}{purpose}")
+            print(f"  {name:12}{purpose}")
     else:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(COMMANDS)}"

@@ -1,73 +1,28 @@
 """`cnntrain train`, `python train.py`: one run, or with -m one for every combination."""
 
-import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
 
-import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain import config
-from cnntrain.overrides import combinations
+from cnntrain.commands.app import start
 
 
 def main() -> None:
-    """Check the whole command line, then hand it to Hydra."""
-    sys.path.insert(1, os.getcwd())  # a backend of the user's own may lie here
-    # Hydra's parser takes overrides only in one place; a person writes -m wherever it fits.
-    arguments = get_args_parser().parse_intermixed_args()
-    sys.argv[1:] = [a for a in sys.argv[1:] if a not in arguments.overrides] + arguments.overrides
-    asks = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
-    if not any(asks):
-        _check(arguments)
-    _app()
+    start("train", _train)
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Say everything that is wrong with the command line before anything is written."""
-    folder = Path(arguments.config_path or config.CONF)
-    extra = Path(arguments.config_dir).absolute() if arguments.config_dir else None
-    overrides: list[str] = arguments.overrides
-    problems = []
-    if extra and not extra.is_dir():
-        problems.append(f"--config-dir={arguments.config_dir}: is not a folder")
-        extra = None
-    if arguments.resolve and not arguments.cfg:
-        problems.append("--resolve: goes with --cfg")
-    runs = [overrides]
-    if arguments.multirun or any("hydra.mode=MULTIRUN" in o for o in overrides):
-        runs = combinations(overrides, folder)
-    for chosen in [o for o in overrides if o.startswith("hydra.run.dir=")]:
-        problem = config.run_directory_problem(chosen.partition("=")[2].strip("'\""))
-        problems += [problem] if problem else []
-    for run in runs:
-        try:
-            config.compose(run, name=arguments.config_name or "train", folder=folder, extra=extra)
-        except config.ConfigError as error:
-            problems += error.problems
-    if problems:
-        _refuse(config.ConfigError(problems))
-
-
-@hydra.main(config_path=str(config.CONF), config_name="train", version_base="1.3")
-def _app(cfg: DictConfig) -> float | None:
+def _train(cfg: DictConfig) -> float:
     from cnntrain.data import DataError
     from cnntrain.training import train
 
     try:
         result = train(cfg, Path(HydraConfig.get().runtime.output_dir))
-    except config.ConfigError as error:
-        _refuse(error)
     except DataError as error:
         print(f"cnntrain: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ncnntrain: interrupted", file=sys.stderr)
-        sys.exit(130)
     print(
         f"\ntest accuracy   {result.metrics['test/acc']:.2%}   (loss "
         f"{result.metrics['test/loss']:.4f}, {result.seconds:.0f} s in all)\n"
@@ -81,10 +36,3 @@ def _short(path: Path) -> str:
     """As one would type it where the command was typed."""
     here = Path(HydraConfig.get().runtime.cwd)
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def _refuse(error: config.ConfigError) -> None:
-    print("cnntrain: this cannot be run as asked", file=sys.stderr)
-    for problem in error.problems:
-        print(f"  {problem}", file=sys.stderr)
-    sys.exit(2)

@@ -1,0 +1,77 @@
+"""The way from a command line to a checked config, for every command that has one."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from cnntrain import config
+from cnntrain.overrides import combinations
+
+Run = Callable[[DictConfig], float | None]
+
+
+def start(name: str, run: Run) -> None:
+    """Check the whole command line against conf/<name>.yaml, then let Hydra call `run`.
+
+    Exit codes: 2 for what the person who typed it has to change, 130 for Ctrl-C.
+    """
+    sys.path.insert(1, os.getcwd())  # a backend of the user's own may lie here
+    # Hydra's parser takes overrides only in one place; a person writes -m wherever it fits.
+    arguments = get_args_parser().parse_intermixed_args()
+    sys.argv[1:] = [a for a in sys.argv[1:] if a not in arguments.overrides] + arguments.overrides
+    asks = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
+    if not any(asks):
+        _check(arguments, name)
+
+    @wraps(run)
+    def guarded(cfg: DictConfig) -> float | None:
+        try:
+            return run(cfg)
+        except config.ConfigError as error:
+            _refuse(error)
+        except KeyboardInterrupt:
+            print("\ncnntrain: interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    hydra.main(config_path=str(config.CONF), config_name=name, version_base="1.3")(guarded)()
+
+
+def _check(arguments: argparse.Namespace, name: str) -> None:
+    """Say everything that is wrong with the command line before anything is written."""
+    folder = Path(arguments.config_path or config.CONF)
+    extra = Path(arguments.config_dir).absolute() if arguments.config_dir else None
+    overrides: list[str] = arguments.overrides
+    problems = []
+    if extra and not extra.is_dir():
+        problems.append(f"--config-dir={arguments.config_dir}: is not a folder")
+        extra = None
+    if arguments.resolve and not arguments.cfg:
+        problems.append("--resolve: goes with --cfg")
+    runs = [overrides]
+    if arguments.multirun or any("hydra.mode=MULTIRUN" in o for o in overrides):
+        runs = combinations(overrides, folder)
+    for chosen in [o for o in overrides if o.startswith("hydra.run.dir=")]:
+        problem = config.run_directory_problem(chosen.partition("=")[2].strip("'\""))
+        problems += [problem] if problem else []
+    for run in runs:
+        try:
+            config.compose(run, name=arguments.config_name or name, folder=folder, extra=extra)
+        except config.ConfigError as error:
+            problems += error.problems
+    if problems:
+        _refuse(config.ConfigError(problems))
+
+
+def _refuse(error: config.ConfigError) -> NoReturn:
+    print("cnntrain: this cannot be run as asked", file=sys.stderr)
+    for problem in error.problems:
+        print(f"  {problem}", file=sys.stderr)
+    sys.exit(2)
