@@ -1,5 +1,6 @@
 """The convolutions. Each is called like ``nn.Conv2d`` and trains like it."""
 
+from cnntrain.conv.convert import convert
 from cnntrain.conv.geometry import Geometry
 from cnntrain.conv.im2col import Im2colConv2d
 from cnntrain.conv.module import Conv2d
@@ -19,4 +20,5 @@ __all__ = [
     "Im2colConv2d",
     "NaiveConv2d",
     "NativeConv2d",
+    "convert",
 ]

@@ -3,5 +3,6 @@
 from cnntrain.models.lenet5 import LeNet5
 from cnntrain.models.shallow import Shallow
 from cnntrain.models.summary import Layer, layer_table, summarise
+from cnntrain.models.torchvision import TorchVision
 
-__all__ = ["Layer", "LeNet5", "Shallow", "layer_table", "summarise"]
+__all__ = ["Layer", "LeNet5", "Shallow", "TorchVision", "layer_table", "summarise"]
