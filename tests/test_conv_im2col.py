@@ -42,6 +42,7 @@ SHAPES = {
         None,
     ),
     "depthwise, rows longer than a block": (3, 3, (2, 5), (1, 2), (1, 1), 3, (4, 145), None),
+    "depthwise, several rows in a block": (3, 3, (3, 3), (2, 1), (1, 2), 3, (19, 11), None),
 }
 
 
@@ -147,15 +148,14 @@ def test_a_limit_holds_whatever_the_batch_and_the_image(channels, groups):
     assert groups == channels or (unlimited - y.nbytes) / mib > 2
 
 
-def test_bands_of_depthwise_convolutions_have_a_limit():
+def test_toeplitz_matrices_have_a_limit():
     w, geometry = randn(64, 1, 5, 5), Geometry(groups=64)
-    blocks = list(depthwise._blocks((6, 64, 30, 30), w, geometry, room=200_000))
-    channels = [i for planes, *_ in blocks for i in range(64)[planes.channels]]
-    assert channels == list(range(64))  # several blocks, each channel once
-    assert len(blocks) > 1
-    for planes, met, made in blocks:
-        bands = depthwise._bands(planes.filters(w), met, made, geometry)
-        assert bands.nbytes <= 200_000
+    seen = torch.zeros(6, 64, 30, 30)
+    for block, places in depthwise._blocks(seen.shape, w, geometry, room=200_000):
+        assert block.toeplitz(w[places[0][0][1]]).nbytes <= 200_000
+        for _, there in places:
+            seen[there] += 1
+    assert torch.equal(seen, torch.ones_like(seen))
 
 
 def test_the_option_reaches_the_algorithm():

@@ -1,149 +1,140 @@
 """A depthwise convolution as matrix products.
 
-Each channel has a filter of its own, so columns would be multiplied by one row of numbers only.
-Instead, row i of a channel's filter becomes a band matrix (W, OW): its column q holds the kw
-weights, at the pixels sw q + dw j that output pixel q sees. Then
+Each channel has a filter of its own, which columns would be multiplied by for nothing but that one
+row of numbers. So the sides change: of a channel, the pixels that a block of Q output pixels sees
+become a row of P numbers for each image, and the filter a Toeplitz matrix T (P, Q), whose column q
+holds the weights at the pixels that output pixel q sees, and zeros. Then
 
-    output            Y  = sum over i of X_i @ band_i         X_i: the rows that kernel row i meets
-    weight gradient   dw = the diagonals of X_i^T @ G
-    input gradient    dX = G @ band_i^T, added to the rows X_i
+    output            Y  = X @ T
+    input gradient    dX = G @ T^T
+    weight gradient   dT = X^T @ G, where all entries that are the same weight are added
 
-for all images and channels. Nothing is unrolled, but zeros are multiplied: so long rows are cut
-into blocks.
+with X (N, P) and G, Y (N, Q), for all channels in one ``bmm``. Since zeros are multiplied as well,
+blocks are small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from cnntrain.conv.geometry import Geometry, Pair
 
-BLOCK = 32  # output pixels: fewer multiply fewer zeros, more make fewer products
+# Output pixels of a block: at most in a row, at least in all. Best of 16 to 96.
+ROW, PIXELS = 48, 32
 
 
 def forward(x: Tensor, w: Tensor, how: Geometry, room: int) -> Tensor:
     """y (N, C, OH, OW) for x (N, C, H, W) and w (C, 1, kh, kw).
 
-    room: bytes that band matrices may take at a time.
+    room: bytes that matrices may take at a time; those of one channel are the least.
     """
-    x = x.contiguous()
-    y = x.new_zeros(*x.shape[:2], *how.output_size(x.shape[2:], w.shape[2:]))
-    for planes, met, made in _blocks(y.shape, w, how, room):
-        bands = _bands(planes.filters(w), met, made, how)
-        rows = _rows(planes.of(x)[..., met], len(bands), y.shape[2], how)
-        for target, *under in zip(planes.of(y)[..., made], *rows, strict=True):
-            _add_products(target, under, bands.unbind())
+    y = x.new_empty(*x.shape[:2], *how.output_size(x.shape[2:], w.shape[2:]))
+    for block, places in _blocks(y.shape, w, how, room):
+        toeplitz = block.toeplitz(w[places[0][0][1]])
+        for here, there in places:
+            pixels = torch.bmm(_by_channel(x[here]), toeplitz)
+            y[there] = pixels.view(len(pixels), x.shape[0], *block.made).transpose(0, 1)
     return y
-
-
-def grad_weight(g: Tensor, x: Tensor, kernel_size: Pair, how: Geometry, room: int) -> Tensor:
-    """dw (C, 1, kh, kw) for g (N, C, OH, OW) and x (N, C, H, W)."""
-    g, x = g.contiguous(), x.contiguous()
-    dw = g.new_zeros(x.shape[1], 1, *kernel_size)
-    for planes, met, made in _blocks(g.shape, dw, how, room):
-        sums = torch.zeros_like(_bands(planes.filters(dw), met, made, how))
-        rows = _rows(planes.of(x)[..., met], len(sums), g.shape[2], how)
-        for gradient, *under in zip(planes.of(g)[..., made], *rows, strict=True):
-            for total, row in zip(sums, under, strict=True):
-                total.baddbmm_(row.mT, gradient)
-        sums = sums.unflatten(1, (planes.images, -1)).sum(1)  # (kh, C, W, OW)
-        for j in range(kernel_size[1]):
-            dw[planes.channels, 0, :, j] += _diagonal(sums, j, how).sum(-1).t()
-    return dw
 
 
 def grad_input(g: Tensor, w: Tensor, input_size: Pair, how: Geometry, room: int) -> Tensor:
     """dx (N, C, H, W) for g (N, C, OH, OW) and w (C, 1, kh, kw)."""
-    g = g.contiguous()
-    (sh, _), (dh, _), kh = how.stride, how.dilation, w.shape[2]
     dx = g.new_zeros(*g.shape[:2], *input_size)
-    above, height = dh * (kh - 1) // sh, -(-input_size[0] // sh)
-    taps = [[i for i in range(kh) if i * dh % sh == start] for start in range(sh)]
-    for planes, met, made in _blocks(g.shape, w, how, room):
-        bands = _bands(planes.filters(w), met, made, how).mT.contiguous()
-        gradients, target = planes.of(g)[..., made], planes.of(dx)[..., met]
-        # Between rows of zeros, so that every input row has an output row for each i.
-        padded = g.new_zeros(gradients.shape[1], above + height, gradients.shape[3])
-        for gradient, pixels in zip(gradients, target, strict=True):
-            padded[:, above : above + g.shape[2]] = gradient
-            for start in range(sh):
-                part = pixels[:, start::sh]
-                first = [above - i * dh // sh for i in taps[start]]
-                rows = [padded[:, up : up + part.shape[1]] for up in first]
-                _add_products(part, rows, [bands[i] for i in taps[start]])
+    for block, places in _blocks(g.shape, w, how, room):
+        transposed = block.toeplitz(w[places[0][0][1]]).mT.contiguous()
+        for here, there in places:
+            pixels = torch.bmm(_by_channel(g[there]), transposed)
+            dx[here] += pixels.view(len(pixels), g.shape[0], *block.met).transpose(0, 1)
     return dx
 
 
-def _add_products(target: Tensor, rows: Sequence[Tensor], bands: Sequence[Tensor]) -> None:
-    """target += sum of rows @ bands, made in contiguous memory, where bmm is fast."""
-    total = target if target.is_contiguous() else torch.zeros_like(target)
-    for row, band in zip(rows, bands, strict=True):
-        total.baddbmm_(row, band)
-    if total is not target:
-        target += total
+def grad_weight(g: Tensor, x: Tensor, kernel_size: Pair, how: Geometry, room: int) -> Tensor:
+    """dw (C, 1, kh, kw) for g (N, C, OH, OW) and x (N, C, H, W)."""
+    dw = g.new_zeros(x.shape[1], 1, *kernel_size)
+    for block, places in _blocks(g.shape, dw, how, room):
+        channels = places[0][0][1]
+        toeplitz = block.toeplitz(dw[channels]).zero_()
+        for here, there in places:
+            toeplitz.baddbmm_(_by_channel(x[here]).mT, _by_channel(g[there]))
+        for i, j in product(*map(range, kernel_size)):
+            dw[channels, 0, i, j] += block.entries(toeplitz, i, j).sum((1, 2))
+    return dw
 
 
 @dataclass(frozen=True)
-class Planes:
-    """Channels, of so many images at a time."""
+class Block:
+    """Blocks of one size: (rows, columns) of the output that are made, and of the input that are
+    met. Of a single row with a dilated kernel, only the input rows under a tap count as met."""
 
-    channels: slice
-    images: int
+    made: Pair
+    met: Pair
+    steps: tuple[int, int, int, int]  # from tap to tap (down, right), output to output pixel
 
-    def of(self, t: Tensor) -> Tensor:
-        """(N, C, H, W), contiguous -> a view (N / images, images * channels, H, W)"""
-        n, c, h, w = t.shape
-        return t.view(n // self.images, self.images * c, h, w)[:, self.channels]
+    def toeplitz(self, w: Tensor) -> Tensor:
+        """(C, 1, kh, kw) -> (C, P, Q)"""
+        (rows, columns), (height, width) = self.met, self.made
+        matrices = w.new_zeros(w.shape[0], rows * columns, height * width)
+        for i, j in product(*map(range, w.shape[2:])):
+            self.entries(matrices, i, j).copy_(w[:, 0, i, j, None, None])
+        return matrices
 
-    def filters(self, w: Tensor) -> Tensor:
-        return w[self.channels].repeat(self.images, 1, 1, 1)
+    def entries(self, matrices: Tensor, i: int, j: int) -> Tensor:
+        """What is weight (i, j) in matrices (C, P, Q): a view (C, rows, columns of the output)."""
+        (rows, columns), (height, width) = self.met, self.made
+        down, right, below, beside = self.steps
+        q = height * width
+        return matrices.as_strided(
+            (matrices.shape[0], height, width),
+            (rows * columns * q, below * columns * q + width, beside * q + 1),
+            (i * down * columns + j * right) * q,
+        )
+
+
+Index = tuple[slice, slice, slice, slice]
 
 
 def _blocks(
     size: tuple[int, ...], w: Tensor, how: Geometry, room: int
-) -> Iterator[tuple[Planes, slice, slice]]:
-    """What a set of band matrices serves, for an output of size (N, C, OH, OW): planes, the
-    input's columns that are met and the output's that are made."""
-    n, c, _, ow = size
-    kh, kw = w.shape[2:]
-    for first in range(0, ow, BLOCK):
-        made = slice(first, min(first + BLOCK, ow))
-        last = how.stride[1] * (made.stop - 1) + how.dilation[1] * (kw - 1)
-        met = slice(how.stride[1] * first, last + 1)
-        band = kh * (met.stop - met.start) * (made.stop - made.start) * w.element_size()
-        fit = max(1, room // band)
-        if fit >= c:
-            images = max((k for k in range(1, fit // c + 1) if n % k == 0), default=1)
-            yield Planes(slice(None), images), met, made
-        else:
-            for channel in range(0, c, fit):
-                yield Planes(slice(channel, min(channel + fit, c)), 1), met, made
+) -> Iterator[tuple[Block, list[tuple[Index, Index]]]]:
+    """For an output of size (N, C, OH, OW): blocks, and where in input and output they lie. The
+    same channels are meant in all places of one block."""
+    n, c, oh, ow = size
+    (sh, sw), (dh, dw), (kh, kw) = how.stride, how.dilation, w.shape[2:]
+    row = -(-ow // -(-ow // ROW))
+    height = 1 if dh > 1 else min(oh, -(-PIXELS // row))
+    for (rows, tops), (columns, lefts) in product(_cut(oh, height), _cut(ow, row)):
+        step = dh if rows == 1 else 1
+        down, right = sh * (rows - 1) + dh * (kh - 1), sw * (columns - 1) + dw * (kw - 1)
+        met = down // step + 1, right + 1
+        block = Block((rows, columns), met, (dh // step, dw, sh, sw))
+        p, q = met[0] * met[1], rows * columns
+        fit = max(1, room // ((2 * p * q + n * (p + q)) * w.element_size()))
+        fit = -(-c // -(-c // fit))  # parts of about one size
+        for first in range(0, c, fit):
+            part = slice(None), slice(first, min(first + fit, c))
+            places = []
+            for top, left in product(tops, lefts):
+                there = slice(top, top + rows), slice(left, left + columns)
+                here = (
+                    slice(top * sh, top * sh + step * (met[0] - 1) + 1, step),
+                    slice(left * sw, left * sw + met[1]),
+                )
+                places.append(((*part, *here), (*part, *there)))
+            yield block, places
 
 
-def _rows(planes: Tensor, kh: int, oh: int, how: Geometry) -> list[Tensor]:
-    """What each row of the kernel meets: views (., ., OH, W) of planes (., ., H, W)."""
-    starts = [i * how.dilation[0] for i in range(kh)]
-    return [planes[:, :, i : i + how.stride[0] * (oh - 1) + 1 : how.stride[0]] for i in starts]
+def _cut(length: int, size: int) -> list[tuple[int, list[int]]]:
+    """Sizes of parts with the places where they start: all of one size, but for the last."""
+    whole = length - length % size
+    parts = [(size, list(range(0, whole, size))), (length - whole, [whole])]
+    return [(size, starts) for size, starts in parts if size and starts]
 
 
-def _bands(w: Tensor, met: slice, made: slice, how: Geometry) -> Tensor:
-    """(C, 1, kh, kw) -> (kh, C, W, OW)"""
-    c, _, kh, kw = w.shape
-    bands = w.new_zeros(kh, c, met.stop - met.start, made.stop - made.start)
-    for j in range(kw):
-        _diagonal(bands, j, how).copy_(w[:, 0, :, j].t().unsqueeze(-1))
-    return bands
-
-
-def _diagonal(bands: Tensor, j: int, how: Geometry) -> Tensor:
-    """The numbers (kh, C, OW) of bands (kh, C, W, OW) that are weight j: a view."""
-    kh, c, reach, length = bands.shape
-    return bands.as_strided(
-        (kh, c, length),
-        (c * reach * length, reach * length, how.stride[1] * length + 1),
-        j * how.dilation[1] * length,
-    )
+def _by_channel(t: Tensor) -> Tensor:
+    """(N, C, H, W) -> (C, N, H * W), a view where rows are whole and follow one another"""
+    return t.transpose(0, 1).flatten(2)

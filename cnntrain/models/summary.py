@@ -52,7 +52,7 @@ def summarise(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]
 
 
 def layer_table(network: nn.Module, in_shape: tuple[int, int, int]) -> Table:
-    """`summarise` as a table for the terminal, with totals."""
+    """`summarise` as a table for the terminal, with totals; of a deep network, what has parameters."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     rows = summarise(network, in_shape)
     parameters = sum(p.numel() for p in network.parameters())
@@ -64,7 +64,7 @@ def layer_table(network: nn.Module, in_shape: tuple[int, int, int]) -> Table:
         ("MACs / image", f"{sum(row.macs for row in rows):,}"),
     ]:
         table.add_column(title, footer, justify="right")
-    for row in rows:
+    for row in rows if len(rows) <= 30 else [row for row in rows if row.parameters]:
         shape = "x".join(map(str, row.shape))
         counts = [f"{count:,}" if count else "" for count in (row.parameters, row.macs)]
         table.add_row(row.name, row.kind, shape, *counts)
