@@ -174,7 +174,7 @@ def test_no_convolution_and_no_unfold_inside(backend, groups):
     conv = backend(3, 3, 3, padding=1, stride=2, dilation=(2, 1), groups=groups)
     with OperatorNames() as seen:
         conv(torch.zeros(2, 3, 9, 9, requires_grad=True)).sum().backward()
-    assert "aten::bmm" in seen.names
+    assert seen.names & {"aten::bmm", "aten::baddbmm_"}
     forbidden = ("conv", "unfold", "im2col", "col2im", "fold")
     assert [name for name in seen.names if any(word in name for word in forbidden)] == []
     with OperatorNames() as seen:  # the recorder does see a convolution where there is one

@@ -4,12 +4,14 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from test_conv import every_backend, randn
+from test_conv import every_backend, randn, twin
 from torch import nn
+from torch.func import functional_call
 
-from cnntrain.conv import BACKENDS, Im2colConv2d
+from cnntrain.conv import BACKENDS, Im2colConv2d, NaiveConv2d
 
 BAD_USES = {
     "kernel larger than the padded input": ({"kernel_size": 9, "padding": 1}, (2, 3, 6, 6), "size"),
@@ -28,6 +30,24 @@ BAD_USES = {
     "negative padding": ({"padding": -1}, (2, 3, 6, 6), "negative padding"),
     "three strides": ({"stride": (1, 1, 1)}, (2, 3, 6, 6), "stride|values"),
     "three paddings": ({"padding": (1, 1, 1)}, (2, 3, 6, 6), "padding|values"),
+    "no height before the padding": ({"padding": 3}, (2, 3, 0, 6), "size|shape"),
+    "no width before the padding": ({"padding": 3}, (2, 3, 6, 0), "size|shape"),
+    "no width to reflect": ({"padding": 1, "padding_mode": "reflect"}, (2, 3, 6, 0), "dimensions"),
+    "two dimensions to reflect": ({"padding": 1, "padding_mode": "reflect"}, (6, 6), "2D"),
+    "wrong channel count, reflected": (
+        {"padding": 1, "padding_mode": "reflect"},
+        (2, 4, 6, 6),
+        "channels",
+    ),
+    "negative stride": ({"stride": -1}, (2, 3, 6, 6), "stride"),
+    "half a stride": ({"stride": 1.5}, (2, 3, 6, 6), "stride|combination"),
+    "no stride": ({"stride": None}, (2, 3, 6, 6), "stride|combination"),
+    "half a padding": ({"padding": 0.5}, (2, 3, 6, 6), "padding|combination|pad"),
+    "three dilations": ({"dilation": (1, 1, 1)}, (2, 3, 6, 6), "dilation|values"),
+    "no padding at all": ({"padding": ()}, (2, 3, 6, 6), "padding|values"),
+    "one kernel size": ({"kernel_size": (3,)}, (2, 3, 6, 6), "stride|kernel sizes"),
+    "three kernel sizes": ({"kernel_size": (3, 3, 3)}, (2, 3, 6, 6), "stride|kernel sizes"),
+    "a kernel of none": ({"kernel_size": 0}, (2, 3, 6, 6), "primitive|zero"),
     "reflection wider than the input": (
         {"padding": 7, "padding_mode": "reflect"},
         (2, 3, 6, 6),
@@ -47,17 +67,81 @@ def test_errors_are_nn_conv2ds(backend, case):
         backend(3, 4, **options)(torch.zeros(size))
 
 
+BAD_PARAMETERS = {
+    "another number of channels": ((4, 2, 3, 3), (4,), "channels"),
+    "no output": ((0, 3, 3, 3), (0,), "dimension"),
+    "a bias of another size": ((4, 3, 3, 3), (3,), "bias"),
+    "one number as bias": ((4, 3, 3, 3), (1,), "bias"),
+    "a bias of two dimensions": ((4, 3, 3, 3), (4, 1), "bias"),
+    "three dimensions": ((4, 3, 3), (4,), "stride|kernel sizes"),
+}
+
+
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+@pytest.mark.parametrize("case", BAD_PARAMETERS)
+def test_errors_in_parameters_are_nn_conv2ds(backend, case):
+    weight_size, bias_size, message = BAD_PARAMETERS[case]
+    parameters = {"weight": torch.zeros(weight_size), "bias": torch.zeros(bias_size)}
+    with pytest.raises(Exception) as expected:  # noqa: PT011 - its type is what is compared
+        functional_call(nn.Conv2d(3, 4, 3), parameters, (torch.zeros(2, 3, 6, 6),))
+    with pytest.raises(type(expected.value), match=message):
+        functional_call(backend(3, 4, 3), parameters, (torch.zeros(2, 3, 6, 6),))
+
+
+@every_backend
+def test_groups_that_do_not_divide_a_new_weight_are_an_error(backend):
+    weight = {"weight": torch.zeros(3, 2, 3, 3)}
+    with pytest.raises(RuntimeError, match=r"divisible by 2|groups=2 divides"):
+        functional_call(backend(4, 4, 3, groups=2, bias=False), weight, (torch.zeros(2, 4, 6, 6),))
+
+
+def test_no_input_channels_are_an_error():  # nn.Conv2d gives an output of no channels, (2, 0, 4, 4)
+    for backend in (Im2colConv2d, NaiveConv2d):
+        with pytest.warns(UserWarning, match="zero-element"):
+            conv = backend(0, 4, 3)
+        with pytest.raises(RuntimeError, match="no dimension of zero"):
+            conv(torch.zeros(2, 0, 6, 6))
+
+
+@every_backend
+@pytest.mark.parametrize("steps", [{"stride": (2,)}, {"dilation": (2,)}, {"padding": (2,)}])
+def test_one_number_in_a_tuple_is_for_both(backend, steps):
+    reference, x = nn.Conv2d(3, 4, 3, **steps, dtype=torch.float64), randn(2, 3, 7, 8)
+    torch.testing.assert_close(twin(backend, reference, 3, 4, 3, **steps)(x), reference(x))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
 def test_unequal_dtypes_are_an_error(backend, dtype):
+    x = torch.zeros(2, 3, 6, 6)
     with pytest.raises(RuntimeError, match="type"):
-        backend(3, 4, 3)(torch.zeros(2, 3, 6, 6, dtype=dtype))
+        backend(3, 4, 3)(x.to(dtype))
+    for name in ("weight", "bias"):
+        conv = backend(3, 4, 3)
+        value = conv.get_parameter(name).detach().to(dtype)
+        with pytest.raises(RuntimeError, match="type"):
+            functional_call(conv, {name: value}, (x,))
 
 
 @every_backend
-def test_no_tensor_is_a_type_error(backend):
+def test_a_sparse_input_is_an_error(backend):
+    with pytest.raises(RuntimeError, match=r"layout torch\.sparse_coo|torch\.sparse\.FloatTensor"):
+        backend(3, 4, 3)(torch.zeros(2, 3, 6, 6).to_sparse())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@every_backend
+def test_two_devices_are_an_error(backend):
+    with pytest.raises(RuntimeError, match=r"cuda"):
+        backend(3, 4, 3)(torch.zeros(2, 3, 6, 6, device="cuda"))
+
+
+@every_backend
+@pytest.mark.parametrize("no_tensor", [[1.0], None, np.zeros((2, 3, 6, 6))], ids=type)
+def test_no_tensor_is_a_type_error(backend, no_tensor):
     with pytest.raises(TypeError):
-        backend(3, 4, 3)([1.0])
+        backend(3, 4, 3)(no_tensor)
 
 
 def test_weights_move_between_all_backends():

@@ -7,21 +7,25 @@ is the derivative of the other two:
     grad_input(g, w)    dx = what makes  <g, x * w> = <dx, x>
     grad_weight(g, x)   dw = what makes  <g, x * w> = <dw, w>
 
-So an algorithm that computes these three has derivatives of every order, by the chain of calls
-below, and nothing is computed that nobody asked for. For the backward, x and w are kept and
-nothing else.
+So an algorithm that computes these three has derivatives of every order, in reverse and in forward
+mode, by the chain of calls below, and nothing is computed that nobody asked for. For the backward,
+x and w are kept and nothing else.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
-from cnntrain.conv.geometry import Geometry, Pair
+from cnntrain.conv.function import keep, run, signed, wanted
+from cnntrain.conv.geometry import Geometry, Pair, pad
 
 
 class Algorithm(ABC):
@@ -29,7 +33,7 @@ class Algorithm(ABC):
 
     Shapes: x (N, C, H, W), already padded; w (O, C/groups, kh, kw); g, y (N, O, OH, OW). Sizes,
     dtypes and devices have been checked before; inputs may have any strides and are not changed.
-    None of the three needs to be differentiable itself.
+    Results are new tensors, of the inputs' dtype. None of the three needs to be differentiable.
     """
 
     @abstractmethod
@@ -45,123 +49,190 @@ class Algorithm(ABC):
         """dw (O, C/groups, kh, kw), where kernel_size is (kh, kw)."""
 
 
+# Here `how` is a Geometry and an Algorithm.
+
+Amounts = tuple[int, int, int, int]  # zeros at (left, right, top, bottom)
+NONE = (0, 0, 0, 0)
+
+
+def convolve(x: Tensor, w: Tensor, bias: Tensor | None, zeros: Amounts, *how: Any) -> Tensor:
+    """y = x * w + bias (N, O, OH, OW), differentiable in x, w and bias, as often as one likes.
+
+    x (N, C, H, W) is padded with zeros here, so that it is kept for the backward as it is.
+    """
+    return (_Forward if is_compiling() else Forward).apply(x, w, bias, zeros, *how)
+
+
+def grad_input(g: Tensor, w: Tensor, input_size: Pair, *how: Any) -> Tensor:
+    """dx (N, C, H, W), differentiable in g and w."""
+    return (_GradInput if is_compiling() else GradInput).apply(g, w, input_size, *how)
+
+
+def grad_weight(g: Tensor, x: Tensor, kernel_size: Pair, *how: Any) -> Tensor:
+    """dw (O, C/groups, kh, kw), differentiable in g and x."""
+    return (_GradWeight if is_compiling() else GradWeight).apply(g, x, kernel_size, *how)
+
+
 class Forward(Function):
-    """y = x * w"""
+    """y = x * w + bias"""
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, geometry: Geometry, algorithm: Algorithm) -> Tensor:
-        return algorithm.forward(x, w, geometry)
+    @signed
+    def forward(
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        zeros: Amounts,
+        geometry: Geometry,
+        algorithm: Algorithm,
+    ) -> Tensor:
+        y = run(algorithm.forward, pad(x, zeros), w, geometry)
+        if is_compiling():  # compiled, a copy is part of what made y
+            return y.clone() if bias is None else y + bias.view(-1, 1, 1)
+        return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, w, ctx.geometry, ctx.algorithm = inputs
-        ctx.save_for_backward(x, w)
+        x, w, _, ctx.zeros, *ctx.how = inputs
+        ctx.size = output.shape
+        keep(ctx, x, w)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:
-        (x, w), how = ctx.saved_tensors, (ctx.geometry, ctx.algorithm)
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = GradInput.apply(g, w, _plane(x), *how)
-        if ctx.needs_input_grad[1]:
-            dw = GradWeight.apply(g, x, _plane(w), *how)
-        return dx, dw, None, None
+    def backward(ctx: Any, g: Tensor | None) -> tuple:
+        dx = dw = db = None
+        if g is not None:
+            x, w = ctx.saved_tensors
+            left, right, top, bottom = ctx.zeros
+            if wanted(ctx, 0):
+                size = x.shape[2] + top + bottom, x.shape[3] + left + right
+                dx = grad_input(g, w.conj_physical(), size, *ctx.how)
+                dx = pad(dx, (-left, -right, -top, -bottom))
+            if wanted(ctx, 1):
+                padded = pad(x.conj_physical(), ctx.zeros)
+                dw = grad_weight(g, padded, _plane(w), *ctx.how)
+            if wanted(ctx, 2):
+                db = g.sum((0, 2, 3))
+        return dx, dw, db, None, None, None
 
     @staticmethod
-    def vmap(
-        info: Any, dims: tuple, x: Tensor, w: Tensor, geometry: Geometry, algorithm: Algorithm
-    ) -> tuple[Tensor, int]:
-        x_dim, w_dim, *_ = dims
-        if w_dim is None:
-            y = Forward.apply(x.movedim(x_dim, 0).flatten(0, 1), w, geometry, algorithm)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (x, w), (dx, dw, db, *_) = ctx.saved_tensors, tangents
+        dy = _sum(
+            None if dx is None else convolve(dx, w, None, ctx.zeros, *ctx.how),
+            None if dw is None else convolve(x, dw, None, ctx.zeros, *ctx.how),
+            None if db is None else db.view(-1, 1, 1),
+        )
+        return dy.expand(ctx.size)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
+        (x, w, bias, zeros, geometry, algorithm), (x_dim, w_dim, bias_dim, *_) = inputs, dims
+        if w_dim is None and bias_dim is None:
+            x = x.movedim(x_dim, 0).flatten(0, 1)
+            y = convolve(x, w, bias, zeros, geometry, algorithm)
             return y.unflatten(0, (info.batch_size, -1)), 0
         x, w = _join(x, x_dim, 1, info), _join(w, w_dim, 0, info)
-        y = Forward.apply(x, w, _grouped(geometry, info), algorithm)
+        bias = None if bias is None else _join(bias, bias_dim, 0, info)
+        y = convolve(x, w, bias, zeros, _grouped(geometry, info), algorithm)
         return y.unflatten(1, (info.batch_size, -1)), 1
 
 
-class GradInput(Function):
+class _Gradient(Function):
+    """What the two gradients have in common: both are linear in g, and in the other factor."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        g, factor, ctx.size, *ctx.how = inputs
+        keep(ctx, g, factor)
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> Tensor:
+        (g, factor), (dg, dfactor, *_) = ctx.saved_tensors, tangents
+        return _sum(
+            None if dg is None else cls.apply(dg, factor, ctx.size, *ctx.how),
+            None if dfactor is None else cls.apply(g, dfactor, ctx.size, *ctx.how),
+        )
+
+
+class GradInput(_Gradient):
     """dx, the input gradient: linear in g and in w."""
 
     @staticmethod
+    @signed
     def forward(
         g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry, algorithm: Algorithm
     ) -> Tensor:
-        return algorithm.grad_input(g, w, input_size, geometry)
+        return run(algorithm.grad_input, g, w, input_size, geometry)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        g, w, _, ctx.geometry, ctx.algorithm = inputs
-        ctx.save_for_backward(g, w)
-
-    @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple:
-        (g, w), how = ctx.saved_tensors, (ctx.geometry, ctx.algorithm)
+    def backward(ctx: Any, h: Tensor | None) -> tuple:
         dg = dw = None
-        if ctx.needs_input_grad[0]:
-            dg = Forward.apply(h, w, *how)
-        if ctx.needs_input_grad[1]:
-            dw = GradWeight.apply(g, h, _plane(w), *how)
+        if h is not None:
+            g, w = ctx.saved_tensors
+            if wanted(ctx, 0):
+                dg = convolve(h, w.conj_physical(), None, NONE, *ctx.how)
+            if wanted(ctx, 1):
+                dw = grad_weight(g.conj_physical(), h, _plane(w), *ctx.how)
         return dg, dw, None, None, None
 
     @staticmethod
-    def vmap(
-        info: Any,
-        dims: tuple,
-        g: Tensor,
-        w: Tensor,
-        input_size: Pair,
-        geometry: Geometry,
-        algorithm: Algorithm,
-    ) -> tuple[Tensor, int]:
-        g_dim, w_dim, *_ = dims
+    def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
+        (g, w, input_size, geometry, algorithm), (g_dim, w_dim, *_) = inputs, dims
         if w_dim is None:
             g = g.movedim(g_dim, 0).flatten(0, 1)
-            dx = GradInput.apply(g, w, input_size, geometry, algorithm)
+            dx = grad_input(g, w, input_size, geometry, algorithm)
             return dx.unflatten(0, (info.batch_size, -1)), 0
         g, w = _join(g, g_dim, 1, info), _join(w, w_dim, 0, info)
-        dx = GradInput.apply(g, w, input_size, _grouped(geometry, info), algorithm)
+        dx = grad_input(g, w, input_size, _grouped(geometry, info), algorithm)
         return dx.unflatten(1, (info.batch_size, -1)), 1
 
 
-class GradWeight(Function):
+class GradWeight(_Gradient):
     """dw, the weight gradient: linear in g and in x."""
 
     @staticmethod
+    @signed
     def forward(
         g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, algorithm: Algorithm
     ) -> Tensor:
-        return algorithm.grad_weight(g, x, kernel_size, geometry)
+        return run(algorithm.grad_weight, g, x, kernel_size, geometry)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        g, x, _, ctx.geometry, ctx.algorithm = inputs
-        ctx.save_for_backward(g, x)
-
-    @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple:
-        (g, x), how = ctx.saved_tensors, (ctx.geometry, ctx.algorithm)
+    def backward(ctx: Any, h: Tensor | None) -> tuple:
         dg = dx = None
-        if ctx.needs_input_grad[0]:
-            dg = Forward.apply(x, h, *how)
-        if ctx.needs_input_grad[1]:
-            dx = GradInput.apply(g, h, _plane(x), *how)
+        if h is not None:
+            g, x = ctx.saved_tensors
+            if wanted(ctx, 0):
+                dg = convolve(x.conj_physical(), h, None, NONE, *ctx.how)
+            if wanted(ctx, 1):
+                dx = grad_input(g.conj_physical(), h, _plane(x), *ctx.how)
         return dg, dx, None, None, None
 
     @staticmethod
-    def vmap(
-        info: Any,
-        dims: tuple,
-        g: Tensor,
-        x: Tensor,
-        kernel_size: Pair,
-        geometry: Geometry,
-        algorithm: Algorithm,
-    ) -> tuple[Tensor, int]:
-        g_dim, x_dim, *_ = dims
+    def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
+        (g, x, kernel_size, geometry, algorithm), (g_dim, x_dim, *_) = inputs, dims
         g, x = _join(g, g_dim, 1, info), _join(x, x_dim, 1, info)
-        dw = GradWeight.apply(g, x, kernel_size, _grouped(geometry, info), algorithm)
+        dw = grad_weight(g, x, kernel_size, _grouped(geometry, info), algorithm)
         return dw.unflatten(0, (info.batch_size, -1)), 0
+
+
+# torch.compile refuses a Function that has a forward mode, so it is given these, that have none.
+
+
+class _Forward(Forward):
+    jvp = Function.jvp
+
+
+class _GradInput(GradInput):
+    jvp = Function.jvp
+
+
+class _GradWeight(GradWeight):
+    jvp = Function.jvp
+
+
+def _sum(*terms: Tensor | None) -> Tensor:
+    return reduce(add, (term for term in terms if term is not None))
 
 
 # Under torch.vmap, B convolutions with B weights are one convolution with B times the groups, so

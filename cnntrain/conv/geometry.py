@@ -60,9 +60,10 @@ def padding_amounts(
     return left, left, top, top
 
 
-def pad(x: Tensor, amounts: tuple[int, int, int, int], mode: str) -> Tensor:
+def pad(x: Tensor, amounts: tuple[int, int, int, int], mode: str = "zeros") -> Tensor:
     """Pads (N, C, H, W) once, so that no algorithm has to know of padding.
 
+    amounts: pixels at (left, right, top, bottom); negative ones cut off, with zeros only.
     mode: 'zeros', 'reflect', 'replicate' or 'circular'.
     """
     if not any(amounts):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cnntrain.conv.autograd import Algorithm, Forward
+from cnntrain.conv.autograd import Algorithm, convolve
+from cnntrain.conv.function import autocasts
 from cnntrain.conv.geometry import Geometry, pad, padding_amounts
 
 
@@ -23,8 +24,9 @@ class Conv2d(nn.Conv2d):
     weight and bias are cast first.
 
     Raises:
-        RuntimeError: wrong number of dimensions or channels, unequal dtypes, a kernel larger than
-            the padded input, a stride or dilation below one, a negative padding.
+        RuntimeError: wrong number of dimensions or channels, unequal dtypes or devices, a kernel
+            larger than the padded input, a stride or dilation below one, a negative padding.
+        TypeError: an input that is no Tensor, a stride or dilation that is no whole number.
         ValueError: a padding or a padding mode that does not exist (from the constructor).
     """
 
@@ -33,63 +35,88 @@ class Conv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not isinstance(input, Tensor):
             raise TypeError(f"the input must be a Tensor, not {type(input).__name__}")
-        input, weight = _autocast(input), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
+        if autocasts(input.device.type):
+            input, weight = _autocast(input), _autocast(weight)
+            bias = None if bias is None else _autocast(bias)
         geometry = Geometry.of(self)
+        _check_parameters(weight, bias, geometry)
         amounts = padding_amounts(self.padding, self.kernel_size, geometry.dilation)
-        _check(self, input, weight, bias, amounts)
+        if self.padding_mode != "zeros":  # as in nn.Conv2d, where F.pad's errors come first
+            input, amounts = pad(input, amounts, self.padding_mode), (0, 0, 0, 0)
+        _check_input(input, weight, geometry, amounts)
         unbatched = input.dim() == 3
-        x = pad(input.unsqueeze(0) if unbatched else input, amounts, self.padding_mode)
-        y = Forward.apply(x, weight, geometry, self.algorithm)  # (N, O, OH, OW)
-        if bias is not None:
-            y = y + bias.view(-1, 1, 1)
+        x = input.unsqueeze(0) if unbatched else input
+        y = convolve(x, weight, bias, amounts, geometry, self.algorithm)  # (N, O, OH, OW)
         return y.squeeze(0) if unbatched else y
 
 
 def _autocast(t: Tensor) -> Tensor:
     """Casts as autocast would for ``nn.Conv2d``: before anything is unrolled."""
-    device = t.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return t
     if not t.is_floating_point() or t.dtype == torch.float64:  # autocast leaves these alone
         return t
-    return t.to(torch.get_autocast_dtype(device))
+    return t.to(torch.get_autocast_dtype(t.device.type))
 
 
-def _check(
-    conv: nn.Conv2d, x: Tensor, w: Tensor, bias: Tensor | None, padding: tuple[int, int, int, int]
-) -> None:
-    """Raises what ``nn.Conv2d`` would raise for this input."""
-    if w.dim() != 4 or min(w.shape) < 1:
+# What nn.Conv2d would raise, type by type. It checks on CPU and GPU in different places; here all
+# is checked before an algorithm is called.
+
+
+def _check_parameters(w: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+    steps = *geometry.stride, *geometry.dilation
+    said = f"stride={geometry.stride} and dilation={geometry.dilation}"
+    if not all(hasattr(step, "__index__") for step in steps):
+        raise TypeError(f"{said} should be whole numbers")
+    if min(steps) < 1:
+        raise RuntimeError(f"{said} should be greater than zero")
+    if w.dim() != 4 or min(w.shape) < 1 or w.shape[0] % geometry.groups:
         raise RuntimeError(
             f"weight of size {list(w.shape)} (out_channels, in_channels / groups, height, width) "
-            f"should have two kernel sizes and no dimension of zero"
+            f"should have two kernel sizes, no dimension of zero, and out_channels that "
+            f"groups={geometry.groups} divides"
         )
+    if bias is not None:
+        if bias.shape != w.shape[:1]:
+            raise RuntimeError(
+                f"bias of size {list(bias.shape)} should have one number for each of the "
+                f"{w.shape[0]} out_channels"
+            )
+        _check_same("bias", bias, w)
+
+
+def _check_input(
+    x: Tensor, w: Tensor, geometry: Geometry, padding: tuple[int, int, int, int]
+) -> None:
     if x.dim() not in (3, 4):
         raise RuntimeError(
             f"expected 3D (unbatched) or 4D (batched) input, got input of size {list(x.shape)}"
         )
-    if x.shape[-3] != conv.in_channels:
+    channels = w.shape[1] * geometry.groups
+    if x.shape[-3] != channels:
         raise RuntimeError(
-            f"weight of size {list(w.shape)} with groups={conv.groups} expects input "
-            f"{list(x.shape)} to have {conv.in_channels} channels, but it has {x.shape[-3]}"
+            f"weight of size {list(w.shape)} with groups={geometry.groups} expects input "
+            f"{list(x.shape)} to have {channels} channels, but it has {x.shape[-3]}"
         )
-    if x.dtype != w.dtype or (bias is not None and bias.dtype != w.dtype):
+    _check_same("input", x, w)
+    if min(padding) < 0:
         raise RuntimeError(
-            f"input type {x.dtype}, weight type {w.dtype} and bias type "
-            f"{None if bias is None else bias.dtype} should be the same"
+            f"negative padding is not supported, got {padding} (left, right, top, bottom)"
         )
-    if conv.padding_mode == "zeros" and min(padding) < 0:
-        raise RuntimeError(f"negative padding={conv.padding} is not supported")
-    if min(*conv.stride, *conv.dilation) < 1:
-        raise RuntimeError(
-            f"stride={conv.stride} and dilation={conv.dilation} should be greater than zero"
-        )
+    if min(x.shape[-2:]) < 1:
+        raise RuntimeError(f"input of size {list(x.shape)} should have no zero but the batch's")
     left, right, top, bottom = padding
     padded = x.shape[-2] + top + bottom, x.shape[-1] + left + right
-    reach = tuple(d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    reach = tuple(d * (k - 1) + 1 for d, k in zip(geometry.dilation, w.shape[2:], strict=True))
     if padded[0] < reach[0] or padded[1] < reach[1]:
         raise RuntimeError(
             f"kernel size can't be greater than input size: the padded input is "
             f"{padded[0]} x {padded[1]}, the kernel (dilation included) {reach[0]} x {reach[1]}"
         )
+
+
+def _check_same(name: str, t: Tensor, w: Tensor) -> None:
+    for kind in ("dtype", "device", "layout"):
+        if getattr(t, kind) != getattr(w, kind):
+            raise RuntimeError(
+                f"{name} {kind} {getattr(t, kind)} and weight {kind} {getattr(w, kind)} "
+                f"should be the same"
+            )
