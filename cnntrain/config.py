@@ -71,14 +71,15 @@ class Root:
 
     nodes: tuple[str, ...]
     target: str | None = None  # the function whose parameters are the other options
-    given: tuple[str, ...] = ()  # those of its parameters that the program decides
+    given: tuple[str, ...] = ()  # what the command itself makes of the config, parameters or not
+    optional: tuple[str, ...] = ()  # nodes that need not be there
 
 
 ROOTS = {
     "train": Root(tuple(NODES)),
     "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
     "benchmark": Root(
-        ("model",), "cnntrain.lab.benchmark.benchmark", ("model", "layers", "directory")
+        ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)
     ),
 }
 
@@ -138,7 +139,7 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
         problems += _check_seed(cfg.get("seed"))
     for key in root.nodes:
         if key not in cfg:
-            problems.append(f"{key}: missing")
+            problems += [] if key in root.optional else [f"{key}: missing"]
         elif cfg[key] or key != "scheduler":  # no scheduler is a constant learning rate
             problems += _check_node(key, NODES[key], cfg)
     return problems
@@ -203,7 +204,7 @@ def run_directory_problem(directory: str) -> str | None:
     if not directory:
         return "hydra.run.dir=: must name a folder"
     path = Path(directory).absolute()
-    if (path / "result.json").exists():
+    if any((path / name).exists() for name in ("result.json", "results.json")):
         return f"hydra.run.dir={directory}: holds another run already; give this one its own folder"
     above = next(p for p in (path, *path.parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):

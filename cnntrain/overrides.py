@@ -90,6 +90,10 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
         choices = [line.strip() for line in listed.split("\n")[1:] if line.strip()]
         value = str(override.value())
         return f"{text}: {unknown(f'{key} has', 'choice', value, choices)}"
+    if f"Could not load '{key}/" in message:  # one of several: layers=[3x3,foo]
+        name = message.split(f"Could not load '{key}/")[1].split("'")[0]
+        choices = GlobalHydra.instance().config_loader().get_group_options(key)
+        return f"{text}: {unknown(f'{key} has', 'choice', name, choices)}"
     if "Could not override" in message:
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(base, parent) if parent else base

@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
             versions[package] = "not installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "versions": {"python": platform.python_version(), **versions},
         "machine": {
             "platform": platform.platform(),

@@ -1,0 +1,57 @@
+"""`cnntrain benchmark`: backends side by side on the layers of a model, on sets, on a shape."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from cnntrain.commands.app import start
+from cnntrain.config import blame, build
+
+
+def main() -> None:
+    # PyTorch's profiler, which measures memory here, else writes about itself to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    start("benchmark", _benchmark)
+
+
+def _benchmark(cfg: DictConfig) -> None:
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    from rich.console import Console
+
+    from cnntrain.lab.benchmark import benchmark, draw, report_tables
+
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    options.pop("model", None)  # the node; `_layers` builds it
+    layers = _layers(cfg, options.pop("layers"), options.pop("shape"))
+    report = benchmark(layers, **options)
+    report.write(directory)
+    draw(report, directory / "benchmark.png")
+    console = Console()
+    Console(width=max(console.width, 110)).print(report_tables(report))
+    files = [directory / name for name in ("results.csv", "results.json", "benchmark.png")]
+    print("\n" + "\n".join(_short(file) for file in files))
+
+
+def _layers(cfg: DictConfig, sets: dict[str, Any], shape: Any) -> dict[str, Any]:
+    """All that is to be timed, by name, as `cnntrain.lab.benchmark.layers.layer_sets` takes it."""
+    from torch import nn
+
+    from cnntrain.lab.benchmark.contenders import choice
+    from cnntrain.lab.benchmark.layers import layer
+
+    if cfg.get("model"):
+        name = cfg.model.get("name") or HydraConfig.get().runtime.choices["model"]
+        with blame("model"):
+            sets[name] = build(cfg.model, conv=nn.Conv2d, in_shape=cfg.in_shape, num_classes=10)
+    if shape is not None:
+        sets["shape"] = [layer(shape)]
+    return sets or choice("layers", "lenet5")
+
+
+def _short(path: Path) -> str:
+    """As one would type it where the command was typed."""
+    here = Path(HydraConfig.get().runtime.cwd)
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,0 +1,724 @@
+"""The benchmark: its numbers against numbers worked out by hand. No test says what is fast."""
+
+import csv
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+
+from cnntrain.config import ConfigError, compose
+from cnntrain.lab.benchmark import Report, benchmark, draw, report_tables, timing
+from cnntrain.lab.benchmark.contenders import choice, contenders
+from cnntrain.lab.benchmark.layers import layer, layer_sets, layers_of
+from cnntrain.lab.benchmark.measure import Case, Measured
+from cnntrain.lab.benchmark.memory import Memory, measure_memory
+from cnntrain.lab.benchmark.report import Row, Spread
+from cnntrain.lab.benchmark.tables import number, speedup_lines, times
+from cnntrain.lab.benchmark.timing import Subject, Times, take_turns
+from cnntrain.models import LeNet5
+
+MIB = 2**20
+SMALL = {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "size": 8}
+QUICK: dict[str, Any] = {"rounds": 2, "min_turn_ms": 0}
+
+
+def flat(report: Report, **wanted: Any) -> list[dict[str, Any]]:
+    """The rows whose columns have these values."""
+    rows = [row.flat() for row in report.rows]
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def shown(report: Report) -> str:
+    console = Console(width=110, file=io.StringIO(), record=True)
+    console.print(report_tables(report))
+    return console.export_text()
+
+
+# What is timed.
+
+
+def test_layers_of_lenet5() -> None:
+    """Three convolutions; MACs by hand: 25*1*6*28*28, 25*6*16*10*10, 25*16*128*1*1."""
+    found = layers_of(LeNet5().train(), (1, 28, 28))
+    assert [layer.shape for layer in found] == [
+        "1->6 5x5 p2 on 28x28",
+        "6->16 5x5 on 14x14",
+        "16->128 5x5 on 5x5",
+    ]
+    assert [layer.macs for layer in found] == [117_600, 240_000, 51_200]
+    assert found[0].name == "features.0"
+
+
+def test_the_set_lenet5_is_the_model_s() -> None:
+    (mine,) = layer_sets(choice("layers", "lenet5"), (1, 28, 28))
+    theirs = layers_of(LeNet5(), (1, 28, 28))
+    assert [(x.options, x.size) for x in mine.layers] == [(x.options, x.size) for x in theirs]
+
+
+def test_layers_keep_everything_that_a_network_asks_for() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(4, 6, (3, 5), stride=(1, 2), padding=(0, 1), dilation=2, groups=2, bias=False),
+        nn.Conv2d(6, 6, 3, padding="same", padding_mode="circular"),
+        nn.Conv2d(6, 6, 3, padding="same", padding_mode="circular"),
+    ).train()
+    (found,) = layer_sets({"mine": network}, (4, 20, 30))
+    first, second = found.layers
+    expected = network[0](torch.zeros(1, 4, 20, 30)).shape[1:]
+    assert first.shape == "4->6 3x5 s1x2 p0x1 d2 g2 no bias on 20x30"
+    assert first.out_shape == tuple(expected)
+    assert first.macs == 3 * 5 * (4 // 2) * 6 * expected[1] * expected[2]
+    assert (first.count, second.count) == (1, 2)  # equal layers are listed once
+    assert (first.name, second.name) == ("0", "1")
+    assert second.shape == f"6->6 3x3 same circular on {expected[1]}x{expected[2]}"
+    made = nn.Conv2d(**dict(first.options))
+    assert made.weight.shape == network[0].weight.shape
+    assert made.bias is None
+    assert all(module.training for module in network.modules())
+    assert not network[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"kernal_size": 3}, "shape: it has no key 'kernal_size'; did you mean 'kernel_size'?"),
+        ({"size": None}, "shape.size=None: must be a whole number from 1, or two, [down, right]"),
+        ({"size": [8, 8, 8]}, "shape.size=[8, 8, 8]: must be a whole number from 1, or two"),
+        ({"stride": 0}, "shape.stride=0: must be a whole number from 1"),
+        ({"kernel_size": 2.5}, "shape.kernel_size=2.5: must be a whole number from 1"),
+        ({"in_channels": True}, "shape.in_channels=True: must be a whole number from 1"),
+        ({"bias": "no"}, "shape.bias=no: must be true or false"),
+        ({"padding": -1}, "shape.padding=-1: must be a whole number from 0"),
+        ({"padding": "sam"}, "shape: Invalid padding string 'sam'"),
+        ({"groups": 3}, "shape: in_channels must be divisible by groups"),
+        ({"padding_mode": "mirror"}, "shape: padding_mode must be one of"),
+        ({"kernel_size": 9}, "shape: Calculated padded input size per channel: (8 x 8)"),
+        ({"padding": "same", "stride": 2}, "shape: padding='same' is not supported for strided"),
+    ],
+)
+def test_a_wrong_shape_is_named(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        layer({**SMALL, **changed})
+    (problem,) = caught.value.problems
+    assert problem.startswith(said)
+    assert "\n" not in problem
+
+
+def test_an_incomplete_shape_and_one_without_quotes() -> None:
+    with pytest.raises(ConfigError, match=r"^shape: has no out_channels, kernel_size; an example:"):
+        layer({"in_channels": 2, "size": 8})
+    # What `shape={in_channels: 2, size: 8}` comes to where a shell expands the braces.
+    with pytest.raises(ConfigError, match=r"^shape=size:8: must be a mapping, in quotes: shape='{"):
+        layer("size:8")
+
+
+def test_a_wrong_set_is_named() -> None:
+    wrong = {
+        "a": {"layer": []},
+        "b": {"batch_sizes": [0], "layers": [SMALL]},
+        "c": {"batch_sizes": [1]},
+        "d": [SMALL, {**SMALL, "groups": 3}],
+        "e": nn.Linear(2, 2),
+        "f": nn.Conv2d(3, 3, 3),
+    }
+    with pytest.raises(ConfigError) as caught:
+        layer_sets(wrong, (1, 8, 2))
+    a, b, c, d, e, f = caught.value.problems
+    assert a == "layers.a: it has no key 'layer'; did you mean 'layers'?"
+    assert b == "layers.b.batch_sizes=[0]: must be a list of whole numbers from 1"
+    assert c.startswith("layers.c.layers: must be a list of layers, each as '{in_channels: 64,")
+    assert d.startswith("layers.d[1]: in_channels must be divisible")
+    assert e == "model: e has no nn.Conv2d to time"
+    assert f.startswith("in_shape=[1, 8, 2]: ")
+
+
+# Who is timed.
+
+
+def test_contenders_of_every_kind() -> None:
+    class Mine(nn.Conv2d):
+        pass
+
+    limited = {"_target_": "cnntrain.conv.Im2colConv2d", "max_column_mib": 8}
+    found = contenders(["im2col", "torch.nn.Conv2d", limited, "unfold", "seven_loops", Mine])
+    assert list(found) == [
+        "im2col", "Conv2d", "Im2colConv2d(max_column_mib=8)", "unfold", "seven_loops", "Mine",
+    ]  # fmt: skip
+    made = [make(2, 4, kernel_size=3) for make in found.values()]
+    assert type(made[0]).__name__ == "Im2colConv2d"
+    assert type(made[2]).__name__ == "Im2colConv2d"
+    assert made[2].algorithm.max_column_mib == 8
+    assert type(made[5]) is Mine
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        (["im2coll"], "backends=[im2coll]: there is no choice 'im2coll'; did you mean 'im2col'?"),
+        (["unfolld"], "backends=[unfolld]: there is no choice 'unfolld'; did you mean 'unfold'?"),
+        (["nowhere.Conv"], "backends._target_=nowhere.Conv: cannot be imported"),
+        (["torch.nn.Linear"], "backends._target_=torch.nn.Linear: must be a class derived from"),
+        (
+            ["os.system"],
+            "backends._target_=os.system: must be a class derived from torch.nn.Conv2d",
+        ),
+        ([{"max_column_mib": 8}], "backends={'max_column_mib': 8}: must have a _target_"),
+        (
+            [{"_target_": "cnntrain.conv.Im2colConv2d", "max_colum_mib": 8}],
+            "backends.max_colum_mib=8: cnntrain.conv.Im2colConv2d has no option 'max_colum_mib'; "
+            "did you mean 'max_column_mib'?",
+        ),
+        (["native", "native"], "backends: native is there twice"),
+        ([], "backends=[]: must name at least one"),
+    ],
+)
+def test_a_wrong_contender_is_named(entries: list[Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        contenders(entries)
+    assert any(problem.startswith(said) for problem in caught.value.problems), caught.value
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"unfoldNd is a package of its own: pip install unfoldNd"
+    ):
+        contenders(["unfoldNd"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": (1, 2), "stride": (2, 1), "dilation": (1, 2)},
+        {"groups": 2, "bias": False},
+        {"groups": 4, "padding": 1},
+    ],
+)
+@pytest.mark.parametrize("peer", ["unfold", "unfoldNd", "seven_loops"])
+def test_peers_are_convolutions(peer: str, options: dict[str, Any]) -> None:
+    if peer == "unfoldNd":
+        pytest.importorskip("unfoldNd")
+    torch.manual_seed(0)
+    native = nn.Conv2d(4, 8, (3, 2), **options).double()
+    mine = contenders([peer])[peer](4, 8, (3, 2), **options).double()
+    mine.load_state_dict(native.state_dict())
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(mine(x), native(x).detach() if peer == "seven_loops" else native(x))
+
+
+# What is measured.
+
+
+class Allocates(torch.autograd.Function):
+    """An output of zeros by way of 8 MiB; keeps 3 MiB; its gradients by way of 16 MiB."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, size: tuple[int, ...]) -> Tensor:
+        passing = torch.empty(8 * MIB, dtype=torch.uint8)
+        ctx.save_for_backward(x, w, b)
+        del passing
+        ctx.kept = torch.empty(3 * MIB, dtype=torch.uint8)
+        return x.new_zeros(size)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        passing = torch.empty(16 * MIB, dtype=torch.uint8)
+        del passing
+        return *(torch.zeros_like(t) for t in ctx.saved_tensors), None
+
+
+class AllocatesConv2d(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        size = F.conv2d(input.to("meta"), weight.to("meta")).shape
+        return Allocates.apply(input, weight, bias, size)
+
+
+def test_memory_to_the_byte() -> None:
+    conv, x = AllocatesConv2d(2, 4, 3), torch.randn(5, 2, 8, 8, requires_grad=True)
+    subject = Subject(conv, x, torch.randn(5, 4, 6, 6))
+    assert measure_memory(subject) == Memory(8 * MIB, (3 + 16) * MIB, 3 * MIB)
+    alone = Subject(conv, x.detach(), None)
+    assert measure_memory(alone) == Memory(8 * MIB, None, None)
+
+
+def test_native_s_own_scratch_memory_is_seen() -> None:
+    """In float64 PyTorch unrolls the whole batch: N * C*9 * OH*OW numbers of 8 bytes."""
+    conv = nn.Conv2d(16, 16, 3, padding=1).double()
+    subject = Subject(conv, torch.randn(4, 16, 16, 16, dtype=torch.float64), None)
+    assert measure_memory(subject).forward >= 4 * 16 * 9 * 16 * 16 * 8
+
+
+class Clock:
+    """Time that passes only where a fake convolution says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Ticks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, tick: Callable[[], None]) -> Tensor:
+        ctx.tick = tick
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.tick()
+        return g, None
+
+
+@pytest.fixture
+def taking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., type[nn.Conv2d]]:
+    """Make a convolution whose forward and backward take so many seconds on a fake clock."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+
+    def make(name: str, forward: float, backward: float) -> type[nn.Conv2d]:
+        class Taking(nn.Conv2d):
+            def _conv_forward(self, input: Tensor, weight: Tensor, bias: Any) -> Tensor:
+                clock.now += forward
+                y = super()._conv_forward(input, weight, bias)
+                return Ticks.apply(y, lambda: setattr(clock, "now", clock.now + backward))
+
+        Taking.__name__ = name
+        return Taking
+
+    return make
+
+
+def test_times_rates_and_ratios_by_a_fake_clock(taking: Callable[..., type[nn.Conv2d]]) -> None:
+    """2*4*9*36 = 2,592 MACs for an image of 8x8, 5 images: 25,920 FLOP forward."""
+    quick, slow = taking("Quick", 0.001, 0.003), taking("Slow", 0.004, 0.008)
+    report = benchmark({"one": [SMALL]}, [quick, slow], batch_sizes=[5], rounds=3, min_turn_ms=10)
+    one, other = flat(report)
+    assert report.meta["baseline"] == "Quick"  # the first, since native is not there
+    assert one["macs_per_image"] == 2592
+    assert [one[f"{part}_ms"] for part in ("forward", "backward", "total")] == pytest.approx(
+        [1, 3, 4]
+    )
+    assert [other[f"{part}_ms"] for part in ("forward", "backward")] == pytest.approx([4, 8])
+    assert one["forward_gflops"] == pytest.approx(25_920 / 1e-3 / 1e9)
+    assert one["total_gflops"] == pytest.approx(3 * 25_920 / 4e-3 / 1e9)
+    assert (one["ratio"], other["ratio"]) == (1, pytest.approx(3))
+    assert (other["ratio_q1"], other["ratio_q3"]) == pytest.approx((3, 3))
+    assert one["passes"] * 4 >= 10  # ms: as many as a turn needs
+    assert other["passes"] == 1
+    assert (one["rounds"], other["rounds"]) == (3, 3)
+    (line,) = speedup_lines(report.speedups)
+    assert line == "Quick is 3.00 x as fast as Slow"
+
+
+def test_the_forward_alone(taking: Callable[..., type[nn.Conv2d]]) -> None:
+    makers = [taking("Quick", 0.001, 0.003), taking("Slow", 0.004, 0.008)]
+    report = benchmark({"one": [SMALL]}, makers, backward=False, **QUICK)
+    one, other = flat(report)
+    assert other["ratio"] == pytest.approx(4)
+    assert one["total_ms"] == pytest.approx(1)
+    assert one["total_gflops"] == one["forward_gflops"]
+    absent = ["backward_ms", "total_extra_bytes", "kept_bytes", "gradient_error"]
+    assert [one[column] for column in absent] == [None] * 4
+    assert "backward" not in shown(report)
+
+
+def row(backend: str, seconds: list[float], baseline: list[float], **kind: Any) -> Row:
+    like = {"set": "s", "batch_size": 2, "dtype": "float32", "shape": {}} | kind
+    found = layer_sets({"s": [{**SMALL, **like.pop("shape")}] * kind.get("count", 1)}, (1, 1, 1))
+    like.pop("count", None)
+    case = Case(layer=found[0].layers[0], **like)
+    both = [Times(s / 4, 3 * s / 4) for s in seconds]
+    return Row(case, backend, Measured(both, seconds, 1), baseline)
+
+
+def test_ratios_are_taken_within_a_round_and_sums_over_the_layers() -> None:
+    base, mine = [1.0, 2.0, 4.0], [2.0, 2.0, 12.0]
+    assert Spread.ratio(mine, base) == Spread(2, 1.5, 2.5)  # of 2, 1, 3
+    wide = {"shape": {"out_channels": 8}, "count": 2}
+    rows = [
+        row("native", base, base),
+        row("mine", mine, base),
+        row("native", [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], **wide),
+        row("mine", [3.0, 5.0, 1.0], [1.0, 1.0, 1.0], **wide),
+    ]
+    report = Report({"baseline": "native"}, rows)
+    native, other = report.sums
+    assert native.totals == [1 + 2, 2 + 2, 4 + 2]
+    assert other.totals == [2 + 6, 2 + 10, 12 + 2]
+    assert other.ratio == Spread.of([8 / 3, 12 / 4, 14 / 6])
+    assert other.flat()["total_ms"] == 12_000
+
+
+def test_speedups_are_geometric_means_over_the_sums() -> None:
+    rows = []
+    for batch_size, factor in [(2, 2.0), (4, 8.0)]:
+        base = [1.0, 2.0]
+        rows.append(row("native", base, base, batch_size=batch_size))
+        rows.append(row("im2col", [3.0, 6.0], base, batch_size=batch_size))
+        rows.append(row("unfold", [3 * factor, 6 * factor], base, batch_size=batch_size))
+    found = {(s.backend, s.other): s for s in Report({"baseline": "native"}, rows).speedups}
+    assert found["im2col", "unfold"].geometric_mean == pytest.approx(4)  # of 2 and 8
+    assert found["unfold", "im2col"].geometric_mean == pytest.approx(1 / 4)
+    assert found["native", "unfold"].geometric_mean == pytest.approx(12)
+    assert (found["im2col", "unfold"].lowest, found["im2col", "unfold"].highest) == (2, 8)
+    assert list(speedup_lines(list(found.values())))[2] == (
+        "im2col is 4.00 x as fast as unfold, geometric mean of 2 sums (2.00 to 8.00)"
+    )
+
+
+def test_a_set_with_a_layer_that_failed_has_no_sum() -> None:
+    failed = Row(row("mine", [1.0], [1.0]).case, "mine", Measured(problem="no"), [1.0])
+    whole = row("native", [1.0], [1.0])
+    report = Report({"baseline": "native"}, [whole, failed])
+    assert [found.ratio is None for found in report.sums] == [False, True]
+    assert report.speedups == []
+
+
+def test_turns_are_shuffled_and_one_that_raises_leaves() -> None:
+    turns: list[str] = []
+
+    class Notes(nn.Conv2d):
+        name = ""
+
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            turns.append(self.name)
+            if self.name == "b" and turns.count("b") == 3:
+                raise ValueError("three is enough")
+            return super()._conv_forward(input, weight, bias)
+
+    subjects = {}
+    for name in "abc":
+        subjects[name] = Subject(Notes(2, 4, 3), torch.zeros(1, 2, 8, 8), None)
+        subjects[name].conv.name = name
+    ticks: list[None] = []
+    times, raised = take_turns(
+        subjects, dict.fromkeys("abc", 1), 40, random.Random(0), lambda: ticks.append(None)
+    )
+    assert {name: len(found) for name, found in times.items()} == {"a": 40, "c": 40}
+    assert [str(error) for error in raised.values()] == ["three is enough"]
+    assert list(raised) == ["b"]
+    assert len(ticks) == 40
+    later = [name for name in turns[9:] if name != "b"]
+    rounds = {"".join(later[i : i + 2]) for i in range(len(later) % 2, len(later), 2)}
+    assert rounds == {"ac", "ca"}
+
+
+# The whole.
+
+
+class Wrong(nn.Conv2d):
+    """Its output is a tenth too large, as are its gradients."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 1.1 * super()._conv_forward(input, weight, bias)
+
+
+class Raises(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError("not for you\nin a second line")
+
+
+class Misshapen(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight, bias)[..., :-1]
+
+
+class Infinite(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight, bias) / 0
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    sets = {"a": [SMALL, {**SMALL, "stride": 2}], "b": {"batch_sizes": [3], "layers": [SMALL]}}
+    entries = ["native", "im2col", "naive", "seven_loops", Wrong, Raises, Misshapen, Infinite]
+    dtypes: Any = ["float32", "bfloat16"]
+    return benchmark(sets, entries, batch_sizes=[2, 4], dtypes=dtypes, **QUICK)
+
+
+def test_a_row_for_every_combination(report: Report) -> None:
+    found = [
+        (r["set"], r["layer"], r["batch_size"], r["dtype"], r["backend"]) for r in flat(report)
+    ]
+    names = ["native", "im2col", "naive", "seven_loops", "Wrong", "Raises", "Misshapen", "Infinite"]
+    plain, strided = "2->4 3x3 on 8x8", "2->4 3x3 s2 on 8x8"
+    expected = [
+        (name, layer, batch_size, dtype, backend)
+        for name, layers in [("a", [plain, strided]), ("b", [plain])]
+        for dtype in ["float32", "bfloat16"]
+        for batch_size in [2, 4]  # the option, in place of the set's own 3
+        for layer in layers
+        for backend in names
+    ]
+    assert found == expected
+    for good in ("native", "im2col", "naive"):
+        for found_row in flat(report, backend=good):
+            assert all(value is not None for value in found_row.values()), found_row
+            assert found_row["problem"] == ""
+
+
+def test_errors_against_float64(report: Report) -> None:
+    for r in flat(report, dtype="float32"):
+        if r["backend"] in ("native", "im2col", "naive"):
+            assert 0 < r["output_error"] < 2e-6
+            assert 0 <= r["gradient_error"] < 2e-6
+        elif r["backend"] == "Wrong":
+            assert r["output_error"] == pytest.approx(0.1, rel=1e-4)
+            assert r["gradient_error"] == pytest.approx(0.1, rel=1e-4)
+    for r in flat(report, dtype="bfloat16", backend="native"):
+        assert 1e-4 < r["output_error"] < 1e-2
+
+
+def test_what_cannot_be_done_is_said(report: Report) -> None:
+    said = {name: {r["problem"] for r in flat(report, backend=name)} for name in report.backends}
+    assert said["Raises"] == {"NotImplementedError: not for you"}
+    assert said["Infinite"] == {"RuntimeError: its results are not finite"}
+    assert "RuntimeError: its output is [2, 4, 6, 5], not [2, 4, 6, 6]" in said["Misshapen"]
+    assert said["seven_loops"] == {"forward only: its output has no gradient"}
+    loops = flat(report, backend="seven_loops", dtype="float32")[0]
+    assert loops["forward_ms"] > 0
+    assert (loops["total_ms"], loops["ratio"], loops["backward_ms"]) == (None, None, None)
+    assert loops["output_error"] < 2e-6
+    text = shown(report)
+    assert "Raises, 2->4 3x3 on 8x8, batch 2, float32: NotImplementedError: not for you" in text
+
+
+def test_files_agree(report: Report, tmp_path: Path) -> None:
+    report.write(tmp_path)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    content = json.loads(
+        (tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
+    assert len(lines) == len(content["rows"]) == len(report.rows)
+    for line, found in zip(lines, content["rows"], strict=True):
+        assert {k: "" if v is None else str(v) for k, v in found.items()} == line
+    meta = content["meta"]
+    assert torch.__version__.startswith(meta["versions"]["torch"])
+    assert meta["memory_format"] == "contiguous"
+    assert meta["threads"] == torch.get_num_threads()
+    assert meta["processor"]
+    sums = {(s["set"], s["batch_size"], s["dtype"], s["backend"]): s for s in content["sums"]}
+    assert sums["a", 2, "float32", "native"]["ratio"] == 1
+    assert sums["a", 2, "float32", "Raises"]["total_ms"] is None
+    assert len(sums) == 2 * 2 * 2 * 8
+    assert {s["dtype"] for s in content["speedups"]} == {"float32", "bfloat16"}
+
+
+def test_a_picture(report: Report, tmp_path: Path) -> None:
+    draw(report, tmp_path / "new" / "picture.png")
+    with Image.open(tmp_path / "new" / "picture.png") as image:
+        image.load()
+        assert image.format == "PNG"
+        assert 1000 <= image.width <= 2000
+        assert 500 <= image.height <= 2000
+        colours = {colour for _, colour in image.convert("RGB").getcolors(2**24) or []}
+    assert {(0, 0x72, 0xB2), (0xE6, 0x9F, 0)} <= colours  # the first two bars'
+
+
+def test_nothing_global_is_changed() -> None:
+    tiny = torch.tensor([1e-40])
+    threads, state, python = torch.get_num_threads(), torch.get_rng_state(), random.getstate()
+    seen: dict[str, Any] = {}
+
+    class Looks(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            seen["threads"], seen["flushed"] = torch.get_num_threads(), (tiny * 1).item() == 0
+            return super()._conv_forward(input, weight, bias)
+
+    first = benchmark({"a": [SMALL]}, [Looks], threads=2, **QUICK)
+    assert seen == {"threads": 2, "flushed": True}
+    assert first.meta["threads"] == 2
+    assert torch.get_num_threads() == threads
+    assert (tiny * 1).item() != 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python
+    again = benchmark({"a": [SMALL]}, [Looks], **QUICK)
+    other = benchmark({"a": [SMALL]}, [Looks], seed=1, **QUICK)
+    errors = [flat(found)[0]["output_error"] for found in (first, again, other)]
+    assert errors[0] == errors[1] != errors[2]  # the seed decides the inputs, and nothing else
+
+
+def test_channels_last_reaches_the_backend() -> None:
+    seen: list[bool] = []
+
+    class Looks(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in (input, weight))
+            seen.extend(not t.is_contiguous() for t in (input, weight))
+            return super()._conv_forward(input, weight, bias)
+
+    found = benchmark({"a": [SMALL]}, [Looks], memory_format="channels_last", **QUICK)
+    assert seen
+    assert all(seen)
+    assert flat(found)[0]["gradient_error"] < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_sizes": []}, "batch_sizes=[]: must be one value or more"),
+        ({"batch_sizes": [2, 2]}, "batch_sizes=[2, 2]: must be one value or more, none of them"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        benchmark({"a": [SMALL]}, ["native"], **options)
+    assert caught.value.problems[0].startswith(said)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"^device=cuda: this machine has no GPU"):
+        benchmark({"a": [SMALL]}, ["native"], device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu() -> None:
+    report = benchmark({"a": [SMALL]}, ["native", "im2col"], device="cuda", **QUICK)
+    for found in flat(report):
+        assert found["problem"] == ""
+        assert found["total_ms"] > 0
+        assert found["output_error"] < 1e-2
+        assert found["total_extra_bytes"] >= found["forward_extra_bytes"] >= 0
+    assert report.meta["gpu"]
+
+
+# The command.
+
+WRONG = [
+    (["rounds=0"], "rounds=0: input should be greater than 0"),
+    (["threads=0"], "threads=0: input should be greater than 0"),
+    (["batch_sizes=[0]"], "batch_sizes=[0]: input should be greater than 0"),
+    (["dtypes=[float31]"], "input should be 'float32', 'float64', 'bfloat16' or 'float16'"),
+    (["device=gpu"], "device=gpu: input should be 'cpu' or 'cuda'"),
+    (["in_shape=[1,28]"], "in_shape=[1, 28]: has too few values"),
+    (["layers=3x4"], "layers=3x4: layers has no choice '3x4'; did you mean '3x3'?"),
+    (["model=lenet"], "model=lenet: model has no choice 'lenet'; did you mean 'lenet5'?"),
+    (["model=lenet5", "model.drop=1"], "model.drop=1: model has no option 'drop'"),
+    (["backend=im2col"], "backend=im2col: there is no option 'backend'; did you mean 'backends'?"),
+    (["+directory=x"], "directory: there is no option 'directory'"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), WRONG)
+def test_a_wrong_option_is_answered_before_anything_starts(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides, name="benchmark")
+    assert said in "\n".join(caught.value.problems)
+
+
+def test_presets() -> None:
+    cfg = compose(["benchmark=layers"], name="benchmark")
+    assert list(cfg.layers) == ["lenet5", "3x3", "stride2", "1x1", "depthwise"]
+    assert list(cfg.backends) == ["native", "im2col", "unfold", "unfoldNd"]
+    found = layer_sets(cfg.layers, (1, 28, 28))
+    assert [s.batch_sizes for s in found] == [(64, 128, 512), *[(32, 128)] * 4]
+    assert [x.shape for s in found[1:] for x in s.layers] == [
+        "32->64 3x3 p1 on 16x16",
+        "64->64 3x3 p1 on 32x32",
+        "128->128 3x3 p1 on 8x8",
+        "64->128 3x3 s2 p1 on 32x32",
+        "64->256 1x1 on 16x16",
+        "64->64 3x3 p1 g64 on 32x32",
+    ]
+    cfg = compose(["benchmark=layers", "layers=[1x1,3x3]", "rounds=3"], name="benchmark")
+    assert list(cfg.layers) == ["1x1", "3x3"]
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cnntrain", "benchmark", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """A model, a set and a shape at once, on a class of the user's own."""
+    (tmp_path / "mypkg.py").write_text("from torch import nn\n\n\nclass My(nn.Conv2d): pass\n")
+    shape = "shape={in_channels: 4, out_channels: 6, kernel_size: [3, 1], stride: 2, size: [9, 8]}"
+    done = run(
+        tmp_path, "model=shallow", "layers=[1x1]", shape, "backends=[native,im2col,mypkg.My]",
+        "batch_sizes=[2]", "threads=1", "rounds=2", "min_turn_ms=0", "hydra.run.dir=run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    content = json.loads((tmp_path / "run/results.json").read_text())
+    found = {(r["set"], r["shape"], r["backend"]) for r in content["rows"]}
+    shapes = [
+        ("1x1", "64->256 1x1 on 16x16"),
+        ("shallow", "1->16 3x3 on 28x28"),
+        ("shape", "4->6 3x1 s2 on 9x8"),
+    ]
+    assert found == {(*s, b) for s in shapes for b in ("native", "im2col", "My")}
+    assert content["meta"]["rounds"] == 2
+    with Image.open(tmp_path / "run/benchmark.png") as image:
+        image.verify()
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 110
+    assert "1x1, batch 2, float32" in lines
+    assert any(line.startswith("1->16 3x3 on 28x28") for line in lines)
+    assert lines[-3:] == ["run/results.csv", "run/results.json", "run/benchmark.png"]
+    again = run(tmp_path, "layers=1x1", "hydra.run.dir=run")
+    assert again.returncode == 2
+    assert "hydra.run.dir=run: holds a benchmark already" in again.stderr
+
+
+def test_seed_table(tmp_path: Path) -> None:
+    done = run(tmp_path, "benchmark=seed_table", "rounds=3")
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("outputs/benchmark/*/results.json")
+    content = json.loads(file.read_text())
+    rows = {(r["set"], r["backend"]): r for r in content["rows"]}
+    assert len(rows) == 2 * 4
+    for (name, _), found in rows.items():
+        first = name == "1x1x3x3 input"
+        assert found["shape"] == ("1->16 3x3 on 3x3" if first else "3->7 3x3 s2 on 14x14")
+        assert found["batch_size"] == (1 if first else 10)
+        assert found["macs_per_image"] == (9 * 16 if first else 9 * 3 * 7 * 6 * 6)
+        assert (found["rounds"], found["passes"]) == (3, 1)
+        assert found["forward_ms"] > 0
+        assert found["backward_ms"] is None
+        assert found["output_error"] < 2e-6
+        assert found["problem"] == ""
+
+
+def test_mistakes_are_one_line_each_and_exit_2(tmp_path: Path) -> None:
+    wrong = "{in_channels: 4, out_channels: 6, kernel_size: 3, size: 2}"
+    done = run(tmp_path, f"shape={wrong}")
+    assert (done.returncode, done.stdout) == (2, "")
+    first, second = done.stderr.splitlines()
+    assert first == "cnntrain: this cannot be run as asked"
+    assert second.startswith("  shape: Calculated padded input size per channel: (2 x 2)")
+
+
+def test_help_tells_the_options() -> None:
+    done = run(ROOT, "--help")
+    assert done.returncode == 0
+    assert "layers: 1x1, 3x3, depthwise, lenet5, stride2" in done.stdout
+    assert "memory_format: contiguous" in done.stdout
+
+
+def test_numbers_for_people() -> None:
+    assert [number(v) for v in (1234.5, 12.345, 1.2345, 0.59, 0.012345, 0)] == [
+        "1234", "12.3", "1.23", "0.590", "0.0123", "0",
+    ]  # fmt: skip
+    assert [times(v) for v in (0.886, 9.876, 12.34)] == ["0.89", "9.88", "12.3"]
