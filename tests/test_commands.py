@@ -234,12 +234,12 @@ def test_tensorboard_shows_the_run(server: str, tmp_path: Path) -> None:
     assert shown == pytest.approx(result)
 
 
-def readme_commands() -> list[str]:
-    """The README's lines that train; `pip`, `pytest` and the rest are run by .ci/run."""
+def readme_commands(start: str) -> list[str]:
+    """The README's lines that start so; `pip`, `pytest` and the rest are run by .ci/run."""
     lines = (ROOT / "README.md").read_text().splitlines()
     lines = [line.split("   #")[0].strip() for line in lines]
     commands = [c.strip() for line in lines for c in line.removeprefix("$ ").split("&&")]
-    return [c for c in commands if c.startswith("python train.py ") and "<" not in c]
+    return [c for c in commands if c.startswith(start) and "<" not in c]
 
 
 def test_the_folder_one_is_in_is_searched(cnntrain: Run, tmp_path: Path) -> None:
@@ -249,7 +249,25 @@ def test_the_folder_one_is_in_is_searched(cnntrain: Run, tmp_path: Path) -> None
     assert "epoch 1/1" in done.stdout
 
 
-@pytest.mark.parametrize("command", readme_commands())
+@pytest.mark.parametrize("command", readme_commands("cnntrain "))
+def test_readme_command_of_the_lab(command: str, tmp_path: Path) -> None:
+    """As the README has it, on few cases."""
+    (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
+    arguments = shlex.split(command.split("`")[0])[1:]
+    few = {"verify": ["short=true", "cases=2", "only=adjoint"], "benchmark": ["rounds=1"]}
+    few["benchmark"] += ["min_turn_ms=0"] + ["batch_sizes=[2]"] * ("seed_table" not in command)
+    done = subprocess.run(
+        [sys.executable, "-m", "cnntrain", *arguments, *few[arguments[0]]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("passes every check" if arguments[0] == "verify" else "x native") in done.stdout
+
+
+@pytest.mark.parametrize("command", readme_commands("python train.py "))
 def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
     """As the README has it, on little data."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")

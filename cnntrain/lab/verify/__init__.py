@@ -1,0 +1,13 @@
+"""A verdict on a convolution: everything that ``nn.Conv2d`` does, checked by other means.
+
+- `cases.py`: the layers that it is tried on.
+- `oracles.py`: what their outputs and gradients should be.
+- `check.py`: what a check is.
+- `numerics.py`, `memory.py`, `history.py`, `module.py`, `errors.py`: the checks.
+- `contract.py`: all of them, and the report.
+"""
+
+from cnntrain.lab.verify.check import Line
+from cnntrain.lab.verify.contract import Report, verify
+
+__all__ = ["Line", "Report", "verify"]

@@ -1,0 +1,201 @@
+"""The whole contract that a backend has to keep, and the report on one that was verified."""
+
+from __future__ import annotations
+
+import contextlib
+import json as jsons
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from pydantic import PositiveInt
+from torch import nn
+
+import cnntrain
+from cnntrain.config import ConfigError
+from cnntrain.lab.verify import errors, history, memory, module, numerics
+from cnntrain.lab.verify.check import Line, Subject
+
+CHECKS = [
+    numerics.seven_loops,
+    numerics.scipy_signal,
+    numerics.random_layers,
+    numerics.integers,
+    numerics.float32,
+    numerics.adjoint,
+    numerics.linearity,
+    numerics.groups,
+    numerics.split_batch,
+    numerics.second_derivatives,
+    memory.strides,
+    memory.in_place,
+    memory.shared,
+    history.history,
+    history.repeated,
+    history.settings,
+    history.asked,
+    module.empty,
+    module.constructor,
+    module.exchange,
+    module.copies,
+    errors.errors,
+]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found out about a backend.
+
+    Attributes:
+        backend: the class's dotted name.
+        options: those of `verify`, as they were used.
+        lines: one for each check.
+        seconds: what it took.
+    """
+
+    backend: str
+    options: dict[str, Any]
+    lines: list[Line]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(line.passed for line in self.lines)
+
+    def json(self) -> str:
+        """All of it. An infinite error is null."""
+        lines = [{**asdict(line), "passed": line.passed} for line in self.lines]
+        for line in lines:
+            line["error"] = line["error"] if math.isfinite(line["error"]) else None
+        versions = {m.__name__: m.__version__ for m in (cnntrain, torch, np, scipy)}
+        versions["python"] = platform.python_version()
+        return jsons.dumps(
+            {
+                "passed": self.passed,
+                **vars(self),
+                "lines": lines,
+                "versions": versions,
+            },
+            indent=2,
+        )
+
+
+def verify(
+    backend: Callable[..., nn.Conv2d],
+    *,
+    cases: PositiveInt | None = None,
+    seed: int = 0,
+    short: bool = False,
+    only: str = "",
+    device: str = "cpu",
+    json: Path | None = None,
+    report: Callable | None = None,
+) -> Report:
+    """Check everything that a backend has to do as ``nn.Conv2d`` does it.
+
+    ``backend`` is called with ``nn.Conv2d``'s arguments, all of them; a class with options of its
+    own is given as a ``functools.partial``. Two attributes of the class say what its algorithm
+    cannot help:
+
+        float32_budget = 4.0: the largest error in float32, in units of sqrt(K) 2^-24 sum |x| |w|,
+            where K is the number of products in a sum. Adding K products one by one is off by at
+            most about K 2^-24 sum |x| |w| (N. Higham, "Accuracy and Stability of Numerical
+            Algorithms", 2002, section 3.1), and by its square root as a rule, since roundings
+            cancel. Winograd's and Fourier's transforms need more.
+        exact_on_integers = True: whether sums of small whole numbers have no error at all. False
+            for an algorithm that divides; its results are rounded first.
+
+    Args:
+        cases: random layers; by default 1000, in the short form 200.
+        seed: of the random layers and of all numbers.
+        short: a small part of the grid and of the large layers, for CI.
+        only: just the checks whose name contains this.
+        device: 'cpu', 'cuda', 'cuda:1', ...: where the layers are. Oracles stay on the CPU.
+        json: a file to write the report into.
+        report: called with each `Line` of the report as soon as it is known.
+
+    Raises:
+        ConfigError: an option that makes no sense. Never for anything that the backend does: an
+            exception of its own is a failed check.
+    """
+    if cases is not None and cases < 1:
+        raise ConfigError([f"cases={cases}: must be 1 or more"])
+    chosen = [c for c in CHECKS if any(only.lower() in line.lower() for line in c.lines)]
+    if not chosen:
+        names = "; ".join(line for check in CHECKS for line in check.lines)
+        raise ConfigError([f"only={only}: no check has this in its name; there is {names}"])
+    if json and (problem := _unwritable(json)):
+        raise ConfigError([f"json={json}: {problem}"])
+    subject = Subject(backend, cases or (200 if short else 1000), seed, short, _device(device))
+    start, lines = time.perf_counter(), []
+    with _undisturbed():
+        for check in chosen:
+            for line in check.run(subject):
+                if only.lower() in line.name.lower():
+                    lines.append(line)
+                    if report:
+                        report(line)
+    options = {"cases": subject.cases, "seed": seed, "short": short, "only": only, "device": device}
+    if isinstance(backend, partial):
+        options["backend"] = dict(backend.keywords)
+    name = f"{subject.kind.__module__}.{subject.name}"
+    found = Report(name, options, lines, time.perf_counter() - start)
+    if json:
+        json.write_text(found.json() + "\n")
+    return found
+
+
+def _unwritable(path: Path) -> str | None:
+    if path.is_dir():
+        return "is a folder; name a file in it"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return "cannot be written"
+    return None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError([f"device={name}: must be cpu, cuda, or one GPU of several, as cuda:1"])
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError([f"device={name}: PyTorch finds {count} GPUs here; take device=cpu"])
+    return device
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Float32 as such on GPUs too, no warnings, and all as it was afterwards."""
+    dtype, threads, gradients = (
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+    )
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+            torch.enable_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(gradients)

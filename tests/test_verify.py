@@ -1,0 +1,473 @@
+"""`verify`: its oracles, its cases, its report, and the command as a user meets it."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import nn
+from torch.fft import irfft2, rfft2
+
+from cnntrain.config import ConfigError, compose
+from cnntrain.conv import BACKENDS, Conv2d, Im2colConv2d, NaiveConv2d
+from cnntrain.conv.autograd import Algorithm
+from cnntrain.lab.verify import verify
+from cnntrain.lab.verify.cases import Case, corners, grid, large, layers, random_cases
+from cnntrain.lab.verify.contract import CHECKS
+from cnntrain.lab.verify.oracles import (
+    BIAS,
+    INPUT,
+    OUTPUT,
+    WEIGHT,
+    Problem,
+    loops,
+    scipys,
+    taps,
+)
+
+EASY = Case(1, 1, 2, (1, 3, 3))
+
+
+def by_hand(case: Case, x: list, w: list, g: list, b: list | None = None) -> Problem:
+    x, w, g = (np.array(t, float) for t in (x, w, g))
+    bias = None if b is None else np.array(b, float)
+    return Problem(
+        case, x.reshape(case.input_shape), w.reshape(case.weight_shape), bias,
+        g.reshape(case.output_shape),
+    )  # fmt: skip
+
+
+every_oracle = pytest.mark.parametrize("oracle", [loops, scipys, taps])
+
+
+@every_oracle
+def test_an_oracle_by_hand(oracle):
+    p = by_hand(EASY, [*range(9)], [1, 2, 3, 4], [1, 10, 100, 1000], [0.5])
+    found = oracle(p)
+    assert found[OUTPUT].ravel().tolist() == [27.5, 37.5, 57.5, 67.5]
+    assert found[WEIGHT].ravel().tolist() == [4310, 5421, 7643, 8754]
+    assert found[INPUT].ravel().tolist() == [1, 12, 20, 103, 1234, 2040, 300, 3400, 4000]
+    assert found[BIAS].tolist() == [1111]
+
+
+@every_oracle
+def test_an_oracle_with_groups_stride_and_dilation_by_hand(oracle):
+    case = Case(2, 2, (1, 2), (1, 1, 5), stride=(1, 2), dilation=2, groups=2, bias=False)
+    p = by_hand(case, [0, 1, 2, 3, 4, 10, 11, 12, 13, 14], [1, 100, 1, 1000], [1, 2, 3, 4])
+    found = oracle(p)
+    assert found[OUTPUT].ravel().tolist() == [200, 402, 12010, 14012]
+    assert found[INPUT].ravel().tolist() == [1, 0, 102, 0, 200, 3, 0, 3004, 0, 4000]
+    assert found[WEIGHT].ravel().tolist() == [4, 10, 78, 92]
+    assert BIAS not in found
+
+
+@every_oracle
+@pytest.mark.parametrize(
+    ("mode", "padded", "gradient"),
+    [
+        ("zeros", [0, 0, 1, 2, 3, 0, 0], [3, 4, 5]),
+        ("reflect", [3, 2, 1, 2, 3, 2, 1], [3 + 7, 2 + 4 + 6, 1 + 5]),
+        ("replicate", [1, 1, 1, 2, 3, 3, 3], [1 + 2 + 3, 4, 5 + 6 + 7]),
+        ("circular", [2, 3, 1, 2, 3, 1, 2], [3 + 6, 1 + 4 + 7, 2 + 5]),
+    ],
+)
+def test_an_oracle_pads_by_hand(oracle, mode, padded, gradient):
+    case = Case(1, 1, 1, (1, 1, 3), padding=(0, 2), bias=False, padding_mode=mode)
+    found = oracle(by_hand(case, [1, 2, 3], [1], [1, 2, 3, 4, 5, 6, 7]))
+    assert found[OUTPUT].ravel().tolist() == padded
+    assert found[INPUT].ravel().tolist() == gradient
+
+
+def test_same_has_the_odd_pixel_below_and_right():
+    case = Case(1, 1, (2, 4), (1, 5, 5), padding="same")
+    assert case.pads == ((0, 1), (1, 2))
+    assert case.output_size == (5, 5)
+
+
+def test_the_oracles_agree():
+    for case in [*corners(), *grid(short=True)[::3], *random_cases(7, 40)]:
+        p = Problem.normal(case, 3)
+        truth = loops(p)
+        for oracle in (scipys, taps):
+            found = oracle(p)
+            assert found.keys() == truth.keys()
+            for quantity in truth:
+                np.testing.assert_allclose(
+                    found[quantity], truth[quantity], rtol=1e-12, atol=1e-12, err_msg=str(case)
+                )
+
+
+def test_taps_are_exact_on_integers():
+    p = Problem.integers(Case(70, 3, 3, (2, 9, 9)), 0)
+    found = taps(p)
+    assert {t.dtype for t in found.values()} == {np.dtype(np.int64)}
+    assert found[OUTPUT][1, 2, 3, 4] == (p.x[1, :, 3:6, 4:7] * p.w[2]).sum() + p.b[2]
+
+
+# The cases.
+
+
+def options_of(case: Case) -> list:
+    names = ["stride", "padding", "padding_mode", "dilation", "groups", "bias", "kernel_size"]
+    return [*(getattr(case, name) for name in names), case.out_channels, len(case.size)]
+
+
+def test_the_short_grid_has_every_pair_of_options():
+    def pairs(cases: list[Case]) -> set:
+        return {
+            pair
+            for case in cases
+            for pair in itertools.combinations(enumerate(options_of(case)), 2)
+        }
+
+    whole, short = grid(short=False), grid(short=True)
+    assert pairs(short) == pairs(whole)
+    assert len(short) * 20 < len(whole)
+    assert set(short) < set(whole)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_a_case_is_what_nn_conv2d_makes_of_it():
+    cases = [*corners(), *grid(short=True), *large(short=False), *layers(short=False)]
+    for case in [*cases, *random_cases(1, 100)]:
+        layer, _, shape = case.call("nn.Conv2d").partition(" on ")
+        with torch.device("meta"):
+            conv = eval(layer)
+            y = conv(torch.empty(eval(shape)))
+        assert tuple(y.shape) == case.output_shape, case
+        assert tuple(conv.weight.shape) == case.weight_shape
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_a_case_is_valid_where_nn_conv2d_takes_it(mode):
+    verdicts = set()
+    for size, kernel, stride, padding, dilation in itertools.product(
+        [(1, 1, 4), (1, 3, 2)], [1, 3, (2, 4)], [1, (1, 3)], [0, 1, (2, 4), "same"], [1, 2]
+    ):
+        case = Case(1, 1, kernel, size, stride, padding, dilation, padding_mode=mode)
+        try:
+            nn.Conv2d(1, 1, kernel, **case.options())(torch.zeros(case.input_shape))
+            taken = True
+        except (RuntimeError, ValueError):
+            taken = False
+        assert case.valid == taken, case
+        verdicts.add(taken)
+    assert verdicts == {True, False}
+
+
+def test_random_cases_differ_in_everything():
+    cases = list(random_cases(0, 300))
+    assert cases == list(random_cases(0, 300))
+    assert cases[:20] != list(random_cases(1, 20))
+    assert len(set(cases)) == 300
+    assert {case.padding_mode for case in cases} == {"zeros", "reflect", "replicate", "circular"}
+    assert {len(case.size) for case in cases} == {2, 3}
+    assert {case.size[0] % 2 for case in cases if len(case.size) == 3} == {0, 1}
+    assert {"same", "valid"} < {case.padding for case in cases}
+    assert sum(case.in_channels != case.out_channels for case in cases) > 200
+    for name in ("kernel_size", "stride", "dilation"):
+        assert sum(len(set(getattr(case, name))) == 2 for case in cases) > 90
+
+
+# Backends of very different kinds.
+
+
+class Unfolding(nn.Conv2d):
+    """As many write it: nothing of cnntrain, autograd does the backward."""
+
+    def forward(self, input):
+        x = input if input.dim() == 4 else input[None]
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        amounts = self._reversed_padding_repeated_twice
+        if any(amounts):
+            x = F.pad(x, amounts, mode)
+        size = [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, d, k, s in zip(
+                x.shape[2:], self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        ]
+        columns = F.unfold(x, self.kernel_size, self.dilation, 0, self.stride)
+        columns = columns.unflatten(1, (self.groups, -1))  # (N, groups, K, OH * OW)
+        y = self.weight.flatten(1).unflatten(0, (self.groups, -1)) @ columns
+        y = y.flatten(1, 2).unflatten(2, size)
+        y = y if self.bias is None else y + self.bias[:, None, None]
+        return y if input.dim() == 4 else y[0]
+
+
+class Fourier(Algorithm):
+    """Products of spectra. Periodic, but nothing that is kept has come round."""
+
+    def forward(self, x, w, geometry):
+        spectra = rfft2(x).unflatten(1, (geometry.groups, -1))
+        kernels = rfft2(spread(w, geometry.dilation), s=x.shape[2:])
+        kernels = kernels.unflatten(0, (geometry.groups, -1)).conj()
+        y = irfft2(torch.einsum("ngchw,gochw->ngohw", spectra, kernels), s=x.shape[2:])
+        oh, ow = geometry.output_size(x.shape[2:], w.shape[2:])
+        (sh, sw), y = geometry.stride, y.flatten(1, 2)
+        return y[..., : sh * (oh - 1) + 1 : sh, : sw * (ow - 1) + 1 : sw].contiguous()
+
+    def grad_input(self, g, w, input_size, geometry):
+        spectra = rfft2(spread(g, geometry.stride), s=input_size)
+        kernels = rfft2(spread(w, geometry.dilation), s=input_size)
+        spectra = spectra.unflatten(1, (geometry.groups, -1))
+        kernels = kernels.unflatten(0, (geometry.groups, -1))
+        dx = torch.einsum("ngohw,gochw->ngchw", spectra, kernels)
+        return irfft2(dx, s=input_size).flatten(1, 2)
+
+    def grad_weight(self, g, x, kernel_size, geometry):
+        spectra = rfft2(x).unflatten(1, (geometry.groups, -1))
+        gradients = rfft2(spread(g, geometry.stride), s=x.shape[2:]).conj()
+        gradients = gradients.unflatten(1, (geometry.groups, -1))
+        dw = torch.einsum("ngchw,ngohw->gochw", spectra, gradients)
+        (kh, kw), (dh, dw_) = kernel_size, geometry.dilation
+        dw = irfft2(dw, s=x.shape[2:]).flatten(0, 1)
+        return dw[..., : dh * (kh - 1) + 1 : dh, : dw_ * (kw - 1) + 1 : dw_].contiguous()
+
+
+def spread(t, steps):
+    """Zeros between the pixels."""
+    (down, right), (height, width) = steps, t.shape[2:]
+    wide = t.new_zeros(*t.shape[:2], down * (height - 1) + 1, right * (width - 1) + 1)
+    wide[..., ::down, ::right] = t
+    return wide
+
+
+class UndeclaredFourierConv2d(Conv2d):
+    algorithm = Fourier()
+
+
+class FourierConv2d(UndeclaredFourierConv2d):
+    float32_budget = 40.0
+    exact_on_integers = False
+
+
+@pytest.mark.parametrize("backend", [Im2colConv2d, FourierConv2d])
+def test_a_sound_backend_passes(backend):
+    report = verify(backend, short=True, cases=10)
+    assert report.passed, [f"{line.name}: {line.failure}" for line in report.lines]
+
+
+def test_a_forward_of_ones_own_passes_but_for_the_errors():
+    report = verify(Unfolding, short=True, cases=10)
+    (failed,) = [line for line in report.lines if not line.passed]
+    assert failed.name == "errors that nn.Conv2d raises"
+    assert failed.failure == "Unfolding(3, 4, 3)(None): raises AttributeError, not TypeError"
+
+
+def test_an_algorithm_has_to_declare_what_it_cannot_help():
+    report = verify(UndeclaredFourierConv2d, short=True, cases=10, only="output, ")
+    failed = [line.name for line in report.lines if not line.passed]
+    assert failed == ["output, small integers", "output, float32"]
+
+
+# The report.
+
+
+def test_cases_and_seed():
+    def of(seed):
+        return verify(NaiveConv2d, only="output, random layers", cases=7, seed=seed).lines
+
+    assert [line.cases for line in of(5)] == [7]
+    assert of(5) == of(5)
+    assert of(5)[0].error != of(6)[0].error
+    whole, short = (verify(NaiveConv2d, only="empty", short=short) for short in (False, True))
+    assert (whole.options["cases"], short.options["cases"]) == (1000, 200)
+
+
+def test_only_takes_part_of_a_name():
+    report = verify(NaiveConv2d, cases=3, only="Weight gradient, r")
+    assert [line.name for line in report.lines] == ["weight gradient, random layers"]
+
+
+def test_the_short_form_has_every_check():
+    names = [name for check in CHECKS for name in check.lines]
+    assert len(names) == len(set(names)) == 40
+    report = verify(BACKENDS["native"], short=True, cases=5)
+    assert [line.name for line in report.lines] == names
+    assert all(line.cases for line in report.lines)
+    assert report.passed
+
+
+class Raising(nn.Conv2d):
+    def forward(self, input):
+        raise KeyError("no kernel for this\nsecond line")
+
+
+def test_an_exception_is_a_failure_and_the_other_checks_go_on():
+    report = verify(Raising, short=True, cases=2)
+    by_name = {line.name: line for line in report.lines}
+    output = by_name["output, random layers"]
+    assert (output.cases, output.failed, output.error) == (2, 2, float("inf"))
+    first = next(random_cases(0, 1)).call("Raising")
+    assert output.failure == f"{first}: KeyError: 'no kernel for this\\nsecond line'"
+    assert by_name["constructor and initial weights"].passed
+    assert not report.passed
+
+
+def test_the_report_as_json(tmp_path):
+    file = tmp_path / "report.json"
+    backend = partial(Im2colConv2d, max_column_mib=1)
+    report = verify(backend, cases=4, seed=3, only="random", json=file)
+    found = json.loads(file.read_text())
+    assert found["passed"] is True
+    assert found["backend"] == "cnntrain.conv.im2col.Im2colConv2d"
+    assert found["options"]["backend"] == {"max_column_mib": 1}
+    assert (found["options"]["cases"], found["options"]["seed"]) == (4, 3)
+    assert found["versions"]["torch"] == torch.__version__
+    assert [line["error"] for line in found["lines"]] == [line.error for line in report.lines]
+    raising = json.loads(verify(Raising, cases=1, only="output, random").json())
+    assert (raising["passed"], raising["lines"][0]["error"]) == (False, None)
+    assert raising["lines"][0]["failure"].startswith("Raising(")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cases": 0}, "cases=0: must be 1 or more"),
+        ({"only": "gradeint"}, "only=gradeint: no check has this in its name; there is output, "),
+        ({"device": "tpu0"}, "device=tpu0: must be cpu, cuda"),
+        ({"device": "meta"}, "device=meta: must be cpu, cuda"),
+        ({"device": "cuda:99"}, "device=cuda:99: PyTorch finds"),
+        ({"json": Path("/nowhere/report.json")}, "json=/nowhere/report.json: there is no folder"),
+        ({"json": Path("/")}, "json=/: is a folder"),
+    ],
+)
+def test_options_that_make_no_sense(options, said):
+    with pytest.raises(ConfigError) as caught:
+        verify(NaiveConv2d, **options)
+    assert caught.value.problems[0].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["backend=im2coll"], "backend=im2coll: backend has no choice 'im2coll'; did you mean"),
+        (["cases=-1"], "cases=-1: input should be greater than 0"),
+        (["cases=many"], "cases=many: input should be a valid integer"),
+        (["short=maybe"], "short=maybe: input should be a valid boolean"),
+        (["shrot=true"], "shrot=true: there is no option 'shrot'; did you mean 'short'?"),
+        (["seed=-1"], "seed=-1: must be a whole number"),
+        (["+report=3"], "report=3: input should be callable"),
+        (["model=lenet5"], "model=lenet5: there is no option 'model'"),
+    ],
+)
+def test_mistakes_on_the_command_line(overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides, name="verify")
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(said)
+
+
+def test_verifying_leaves_everything_as_it_was():
+    before = torch.get_rng_state(), torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    verify(NaiveConv2d, only="called again")
+    after = torch.get_rng_state(), torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+# The command.
+
+MINE = """
+from torch import nn
+
+class Mine(nn.Conv2d):
+    pass
+
+class Twice(nn.Conv2d):
+    def forward(self, input):
+        y = super().forward(input)
+        return y if self.bias is None else y + self.bias[:, None, None]
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`cnntrain verify <arguments>` in a folder with a user's own classes in it."""
+    (tmp_path / "mypkg.py").write_text(MINE)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "cnntrain", "verify", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+def test_a_sound_class_of_ones_own(command, tmp_path):
+    done = command("backend._target_=mypkg.Mine", "short=true", "cases=5", "json=-")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["passed"] is True
+    assert report["backend"] == "mypkg.Mine"
+    assert len(report["lines"]) == 40
+    assert done.stderr == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["mypkg.py"]
+
+
+def test_a_faulty_class_of_ones_own(command, tmp_path):
+    options = ["backend._target_=mypkg.Twice", "only=random layers", "cases=30", "seed=4"]
+    done = command(*options, "json=report.json")
+    assert done.returncode == 1, done.stderr
+    head, output, *gradients, _, verdict = done.stdout.splitlines()
+    assert head.split() == ["check", "cases", "worst", "error", "budget"]
+    row = r"output, random layers +30 +[\d.]+ +1e-12   FAILS on (\d+), first (.*): output is off.*"
+    number, case = re.fullmatch(row, output).groups()
+    with_bias = [case.call("Twice") for case in random_cases(4, 30) if case.bias]
+    assert (int(number), case) == (len(with_bias), with_bias[0])
+    good = r"(input|weight|bias) gradient, random layers +\d+ +[\d.e-]+ +1e-12   ok"
+    assert [re.fullmatch(good, line) is not None for line in gradients] == [True, True, False]
+    assert re.fullmatch(r"mypkg\.Twice fails 2 of 4 checks \(\d+ s\)", verdict)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["passed"], len(report["lines"])) == (False, 4)
+    assert report["lines"][0]["failure"].startswith(f"{case}: output is off by ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["backend=im2coll", "cases=-1"], ["backend=im2coll: ", "cases=-1: "]),
+        (["json=nowhere/report.json"], ["json=nowhere/report.json: there is no folder nowhere"]),
+        (["backend=im2col,naive", "-m"], ["-m: verify takes one backend"]),
+    ],
+)
+def test_mistakes_are_refused(command, tmp_path, arguments, said):
+    done = command(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert all(part in done.stderr for part in said), done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["mypkg.py"]
+
+
+def test_help_names_every_option_and_needs_no_torch(tmp_path):
+    code = (
+        "import sys; sys.argv = ['cnntrain', 'verify', '--help']\n"
+        "from cnntrain.commands import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    assert all(name in done.stdout for name in BACKENDS)
+    for option in ("seed", "cases", "short", "only", "device", "json"):
+        assert f"\n{option}: " in done.stdout
