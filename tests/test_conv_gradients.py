@@ -98,7 +98,7 @@ def test_first_and_second_derivatives_of_every_subset(algorithm, geometry, kerne
         kernel = (2, 2)
 
     def y(x, w, bias):
-        return convolve(x, w, bias, (0, 0, 0, 0), geometry, algorithm)
+        return convolve(x, w, bias, geometry, algorithm, (0, 0, 0, 0))
 
     for needs in SUBSETS[:-1]:  # the last one has none
         sizes = (2, 4, 4, 5), (4, 4 // geometry.groups, *kernel), (4,)
@@ -115,7 +115,7 @@ def test_every_number_of_the_second_derivatives(algorithm):
     inputs = [randn(*size, seed=i).requires_grad_() for i, size in enumerate(sizes)]
 
     def y(x, w, bias):
-        return convolve(x, w, bias, (1, 0, 0, 2), geometry, algorithm)
+        return convolve(x, w, bias, geometry, algorithm, (1, 0, 0, 2))
 
     assert gradcheck(y, inputs)
     assert gradgradcheck(y, inputs)
@@ -161,17 +161,17 @@ def counting(backend):
     calls = []
 
     class Counting(type(backend(1, 1, 1).algorithm)):
-        def forward(self, *args):
+        def padded_forward(self, *args):
             calls.append("y")
-            return super().forward(*args)
+            return super().padded_forward(*args)
 
-        def grad_input(self, *args):
+        def padded_grad_input(self, *args):
             calls.append("dx")
-            return super().grad_input(*args)
+            return super().padded_grad_input(*args)
 
-        def grad_weight(self, *args):
+        def padded_grad_weight(self, *args):
             calls.append("dw")
-            return super().grad_weight(*args)
+            return super().padded_grad_weight(*args)
 
     conv = backend(2, 3, 3, dtype=torch.float64)
     conv.algorithm = Counting()

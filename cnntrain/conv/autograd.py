@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from cnntrain.conv.function import keep, run, signed, wanted
-from cnntrain.conv.geometry import Geometry, Pair, pad
+from cnntrain.conv.geometry import Amounts, Geometry, Pair, crop, pad, padded
 
 
 class Algorithm(ABC):
@@ -48,19 +48,31 @@ class Algorithm(ABC):
     def grad_weight(self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
         """dw (O, C/groups, kh, kw), where kernel_size is (kh, kw)."""
 
+    # The same for an input that is to be padded with zeros. An algorithm that works off the batch
+    # in parts may do better, and pad one part at a time.
 
-# Here `how` is a Geometry and an Algorithm.
+    def padded_forward(self, x: Tensor, w: Tensor, geometry: Geometry, zeros: Amounts) -> Tensor:
+        return self.forward(pad(x, zeros), w, geometry)
 
-Amounts = tuple[int, int, int, int]  # zeros at (left, right, top, bottom)
-NONE = (0, 0, 0, 0)
+    def padded_grad_input(
+        self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry, zeros: Amounts
+    ) -> Tensor:
+        dx = self.grad_input(g, w, padded(input_size, zeros), geometry)
+        return crop(dx, zeros).clone() if any(zeros) else dx
+
+    def padded_grad_weight(
+        self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, zeros: Amounts
+    ) -> Tensor:
+        return self.grad_weight(g, pad(x, zeros), kernel_size, geometry)
 
 
-def convolve(x: Tensor, w: Tensor, bias: Tensor | None, zeros: Amounts, *how: Any) -> Tensor:
-    """y = x * w + bias (N, O, OH, OW), differentiable in x, w and bias, as often as one likes.
+# Here `how` is a Geometry, an Algorithm, and the zeros at each side of the input. It is padded
+# within these functions, so that what is kept for the backward is the input as it was.
 
-    x (N, C, H, W) is padded with zeros here, so that it is kept for the backward as it is.
-    """
-    return (_Forward if is_compiling() else Forward).apply(x, w, bias, zeros, *how)
+
+def convolve(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    """y = x * w + bias (N, O, OH, OW), differentiable in x, w and bias, as often as one likes."""
+    return (_Forward if is_compiling() else Forward).apply(x, w, bias, *how)
 
 
 def grad_input(g: Tensor, w: Tensor, input_size: Pair, *how: Any) -> Tensor:
@@ -82,18 +94,18 @@ class Forward(Function):
         x: Tensor,
         w: Tensor,
         bias: Tensor | None,
-        zeros: Amounts,
         geometry: Geometry,
         algorithm: Algorithm,
+        zeros: Amounts,
     ) -> Tensor:
-        y = run(algorithm.forward, pad(x, zeros), w, geometry)
+        y = run(algorithm.padded_forward, x, w, geometry, zeros)
         if is_compiling():  # compiled, a copy is part of what made y
             return y.clone() if bias is None else y + bias.view(-1, 1, 1)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, w, _, ctx.zeros, *ctx.how = inputs
+        x, w, _, *ctx.how = inputs
         ctx.size = output.shape
         keep(ctx, x, w)
 
@@ -102,14 +114,10 @@ class Forward(Function):
         dx = dw = db = None
         if g is not None:
             x, w = ctx.saved_tensors
-            left, right, top, bottom = ctx.zeros
             if wanted(ctx, 0):
-                size = x.shape[2] + top + bottom, x.shape[3] + left + right
-                dx = grad_input(g, w.conj_physical(), size, *ctx.how)
-                dx = pad(dx, (-left, -right, -top, -bottom))
+                dx = grad_input(g, w.conj_physical(), _plane(x), *ctx.how)
             if wanted(ctx, 1):
-                padded = pad(x.conj_physical(), ctx.zeros)
-                dw = grad_weight(g, padded, _plane(w), *ctx.how)
+                dw = grad_weight(g, x.conj_physical(), _plane(w), *ctx.how)
             if wanted(ctx, 2):
                 db = g.sum((0, 2, 3))
         return dx, dw, db, None, None, None
@@ -118,22 +126,22 @@ class Forward(Function):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (x, w), (dx, dw, db, *_) = ctx.saved_tensors, tangents
         dy = _sum(
-            None if dx is None else convolve(dx, w, None, ctx.zeros, *ctx.how),
-            None if dw is None else convolve(x, dw, None, ctx.zeros, *ctx.how),
+            None if dx is None else convolve(dx, w, None, *ctx.how),
+            None if dw is None else convolve(x, dw, None, *ctx.how),
             None if db is None else db.view(-1, 1, 1),
         )
         return dy.expand(ctx.size)
 
     @staticmethod
     def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
-        (x, w, bias, zeros, geometry, algorithm), (x_dim, w_dim, bias_dim, *_) = inputs, dims
+        (x, w, bias, *how), (x_dim, w_dim, bias_dim, *_) = inputs, dims
         if w_dim is None and bias_dim is None:
             x = x.movedim(x_dim, 0).flatten(0, 1)
-            y = convolve(x, w, bias, zeros, geometry, algorithm)
+            y = convolve(x, w, bias, *how)
             return y.unflatten(0, (info.batch_size, -1)), 0
         x, w = _join(x, x_dim, 1, info), _join(w, w_dim, 0, info)
         bias = None if bias is None else _join(bias, bias_dim, 0, info)
-        y = convolve(x, w, bias, zeros, _grouped(geometry, info), algorithm)
+        y = convolve(x, w, bias, *_grouped(how, info))
         return y.unflatten(1, (info.batch_size, -1)), 1
 
 
@@ -160,9 +168,14 @@ class GradInput(_Gradient):
     @staticmethod
     @signed
     def forward(
-        g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry, algorithm: Algorithm
+        g: Tensor,
+        w: Tensor,
+        input_size: Pair,
+        geometry: Geometry,
+        algorithm: Algorithm,
+        zeros: Amounts,
     ) -> Tensor:
-        return run(algorithm.grad_input, g, w, input_size, geometry)
+        return run(algorithm.padded_grad_input, g, w, input_size, geometry, zeros)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor | None) -> tuple:
@@ -170,20 +183,20 @@ class GradInput(_Gradient):
         if h is not None:
             g, w = ctx.saved_tensors
             if wanted(ctx, 0):
-                dg = convolve(h, w.conj_physical(), None, NONE, *ctx.how)
+                dg = convolve(h, w.conj_physical(), None, *ctx.how)
             if wanted(ctx, 1):
                 dw = grad_weight(g.conj_physical(), h, _plane(w), *ctx.how)
-        return dg, dw, None, None, None
+        return dg, dw, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
-        (g, w, input_size, geometry, algorithm), (g_dim, w_dim, *_) = inputs, dims
+        (g, w, input_size, *how), (g_dim, w_dim, *_) = inputs, dims
         if w_dim is None:
             g = g.movedim(g_dim, 0).flatten(0, 1)
-            dx = grad_input(g, w, input_size, geometry, algorithm)
+            dx = grad_input(g, w, input_size, *how)
             return dx.unflatten(0, (info.batch_size, -1)), 0
         g, w = _join(g, g_dim, 1, info), _join(w, w_dim, 0, info)
-        dx = grad_input(g, w, input_size, _grouped(geometry, info), algorithm)
+        dx = grad_input(g, w, input_size, *_grouped(how, info))
         return dx.unflatten(1, (info.batch_size, -1)), 1
 
 
@@ -193,9 +206,14 @@ class GradWeight(_Gradient):
     @staticmethod
     @signed
     def forward(
-        g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, algorithm: Algorithm
+        g: Tensor,
+        x: Tensor,
+        kernel_size: Pair,
+        geometry: Geometry,
+        algorithm: Algorithm,
+        zeros: Amounts,
     ) -> Tensor:
-        return run(algorithm.grad_weight, g, x, kernel_size, geometry)
+        return run(algorithm.padded_grad_weight, g, x, kernel_size, geometry, zeros)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor | None) -> tuple:
@@ -203,16 +221,16 @@ class GradWeight(_Gradient):
         if h is not None:
             g, x = ctx.saved_tensors
             if wanted(ctx, 0):
-                dg = convolve(x.conj_physical(), h, None, NONE, *ctx.how)
+                dg = convolve(x.conj_physical(), h, None, *ctx.how)
             if wanted(ctx, 1):
                 dx = grad_input(g.conj_physical(), h, _plane(x), *ctx.how)
-        return dg, dx, None, None, None
+        return dg, dx, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
-        (g, x, kernel_size, geometry, algorithm), (g_dim, x_dim, *_) = inputs, dims
+        (g, x, kernel_size, *how), (g_dim, x_dim, *_) = inputs, dims
         g, x = _join(g, g_dim, 1, info), _join(x, x_dim, 1, info)
-        dw = grad_weight(g, x, kernel_size, _grouped(geometry, info), algorithm)
+        dw = grad_weight(g, x, kernel_size, *_grouped(how, info))
         return dw.unflatten(0, (info.batch_size, -1)), 0
 
 
@@ -246,8 +264,9 @@ def _join(t: Tensor, batched: int | None, channels: int, info: Any) -> Tensor:
     return t.movedim(0, channels).flatten(channels, channels + 1)
 
 
-def _grouped(geometry: Geometry, info: Any) -> Geometry:
-    return replace(geometry, groups=geometry.groups * info.batch_size)
+def _grouped(how: Any, info: Any) -> tuple:
+    geometry, *others = how
+    return replace(geometry, groups=geometry.groups * info.batch_size), *others
 
 
 def _plane(t: Tensor) -> Pair:

@@ -65,12 +65,7 @@ def tiles(
         most = room // max(image, 1)
         if cache is not None and image:
             most = min(most, max(cache // image, RUN))
-        if n <= most:  # not as numbers: a graph that is traced here holds for every such batch
-            return [((slice(None),), (slice(None),))]
-        even = -(-n // max(-(-n // most), 1))
-        step = max(1, min(most, -(-even // RUN) * RUN))
-        cuts = [(slice(i, min(i + step, n)),) for i in range(0, max(n, 1), step)]
-        return [(cut, cut) for cut in cuts]
+        return batches(n, most)
     rows = max((r for r in range(1, oh) if numbers(r, ow) <= room), default=0)
     columns = ow if rows else max((q for q in range(1, ow) if numbers(1, q) <= room), default=1)
     cuts = []
@@ -80,6 +75,16 @@ def tiles(
         one = slice(i, i + 1), slice(None)
         cuts.append(((*one, *here), (*one, slice(top, bottom), slice(left, right))))
     return cuts
+
+
+def batches(n: int, most: int) -> list[tuple[Index, Index]]:
+    """Parts of a batch of n images, of about one size, with as many as `most` in each."""
+    if n <= most:  # not as numbers: a graph that is traced here holds for every such batch
+        return [((slice(None),), (slice(None),))]
+    even = -(-n // -(-n // most))
+    step = min(most, -(-even // RUN) * RUN)
+    cuts = [(slice(i, min(i + step, n)),) for i in range(0, n, step)]
+    return [(cut, cut) for cut in cuts]
 
 
 class Layout(ABC):

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Pair = tuple[int, ...]  # (height, width); wide enough a type for torch.Size
+Amounts = tuple[int, int, int, int]  # pixels at (left, right, top, bottom)
+NONE = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Geometry:
 
 def padding_amounts(
     padding: str | int | tuple[int, ...], kernel_size: Pair, dilation: Pair
-) -> tuple[int, int, int, int]:
+) -> Amounts:
     """Pixels to add at (left, right, top, bottom), as ``F.pad`` takes them.
 
     'same' adds d (k - 1) in all; where that is odd, the extra pixel goes to the right and the
@@ -60,7 +62,19 @@ def padding_amounts(
     return left, left, top, top
 
 
-def pad(x: Tensor, amounts: tuple[int, int, int, int], mode: str = "zeros") -> Tensor:
+def padded(size: Pair, amounts: Amounts) -> tuple[int, int]:
+    """(height, width) with padding."""
+    left, right, top, bottom = amounts
+    return size[0] + top + bottom, size[1] + left + right
+
+
+def crop(x: Tensor, amounts: Amounts) -> Tensor:
+    """The pixels of (N, C, H, W) that are no padding: a view."""
+    left, right, top, bottom = amounts
+    return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
+
+
+def pad(x: Tensor, amounts: Amounts, mode: str = "zeros") -> Tensor:
     """Pads (N, C, H, W) once, so that no algorithm has to know of padding.
 
     amounts: pixels at (left, right, top, bottom); negative ones cut off, with zeros only.

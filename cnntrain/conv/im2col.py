@@ -16,18 +16,20 @@ How the matrices lie in memory, such that little has to be copied, is the busine
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 
 from cnntrain.conv import depthwise
 from cnntrain.conv.autograd import Algorithm
-from cnntrain.conv.columns import Index, layout, tiles
-from cnntrain.conv.geometry import Geometry, Pair
+from cnntrain.conv.columns import RUN, Index, batches, layout, tiles
+from cnntrain.conv.geometry import NONE, Amounts, Geometry, Pair, crop, pad, padded
 from cnntrain.conv.module import Conv2d
 
 # On CPU, what stays in the caches is fastest. Best of 1, 2, 4, 8.
@@ -50,63 +52,94 @@ def weight_gradient(g: Tensor, x: Tensor, kernel: Pair, how: Geometry) -> Tensor
     return matrices.weight(matrices.correlate(g, x))
 
 
-def input_gradient(g: Tensor, w: Tensor, size: tuple[int, ...], how: Geometry) -> Tensor:
+def input_gradient(g: Tensor, w: Tensor, plane: Pair, how: Geometry) -> Tensor:
     """dX = col2im(W^T @ G)"""
-    matrices = layout(size, w.shape[2:], how)
+    matrices = layout((len(g), w.shape[1] * how.groups, *plane), w.shape[2:], how)
     return matrices.col2im(w, matrices.rows(g))
 
 
 @dataclass(frozen=True)
 class Im2col(Algorithm):
-    """The three products, for as much of the input at a time as ``max_column_mib`` has room for."""
+    """The three products, for as much of the input at a time as ``max_column_mib`` has room for.
+
+    A part of the batch is padded when its turn comes: all of it at once would not stay in the
+    caches, and take longer than many a product.
+    """
 
     max_column_mib: int = 64
 
     def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
-        if is_depthwise(w, geometry):
-            return depthwise.forward(x, w, geometry, self._room(x))
-        tiles = self._tiles(x, x.shape, w.shape[2:], geometry)
-        if len(tiles) == 1:
-            return output(x, w, geometry).contiguous()
-        y = x.new_empty(x.shape[0], w.shape[0], *geometry.output_size(x.shape[2:], w.shape[2:]))
-        for here, there in tiles:
-            y[there] = output(x[here], w, geometry)
-        return y
-
-    def grad_weight(self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
-        dw = g.new_zeros(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
-        if is_depthwise(dw, geometry):
-            return depthwise.grad_weight(g, x, kernel_size, geometry, self._room(x))
-        for here, there in self._tiles(x, x.shape, kernel_size, geometry):
-            dw += weight_gradient(g[there], x[here], kernel_size, geometry)
-        return dw
+        return self.padded_forward(x, w, geometry, NONE)
 
     def grad_input(self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry) -> Tensor:
-        if is_depthwise(w, geometry):
-            return depthwise.grad_input(g, w, input_size, geometry, self._room(g))
+        return self.padded_grad_input(g, w, input_size, geometry, NONE)
+
+    def grad_weight(self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
+        return self.padded_grad_weight(g, x, kernel_size, geometry, NONE)
+
+    def padded_forward(self, x: Tensor, w: Tensor, geometry: Geometry, zeros: Amounts) -> Tensor:
+        make = self._of(w, geometry, output, depthwise.forward)
+        size = (*x.shape[:2], *padded(x.shape[2:], zeros))
+        parts = self._parts(x, size, w, geometry)
+        if len(parts) == 1:
+            return make(pad(x, zeros), w, geometry).contiguous()
+        y = x.new_empty(len(x), len(w), *geometry.output_size(size[2:], w.shape[2:]))
+        if _are_tiles(parts):
+            x, zeros = pad(x, zeros), NONE
+        for here, there in parts:
+            y[there] = make(pad(x[here], zeros), w, geometry)
+        return y
+
+    def padded_grad_weight(
+        self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, zeros: Amounts
+    ) -> Tensor:
+        dw = g.new_zeros(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
+        make = self._of(dw, geometry, weight_gradient, depthwise.grad_weight)
+        parts = self._parts(x, (*x.shape[:2], *padded(x.shape[2:], zeros)), dw, geometry)
+        if _are_tiles(parts):
+            x, zeros = pad(x, zeros), NONE
+        for here, there in parts:
+            dw += make(g[there], pad(x[here], zeros), kernel_size, geometry)
+        return dw
+
+    def padded_grad_input(
+        self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry, zeros: Amounts
+    ) -> Tensor:
         if is_cheaper_as_forward(g, w, input_size, geometry):
-            (kh, kw), (dh, dw) = w.shape[2:], geometry.dilation
-            padded = F.pad(g, (dw * (kw - 1), dw * (kw - 1), dh * (kh - 1), dh * (kh - 1)))
-            return self.forward(padded, w.flip(2, 3).transpose(0, 1), geometry)
-        size = (g.shape[0], w.shape[1] * geometry.groups, *input_size)
-        tiles = self._tiles(g, size, w.shape[2:], geometry)
-        if len(tiles) == 1:
-            return input_gradient(g, w, size, geometry).contiguous()
-        overlap = len(tiles[0][0]) > 1  # tiles of an image do, parts of the batch do not
-        dx = g.new_zeros(size) if overlap else g.new_empty(size)
-        for here, there in tiles:
-            tile = dx[here]
-            pixels = input_gradient(g[there], w, tile.shape, geometry)
-            tile.copy_(tile + pixels if overlap else pixels)
+            (left, right, top, bottom), (kh, kw) = zeros, w.shape[2:]
+            down, over = geometry.dilation[0] * (kh - 1), geometry.dilation[1] * (kw - 1)
+            around = over - left, over - right, down - top, down - bottom
+            return self.padded_forward(g, w.flip(2, 3).transpose(0, 1), geometry, around)
+        make = self._of(w, geometry, input_gradient, depthwise.grad_input)
+        channels, plane = w.shape[1] * geometry.groups, padded(input_size, zeros)
+        parts = self._parts(g, (len(g), channels, *plane), w, geometry)
+        if len(parts) == 1:
+            return crop(make(g, w, plane, geometry), zeros).contiguous()
+        if _are_tiles(parts):  # which overlap
+            dx = g.new_zeros(len(g), channels, *plane)
+            for here, there in parts:
+                dx[here] += make(g[there], w, dx[here].shape[2:], geometry)
+            return crop(dx, zeros).contiguous()
+        dx = g.new_empty(len(g), channels, *input_size)
+        for here, there in parts:
+            dx[here] = crop(make(g[there], w, plane, geometry), zeros)
         return dx
 
-    def _tiles(
-        self, like: Tensor, size: tuple[int, ...], kernel: Pair, how: Geometry
+    def _of(
+        self, w: Tensor, how: Geometry, usual: Callable[..., Tensor], special: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
+        return partial(special, room=self._room(w)) if is_depthwise(w, how) else usual
+
+    def _parts(
+        self, like: Tensor, size: tuple[int, ...], w: Tensor, how: Geometry
     ) -> list[tuple[Index, Index]]:
-        room = self.max_column_mib * 2**20 // like.element_size()
-        if not like.is_cpu:
-            return tiles(size, kernel, how, room)
-        return tiles(size, kernel, how, room, CACHE_MIB * 2**20 // like.element_size())
+        """Indices into a padded input of this size and into its output."""
+        limit = self.max_column_mib * 2**20 // like.element_size()
+        cache = CACHE_MIB * 2**20 // like.element_size() if like.is_cpu else limit
+        if is_depthwise(w, how):  # a part's input and output, and matrices of half their size
+            image = math.prod(size[1:])
+            return batches(size[0], max(1, min(limit // (3 * image), max(cache // image, 4 * RUN))))
+        return tiles(size, w.shape[2:], how, limit, cache)
 
     def _room(self, like: Tensor) -> int:
         """Bytes for the matrices of a depthwise convolution."""
@@ -114,18 +147,24 @@ class Im2col(Algorithm):
         return mib * 2**20
 
 
+def _are_tiles(parts: list[tuple[Index, Index]]) -> bool:
+    """Whether parts are tiles of single images."""
+    return len(parts[0][0]) > 1
+
+
 def is_depthwise(w: Tensor, how: Geometry) -> bool:
     return how.groups == w.shape[0] > 1 and w.shape[1] == 1
 
 
-def is_cheaper_as_forward(g: Tensor, w: Tensor, size: Pair, how: Geometry) -> bool:
+def is_cheaper_as_forward(g: Tensor, w: Tensor, input_size: Pair, how: Geometry) -> bool:
     """Whether the input gradient should be computed as what it is for a stride of one: the
     convolution of the padded output gradient with the flipped filters.
 
-    Its windows also lie over the padding, but its products are longer, and nothing is added.
+    Its products are longer, and nothing is added; but there are as many as input pixels.
     """
-    more = size[0] * size[1] / (g.shape[2] * g.shape[3])
-    return how.stride == (1, 1) and how.groups == 1 and w.shape[1] >= 16 and 1 < more <= 1.2
+    more = math.prod(input_size) / math.prod(g.shape[2:])
+    large = w.shape[1] >= 16 and math.prod(w.shape[2:]) > 1
+    return how.stride == (1, 1) and how.groups == 1 and large and more <= 1.2
 
 
 class Im2colConv2d(Conv2d):

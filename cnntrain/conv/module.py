@@ -46,7 +46,7 @@ class Conv2d(nn.Conv2d):
         _check_input(input, weight, geometry, amounts)
         unbatched = input.dim() == 3
         x = input.unsqueeze(0) if unbatched else input
-        y = convolve(x, weight, bias, amounts, geometry, self.algorithm)  # (N, O, OH, OW)
+        y = convolve(x, weight, bias, geometry, self.algorithm, amounts)  # (N, O, OH, OW)
         return y.squeeze(0) if unbatched else y
 
 
