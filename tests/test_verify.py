@@ -447,6 +447,7 @@ def test_a_faulty_class_of_ones_own(command, tmp_path):
         (["backend=im2coll", "cases=-1"], ["backend=im2coll: ", "cases=-1: "]),
         (["json=nowhere/report.json"], ["json=nowhere/report.json: there is no folder nowhere"]),
         (["backend=im2col,naive", "-m"], ["-m: verify takes one backend"]),
+        (["backend=im2col,naive", "hydra.mode=MULTIRUN"], ["-m: verify takes one backend"]),
     ],
 )
 def test_mistakes_are_refused(command, tmp_path, arguments, said):

@@ -16,7 +16,7 @@ ROW = "{:36}{:>6}  {:>12}  {:>8}   {}"
 
 
 def main() -> None:
-    if {"-m", "--multirun"} & set(sys.argv):
+    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv):
         print("cnntrain: -m: verify takes one backend; start it once for each", file=sys.stderr)
         sys.exit(2)
     start("verify", _verify)

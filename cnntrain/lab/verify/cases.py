@@ -153,7 +153,8 @@ def corners() -> list[Case]:
         Case(5, 1, 3, (3, 6, 6), padding=1),
         Case(2, 2, (7, 6), (2, 5, 6), padding=3),
         Case(1, 2, 11, (1, 6, 7), padding=5, bias=False),
-        Case(2, 3, (2, 3), (2, 13, 14), dilation=(5, 4)),
+        Case(2, 3, (2, 3), (2, 9, 14), dilation=(7, 6)),
+        Case(2, 3, 5, (2, 6, 7), padding=2),
         Case(6, 6, 3, (2, 6, 7), groups=3, padding=1),
         Case(5, 15, 3, (2, 6, 7), groups=5, padding=1, stride=2),
         Case(6, 4, (2, 3), (3, 6, 7), groups=2, dilation=(2, 1)),
@@ -182,7 +183,7 @@ def random_cases(seed: int, count: int) -> Iterator[Case]:
         groups = draw.choice([1, 1, 1, 2, 3, 4, 5])
         depthwise = draw.random() < 0.2
         c = groups * (1 if depthwise else draw.randint(1, 12 // groups))
-        batch = draw.choice([(), (1,), (2,), (3,), (5,), (8,)])
+        batch = draw.choice([(), *((images,) for images in range(1, 10))])
         paddings: list[OneOrTwo | str] = ["same", "valid", 0, 1, *(two([*range(6)]) for _ in "abc")]
         case = Case(
             in_channels=c,

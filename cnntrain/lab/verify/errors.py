@@ -13,7 +13,8 @@ from cnntrain.lab.verify.check import Finding, Subject, check
 
 @dataclass(frozen=True)
 class BadUse:
-    """A line of Python: `with` stands for the options, `on` for what the layer is called with."""
+    """A line of Python: `options` follow (3, 4, 3), or are all there are where they have brackets
+    of their own; `on` is what the layer is called with."""
 
     options: str = ""
     on: str = "torch.zeros(2, 3, 6, 6)"
@@ -81,7 +82,7 @@ BAD_USES = [
     BadUse(", padding=(0, 6), padding_mode='reflect'"),
     BadUse(", padding=(7, 0), padding_mode='circular'"),
     BadUse(", padding=7, padding_mode='circular'"),
-    *(BadUse("(3, 4, 12, padding=1, padding_mode='reflect')"),),
+    BadUse("(3, 4, 12, padding=1, padding_mode='reflect')"),
     BadUse(", padding='same', dilation=7, padding_mode='reflect'"),
 ]
 

@@ -86,6 +86,16 @@ def _other_numbers(subject: Subject, p: Problem) -> Iterator[Finding]:
         yield from compare(results(layer, *subject.inputs(problem)), taps(problem))
 
 
+def _same_memory(subject: Subject, p: Problem) -> Iterator[Finding]:
+    """As a loader does that fills one buffer again and again."""
+    layer, (x, g) = subject.loaded(p), subject.inputs(p)
+    q = _other(subject, p)
+    yield from compare(results(layer, x, g), taps(p))
+    x.data.copy_(subject.tensor(q.x))  # does not count as a change of version
+    g.data.copy_(subject.tensor(q.g))
+    yield from compare(results(layer, x, g), taps(q))
+
+
 def _outputs_first(subject: Subject, p: Problem) -> Iterator[Finding]:
     layer, q = subject.loaded(p), _other(subject, p)
     yield from _interleaved(subject, [(layer, p), (layer, q)])
@@ -116,7 +126,7 @@ def _weight_changed(subject: Subject, p: Problem) -> Iterator[Finding]:
     subject.load(layer, q)
     yield from compare(results(layer, x, g), taps(q))
     with torch.no_grad():
-        layer.weight.data.mul_(2)  # does not count as a change of version
+        layer.weight.data.mul_(2)
     q = replace(q, w=2 * q.w)
     yield from compare(results(layer, x, g), taps(q))
     layer.weight = nn.Parameter(subject.tensor(p.w))
@@ -161,9 +171,9 @@ def _input_changed(subject: Subject, p: Problem) -> Iterator[Finding]:
     try:
         y.backward(g)
     except RuntimeError:
-        return
-    found = collected(layer, leaf, y)
-    yield from compare(found, taps(p))
+        yield Finding(0.0, "")
+    else:
+        yield from compare(collected(layer, leaf, y), taps(p))
 
 
 def _other(subject: Subject, p: Problem) -> Problem:
@@ -174,6 +184,7 @@ def _other(subject: Subject, p: Problem) -> Problem:
 HISTORIES = {
     "after inputs of other sizes": _other_sizes,
     "after another input of the same size": _other_numbers,
+    "after another input in the same memory": _same_memory,
     "two outputs before their gradients": _outputs_first,
     "layers of the same shape in turns": _two_layers,
     "after a change of the weight": _weight_changed,

@@ -1,0 +1,407 @@
+"""Faults of memory, of state and of the module, and the check that catches them."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planted import Faults, Sound, Taps
+from torch import nn
+
+from cnntrain.conv import Geometry
+
+faults = Faults()
+
+
+# Memory.
+
+
+def in_one_piece(t: torch.Tensor) -> torch.Tensor:
+    """As whoever ignores strides reads it."""
+    size, strides = t.shape, torch.empty(t.shape, device="meta").stride()
+    last = sum((n - 1) * s for n, s in zip(size, strides, strict=True)) if t.numel() else -1
+    room = t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
+    return t.as_strided(size, strides) if last < room else t.contiguous()
+
+
+@faults.caught_by("memory formats and strides")
+class InputStridesIgnored(Taps):
+    def forward(self, x, w, geometry):
+        return super().forward(in_one_piece(x), w, geometry)
+
+
+@faults.caught_by("memory formats and strides")
+class WeightStridesIgnored(Taps):
+    def forward(self, x, w, geometry):
+        return super().forward(x, in_one_piece(w), geometry)
+
+
+@faults.caught_by("memory formats and strides")
+class GradientStridesIgnored(Taps):
+    def grad_weight(self, g, x, kernel_size, geometry):
+        return super().grad_weight(in_one_piece(g), x, kernel_size, geometry)
+
+
+@faults.caught_by("memory formats and strides")
+class StorageOffsetIgnored(Taps):
+    def forward(self, x, w, geometry):
+        return super().forward(x.as_strided(x.shape, x.stride(), 0), w, geometry)
+
+
+@faults.caught_by("memory formats and strides")
+class ExpandedGradientIsANumber(Taps):
+    """What .sum().backward() gives, summed up as one number too few times."""
+
+    def grad_input(self, g, w, input_size, geometry):
+        if g.stride() == (0, 0, 0, 0):
+            g = torch.zeros_like(g).index_fill(0, torch.tensor([0]), 1) * g
+        return super().grad_input(g, w, input_size, geometry)
+
+
+@faults.caught_by("nothing changed in place")
+class InputChanged(Taps):
+    def forward(self, x, w, geometry):
+        y = super().forward(x, w, geometry)
+        x.data.mul_(1.5)
+        return y
+
+
+@faults.caught_by("nothing changed in place")
+class GradientChanged(Taps):
+    def grad_input(self, g, w, input_size, geometry):
+        dx = super().grad_input(g, w, input_size, geometry)
+        g.data.zero_()
+        return dx
+
+
+@faults.caught_by("nothing changed in place")
+class WeightFlippedInPlace(Taps):
+    """And not back: right the first time."""
+
+    def grad_input(self, g, w, input_size, geometry):
+        dx = super().grad_input(g, w, input_size, geometry)
+        w.data.copy_(w.data.flip(2, 3))
+        return dx
+
+
+@faults.caught_by("results in memory of their own")
+class OutputInOneBuffer(Taps):
+    buffer = torch.empty(100_000, dtype=torch.float64)
+
+    def forward(self, x, w, geometry):
+        y = super().forward(x, w, geometry)
+        return self.buffer[: y.numel()].view(y.shape).copy_(y)
+
+
+@faults.caught_by("results in memory of their own")
+class WeightGradientInOneBuffer(Taps):
+    buffer = torch.empty(100_000, dtype=torch.float64)
+
+    def grad_weight(self, g, x, kernel_size, geometry):
+        dw = super().grad_weight(g, x, kernel_size, geometry)
+        return self.buffer[: dw.numel()].view(dw.shape).copy_(dw)
+
+
+# What was before.
+
+
+class Remembering(Sound):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.memory: dict[Any, Any] = {}
+
+
+@faults.caught_by("nothing remembered")
+class InputRememberedByItsShape(Remembering):
+    def _conv_forward(self, input, weight, bias):
+        input = self.memory.setdefault(input.shape, input)
+        return super()._conv_forward(input, weight, bias)
+
+
+@faults.caught_by("nothing remembered")
+class InputRememberedByItsPlaceInMemory(Remembering):
+    def _conv_forward(self, input, weight, bias):
+        key = input.data_ptr(), input._version, input.shape, input.dtype
+        values = self.memory.setdefault(key, input.detach().clone())
+        return super()._conv_forward(input + (values - input).detach(), weight, bias)
+
+
+@faults.caught_by("nothing remembered")
+class WeightRemembered(Remembering):
+    """As an unrolled filter matrix, made at the first call."""
+
+    def _conv_forward(self, input, weight, bias):
+        values = self.memory.setdefault("weight", weight.detach().clone())
+        return super()._conv_forward(input, weight + (values.to(weight) - weight).detach(), bias)
+
+
+@faults.caught_by("nothing remembered")
+class WeightRememberedByItsVersion(Remembering):
+    def _conv_forward(self, input, weight, bias):
+        key = weight.data_ptr(), weight._version, weight.dtype
+        values = self.memory.setdefault(key, weight.detach().clone())
+        return super()._conv_forward(input, weight + (values - weight).detach(), bias)
+
+
+@faults.caught_by("nothing remembered")
+class LastInputKept(Taps):
+    """For the backward, whichever output's it is."""
+
+    def forward(self, x, w, geometry):
+        self.x = x
+        return super().forward(x, w, geometry)
+
+    def grad_weight(self, g, x, kernel_size, geometry):
+        return super().grad_weight(
+            g, self.x if self.x.shape == x.shape else x, kernel_size, geometry
+        )
+
+
+@faults.caught_by("nothing remembered")
+class FirstOutputSize(Remembering):
+    def _conv_forward(self, input, weight, bias):
+        y = super()._conv_forward(input, weight, bias)
+        height, width = self.memory.setdefault("size", y.shape[-2:])
+        return y[..., :height, :width]
+
+
+@faults.caught_by("nothing remembered")
+class GradientsPileUp(Taps):
+    """The buffer of the weight gradient is never cleared."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def grad_weight(self, g, x, kernel_size, geometry):
+        dw = super().grad_weight(g, x, kernel_size, geometry)
+        key = tuple(dw.shape), x.shape
+        self.sums[key] = self.sums.get(key, 0) + dw
+        return self.sums[key].clone()
+
+
+class Unsaved(torch.autograd.Function):
+    """Keeps its input beside autograd, which so cannot see that it was changed."""
+
+    @staticmethod
+    def forward(ctx, x, w, geometry):
+        ctx.kept = x, w, geometry
+        return Taps().forward(x, w, geometry)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w, geometry = ctx.kept
+        dx = Taps().grad_input(g, w, x.shape[2:], geometry)
+        return dx, Taps().grad_weight(g, x, w.shape[2:], geometry), None
+
+
+@faults.caught_by("nothing remembered")
+class InputNotSaved(Sound):
+    def _conv_forward(self, input, weight, bias):
+        if self.padding != (0, 0):
+            return super()._conv_forward(input, weight, bias)
+        y = Unsaved.apply(input, weight, Geometry.of(self))
+        return y if bias is None else y + bias[:, None, None]
+
+
+@faults.caught_by("the same bits, called again")
+class AnotherOrderEachTime(Sound):
+    def _conv_forward(self, input, weight, bias):
+        y = super()._conv_forward(input, weight, bias)
+        return y * (1 + 1e-15 * torch.randn_like(y))
+
+
+@faults.caught_by("the same bits, called again")
+class EvaluationIsAnother(Sound):
+    def _conv_forward(self, input, weight, bias):
+        y = super()._conv_forward(input, weight, bias)
+        return y if self.training else y.float().to(y.dtype)
+
+
+@faults.caught_by("global state left alone")
+class TakesRandomNumbers(Sound):
+    def _conv_forward(self, input, weight, bias):
+        torch.rand(1)
+        return super()._conv_forward(input, weight, bias)
+
+
+@faults.caught_by("global state left alone")
+class TakesNumpysRandomNumbers(Sound):
+    def _conv_forward(self, input, weight, bias):
+        np.random.rand()  # noqa: NPY002
+        return super()._conv_forward(input, weight, bias)
+
+
+@faults.caught_by("global state left alone")
+class TurnsGradientsOff(Sound):
+    def _conv_forward(self, input, weight, bias):
+        y = super()._conv_forward(input, weight, bias)
+        torch.set_grad_enabled(False)
+        return y
+
+
+# Gradients that somebody asked for, or nobody.
+
+
+@faults.caught_by("gradients only where asked for")
+class FrozenWeightLearns(Sound):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight.requires_grad_(), bias)
+
+
+@faults.caught_by("gradients only where asked for")
+class WrongIfTheWeightIsFrozen(Sound):
+    def _conv_forward(self, input, weight, bias):
+        if not weight.requires_grad and input.requires_grad:
+            input = input + (input - input.detach())
+        return super()._conv_forward(input, weight, bias)
+
+
+@faults.caught_by("gradients only where asked for")
+class WrongInInference(Sound):
+    def _conv_forward(self, input, weight, bias):
+        y = super()._conv_forward(input, weight, bias)
+        return y if torch.is_grad_enabled() else y.float().to(y.dtype)
+
+
+@faults.caught_by("gradients only where asked for")
+class AlwaysRequiresAGradient(Sound):
+    def _conv_forward(self, input, weight, bias):
+        y = super()._conv_forward(input, weight, bias)
+        return y if y.requires_grad or not torch.is_grad_enabled() else y.requires_grad_()
+
+
+@faults.caught_by("input gradient, random layers")
+class NoInputGradient(Sound):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input.detach(), weight, bias)
+
+
+# The module.
+
+
+@faults.caught_by("constructor and initial weights")
+class OtherInitialisation(Sound):
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.weight)
+
+
+@faults.caught_by("constructor and initial weights")
+class InitialisedTwice(Sound):
+    """The same weights, and later layers get others."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        torch.rand(1)
+
+
+@faults.caught_by("constructor and initial weights")
+class KeywordsOnly(Sound):
+    def __init__(self, in_channels, out_channels, kernel_size, **options):
+        super().__init__(in_channels, out_channels, kernel_size, **options)
+
+
+@faults.caught_by("constructor and initial weights")
+class AlwaysFloat32(Sound):
+    def __init__(self, *args: Any, dtype: Any = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+
+@faults.caught_by("constructor and initial weights")
+class FrozenFromTheStart(Sound):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.weight.requires_grad_(False)
+
+
+@faults.caught_by("output, random layers")
+class CannotBeMade(Sound):
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 3)
+
+
+@faults.caught_by("output, random layers")
+class Exits(Sound):
+    def _conv_forward(self, input, weight, bias):
+        raise SystemExit(0)
+
+
+@faults.caught_by("state_dict exchange with nn.Conv2d")
+class MoreState(Sound):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("calls", torch.zeros(1))
+
+
+@faults.caught_by("state_dict exchange with nn.Conv2d")
+class LoadsTransposed(Sound):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        key = f"{prefix}weight"
+        state_dict[key] = state_dict[key].flip(2)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@faults.caught_by("copies and pickles")
+class NotPicklable(Remembering):
+    def _conv_forward(self, input, weight, bias):
+        self.memory["last"] = lambda: input
+        return super()._conv_forward(input, weight, bias)
+
+
+@faults.caught_by("copies and pickles")
+class CopiesShareTheirWeight(Sound):
+    def __deepcopy__(self, memo):
+        return copy.copy(self)
+
+
+@faults.caught_by("copies and pickles")
+class KeepsItsGraph(Remembering):
+    def _conv_forward(self, input, weight, bias):
+        self.memory["y"] = super()._conv_forward(input, weight, bias)
+        return self.memory["y"].clone()
+
+
+# Errors.
+
+
+@faults.caught_by("errors that nn.Conv2d raises")
+class CastsItsInput(Sound):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input.to(weight.dtype), weight, bias)
+
+
+@faults.caught_by("errors that nn.Conv2d raises")
+class UnknownOptionsIgnored(Sound):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options.pop("strides", None)
+        super().__init__(*args, **options)
+
+
+@faults.caught_by("errors that nn.Conv2d raises")
+class OtherExceptions(Sound):
+    def _conv_forward(self, input, weight, bias):
+        if isinstance(input, torch.Tensor) and input.shape[-3:-2] not in ((self.in_channels,), ()):
+            raise ValueError("wrong number of channels")
+        return super()._conv_forward(input, weight, bias)
+
+
+@faults.caught_by("errors that nn.Conv2d raises")
+class OneChannelIsRepeated(Sound):
+    def _conv_forward(self, input, weight, bias):
+        if isinstance(input, torch.Tensor) and input.dim() == 4 and input.shape[1] == 1:
+            input = input.expand(-1, self.in_channels, -1, -1)
+        return super()._conv_forward(input, weight, bias)
+
+
+@faults.caught_by("errors that nn.Conv2d raises")
+class TooSmallInputsGiveNothing(Sound):
+    def _conv_forward(self, input, weight, bias):
+        if isinstance(input, torch.Tensor) and input.dim() == 4 and min(input.shape[2:]) == 2:
+            return input.new_zeros(len(input), self.out_channels, 0, 0)
+        return super()._conv_forward(input, weight, bias)
+
+
+@pytest.mark.parametrize("name", faults)
+def test_fault_is_caught(name):
+    faults.check(name)
