@@ -68,7 +68,7 @@ def tiles(
         return batches(n, most)
     rows = max((r for r in range(1, oh) if numbers(r, ow) <= room), default=0)
     columns = ow if rows else max((q for q in range(1, ow) if numbers(1, q) <= room), default=1)
-    cuts = []
+    cuts: list[tuple[Index, Index]] = []
     for i, top, left in product(range(n), range(0, oh, rows or 1), range(0, ow, columns)):
         bottom, right = min(top + (rows or 1), oh), min(left + columns, ow)
         here = met(top, bottom, sh, dh, kernel[0]), met(left, right, sw, dw, kernel[1])

@@ -52,7 +52,7 @@ def summarise(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]
 
 
 def layer_table(network: nn.Module, in_shape: tuple[int, int, int]) -> Table:
-    """`summarise` as a table for the terminal, with totals; of many layers, those with parameters."""
+    """`summarise` as a table for the terminal, with totals; of many rows those with parameters."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     rows = summarise(network, in_shape)
     parameters = sum(p.numel() for p in network.parameters())
