@@ -22,7 +22,7 @@ from cnntrain.config import ConfigError, compose
 from cnntrain.conv import BACKENDS, Conv2d, Im2colConv2d, NaiveConv2d
 from cnntrain.conv.autograd import Algorithm
 from cnntrain.lab.verify import verify
-from cnntrain.lab.verify.cases import Case, corners, grid, large, layers, random_cases
+from cnntrain.lab.verify.cases import SHORT_GRIDS, Case, corners, grid, large, layers, random_cases
 from cnntrain.lab.verify.contract import CHECKS
 from cnntrain.lab.verify.oracles import (
     BIAS,
@@ -95,7 +95,7 @@ def test_same_has_the_odd_pixel_below_and_right():
 
 
 def test_the_oracles_agree():
-    for case in [*corners(), *grid(short=True)[::3], *random_cases(7, 40)]:
+    for case in [*corners(), *grid(0)[::3], *random_cases(7, 40)]:
         p = Problem.normal(case, 3)
         truth = loops(p)
         for oracle in (scipys, taps):
@@ -122,23 +122,24 @@ def options_of(case: Case) -> list:
     return [*(getattr(case, name) for name in names), case.out_channels, len(case.size)]
 
 
-def test_the_short_grid_has_every_pair_of_options():
-    def pairs(cases: list[Case]) -> set:
-        return {
-            pair
-            for case in cases
-            for pair in itertools.combinations(enumerate(options_of(case)), 2)
-        }
+def test_the_short_grids_have_every_pair_of_options():
+    def tuples(cases: list[Case], length: int) -> set:
+        options = [enumerate(options_of(case)) for case in cases]
+        return {some for o in options for some in itertools.combinations(o, length)}
 
-    whole, short = grid(short=False), grid(short=True)
-    assert pairs(short) == pairs(whole)
-    assert len(short) * 20 < len(whole)
-    assert set(short) < set(whole)
+    whole, shorts = grid(), [grid(first) for first in SHORT_GRIDS]
+    assert tuples([*shorts[0], *shorts[1]], 2) == tuples(whole, 2)
+    for short in shorts:
+        assert tuples(short, 1) == tuples(whole, 1)
+        assert set(short) < set(whole)
+        assert len(short) * 40 < len(whole)
+        unbatched = sum(len(case.size) == 2 for case in short)
+        assert abs(unbatched - len(short) / 2) <= 1
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 def test_a_case_is_what_nn_conv2d_makes_of_it():
-    cases = [*corners(), *grid(short=True), *large(short=False), *layers(short=False)]
+    cases = [*corners(), *grid(0), *large(short=False), *layers(short=False)]
     for case in [*cases, *random_cases(1, 100)]:
         layer, _, shape = case.call("nn.Conv2d").partition(" on ")
         with torch.device("meta"):

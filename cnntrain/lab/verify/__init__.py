@@ -1,4 +1,4 @@
-"""A verdict on a convolution: everything that ``nn.Conv2d`` does, checked by other means.
+"""A verdict on a convolution: whether it does what ``nn.Conv2d`` does, checked by other means.
 
 - `cases.py`: the layers that it is tried on.
 - `oracles.py`: what their outputs and gradients should be.

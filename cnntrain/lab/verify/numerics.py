@@ -10,7 +10,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cnntrain.lab.verify.cases import Case, corners, grid, large, layers, random_cases
+from cnntrain.lab.verify.cases import (
+    SHORT_GRIDS,
+    Case,
+    corners,
+    grid,
+    large,
+    layers,
+    random_cases,
+)
 from cnntrain.lab.verify.check import (
     Check,
     Finding,
@@ -66,10 +74,11 @@ def against(
     return measure
 
 
-def definite(subject: Subject, first: int) -> list[Case]:
-    """In the short form the two oracles take turns."""
-    cases = [*corners(), *grid(subject.short)]
-    return cases[first::2] if subject.short else cases
+def definite(subject: Subject, part: int) -> list[Case]:
+    """In the short form, the two oracles share the cases."""
+    if subject.short:
+        return [*corners()[part::2], *grid(SHORT_GRIDS[part])]
+    return [*corners(), *grid()]
 
 
 seven_loops = against(loops, "seven loops", lambda subject: definite(subject, 0))
