@@ -679,7 +679,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert lines[-3:] == ["run/results.csv", "run/results.json", "run/benchmark.png"]
     again = run(tmp_path, "layers=1x1", "hydra.run.dir=run")
     assert again.returncode == 2
-    assert "hydra.run.dir=run: holds a benchmark already" in again.stderr
+    assert "hydra.run.dir=run: holds another run already" in again.stderr
 
 
 def test_seed_table(tmp_path: Path) -> None:

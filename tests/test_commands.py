@@ -234,12 +234,12 @@ def test_tensorboard_shows_the_run(server: str, tmp_path: Path) -> None:
     assert shown == pytest.approx(result)
 
 
-def readme_commands(start: str) -> list[str]:
+def readme_commands(*starts: str) -> list[str]:
     """The README's lines that start so; `pip`, `pytest` and the rest are run by .ci/run."""
     lines = (ROOT / "README.md").read_text().splitlines()
     lines = [line.split("   #")[0].strip() for line in lines]
     commands = [c.strip() for line in lines for c in line.removeprefix("$ ").split("&&")]
-    return [c for c in commands if c.startswith(start) and "<" not in c]
+    return [c for c in commands if c.startswith(starts) and "<" not in c]
 
 
 def test_the_folder_one_is_in_is_searched(cnntrain: Run, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_the_folder_one_is_in_is_searched(cnntrain: Run, tmp_path: Path) -> None
     assert "epoch 1/1" in done.stdout
 
 
-@pytest.mark.parametrize("command", readme_commands("cnntrain "))
+@pytest.mark.parametrize("command", readme_commands("cnntrain verify", "cnntrain benchmark"))
 def test_readme_command_of_the_lab(command: str, tmp_path: Path) -> None:
     """As the README has it, on few cases."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
