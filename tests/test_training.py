@@ -87,8 +87,8 @@ def test_training_is_the_plain_loop(tmp_path: Path) -> None:
         cfg, tmp_path / "run/checkpoints/last.ckpt", in_shape=(1, 28, 28), num_classes=10
     )
     for mine, theirs in zip(network.parameters(), trained.parameters(), strict=True):
-        # The fused optimizer rounds otherwise than the plain one, by more on some processors than on
-        # others; a step of this learning rate left out or done twice moves weights by 1e-2.
+        # The fused optimizer rounds otherwise than the plain one, on some processors more than on
+        # others; a step left out or done twice moves weights by 1e-2.
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-4)
     accuracy = evaluate(network.eval(), data.test_loader())[1]
     assert result.metrics["test/acc"] == pytest.approx(accuracy, abs=0.002)
