@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cnntrain import config
@@ -42,6 +43,12 @@ def start(name: str, run: Run) -> None:
             sys.exit(130)
 
     hydra.main(config_path=str(config.CONF), config_name=name, version_base="1.3")(guarded)()
+
+
+def short(path: Path) -> str:
+    """A path as one would type it where the command was typed."""
+    here = Path(HydraConfig.get().runtime.cwd)
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _check(arguments: argparse.Namespace, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.commands.app import start
+from cnntrain.commands.app import short, start
 from cnntrain.config import blame, build
 
 
@@ -32,7 +32,7 @@ def _benchmark(cfg: DictConfig) -> None:
     console = Console()
     Console(width=max(console.width, 110)).print(report_tables(report))
     files = [directory / name for name in ("results.csv", "results.json", "benchmark.png")]
-    print("\n" + "\n".join(_short(file) for file in files))
+    print("\n" + "\n".join(short(file) for file in files))
 
 
 def _layers(cfg: DictConfig, sets: dict[str, Any], shape: Any) -> dict[str, Any]:
@@ -49,9 +49,3 @@ def _layers(cfg: DictConfig, sets: dict[str, Any], shape: Any) -> dict[str, Any]
     if shape is not None:
         sets["shape"] = [layer(shape)]
     return sets or choice("layers", "lenet5")
-
-
-def _short(path: Path) -> str:
-    """As one would type it where the command was typed."""
-    here = Path(HydraConfig.get().runtime.cwd)
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import start
+from cnntrain.commands.app import short, start
 
 
 def main() -> None:
@@ -26,13 +26,7 @@ def _train(cfg: DictConfig) -> float:
     print(
         f"\ntest accuracy   {result.metrics['test/acc']:.2%}   (loss "
         f"{result.metrics['test/loss']:.4f}, {result.seconds:.0f} s in all)\n"
-        f"run directory   {_short(result.directory)}\n"
-        f"TensorBoard     tensorboard --logdir {shlex.quote(_short(result.directory))}"
+        f"run directory   {short(result.directory)}\n"
+        f"TensorBoard     tensorboard --logdir {shlex.quote(short(result.directory))}"
     )
     return result.metrics[cfg.trainer.monitor]
-
-
-def _short(path: Path) -> str:
-    """As one would type it where the command was typed."""
-    here = Path(HydraConfig.get().runtime.cwd)
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
