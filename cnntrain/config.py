@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,6 +66,19 @@ NODES = {
 }
 
 
+# Options that change nothing of what is computed, only where, how it is shown and how often it is
+# saved: a run may go on with others, and equal runs may differ in them.
+INCIDENTAL = (
+    "resume",
+    "data.root",
+    "trainer.accelerator",
+    "trainer.progress_bar",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.checkpoint_every_n_minutes",
+    "trainer.checkpoint_every_n_epochs",
+)
+
+
 @dataclass(frozen=True)
 class Root:
     """What a command's root config conf/<command>.yaml may hold, `seed` apart."""
@@ -76,7 +90,7 @@ class Root:
 
 
 ROOTS = {
-    "train": Root(tuple(NODES)),
+    "train": Root(tuple(NODES), given=("resume",)),
     "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
     "benchmark": Root(
         ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)
@@ -105,12 +119,7 @@ def compose(
     ConfigError with every problem found.
     """
 
-    def load(chosen: Sequence[str]) -> DictConfig:
-        path = [f"hydra.searchpath=[{_quoted(f'file://{extra}')}]"] if extra else []
-        return hydra.compose(name, [*path, *chosen])
-
-    with hydra.initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name=name):
-        cfg, problems = load_all(overrides, load)
+    cfg, problems = _load(overrides, name, folder, extra)
     if cfg is not None:
         root = ROOTS.get(name, ROOTS["train"])  # a --config-name of the user's own is trained
         problems += check(cfg, root)
@@ -121,6 +130,40 @@ def compose(
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg
+
+
+def fixed_run_directory(
+    overrides: Sequence[str],
+    *,
+    name: str = "train",
+    folder: Path = CONF,
+    extra: Path | None = None,
+) -> Path:
+    """The run directory of a command line that names one; ConfigError if it is new every time."""
+    cfg, problems = _load(overrides, name, folder, extra, return_hydra_config=True)
+    if problems or cfg is None:
+        raise ConfigError(problems)
+    raw = OmegaConf.to_container(cfg.hydra.run)
+    if isinstance(raw, dict) and "${now:" in str(raw["dir"]):
+        raise ConfigError(
+            ["resume=auto: needs a folder that stays the same; add hydra.run.dir=<folder>"]
+        )
+    try:
+        HydraConfig.instance().set_config(cfg)
+        return Path(cfg.hydra.run.dir)
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+def _load(
+    overrides: Sequence[str], name: str, folder: Path, extra: Path | None, **options: Any
+) -> tuple[DictConfig | None, list[str]]:
+    def load(chosen: Sequence[str]) -> DictConfig:
+        path = [f"hydra.searchpath=[{quoted(f'file://{extra}')}]"] if extra else []
+        return hydra.compose(name, [*path, *chosen], **options)
+
+    with hydra.initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name=name):
+        return load_all(overrides, load)
 
 
 def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
@@ -205,16 +248,38 @@ def run_directory_problem(directory: str) -> str | None:
         return "hydra.run.dir=: must name a folder"
     path = Path(directory).absolute()
     if any((path / name).exists() for name in ("result.json", "results.json")):
-        return f"hydra.run.dir={directory}: holds another run already; give this one its own folder"
+        return (
+            f"hydra.run.dir={directory}: holds another run already; go on with that one "
+            f"(resume={directory}), or give this one its own folder"
+        )
     above = next(p for p in (path, *path.parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         return f"hydra.run.dir={directory}: {above} is not a folder that can be written"
     return None
 
 
+def flat(cfg: DictConfig) -> dict[str, Any]:
+    """Every option by its full name, `model.dropout` to 0.3; interpolations are resolved."""
+    found: dict[str, Any] = {}
+
+    def walk(node: dict[Any, Any], prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict) and value:
+                walk(value, f"{name}.")
+            else:
+                found[name] = value
+
+    content = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(content, dict)
+    walk(content, "")
+    return found
+
+
 def config_hash(cfg: DictConfig) -> str:
-    """Names a config by its content: equal for equal options, whatever their order."""
-    content = json.dumps(OmegaConf.to_container(cfg, resolve=True), sort_keys=True)
+    """Names a config by what decides the result, whatever the order of the options."""
+    options = {key: value for key, value in flat(cfg).items() if key not in INCIDENTAL}
+    content = json.dumps(options, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -281,7 +346,8 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text as a value on Hydra's command line, whatever characters it has."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 

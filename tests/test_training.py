@@ -162,8 +162,10 @@ def test_run_directory_is_the_whole_record(tmp_path: Path) -> None:
     assert files == {
         ".hydra",
         ".hydra/config.yaml",
+        ".lock",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
+        "checkpoints/previous.ckpt",
         "environment.json",
         "events.out",
         "metrics.csv",

@@ -71,6 +71,7 @@ class Loader:
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
+        self.start = 0
         self.augment = augment or Augment()
         self.device = torch.device(device)
         home = self.device if fits(images.nbytes, self.device) else torch.device("cpu")
@@ -100,27 +101,50 @@ class Loader:
         """
         return SimpleNamespace(sampler=self)
 
+    def start_at(self, batch: int) -> None:
+        """Lets the next iteration, and only that, begin with this batch (0 is the first): an epoch
+        that was interrupted goes on where it was."""
+        self.start = batch
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator reads the epoch at the first batch: Lightning makes the first epoch's
         # iterator before it sets the epoch.
+        start, self.start = self.start, 0
+        yield from self.batches(self.epoch, start)
+
+    def indices(self, epoch: int, batch: int) -> Tensor:
+        """Which images are in a batch of an epoch: int64 (B,), rows of `images`, on the CPU."""
+        begin = batch * self.batch_size
+        order = self._order(epoch)
+        if order is None:
+            return torch.arange(begin, min(begin + self.batch_size, len(self.images)))
+        return order[begin : begin + self.batch_size]
+
+    def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """One batch of any epoch, as iterating yields it."""
+        return next(self.batches(epoch, index))
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of any epoch from the batch `start` on, as iterating yields them."""
         n, _, height, width = self.images.shape
         labels = self.labels
         order: Iterator[Tensor | None] = repeat(None)
-        if self.shuffle:
-            shuffled = torch.randperm(n, generator=self._generator(ORDER))
+        shuffled = self._order(epoch)
+        if shuffled is not None:
             shuffled = send(shuffled, self.images.device)
             labels = labels.index_select(0, shuffled)
-            order = iter(shuffled.split(self.batch_size))
+            order = iter(shuffled.split(self.batch_size)[start:])
         parameters: Iterator[Tensor | None] = repeat(None)
         if self.augment:
-            drawn = self.augment.draw(n, height, width, self._generator(AUGMENT))
-            parameters = iter(send(drawn, self.device).split(self.batch_size, 1))
+            drawn = self.augment.draw(n, height, width, self._generator(epoch, AUGMENT))
+            parameters = iter(send(drawn, self.device).split(self.batch_size, 1)[start:])
 
-        targets = labels.split(self.batch_size)
-        for start, target in zip(range(0, n, self.batch_size), targets, strict=True):
+        targets = labels.split(self.batch_size)[start:]
+        begins = range(start * self.batch_size, n, self.batch_size)
+        for begin, target in zip(begins, targets, strict=True):
             rows = next(order)
             if rows is None:
-                images = self.images[start : start + self.batch_size]
+                images = self.images[begin : begin + self.batch_size]
             else:
                 images = self.images.index_select(0, rows)
             images, target = send(images, self.device), send(target, self.device)
@@ -129,6 +153,12 @@ class Loader:
                 images = self.augment.apply(images, drawn_here)
             yield self._normalise(images), target
 
+    def _order(self, epoch: int) -> Tensor | None:
+        """Every row once, int64 (N,) on the CPU, in the order of the epoch; None: as stored."""
+        if not self.shuffle:
+            return None
+        return torch.randperm(len(self.images), generator=self._generator(epoch, ORDER))
+
     def _normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) to float32 scale * images + shift."""
         if self._same_scale is not None:
@@ -136,10 +166,10 @@ class Loader:
             return torch.add(self._shift, images, alpha=self._same_scale)
         return images.to(torch.float32).mul_(self._scale).add_(self._shift)
 
-    def _generator(self, stream: int) -> torch.Generator:
+    def _generator(self, epoch: int, stream: int) -> torch.Generator:
         """A generator on the CPU that (seed, epoch) determine. SeedSequence mixes: seed 0 of
         epoch 1 has nothing in common with seed 1 of epoch 0."""
-        mixed = np.random.SeedSequence([self.seed, self.epoch, stream])
+        mixed = np.random.SeedSequence([self.seed, epoch, stream])
         return torch.Generator().manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
 
 

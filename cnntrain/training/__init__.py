@@ -1,7 +1,17 @@
 """From a config to a finished run."""
 
+from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
-from cnntrain.training.run import Result, train
+from cnntrain.training.run import Result, rehearse, train
 from cnntrain.training.trainer import Trainer
 
-__all__ = ["CrossEntropy", "OneCycle", "Result", "Trainer", "WarmupCosine", "train"]
+__all__ = [
+    "CheckpointError",
+    "CrossEntropy",
+    "OneCycle",
+    "Result",
+    "Trainer",
+    "WarmupCosine",
+    "rehearse",
+    "train",
+]

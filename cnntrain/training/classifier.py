@@ -29,6 +29,17 @@ class Tally:
         self.correct += (logits.argmax(dim=1) == labels).sum()
         self.images += len(labels)
 
+    def state(self) -> dict[str, Any]:
+        """All of it as plain containers, for `restored`."""
+        return {"loss": self.loss, "correct": self.correct, "images": self.images}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], device: torch.device) -> "Tally":
+        tally = cls(device)
+        tally.loss, tally.correct = state["loss"].to(device), state["correct"].to(device)
+        tally.images = state["images"]
+        return tally
+
     def metrics(self, stage: Stage) -> dict[str, float]:
         """Mean loss (nats) and accuracy (0 to 1); waits for the device."""
         if not self.images:
@@ -60,20 +71,38 @@ class Classifier(lightning.LightningModule):
         self.tallies: dict[Stage, Tally] = {}
         self.last_loss: Tensor | None = None
         self.grad_norm: Tensor | None = None
+        self.resumed: dict[str, Any] | None = None  # of an epoch that was interrupted
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
     def configure_optimizers(self) -> Any:
+        return self.schedule(int(self.trainer.estimated_stepping_batches))
+
+    def schedule(self, total_steps: int) -> Any:
+        """Optimizer and learning rate schedule for so many updates, in Lightning's terms."""
         optimizer = self.make_optimizer(params=self.network.parameters())
         if self.make_scheduler is None:
             return optimizer
         every_step = "total_steps" in inspect.signature(self.make_scheduler).parameters
-        steps = {"total_steps": int(self.trainer.estimated_stepping_batches)} if every_step else {}
+        steps = {"total_steps": total_steps} if every_step else {}
         with blame("scheduler"):
             scheduler = self.make_scheduler(optimizer=optimizer, **steps)
         interval = "step" if every_step else "epoch"
         return [optimizer], [{"scheduler": scheduler, "interval": interval}]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        tally = self.tallies["train"].state()
+        checkpoint["epoch_so_far"] = {"train": tally, "grad_norm": self.grad_norm}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.resumed = checkpoint["epoch_so_far"]
+
+    def on_train_start(self) -> None:
+        if self.resumed:  # an epoch that is gone on with does not start
+            self.tallies["train"] = Tally.restored(self.resumed["train"], self.device)
+            self.grad_norm = self.resumed["grad_norm"]
+            self.resumed = None
 
     def on_train_epoch_start(self) -> None:
         self.tallies["train"] = Tally(self.device)
@@ -85,8 +114,11 @@ class Classifier(lightning.LightningModule):
         self.tallies["test"] = Tally(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout is a function of (seed, epoch, step), whatever was drawn before.
-        mixed = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx])
+        self.reseed(self.current_epoch, batch_idx)
+
+    def reseed(self, epoch: int, batch: int) -> None:
+        """Make dropout a function of (seed, epoch, batch), whatever was drawn before."""
+        mixed = np.random.SeedSequence([self.seed, epoch, batch])
         torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -19,11 +19,16 @@ class Progress(lightning.Callback):
     def __init__(self) -> None:
         self.bar: tqdm | None = None
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, module: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.bar is not None:
+            return
         name = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         notebook = "ipykernel" in sys.modules
         self.bar = tqdm(
             total=int(trainer.num_training_batches),
+            initial=batch_idx,  # not 0 where an interrupted epoch goes on
             desc=name,
             unit="batch",
             leave=False,
@@ -32,6 +37,7 @@ class Progress(lightning.Callback):
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         self.started = self.shown = time.perf_counter()
+        self.images = module.tallies["train"].images
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -45,7 +51,7 @@ class Progress(lightning.Callback):
         self.bar.n = batch_idx + 1
         self.bar.set_postfix_str(
             f"loss {metrics['train/loss']:.4f} acc {metrics['train/acc']:.2%} "
-            f"{tally.images / (now - self.started):,.0f} images/s"
+            f"{(tally.images - self.images) / (now - self.started):,.0f} images/s"
         )
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:

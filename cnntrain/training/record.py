@@ -1,53 +1,21 @@
 """What a run writes down while it trains: metrics.csv, TensorBoard and a line an epoch."""
 
 import csv
-import json
+import io
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch.utils.tensorboard.summary import hparams
 
+from cnntrain.training.run_directory import replacing
+from cnntrain.training.tensorboard import METRICS, TensorBoard
 from cnntrain.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-METRICS = ["train/loss", "train/acc", "val/loss", "val/acc"]
 COLUMNS = ["epoch", "step", "lr", *METRICS, "grad_norm"]
-
-
-class TensorBoard(TensorBoardLogger):
-    """Lightning's logger with one event stream at the root of the run directory."""
-
-    def __init__(self, directory: Path):
-        super().__init__(directory, name="", version="", default_hp_metric=False)
-
-    def save(self) -> None:
-        """Nothing beside the event file: the options are in .hydra/config.yaml."""
-
-    def finalize(self, status: str) -> None:
-        """Not closed after fitting: testing goes on in the same stream. `end` closes it."""
-        self.experiment.flush()
-
-    def begin(self, cfg: DictConfig) -> None:
-        """Fill the HParams tab: the options now, the metrics as they are logged under their names.
-
-        Not `log_hyperparams`, which would log the metrics once more, at step 0.
-        """
-        experiment, start, self._end = hparams(
-            options(cfg), dict.fromkeys(["test/acc", "val/acc", "test/loss", *METRICS], 0.0)
-        )
-        for summary in (experiment, start):
-            self.experiment._get_file_writer().add_summary(summary)
-
-    def end(self) -> None:
-        """Mark the run as finished in the HParams tab, and close the stream."""
-        self.experiment._get_file_writer().add_summary(self._end)
-        self.experiment.close()
 
 
 class Record(lightning.Callback):
@@ -61,20 +29,48 @@ class Record(lightning.Callback):
         self.epochs: list[dict[str, Any]] = []  # the rows written
         self.images = 0  # trained on, over all epochs
         self.logged = 0  # the last step logged: accumulation has several batches to a step
-        self.started = 0.0
-        self.trained: float | None = None  # when an epoch's training ended and validation began
+        # Seconds; what processes before this one took counts as well.
+        self.in_all, self.in_epoch, self.in_training = 0.0, 0.0, 0.0
+        self.clock: float | None = None  # when the seconds were last added up
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        if trainer.current_epoch == 0:
-            with self.file.open("w", newline="") as file:
-                csv.writer(file).writerow(COLUMNS)
+    def state_dict(self) -> dict[str, Any]:
+        self._count()
+        return {
+            "epochs": self.epochs,
+            "images": self.images,
+            "logged": self.logged,
+            "seconds": [self.in_all, self.in_epoch, self.in_training],
+            "tensorboard": self.tensorboard.position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs, self.images = state["epochs"], state["images"]
+        self.logged = state["logged"]
+        self.in_all, self.in_epoch, self.in_training = state["seconds"]
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.clock = time.perf_counter()
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(self.epochs)  # what an interrupted run had written beyond is cut off
+        with replacing(self.file) as file:
+            file.write(text.getvalue().encode())
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
-        self.started, self.trained = time.perf_counter(), None
+        self._count()
+        self.in_epoch = self.in_training = 0.0
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         module.tallies["train"].metrics("train")  # waits for the device: the time is honest
-        self.trained = time.perf_counter()
+        self._count()
+        self.in_training = self.in_epoch
+
+    def _count(self) -> None:
+        """Add the seconds since the last call."""
+        now = time.perf_counter()
+        passed = now - (self.clock if self.clock is not None else now)
+        self.in_all, self.in_epoch, self.clock = self.in_all + passed, self.in_epoch + passed, now
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -102,7 +98,8 @@ class Record(lightning.Callback):
         self.images += train.images
         with self.file.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
-        speed = train.images / ((self.trained or time.perf_counter()) - self.started)
+        self._count()
+        speed = train.images / (self.in_training or self.in_epoch)
         metrics = {name: row[name] for name in METRICS if name in row}
         self.tensorboard.log_metrics({**metrics, "images_per_second": speed}, row["epoch"])
         self.tensorboard.experiment.flush()  # to be seen now, by whoever is watching
@@ -115,35 +112,25 @@ class Record(lightning.Callback):
         )
         log.info(
             f"epoch {row['epoch'] + 1:>{width}}/{trainer.max_epochs}  {shown}"
-            f"{speed:,.0f} images/s  {time.perf_counter() - self.started:.1f} s"
+            f"{speed:,.0f} images/s  {self.in_epoch:.1f} s"
         )
+
+    def so_far(self) -> dict[str, Any]:
+        """What result.json says of a run that has not come to its end."""
+        last = self.epochs[-1] if self.epochs else {}
+        return {
+            "metrics": {name: last[name] for name in METRICS if name in last},
+            "epochs": len(self.epochs),
+        }
 
     def chosen(self, trainer: Trainer) -> dict[str, Any]:
         """The row of the epoch whose weights meet the test set."""
-        if trainer.test_checkpoint == "last":
+        best = trainer.checkpoints.best
+        if trainer.test_checkpoint == "last" or best is None:
             return self.epochs[-1]
-        sign = 1 if trainer.monitor.endswith("acc") else -1
-        return max(self.epochs, key=lambda row: sign * row[trainer.monitor])  # the first of equals
+        return self.epochs[best["epoch"]]
 
 
 def learning_rate(trainer: lightning.Trainer) -> float:
     """The learning rate now."""
     return float(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-def options(cfg: DictConfig) -> dict[str, Any]:
-    """The config as one flat table, `model.dropout` to 0.3, for HParams."""
-    found: dict[str, Any] = {}
-
-    def walk(node: DictConfig, prefix: str) -> None:
-        for key, value in node.items():
-            name = f"{prefix}{key!s}"
-            if isinstance(value, DictConfig):
-                walk(value, f"{name}.")
-            elif isinstance(value, ListConfig):
-                found[name] = str(OmegaConf.to_container(value))
-            elif key != "_partial_":  # true as one would type it, where TensorBoard has 1
-                found[name] = json.dumps(value) if isinstance(value, bool | None) else value
-
-    walk(cfg, "")
-    return found

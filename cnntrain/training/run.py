@@ -1,5 +1,6 @@
 """One run, from a config to a result."""
 
+import contextlib
 import io
 import logging
 import time
@@ -9,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from cnntrain.config import blame, build, config_hash
+from cnntrain.config import ConfigError, blame, build, config_hash
+from cnntrain.data import ImageData
+from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.models import layer_table
+from cnntrain.resume import CHECKPOINTS, completed, refused_changes
+from cnntrain.training.checkpoint_file import CheckpointError, Content, newest
+from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
-from cnntrain.training.record import METRICS, Record, TensorBoard
-from cnntrain.training.run_directory import RunDirectory
+from cnntrain.training.record import Record
+from cnntrain.training.run_directory import RunDirectory, versions
+from cnntrain.training.tensorboard import METRICS, TensorBoard
+from cnntrain.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +35,63 @@ class Result:
 
     metrics: dict[str, float]
     directory: Path
-    seconds: float  # in all
+    seconds: float  # in all, over all processes that had a part in it
     images_per_second: float  # training images by the time that fitting took, validation included
 
 
-def train(cfg: DictConfig, directory: Path) -> Result:
+def train(cfg: DictConfig, directory: Path, *, resume: bool = False) -> Result:
     """Train, validate every epoch, test once, and leave the whole record in `directory`.
 
-    Raises ConfigError if the config cannot be built or the directory holds another run.
+    With `resume`, a run that `directory` holds is continued from its last checkpoint, as if it
+    had never stopped; a completed one is answered with its result.
+
+    Raises:
+        ConfigError: The config cannot be built, the directory holds another run, or the run that
+            it holds cannot go on with this config.
+        CheckpointError: The checkpoint is no such thing, or of a newer version.
+        DataError: The data cannot be had.
+        NotFinite: A loss or a gradient is not a number.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved.
+        OSError: Something cannot be written.
     """
-    started = time.perf_counter()
+    cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "resume"])
+    data, module = _build(cfg)
+    with watching(), RunDirectory(directory, resume=resume) as run:
+        if resume and (recorded := completed(directory, cfg)):
+            return Result(recorded["metrics"], directory, **recorded["timings"])
+        saved = newest(directory / CHECKPOINTS) if resume else None
+        if saved:
+            _check(*saved, cfg, module)
+        run.begin(cfg, {"config_hash": config_hash(cfg), "seed": cfg.seed}, again=resume)
+        record = Record(directory, TensorBoard(directory))
+        interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
+        try:
+            content = _fit_and_test(cfg, directory, data, module, record, saved)
+            run.write_result("completed", **content)
+        except BaseException as error:
+            # A signal may have made another error, somewhere in the libraries.
+            status = "failed" if interruption.received is None else "interrupted"
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            details = getattr(error, "details", {})
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                run.write_result(status, **record.so_far(), error=reason, **details)
+            interruption.check()
+            raise
+    return Result(content["metrics"], directory, **content["timings"])
+
+
+def rehearse(cfg: DictConfig) -> None:
+    """Build all that a run would build, and write nothing. Raises ConfigError, as `train` does."""
+    data, module = _build(cfg)
+    layer_table(module.network, data.shape)
+    with blame("trainer"):
+        trainer = build(cfg.trainer, default_root_dir=Path(), logger=False)
+    batches = -(-(data.train_size - data.val_size) // data.batch_size)
+    module.schedule(batches * trainer.max_epochs)
+
+
+def _build(cfg: DictConfig) -> tuple[ImageData, Classifier]:
+    """The data set, not yet read, and the network with all that trains it."""
     _quieten_lightning()
     lightning.seed_everything(cfg.seed, verbose=False)
     with blame("data"):
@@ -51,60 +106,87 @@ def train(cfg: DictConfig, directory: Path) -> Result:
         optimizer = build(cfg.optimizer)
         optimizer(params=network.parameters())  # refuses now what it would refuse after the data
     scheduler = build(cfg.scheduler) if cfg.scheduler else None
-    module = Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
+    return data, Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
 
-    run = RunDirectory(directory, cfg)
-    facts: dict[str, Any] = {"config_hash": config_hash(cfg), "seed": cfg.seed}
-    run.write_result("running", **facts)
-    try:
-        data.prepare()
-        tensorboard = TensorBoard(directory)
-        record = Record(directory, tensorboard)
-        with blame("trainer"):
-            trainer = build(
-                cfg.trainer,
-                default_root_dir=directory,
-                logger=tensorboard,
-                callbacks=[record],
+
+def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) -> None:
+    """Refuse to go on from a checkpoint with which this config has nothing to do."""
+    different = shape_differences(content["state_dict"], module.state_dict())
+    if different:
+        raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
+    problems = refused_changes(DictConfig(content["config"]), cfg)
+    done, epochs = content["position"]["epoch"], cfg.trainer.max_epochs
+    if done > epochs:
+        problems.append(f"trainer.max_epochs={epochs}: {done} epochs are done; take {done} or more")
+    if problems:
+        raise ConfigError(problems)
+    for package, version in versions().items():
+        before = content["versions"].get(package)
+        if before != version:
+            log.warning(
+                f"{package} is {version}, and was {before}: results may differ in last bits"
             )
-        device = trainer.strategy.root_device
-        text = io.StringIO()
-        Console(file=text, width=100).print(layer_table(network, data.shape))
-        log.info(text.getvalue().strip("\n"))
-        if trainer.compile_network:
-            network.compile()
 
-        tensorboard.begin(cfg)
-        fitting = time.perf_counter()
-        trainer.fit(module, data.train_loader(cfg.seed, device), data.val_loader(device))
-        speed = record.images / (time.perf_counter() - fitting)
-        trainer.test(
-            module, data.test_loader(device), ckpt_path=trainer.chosen_checkpoint, verbose=False
+
+def _fit_and_test(
+    cfg: DictConfig,
+    directory: Path,
+    data: ImageData,
+    module: Classifier,
+    record: Record,
+    saved: tuple[Path, Content] | None,
+) -> dict[str, Any]:
+    """The run itself; what result.json says of it."""
+    started = time.perf_counter()
+    with interruption.answering("raise"):  # a download is ended, and its folder removed
+        data.prepare()
+    tensorboard = record.tensorboard
+    with blame("trainer"):
+        trainer: Trainer = build(
+            cfg.trainer, default_root_dir=directory, logger=tensorboard, callbacks=[record]
         )
-        test = module.tallies["test"].metrics("test")
-        tensorboard.log_metrics(test, record.epochs[-1]["epoch"])
-        tensorboard.end()
-    except (KeyboardInterrupt, SystemExit):  # Lightning exits upon the first
-        run.write_result("interrupted", **facts)
-        raise KeyboardInterrupt from None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        run.write_result("failed", **facts, error=reason)
-        raise
+    device = trainer.strategy.root_device
+    text = io.StringIO()
+    Console(file=text, width=100).print(layer_table(module.network, data.shape))
+    log.info(text.getvalue().strip("\n"))
+    if trainer.compile_network:
+        module.network.compile()
 
+    before = 0.0
+    if saved:
+        path, content = saved
+        log.info("resuming from %s: epoch %d, batch %d", path, *_one_based(content["position"]))
+        tensorboard.go_on(content["callbacks"]["Record"]["tensorboard"])
+        before = content["callbacks"]["Record"]["seconds"][0]
+    else:
+        tensorboard.begin(cfg)
+    trainer.checkpoints.facts = {
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config_hash": config_hash(cfg),
+    }
+    loaders = data.train_loader(cfg.seed, device), data.val_loader(device)
+    with interruption.answering("note"):
+        trainer.fit(module, *loaders, ckpt_path=saved and saved[0], weights_only=True)
+    interruption.check()
+    module.load_state_dict(trainer.chosen_weights)
+    trainer.test(module, data.test_loader(device), verbose=False)
+    test = module.tallies["test"].metrics("test")
+    tensorboard.log_metrics(test, record.epochs[-1]["epoch"])
+    tensorboard.end(cfg)
     chosen = record.chosen(trainer)
-    metrics = {name: chosen[name] for name in METRICS if name in chosen} | test
-    result = Result(metrics, directory, time.perf_counter() - started, speed)
-    timings = {"seconds": result.seconds, "images_per_second": speed}
-    run.write_result(
-        "completed",
-        **facts,
-        metrics=metrics,
-        epochs=len(record.epochs),
-        tested_epoch=chosen["epoch"],
-        timings=timings,
-    )
-    return result
+    return {
+        "metrics": {name: chosen[name] for name in METRICS if name in chosen} | test,
+        "epochs": len(record.epochs),
+        "tested_epoch": chosen["epoch"],
+        "timings": {
+            "seconds": before + time.perf_counter() - started,
+            "images_per_second": record.images / record.in_all,
+        },
+    }
+
+
+def _one_based(position: dict[str, int]) -> tuple[int, int]:
+    return position["epoch"] + 1, position["batch"] + 1
 
 
 def _quieten_lightning() -> None:
@@ -115,4 +197,5 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
     warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
+    warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")

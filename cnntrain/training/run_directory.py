@@ -7,62 +7,114 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config import ConfigError, run_directory_problem
+from cnntrain.resume import CONFIG, LOCK, RESULT, in_use, seal
 
 PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 
 
 class RunDirectory:
-    """A directory that belongs to one run. ConfigError if another run has it already."""
+    """A directory that belongs to one run, and to one process at a time: a context manager.
 
-    def __init__(self, path: Path, cfg: DictConfig):
-        self.path = path
-        self.result = path / "result.json"
+    Raises ConfigError if another process is training there, or if another run has it already and
+    it is not meant to be continued.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False):
+        self.path, self.result = path, path / RESULT
+        self.facts: dict[str, Any] = {}
         path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(path / LOCK)
         try:
-            self.result.touch(exist_ok=False)  # claims it: of two that try, one succeeds
-        except FileExistsError:
-            raise ConfigError([str(run_directory_problem(str(path)))]) from None
-        config = path / ".hydra" / "config.yaml"
-        if not config.exists():  # called from Python: Hydra has written nothing
+            self.lock.acquire(timeout=0)  # the system releases it however this process ends
+        except Timeout:
+            raise ConfigError([str(in_use(path))]) from None
+        if not resume and (problem := run_directory_problem(str(path))):
+            self.lock.release()
+            raise ConfigError([problem])
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+    def begin(self, cfg: DictConfig, facts: dict[str, Any], *, again: bool = False) -> None:
+        """Write down what is going to be run; `facts` stand in every result.json from now on."""
+        self.facts = facts
+        config = self.path / CONFIG
+        if again or not config.exists():  # called from Python, Hydra has written nothing
             config.parent.mkdir(exist_ok=True)
-            config.write_text(OmegaConf.to_yaml(cfg))
-        write_json(path / "environment.json", environment())
+            with replacing(config) as file:
+                file.write(OmegaConf.to_yaml(cfg).encode())
+        self._write_environment()
+        self.write_result("running")
 
     def write_result(self, status: str, **content: Any) -> None:
         """`status` is running, completed, failed or interrupted."""
-        write_json(self.result, {"status": status, **content})
+        write_json(self.result, seal({"status": status, **self.facts, **content}))
+
+    def _write_environment(self) -> None:
+        """Of the first start, with those of the later ones in a list."""
+        path, now = self.path / "environment.json", environment()
+        try:
+            first = json.loads(path.read_bytes())
+            first["resumed"] = [*first.get("resumed", []), now]
+        except (OSError, ValueError, AttributeError, TypeError):  # none, or damaged
+            first = now
+        write_json(path, first)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write all of a file or nothing: readers never see half of it, nor does a crash leave half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextmanager
+def replacing(path: Path, *, keep: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write that gets its name, in place of any other, when all of it is on the disk.
+
+    The file that was there is lost, or renamed to `keep`. Raises OSError, with the file's name,
+    and leaves what was there.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
+        raise
+    if os.name == "posix":  # the name, too, has to be on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def environment() -> dict[str, Any]:
     """What a run depends on beside its config: versions, machine, code and command line."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "machine": {
             "platform": platform.platform(),
             "processor": platform.processor() or platform.machine(),
@@ -72,6 +124,17 @@ def environment() -> dict[str, Any]:
         },
         "git": {"revision": _git("rev-parse", "HEAD"), "diff": _git("diff", "HEAD")},
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def _git(*arguments: str) -> str | None:

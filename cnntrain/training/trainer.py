@@ -1,15 +1,18 @@
 """Lightning's trainer with the options that a run has."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as lightning
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from pydantic import PositiveFloat, PositiveInt
+from lightning.pytorch.callbacks import EarlyStopping
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
 
+from cnntrain.training.checkpoints import Average, CheckpointFiles, Checkpoints
 from cnntrain.training.progress import Progress
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
+Decay = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal[32, "32", "32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -33,6 +36,10 @@ class Trainer(lightning.Trainer):
         accumulate_grad_batches: PositiveInt = 1,
         monitor: Metric = "val/acc",
         early_stopping: PositiveInt | None = None,
+        ema: Decay | None = None,
+        checkpoint_every_n_epochs: PositiveInt = 1,
+        checkpoint_every_n_steps: PositiveInt | None = None,
+        checkpoint_every_n_minutes: PositiveFloat | None = None,
         test_checkpoint: Literal["best", "last"] = "best",
         progress_bar: bool = True,
         log_every_n_steps: PositiveInt = 50,
@@ -40,17 +47,21 @@ class Trainer(lightning.Trainer):
         callbacks: list[lightning.Callback] | None = None,
         **lightning_options: Any,
     ):
-        mode = "max" if monitor.endswith("acc") else "min"
-        folder = Path(default_root_dir or ".") / "checkpoints"
-        self.best = ModelCheckpoint(
-            folder, "best", monitor=monitor, mode=mode, enable_version_counter=False
+        self.average = Average(ema) if ema is not None else None
+        self.checkpoints = Checkpoints(
+            Path(default_root_dir or ".") / "checkpoints",
+            monitor,
+            self.average,
+            every_n_epochs=checkpoint_every_n_epochs,
+            every_n_steps=checkpoint_every_n_steps,
+            every_n_minutes=checkpoint_every_n_minutes,
         )
-        # Not the first one's `save_last`, which is the last of the best.
-        self.last = ModelCheckpoint(folder, "last", enable_version_counter=False)
-        progress = [Progress()] if progress_bar else []
-        stopping: list[lightning.Callback] = []
+        own: list[lightning.Callback] = [Progress()] if progress_bar else []
+        own.extend(callbacks or [])
+        own.extend([self.average] if self.average else [])
         if early_stopping is not None:
-            stopping.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
+            mode = "max" if monitor.endswith("acc") else "min"
+            own.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
         self.compile_network, self.monitor = compile, monitor
         self.test_checkpoint = test_checkpoint
         super().__init__(
@@ -63,7 +74,8 @@ class Trainer(lightning.Trainer):
             accumulate_grad_batches=accumulate_grad_batches,
             log_every_n_steps=log_every_n_steps,
             default_root_dir=default_root_dir,
-            callbacks=[*progress, *(callbacks or []), self.best, self.last, *stopping],
+            callbacks=[*own, self.checkpoints],
+            plugins=[CheckpointFiles()],
             # What these would print, the run says itself, and the weights are new, not suspect.
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -72,7 +84,9 @@ class Trainer(lightning.Trainer):
         )
 
     @property
-    def chosen_checkpoint(self) -> Path:
-        """The file of the weights that are to meet the test set."""
-        chosen = self.best if self.test_checkpoint == "best" else self.last
-        return Path(chosen.best_model_path)
+    def chosen_weights(self) -> dict[str, Tensor]:
+        """The state_dict that is to meet the test set."""
+        best = self.checkpoints.best
+        if self.test_checkpoint == "best" and best:
+            return best["state_dict"]
+        return self.checkpoints.weights

@@ -1,0 +1,104 @@
+"""SIGINT, SIGTERM and SIGUSR1: requests to stop, met where nothing is lost.
+
+Nothing here imports torch: a signal may come while that is imported.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Literal
+
+# SIGUSR1 is what Slurm can be asked to send ahead of a job's end; Windows has none.
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+
+Answer = Literal["leave", "raise", "note"]
+
+
+class Interrupted(BaseException):
+    """A signal asked to stop. Not an Exception, so that nothing takes it for an error."""
+
+    def __init__(self, signum: int):
+        self.signal = signal.Signals(signum)
+        super().__init__(self.signal.name)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells count."""
+        return 128 + self.signal
+
+
+class Interruption:
+    """What signals ask for. There is one for the process, as signals are the process's.
+
+    The answer to a signal is to `leave` at once where there is nothing to lose, as while modules
+    are imported, which an exception would leave half made; to `raise` Interrupted; or to `note`
+    it until `check` is called, as while training. A second SIGINT leaves at once in any case.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.answer: Answer = "raise"
+        self.before_leaving: Callable[[], None] | None = None
+
+    def install(self) -> None:
+        """Handle the signals from here on, also those that a library has taken over."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                signal.signal(signum, self._handle)
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+    @contextlib.contextmanager
+    def answering(self, answer: Answer) -> Iterator[None]:
+        """Another answer for a while."""
+        before, self.answer = self.answer, answer
+        try:
+            yield
+        finally:
+            self.answer = before
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        again = self.received is not None and signum == signal.SIGINT
+        self.received = signum
+        if self.answer == "leave" or again:
+            with contextlib.suppress(Exception):
+                if self.before_leaving is not None:
+                    self.before_leaving()
+            _say(f"interrupted by {signal.Signals(signum).name}")
+            os._exit(Interrupted(signum).exit_code)
+        if self.answer == "raise":
+            raise Interrupted(signum)
+        hint = "; Ctrl-C again leaves at once" if signum == signal.SIGINT else ""
+        _say(f"{signal.Signals(signum).name}: saving a checkpoint{hint}")
+
+
+interruption = Interruption()
+
+
+@contextlib.contextmanager
+def watching(answer: Answer = "raise") -> Iterator[None]:
+    """Handle signals within; nothing changes where they are handled already, or cannot be."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    main = threading.current_thread() is threading.main_thread()
+    if not main or interruption._handle in before.values():
+        yield
+        return
+    interruption.received, interruption.answer = None, answer
+    interruption.install()
+    try:
+        yield
+    finally:
+        interruption.received, interruption.before_leaving = None, None
+        for signum, handler in before.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
+
+def _say(text: str) -> None:
+    # Not by way of print or logging, in the middle of which the signal may have come.
+    os.write(2, f"\ncnntrain: {text}\n".encode())

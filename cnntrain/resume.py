@@ -1,0 +1,169 @@
+"""A run directory looked at before anything is run there: begun, at work, completed, and with what.
+
+Nothing here imports torch, unless a damaged config has to be read from a checkpoint.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cnntrain.config import INCIDENTAL, ConfigError, compose, config_hash, flat
+from cnntrain.signatures import signature
+
+log = logging.getLogger(__name__)
+
+CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
+RESULT, LOCK, CHECKPOINTS = "result.json", ".lock", "checkpoints"
+
+
+def begun(directory: Path) -> bool:
+    """Whether there is a run to continue."""
+    return any((directory / name).exists() for name in (RESULT, CHECKPOINTS, CONFIG))
+
+
+def in_use(directory: Path) -> str | None:
+    """The line that says so if a process is training there."""
+    if not (directory / LOCK).exists():
+        return None
+    try:
+        with FileLock(directory / LOCK, timeout=0):
+            return None
+    except Timeout:
+        return (
+            f"hydra.run.dir={directory}: another process is training there; wait for it or end it"
+        )
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with a checksum, by which `read_result` knows whether it was altered."""
+    return {**content, "sha256": _digest(content)}
+
+
+def read_result(directory: Path) -> dict[str, Any] | None:
+    """What result.json says, without its checksum; None if there is none or it is damaged."""
+    path = directory / RESULT
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("sha256") == _digest(content):
+            return content
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        pass
+    log.warning(f"{path}: is damaged or was edited by hand; its content is not used")
+    return None
+
+
+def run_config(directory: Path) -> DictConfig:
+    """The config that the run in a directory was started with, `resume` left out.
+
+    Raises ConfigError if nothing in the directory tells.
+    """
+    result = read_result(directory)
+    cfg = _load(directory / CONFIG)
+    if cfg is not None and result is not None and config_hash(cfg) == result["config_hash"]:
+        return cfg
+    if cfg is not None and not any((directory / n).exists() for n in (RESULT, CHECKPOINTS)):
+        return cfg  # ended before it had begun
+    # One of the two is not what the run wrote.
+    from cnntrain.training.checkpoint_file import newest
+
+    if found := newest(directory / CHECKPOINTS):
+        path, content = found
+        log.warning(f"{directory / CONFIG}: is not the run's; the config in {path} is used")
+        return DictConfig(content["config"])
+    raise ConfigError(
+        [
+            f"resume={directory}: {CONFIG} or {RESULT} is damaged, and there is no checkpoint to "
+            "tell the run's config; start a new run"
+        ]
+    )
+
+
+def changed(
+    directory: Path,
+    overrides: Sequence[str],
+    compose: Callable[[Sequence[str]], DictConfig] = compose,
+) -> DictConfig:
+    """The config of the run in a directory with other options: what the overrides would have
+    changed had they been given at the start.
+
+    Raises ConfigError, as `compose` does.
+    """
+    cfg = run_config(directory)
+    if not overrides:
+        return cfg
+    file = directory / OVERRIDES
+    at_start = map(str, OmegaConf.load(file)) if file.exists() else ()
+    given = [text for text in at_start if not text.lstrip("+").startswith("resume=")]
+    before = flat(compose(given))
+    after = flat(compose([*given, *overrides]))
+    for key in before.keys() | after.keys():
+        if before.get(key) != after.get(key):
+            OmegaConf.update(cfg, key, after.get(key), force_add=True)
+    return cfg
+
+
+def refused_changes(run: DictConfig, wanted: DictConfig) -> list[str]:
+    """Why a run cannot go on with another config than its own: a line for each option that would
+    change what was computed already."""
+    old, new = flat(run), flat(wanted)
+    problems = []
+    for key in sorted(old.keys() | new.keys()):
+        node = key.split(".")[0]
+        other = old.get(f"{node}._target_") != new.get(f"{node}._target_")
+        if old.get(key) == new.get(key) or key in INCIDENTAL or (other and "_target_" not in key):
+            continue
+        value = f"{key}={_shown(new.get(key))}"
+        if key != "trainer.max_epochs":
+            problems.append(
+                f"{value}: the run was begun with {_shown(old.get(key))}, and has computed with "
+                "it; leave the option out, or start a new run"
+            )
+        elif _needs_length(run):
+            problems.append(
+                f"{value}: the learning rate of this run is laid out for {old[key]} epochs; "
+                "leave the option out, or start a new run"
+            )
+    return problems
+
+
+def completed(directory: Path, cfg: DictConfig) -> dict[str, Any] | None:
+    """What result.json says if the run is completed with this very config."""
+    result = read_result(directory)
+    if result and result["status"] == "completed" and result["config_hash"] == config_hash(cfg):
+        return result
+    return None
+
+
+def _needs_length(cfg: DictConfig) -> bool:
+    target = cfg.scheduler and cfg.scheduler.get("_target_")
+    return bool(target) and "total_steps" in signature(target).types
+
+
+def _load(path: Path) -> DictConfig | None:
+    try:
+        cfg = OmegaConf.load(path)
+        if not isinstance(cfg, DictConfig):
+            return None
+        cfg.pop("resume", None)
+        OmegaConf.resolve(cfg)
+    except (OSError, YAMLError, ValueError, OmegaConfBaseException):
+        return None
+    return cfg
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,219 @@
+"""When a run is saved, what of it, and how it goes on from there."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.plugins.io import CheckpointIO
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from cnntrain.interruption import interruption
+from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
+from cnntrain.training.run_directory import versions
+
+
+class Checkpoints(Checkpoint):
+    """Writes last.ckpt, from which a run goes on as if it had never stopped, and best.ckpt.
+
+    last.ckpt is written every so many epochs, steps or minutes, at the end, and when a signal asks
+    to stop; the one before it stays as previous.ckpt. It holds the best weights so far, too, so
+    that it alone decides how the run ends. best.ckpt has only these, for use elsewhere.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        monitor: str,
+        average: "Average | None" = None,
+        *,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = None,
+    ):
+        self.folder, self.monitor, self.average = folder, monitor, average
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.facts: Content = {}  # what else is to be written, of the run as a whole
+        self.best: dict[str, Any] | None = None  # epoch, value and state_dict
+        self.weights: dict[str, Any] = {}  # those that a run evaluates, as last saved
+        self.resumed: Content | None = None
+        self.better = False  # the epoch just validated is the best
+        self.step = 0  # the last optimizer step seen
+        self.epoch, self.batch = 0, 0  # where the next step is
+
+    def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
+        self.resumed, self.best = checkpoint, checkpoint["best"]
+        self.weights = checkpoint["state_dict"]
+        if self.best:
+            self._write_best()  # the file may be missing, damaged, or ahead of this checkpoint
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        interruption.install()  # again: Lightning has put a handler of its own before it
+        self.saved = time.monotonic()
+        self.step, self.epoch = trainer.global_step, trainer.current_epoch
+        if self.resumed:
+            self.batch = self.resumed["position"]["batch"]
+            if self.batch < trainer.num_training_batches:  # else only validation is left
+                trainer.train_dataloader.start_at(self.batch)
+            trainer.should_stop = self.resumed["should_stop"]  # early stopping has said so
+            restore_generators(self.resumed["generators"])
+            self.resumed = None
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            return  # gradients are being accumulated: there is nothing to go on from
+        self.step, self.batch = trainer.global_step, batch_idx + 1
+        minutes = (time.monotonic() - self.saved) / 60
+        due = self.every_n_steps is not None and self.step % self.every_n_steps == 0
+        due |= self.every_n_minutes is not None and minutes >= self.every_n_minutes
+        if due or interruption.received is not None:
+            self._save(trainer)
+        interruption.check()
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        if interruption.received is not None and not trainer.sanity_checking:
+            if self.average is not None:  # validation has put the averaged weights in their place
+                self.average.on_validation_epoch_end(trainer, module)
+            self._save(trainer)  # validation will begin anew
+            interruption.check()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        stage = self.monitor.partition("/")[0]
+        value = module.tallies[stage].metrics(stage)[self.monitor]
+        sign = 1 if self.monitor.endswith("acc") else -1
+        self.better = self.best is None or sign * value > sign * self.best["value"]
+        if self.better:
+            self.best = {"epoch": trainer.current_epoch, "value": value}
+        self.epoch, self.batch = trainer.current_epoch + 1, 0
+        ended = trainer.should_stop or self.epoch == trainer.max_epochs
+        due = self.epoch % self.every_n_epochs == 0 or ended or interruption.received is not None
+        if due or self.better:
+            self._save(trainer)
+        interruption.check()
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
+        position = {"epoch": self.epoch, "batch": self.batch}
+        loops = checkpoint["loops"]["fit_loop"]
+        _set_progress(loops, trainer.num_training_batches, trainer.global_step, **position)
+        self.weights = {name: t.detach().clone() for name, t in checkpoint["state_dict"].items()}
+        if self.better and self.best:
+            self.best["state_dict"] = self.weights
+        checkpoint.update(
+            self.facts,
+            position=position,
+            should_stop=trainer.should_stop,
+            generators=generators(),
+            best=self.best,
+            versions=versions(),
+        )
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        first = not (self.folder / LAST).exists()
+        trainer.save_checkpoint(self.folder / LAST)
+        if first:
+            read(self.folder / LAST)  # says so now if a state is of a kind that is not loaded
+        self.saved = time.monotonic()
+        if self.better:
+            self._write_best()
+            self.better = False
+
+    def _write_best(self) -> None:
+        assert self.best
+        write(self.folder / BEST, {**self.facts, **self.best, "versions": versions()})
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning's way to the files."""
+
+    def save_checkpoint(self, checkpoint: Content, path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, checkpoint, keep=path.with_name(PREVIOUS))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> Content:
+        return read(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Average(WeightAveraging):
+    """An exponential moving average of all weights and buffers, updated after every step.
+
+    It is what is validated, tested and called the run's weights; `decay` is the share that stays.
+    """
+
+    def __init__(self, decay: float):
+        super().__init__(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def generators() -> Content:
+    """The states of Python's, NumPy's and PyTorch's generators, as plain containers."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_generators(states: Content) -> None:
+    """Let all generators go on from `states`; those of CUDA where there are as many devices."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _set_progress(loops: Content, batches: int, steps: int, epoch: int, batch: int) -> None:
+    """Write into Lightning's loops how far a run is, as they would say at the end of a batch.
+
+    A hook is called before they count what it is called for. Left so, they guess at what was
+    done, and after a resume within an epoch validate or count once too often.
+    """
+    within = batch > 0  # else between two epochs
+    done = {"ready": epoch, "started": epoch, "processed": epoch, "completed": epoch}
+    begun = {**done, "ready": epoch + 1, "started": epoch + 1} if within else done
+    loops["epoch_progress"] = {"total": begun, "current": dict(begun)}
+    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": steps}
+    total = epoch * batches + batch
+    loops["epoch_loop.batch_progress"] = {
+        "total": dict.fromkeys(done, total),
+        "current": dict.fromkeys(done, batch),
+        "is_last_batch": batch == batches,
+    }
+    # What Lightning takes for "in the middle of a validation": it is begun anew.
+    owed = int(batch == batches)
+    validation = {"ready": owed, "started": owed, "processed": 0, "completed": 0}
+    loops["epoch_loop.val_loop.batch_progress"] = {
+        "total": validation,
+        "current": dict.fromkeys(done, 0),
+        "is_last_batch": False,
+    }
+
+
+def shape_differences(saved: Content, wanted: Content) -> list[str]:
+    """What keeps weights from being loaded, a phrase for each tensor: (C, H, W) as 1x28x28."""
+
+    def shape(state: Content, name: str) -> str:
+        return "x".join(map(str, state[name].shape)) or "a number" if name in state else "nothing"
+
+    return [
+        f"{name} is {shape(saved, name)} there and {shape(wanted, name)} here"
+        for name in [*wanted, *(name for name in saved if name not in wanted)]
+        if shape(saved, name) != shape(wanted, name)
+    ]

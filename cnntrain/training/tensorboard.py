@@ -1,0 +1,108 @@
+"""TensorBoard: one event stream at the root of the run directory, continued on resume."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.tensorflow_stub.errors import DataLossError
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from cnntrain.config import flat
+
+log = logging.getLogger(__name__)
+
+METRICS = ["train/loss", "train/acc", "val/loss", "val/acc"]
+FRAME = 16  # bytes of a record beside its content: length, two checksums
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's logger, writing into one file that is whole after a resume, too."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory, name="", version="", default_hp_metric=False)
+        self.directory = directory
+
+    def begin(self, cfg: DictConfig) -> None:
+        """Start the stream: the HParams tab has the options now, the metrics as they are logged
+        under their names.
+
+        Not `log_hyperparams`, which would log the metrics once more, at step 0.
+        """
+        self.go_on(0)
+        metrics = dict.fromkeys(["test/acc", "val/acc", "test/loss", *METRICS], 0.0)
+        for summary in hparams(options(cfg), metrics)[:2]:
+            self.experiment._get_file_writer().add_summary(summary)
+
+    def go_on(self, position: int) -> None:
+        """Continue the stream from where `position` was asked for.
+
+        What was written after that will be written again. A file that is cut under a reader's
+        hands is damaged for it, so a new one takes over what remains of the old.
+        """
+        # If there are two, the process ended while it took over: the older one is whole.
+        old = sorted(self.directory.glob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime)
+        # Tells a TensorBoard that is running to forget what it has read of the old file.
+        self._experiment = SummaryWriter(str(self.directory), purge_step=0)
+        writer = self.experiment._get_file_writer().event_writer
+        self.experiment.flush()
+        path = Path(writer._file_name)
+        self.path, self.head = path, path.stat().st_size
+        copied = 0
+        for record in records(old[0]) if old and position else ():
+            if copied >= position:
+                break
+            writer.add_event(Event.FromString(record))
+            copied += len(record) + FRAME
+        if copied < position:
+            log.warning(
+                f"{old[0] if old else self.directory}: damaged or missing; TensorBoard has lost "
+                "scalars from before the checkpoint, metrics.csv has every epoch"
+            )
+        self.experiment.flush()
+        for file in old:
+            file.unlink()
+
+    @property
+    def position(self) -> int:
+        """How much of the stream is written: bytes of records, heads of files left out."""
+        self.experiment.flush()
+        return self.path.stat().st_size - self.head
+
+    def save(self) -> None:
+        """Nothing beside the event file: the options are in .hydra/config.yaml."""
+
+    def finalize(self, status: str) -> None:
+        """Not closed after fitting: testing goes on in the same stream. `end` closes it."""
+        if self._experiment is not None:
+            self.experiment.flush()
+
+    def end(self, cfg: DictConfig) -> None:
+        """Mark the run as finished in the HParams tab, and close the stream."""
+        self.experiment._get_file_writer().add_summary(hparams(options(cfg), {})[2])
+        self.experiment.close()
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """The events of a file up to its end or to where it is damaged, those of its head left out."""
+    try:
+        for record in RawEventFileLoader(str(path)).Load():
+            if Event.FromString(record).WhichOneof("what") not in ("file_version", "session_log"):
+                yield record
+    except DataLossError:
+        return
+
+
+def options(cfg: DictConfig) -> dict[str, Any]:
+    """The config as one flat table for HParams, `true` as one would type it, not as 1."""
+    found = {k: v for k, v in flat(cfg).items() if not k.endswith("._partial_")}
+    plain = {
+        k: isinstance(v, str | float | int) and v not in (True, False) for k, v in found.items()
+    }
+    return {k: v if plain[k] else json.dumps(v) for k, v in found.items()}
