@@ -104,12 +104,18 @@ def changed(
     file = directory / OVERRIDES
     at_start = map(str, OmegaConf.load(file)) if file.exists() else ()
     given = [text for text in at_start if not text.lstrip("+").startswith("resume=")]
-    before = flat(compose(given))
-    after = flat(compose([*given, *overrides]))
-    for key in before.keys() | after.keys():
-        if before.get(key) != after.get(key):
-            OmegaConf.update(cfg, key, after.get(key), force_add=True)
-    return cfg
+    before, after = flat(compose(given)), flat(compose([*given, *overrides]))
+    options = {key: value for key, value in flat(cfg).items() if key in after or key not in before}
+    options |= {key: value for key, value in after.items() if value != before.get(key, ...)}
+    wanted = OmegaConf.create()
+    for key, value in options.items():
+        OmegaConf.update(wanted, key, value, force_add=True)
+    return wanted
+
+
+def without_resume(cfg: DictConfig) -> DictConfig:
+    """The config of a run as such, however it is started."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "resume"])
 
 
 def refused_changes(run: DictConfig, wanted: DictConfig) -> list[str]:
@@ -154,7 +160,7 @@ def _load(path: Path) -> DictConfig | None:
         cfg = OmegaConf.load(path)
         if not isinstance(cfg, DictConfig):
             return None
-        cfg.pop("resume", None)
+        cfg = without_resume(cfg)
         OmegaConf.resolve(cfg)
     except (OSError, YAMLError, ValueError, OmegaConfBaseException):
         return None

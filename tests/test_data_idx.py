@@ -1,11 +1,14 @@
 import gzip
+import hashlib
+import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cnntrain.data import DataError
-from cnntrain.data.idx import IdxFile, parse_idx, read_idx
+from cnntrain.data.idx import IdxFile, parse_idx, read_bytes, read_idx
 
 
 def idx_bytes(values: np.ndarray) -> bytes:
@@ -69,3 +72,50 @@ def test_difference_tells_length_from_content():
     assert file.difference(b"abc") is None
     assert file.difference(b"ab") == "2 bytes instead of 3"
     assert file.difference(b"abd") == "wrong SHA-256 sum"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(os.mkfifo, "not a regular file"), (os.mkdir, "is a folder")],
+    ids=["fifo", "folder"],
+)
+def test_what_is_no_file_is_refused_without_waiting(tmp_path, make, said):
+    make(tmp_path / "odd")
+    with pytest.raises(DataError) as error:
+        read_idx(tmp_path / "odd")
+    assert str(error.value) == f"{tmp_path / 'odd'}: {said}"
+
+
+def test_more_than_the_memory_holds(tmp_path, monkeypatch):
+    (tmp_path / "huge").write_bytes(GOOD)
+
+    def too_large(path: Path) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_bytes", too_large)
+    with pytest.raises(DataError, match=r"huge: larger than the memory that is left$"):
+        read_idx(tmp_path / "huge")
+
+
+def test_a_gzip_file_is_decompressed_up_to_a_limit(tmp_path):
+    path = tmp_path / "bomb"
+    path.write_bytes(gzip.compress(bytes(30_000_000)))
+    assert read_bytes(path, limit=5) == bytes(6)
+    assert len(read_bytes(path)) == 30_000_000
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_known_file_is_read_or_refused(tmp_path, pack):
+    path = tmp_path / "x"
+    file = IdxFile("x", len(GOOD), hashlib.sha256(GOOD).hexdigest())
+    path.write_bytes(pack(GOOD))
+    assert file.read(path) == GOOD
+    for content, said in [
+        (GOOD[:-1], f"{len(GOOD) - 1} bytes instead of {len(GOOD)}"),
+        (GOOD + b"x", f"more than {len(GOOD)} bytes"),
+        (GOOD[:-1] + b"x", "wrong SHA-256 sum"),
+    ]:
+        path.write_bytes(pack(content))
+        with pytest.raises(OSError) as error:  # noqa: PT011
+            file.read(path)
+        assert (error.value.strerror, error.value.filename) == (said, str(path))

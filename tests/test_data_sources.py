@@ -1,69 +1,19 @@
 """FashionMNIST's way into the cache folder, with four tiny files in the real ones' place."""
 
 import gzip
-import hashlib
 import logging
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
-from test_data_idx import idx_bytes
+from tiny_fashion_mnist import NAMES, REAL, TEST, TRAIN, Calls, data, use_tiny, write
 
-from cnntrain.data import DataError, FashionMNIST, cache, fashion_mnist, sources
-from cnntrain.data.idx import IdxFile
+from cnntrain.data import DataError, FashionMNIST, cache, sources
 from cnntrain.data.sources import Source, SourceError
-
-TRAIN, TEST = 30, 10
-NAMES = [file.name for pair in fashion_mnist.FILES.values() for file in pair]
-
-
-def tiny() -> dict[str, bytes]:
-    """Name -> content, shaped like the real files but for the number of images."""
-    random = np.random.default_rng(0)
-    contents = []
-    for count in (TRAIN, TEST):
-        contents.append(idx_bytes(random.integers(0, 256, (count, 28, 28), dtype=np.uint8)))
-        contents.append(idx_bytes((np.arange(count) % 10).astype(np.uint8)))
-    return dict(zip(NAMES, contents, strict=True))
-
-
-REAL = tiny()
-
-
-def use_tiny(patch) -> None:
-    files = [IdxFile(n, len(d), hashlib.sha256(d).hexdigest()) for n, d in REAL.items()]
-    table = {"train": tuple(files[:2]), "test": tuple(files[2:])}
-    patch.setattr(fashion_mnist, "FILES", table)
-    patch.setattr(FashionMNIST, "train_size", TRAIN)
-
-
-def write(folder: Path, contents: dict[str, bytes] = REAL, packed: bool = False) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in contents.items():
-        path = folder / (f"{name}.gz" if packed else name)
-        path.write_bytes(gzip.compress(data) if packed else data)
-    return folder
-
-
-class Calls:
-    """Sources that count their openings: each a folder, or the reason why there is none."""
-
-    def __init__(self, patch, **given: Path | str) -> None:
-        self.opened: list[str] = []
-        patch.setattr(cache, "SOURCES", [self.source(*item) for item in given.items()])
-
-    def source(self, name: str, given: Path | str) -> Source:
-        def get(scratch: Path) -> Path:
-            assert list(scratch.iterdir()) == []
-            self.opened.append(name)
-            if isinstance(given, str):
-                raise SourceError(given)
-            return given
-
-        return Source(name, get)
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +25,6 @@ def _tiny(monkeypatch, caplog):
 @pytest.fixture
 def root(tmp_path) -> Path:
     return tmp_path / "a cache" / "fashion_mnist"
-
-
-def data(root: Path) -> FashionMNIST:
-    return FashionMNIST(root=str(root), val_size=5)
 
 
 def test_complete_cache_is_read_and_not_written(root, monkeypatch, caplog):
@@ -213,14 +159,15 @@ def test_nothing_works(root, tmp_path, monkeypatch):
         data(root).prepare()
     size = len(REAL[NAMES[0]])
     assert str(error.value).splitlines() == [
-        "FashionMNIST: no source has all files. Tried:",
+        "FashionMNIST: no source has all files: put the four files of Debian's package "
+        f"dataset-fashion-mnist into {root}, or train on the set that comes with cnntrain, "
+        "data=fashion_mnist_mini",
+        "Tried:",
         f"  cache folder {root}: {NAMES[0]} was set aside (5 bytes instead of {size}), "
         + ", ".join(f"{name} is missing" for name in NAMES[1:]),
         f"  {sources.SOURCES[0].name}: no such folder",
         "  torchvision's download: the download: no route to host",
         "  Debian's archive (apt-get download dataset-fashion-mnist): apt-get is not installed",
-        f"Put the four files of Debian's package dataset-fashion-mnist into {root}, "
-        "or train on the set that comes with cnntrain: data=fashion_mnist_mini",
     ]
 
 
@@ -259,7 +206,7 @@ import logging, sys, time
 from pathlib import Path
 import pytest
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-import test_data_sources as t
+import tiny_fashion_mnist as t
 from cnntrain.data import cache
 from cnntrain.data.sources import Source
 root, source, gate = map(Path, sys.argv[1:])
@@ -354,6 +301,45 @@ def test_debian_unpacking_fails(root, debian):
     program(debian, "dpkg-deb", "exit 2")
     with pytest.raises(DataError, match="dpkg-deb: exit code 2"):
         data(root).prepare()
+
+
+def test_a_source_that_is_killed(tmp_path, monkeypatch):
+    code = "import os; print('50%'); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(sources, "TORCHVISION_DOWNLOAD", code)
+    with pytest.raises(SourceError, match=r"^the download: ended by SIGKILL$"):
+        sources.torchvision_download(tmp_path)
+
+
+class Cut(BaseHTTPRequestHandler):
+    """Promises a file and hangs up half-way."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "20000")
+        self.end_headers()
+        self.wfile.write(bytes(10_000))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_download_cut_in_the_middle_gives_way_to_the_next_source(root, tmp_path, monkeypatch):
+    write(tmp_path / "source")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Cut) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        begin, *rest = sources.TORCHVISION_DOWNLOAD.partition("FashionMNIST(sys")
+        mirror = f"FashionMNIST.mirrors = ['http://127.0.0.1:{server.server_port}/']\n"
+        monkeypatch.setattr(sources, "TORCHVISION_DOWNLOAD", begin + mirror + "".join(rest))
+        monkeypatch.setattr(cache, "SOURCES", sources.SOURCES[1:2])
+        with pytest.raises(DataError, match=r"download: File not found or corrupted\.$"):
+            data(root).prepare()
+        assert os.listdir(root) == [cache.LOCK]
+        monkeypatch.setattr(
+            cache, "SOURCES", [*cache.SOURCES, Source("next", lambda _: tmp_path / "source")]
+        )
+        data(root).prepare()
+        server.shutdown()
+    assert {name: (root / name).read_bytes() for name in NAMES} == REAL
 
 
 def test_a_source_that_hangs_is_given_up(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """A run that is interrupted and goes on ends with the bits of one that was not."""
 
-import csv
 import json
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnntrain.config import ConfigError, compose
 from cnntrain.interruption import Interrupted, interruption
+from cnntrain.resume import changed, read_result, run_config
 from cnntrain.training import CheckpointError, checkpoint_file, train
 from cnntrain.training.checkpoints import Checkpoints
 
@@ -26,6 +27,7 @@ EVERYTHING = [
     "data.hflip=0.5",
     "data.crop=2",
     "data.erase=0.3",
+    "data.eval_batch_size=200",
     "optimizer.fused=false",
     "trainer.max_epochs=3",
     "trainer.accumulate_grad_batches=2",
@@ -47,9 +49,10 @@ def record(directory: Path) -> dict[str, Any]:
     result = json.loads((directory / "result.json").read_text())
     kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
     kept += ("lr_schedulers", "loops", "generators", "best", "position")
+    best = checkpoint_file.read(directory / "checkpoints/best.ckpt")
     return {
         **{name: checkpoint[name] for name in kept if name in checkpoint},
-        "best.ckpt": checkpoint_file.read(directory / "checkpoints/best.ckpt"),
+        "best.ckpt": {name: value for name, value in best.items() if name != "config"},
         "metrics.csv": (directory / "metrics.csv").read_bytes(),
         "scalars": {
             tag: [(event.step, event.value) for event in events.Scalars(tag)]
@@ -79,10 +82,11 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
 
 
 class Stops:
-    """Lets SIGTERM seem to come at given moments: (`train`, step) or (`val`, epoch)."""
+    """Lets SIGTERM seem to come at given moments: (`train`, step), (`val`, validation batch)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.wanted: list[tuple[str, int]] = []
+        self.validated = 0
         train_hook, val_hook = Checkpoints.on_train_batch_end, Checkpoints.on_validation_batch_end
 
         def on_train_batch_end(own: Any, trainer: Any, module: Any, *rest: Any) -> None:
@@ -90,7 +94,8 @@ class Stops:
             train_hook(own, trainer, module, *rest)
 
         def on_validation_batch_end(own: Any, trainer: Any, module: Any, *rest: Any) -> None:
-            self._come("val", trainer.current_epoch)
+            self.validated += 1
+            self._come("val", self.validated)
             val_hook(own, trainer, module, *rest)
 
         monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
@@ -132,8 +137,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "moments",
     [[("train", step)] for step in range(1, 3 * STEPS + 1)]
-    + [[("val", 0)], [("val", 1)], [("val", 2)]]
-    + [[("train", 1), ("train", 2), ("train", 4), ("val", 0), ("train", 5), ("val", 2)]],
+    + [[("val", 1)], [("val", 2)], [("val", 6)], [("val", 9)]]
+    + [[("train", 1), ("train", 2), ("train", 4), ("val", 2), ("train", 5), ("val", 8)]],
     ids=str,
 )
 def test_interrupted_anywhere(
@@ -142,3 +147,244 @@ def test_interrupted_anywhere(
     stops.wanted = list(moments)
     assert go(tmp_path / "run") == len(moments)
     assert not list(differences(record(undisturbed), record(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["backend=im2col", "optimizer=sgd", "scheduler=cosine"],
+        ["backend=naive", "model=shallow", "optimizer=adamw", "trainer.precision=bf16-mixed"],
+        ["scheduler=none", "trainer.monitor=val/loss", "trainer.test_checkpoint=last"],
+        ["scheduler._target_=torch.optim.lr_scheduler.StepLR", "+scheduler.step_size=1"],
+        ["trainer.accumulate_grad_batches=1", "optimizer.fused=true", "trainer.ema=null"],
+        ["trainer.accumulate_grad_batches=3", "trainer.checkpoint_every_n_epochs=2"],
+        ["trainer.early_stopping=1", "optimizer.lr=0", "trainer.ema=null", "model.norm=false"],
+        ["trainer.checkpoint_every_n_steps=1", "trainer.checkpoint_every_n_minutes=1e-4"],
+    ],
+    ids=" ".join,
+)
+def test_whatever_is_chosen(stops: Stops, tmp_path: Path, options: list[str]) -> None:
+    if any("StepLR" in option for option in options):
+        options = [*options, "~scheduler.pct_start", "~scheduler.div_factor"]
+        options += ["~scheduler.final_div_factor", "~scheduler.anneal_strategy"]
+        options += ["~scheduler.cycle_momentum"]
+    assert go(tmp_path / "one go", *options) == 0
+    stops.wanted, stops.validated = [("train", 2), ("train", 3), ("val", 2), ("train", 5)], 0
+    assert go(tmp_path / "many", *options) == 4
+    assert not list(differences(record(tmp_path / "one go"), record(tmp_path / "many")))
+
+
+def test_early_stopping_is_remembered(stops: Stops, tmp_path: Path) -> None:
+    """Interrupted in the very epoch that ends the run: it is not one epoch longer."""
+    options = ["trainer.early_stopping=1", "optimizer.lr=0", "trainer.ema=null", "model.norm=false"]
+    options += ["scheduler=none", "trainer.max_epochs=5"]
+    stops.wanted = [("train", 2 * STEPS)]
+    assert go(tmp_path / "run", *options) == 1
+    stopped = read_result(tmp_path / "run")
+    assert stopped is not None
+    assert stopped["epochs"] == 2
+    # Again from its last checkpoint, as after a crash in the test.
+    (tmp_path / "run/result.json").unlink()
+    assert go(tmp_path / "run", *options) == 0
+    again = read_result(tmp_path / "run")
+    assert again is not None
+    assert (again["epochs"], again["metrics"]) == (2, stopped["metrics"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
+def test_on_a_gpu(
+    stops: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    options = ["trainer=gpu", "trainer.deterministic=true", f"trainer.precision={precision}"]
+    options += ["trainer.gradient_clip_val=null"]
+    assert go(tmp_path / "one go", *options) == 0
+    stops.wanted, stops.validated = [("train", 2), ("val", 1), ("train", 7)], 0
+    assert go(tmp_path / "many", *options) == 3
+    assert not list(differences(record(tmp_path / "one go"), record(tmp_path / "many")))
+
+
+def test_generators_go_on(stops: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's and NumPy's too, which a data set or a layer of one's own may use."""
+
+    def run(directory: Path) -> list[tuple[float, float]]:
+        drawn: list[tuple[float, float]] = []
+        forward = nn.Flatten.forward
+
+        def noisy(self: nn.Flatten, x: Tensor) -> Tensor:
+            if self.training:
+                drawn.append((random.random(), np.random.random()))  # noqa: NPY002
+                x = x * (1 + 0.01 * sum(drawn[-1]))
+            return forward(self, x)
+
+        monkeypatch.setattr(nn.Flatten, "forward", noisy)
+        go(directory, "trainer.max_epochs=1")
+        monkeypatch.setattr(nn.Flatten, "forward", forward)
+        return drawn
+
+    in_one_go = run(tmp_path / "a")
+    stops.wanted = [("train", 1), ("train", 3)]
+    assert run(tmp_path / "b") == in_one_go
+    assert len(set(in_one_go)) == 7
+    assert not list(differences(record(tmp_path / "a"), record(tmp_path / "b")))
+
+
+def test_a_longer_run_is_one_that_was_meant_so(tmp_path: Path) -> None:
+    """With a constant learning rate, three epochs after two are three."""
+    constant = ["scheduler=none", "trainer.early_stopping=null"]
+    assert go(tmp_path / "a", *constant, "trainer.max_epochs=3") == 0
+    assert go(tmp_path / "b", *constant, "trainer.max_epochs=2") == 0
+    longer = changed(tmp_path / "b", ["trainer.max_epochs=3"])
+    train(longer, tmp_path / "b", resume=True)
+    assert not list(differences(record(tmp_path / "a"), record(tmp_path / "b")))
+    assert run_config(tmp_path / "b").trainer.max_epochs == 3
+    with pytest.raises(ConfigError, match=r"^trainer.max_epochs=2: 3 epochs are done; take 3 or"):
+        train(changed(tmp_path / "b", ["trainer.max_epochs=2"]), tmp_path / "b", resume=True)
+
+
+@pytest.fixture
+def halfway(undisturbed: Path, stops: Stops, tmp_path: Path) -> Path:
+    """A run that was interrupted in its second epoch."""
+    stops.wanted = [("train", STEPS + 2)]
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        train(compose(EVERYTHING), tmp_path / "run")
+    interruption.received = None
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["seed=5"], "seed=5: the run was begun with 4"),
+        (["optimizer.lr=1"], "optimizer.lr=1: the run was begun with 0.005"),
+        (["backend=im2col"], "backend._target_=cnntrain.conv.Im2colConv2d: the run was begun with"),
+        (["trainer.max_epochs=5"], "the learning rate of this run is laid out for 3 epochs"),
+        (["trainer.precision=bf16-mixed"], "trainer.precision=bf16-mixed: the run was begun with"),
+        (["data.hflip=0"], "data.hflip=0: the run was begun with 0.5"),
+        (["scheduler=none"], "scheduler._target_=null: the run was begun with"),
+    ],
+    ids=str,
+)
+def test_what_was_computed_cannot_be_changed(halfway: Path, options: list[str], said: str) -> None:
+    before = {file: file.read_bytes() for file in halfway.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError) as caught:
+        train(compose([*EVERYTHING, *options]), halfway, resume=True)
+    assert said in caught.value.problems[0]
+    assert {file: file.read_bytes() for file in halfway.rglob("*") if file.is_file()} == before
+
+
+def test_what_was_not_may_be(undisturbed: Path, halfway: Path) -> None:
+    options = ["trainer.progress_bar=true", "trainer=cpu", "trainer.checkpoint_every_n_steps=2"]
+    train(changed(halfway, options), halfway, resume=True)
+    assert not list(differences(record(undisturbed), record(halfway)))
+
+
+def test_a_damaged_checkpoint_costs_time_only(
+    undisturbed: Path, halfway: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    for name in ("last.ckpt", "best.ckpt"):
+        path = halfway / "checkpoints" / name
+        path.write_bytes(path.read_bytes()[:-1000])
+    (halfway / "metrics.csv").write_text("nonsense")
+    train(compose(EVERYTHING), halfway, resume=True)
+    assert any(
+        "last.ckpt: is cut off" in said and "previous.ckpt" in said for said in caplog.messages
+    )
+    assert not list(differences(record(undisturbed), record(halfway)))
+
+
+def test_a_damaged_event_file_is_said(
+    undisturbed: Path, halfway: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    (events,) = halfway.glob("events*")
+    data = bytearray(events.read_bytes())
+    data[len(data) // 2] ^= 1
+    events.write_bytes(data)
+    train(compose(EVERYTHING), halfway, resume=True)
+    assert any("TensorBoard has lost" in said for said in caplog.messages)
+    different = list(differences(record(undisturbed), record(halfway)))
+    assert different
+    assert all(where.startswith("/scalars") for where in different)
+
+
+def test_a_damaged_config_is_taken_from_the_checkpoint(
+    undisturbed: Path, halfway: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    file = halfway / ".hydra/config.yaml"
+    text = file.read_text()
+    assert "lr: 0.005" in text
+    file.write_text(text.replace("lr: 0.005", "lr: 0.004"))
+    cfg = run_config(halfway)
+    assert cfg.optimizer.lr == 0.005
+    assert "config.yaml: is not the run's" in caplog.messages[0]
+    train(cfg, halfway, resume=True)
+    assert not list(differences(record(undisturbed), record(halfway)))
+    assert "lr: 0.005" in file.read_text()
+
+
+def test_another_network_is_told_by_its_shapes(halfway: Path) -> None:
+    path = halfway / "checkpoints/last.ckpt"
+    content = checkpoint_file.read(path)
+    weights = content["state_dict"]
+    weights["network.features.0.weight"] = torch.zeros(8, 1, 3, 3)
+    del weights["network.classifier.3.bias"]
+    checkpoint_file.write(path, content)
+    with pytest.raises(CheckpointError) as caught:
+        train(compose(EVERYTHING), halfway, resume=True)
+    assert str(caught.value) == (
+        f"{path}: is of another network: network.features.0.weight is 8x1x3x3 there and 6x1x5x5 "
+        "here; network.classifier.3.bias is nothing there and 10 here"
+    )
+
+
+def test_another_runs_checkpoint_is_refused(
+    undisturbed: Path, halfway: Path, tmp_path: Path
+) -> None:
+    train(compose([*EVERYTHING, "seed=9", "trainer.max_epochs=1"]), tmp_path / "other")
+    other = (tmp_path / "other/checkpoints/last.ckpt").read_bytes()
+    (halfway / "checkpoints/last.ckpt").write_bytes(other)
+    with pytest.raises(ConfigError, match="seed=4: the run was begun with 9"):
+        train(compose(EVERYTHING), halfway, resume=True)
+
+
+def test_a_completed_run_is_answered_with_its_result(
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file: file.read_bytes() for file in undisturbed.rglob("*") if file.is_file()}
+    result = train(compose(EVERYTHING), undisturbed, resume=True)
+    assert result.metrics == json.loads((undisturbed / "result.json").read_text())["metrics"]
+    assert {file: file.read_bytes() for file in undisturbed.rglob("*") if file.is_file()} == before
+
+
+def test_an_edited_result_is_not_believed(
+    undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    directory = tmp_path / "copy"
+    shutil.copytree(undisturbed, directory)
+    text = (directory / "result.json").read_text()
+    metrics = json.loads(text)["metrics"]
+    (directory / "result.json").write_text(
+        text.replace(str(metrics["test/acc"]), str(metrics["test/acc"] + 0.1))
+    )
+    result = train(compose(EVERYTHING), directory, resume=True)
+    assert "result.json: is damaged or was edited" in caplog.text
+    assert result.metrics == metrics
+    assert not list(differences(record(undisturbed), record(directory)))
+
+
+def test_a_state_that_cannot_be_loaded_is_refused_at_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not when the run is to go on."""
+    monkeypatch.setattr(
+        torch.optim.lr_scheduler.OneCycleLR, "state_dict", lambda self: {"function": Path}
+    )
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: holds Python objects"):
+        train(compose(EVERYTHING), tmp_path / "run")

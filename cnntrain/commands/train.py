@@ -20,6 +20,7 @@ from cnntrain.resume import (
     in_use,
     refused_changes,
     run_config,
+    without_resume,
 )
 
 
@@ -90,11 +91,10 @@ def _resumed(arguments: argparse.Namespace) -> DictConfig | None:
     if arguments.multirun:
         raise ConfigError([f"{given[-1]}: continues one run; leave out -m"])
     if chosen == "auto":
-        wanted = compose(own, **files)
+        wanted = without_resume(compose(own, **files))
         directory = fixed_run_directory(overrides, **files)
         if not begun(directory):
             return None
-        del wanted["resume"]
     else:
         directory = Path(chosen)
         if not chosen or not begun(directory):

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import PositiveInt
 
 from cnntrain.data.cache import obtain
-from cnntrain.data.idx import DataError, IdxFile, parse_idx, read_bytes
+from cnntrain.data.idx import DataError, IdxFile, parse_idx
 from cnntrain.data.images import ImageData
 
 # Images and labels of each set, decompressed.
@@ -99,12 +99,21 @@ class FashionMNIST(ImageData):
 
     def __init__(self, *, root: str = "~/.cache/cnntrain/fashion_mnist", **options: Any) -> None:
         super().__init__(**options)
-        self.root = Path(root).expanduser().absolute()
+        if not root or "\0" in root:
+            raise ValueError(f"data.root={root!r}: name a folder")
+        try:
+            self.root = Path(root).expanduser().absolute()
+        except RuntimeError as error:  # ~ of an unknown user, or of one without a home
+            raise ValueError(f"data.root={root}: {error}; write the whole path") from error
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
         files = [file for pair in FILES.values() for file in pair]
         images, labels = obtain(self.root, files, FILES[split])
-        return _arrays(images, labels, FILES[split])
+        return _arrays(images, labels, self.file_names(split))
+
+    def file_names(self, split: Literal["train", "test"]) -> tuple[str, str]:
+        images, labels = FILES[split]
+        return str(self.root / images.name), str(self.root / labels.name)
 
 
 class FashionMNISTMini(ImageData):
@@ -121,23 +130,22 @@ class FashionMNISTMini(ImageData):
         super().__init__(val_size=val_size, **options)
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
+        names = self.file_names(split)
         contents = []
-        for file in MINI_FILES[split]:
-            path = MINI_FOLDER / f"{file.name}.gz"
+        for file, name in zip(MINI_FILES[split], names, strict=True):
             try:
-                data = read_bytes(path)
-                problem = file.difference(data)
-            except (DataError, OSError) as error:
-                problem = str(error)
-            if problem:
-                raise DataError(f"{path}: {problem}; install cnntrain again")
-            contents.append(data)
-        return _arrays(contents[0], contents[1], MINI_FILES[split])
+                contents.append(file.read(Path(name)))
+            except OSError as error:
+                problem = f"{name}: {error.strerror}"
+                raise DataError(f"FashionMNISTMini: {problem}; install cnntrain again") from error
+        return _arrays(contents[0], contents[1], names)
+
+    def file_names(self, split: Literal["train", "test"]) -> tuple[str, str]:
+        images, labels = MINI_FILES[split]
+        return str(MINI_FOLDER / f"{images.name}.gz"), str(MINI_FOLDER / f"{labels.name}.gz")
 
 
-def _arrays(
-    images: bytes, labels: bytes, files: tuple[IdxFile, IdxFile]
-) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(images: bytes, labels: bytes, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (N, 1, H, W) and (N,)."""
-    pixels = parse_idx(images, files[0].name)  # (N, H, W)
-    return pixels[:, None], parse_idx(labels, files[1].name)
+    pixels = parse_idx(images, names[0])  # (N, H, W)
+    return pixels[:, None], parse_idx(labels, names[1])

@@ -7,9 +7,13 @@ Source: the format's description at https://yann.lecun.org/exdb/mnist/.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
+import io
 import math
+import os
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,21 +50,70 @@ class IdxFile:
             return "wrong SHA-256 sum"
         return None
 
+    def look(self, path: Path) -> None:
+        """Whether a readable file of the right length lies there, found out without opening it.
 
-def read_bytes(path: Path) -> bytes:
+        Raises:
+            OSError: None does; `strerror` says why.
+        """
+        status = _regular(path)
+        if status.st_size != self.size:
+            raise _wrong(path, f"{status.st_size} bytes instead of {self.size}")
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def read(self, path: Path) -> bytes:
+        """The decompressed content of this file, plain or gzipped at `path`, bit for bit.
+
+        Raises:
+            OSError: It cannot be read or is another file; `strerror` says why.
+        """
+        size = _regular(path).st_size
+        if size > 2 * self.size + 1024:  # more than gzip could have made of it
+            raise _wrong(path, f"{size} bytes instead of {self.size}")
+        data = read_bytes(path, limit=self.size)
+        if len(data) > self.size:
+            raise _wrong(path, f"more than {self.size} bytes")
+        if problem := self.difference(data):
+            raise _wrong(path, problem)
+        return data
+
+
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """The content of a file, decompressed if it is gzipped, whatever its name says.
 
+    Args:
+        path: The file.
+        limit: A gzip file is decompressed no further than one byte past this length.
+
     Raises:
-        DataError: The file is a damaged gzip file.
-        OSError: It cannot be read.
+        OSError: It cannot be read or is a damaged gzip file; `strerror` says why.
     """
-    data = path.read_bytes()
+    _regular(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        error.filename = str(path)  # that of a failing disk has none
+        raise
     if not data.startswith(GZIP_MAGIC):
         return data
     try:
-        return gzip.decompress(data)
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
+            return unpacked.read(-1 if limit is None else limit + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged gzip file ({error})") from error
+        raise _wrong(path, f"damaged gzip file ({error})") from error
+
+
+def _regular(path: Path) -> os.stat_result:
+    """A regular file's status; reading another kind could wait for a writer, or have no end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise _wrong(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    return status
+
+
+def _wrong(path: Path, problem: str) -> OSError:
+    return OSError(errno.EINVAL, problem, str(path))
 
 
 def parse_idx(data: bytes, name: str | Path) -> np.ndarray:
@@ -103,3 +156,5 @@ def read_idx(path: Path) -> np.ndarray:
         return parse_idx(read_bytes(path), path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise DataError(f"{path}: larger than the memory that is left") from error

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from cnntrain.data.augment import Augment
+from cnntrain.data.idx import DataError
 from cnntrain.data.loader import Loader
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -19,8 +20,8 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 class ImageData(ABC):
     """Labelled images: a training set, of which a fixed part validates, and a test set.
 
-    A data set of one's own is a subclass with the class attributes below and `read`. Making one
-    reads nothing; `prepare` does.
+    A data set of one's own is a subclass with the class attributes below and `read`; what that
+    returns is checked against them. Making one reads nothing; `prepare` does.
 
     Args:
         batch_size: Training images in a batch.
@@ -76,15 +77,20 @@ class ImageData(ABC):
             DataError: They cannot be had; the message says what to do.
         """
 
+    def file_names(self, split: Literal["train", "test"]) -> tuple[str, str]:
+        """What an error calls the source of a split's images and that of its labels."""
+        return f"{split} images", f"{split} labels"
+
     def prepare(self) -> None:
         """Fetches the data if need be, and reads the training set. It may take minutes, with a
         log line for what it does; the test set stays closed.
 
         Raises:
-            DataError: The data cannot be had; the message says what to do.
+            DataError: The data cannot be had or is not what the class says; the message names
+                the file and what is wrong or what to do.
         """
         if self._parts is None:
-            images, labels = self.read("train")
+            images, labels = self._checked("train")
             train, val = self.split()
             self._parts = {
                 "train": _tensors(images[train], labels[train]),
@@ -121,8 +127,24 @@ class ImageData(ABC):
         return self._eval_loader(*self._part("val"), device)
 
     def test_loader(self, device: torch.device | str = "cpu") -> Loader:
-        """Test batches, in the stored order. Reads the test set: call it once, at the end."""
-        return self._eval_loader(*_tensors(*self.read("test")), device)
+        """Test batches, in the stored order. Reads the test set: call it once, at the end.
+
+        Raises:
+            DataError: As `prepare`.
+        """
+        return self._eval_loader(*_tensors(*self._checked("test")), device)
+
+    def _checked(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
+        """What `read` returns, if it is what the class says."""
+        name = type(self).__name__
+        images, labels = self.read(split)
+        of_images, of_labels = self.file_names(split)
+        size = self.train_size if split == "train" else None
+        if problem := _images_problem(images, self.shape, size):
+            raise DataError(f"{name}: {of_images}: {problem}")
+        if problem := _labels_problem(labels, len(images), self.num_classes):
+            raise DataError(f"{name}: {of_labels}: {problem}")
+        return images, labels
 
     def _part(self, name: str) -> tuple[Tensor, Tensor]:
         self.prepare()
@@ -135,6 +157,36 @@ class ImageData(ABC):
         )
 
 
+def _images_problem(images: object, shape: tuple[int, int, int], size: int | None) -> str | None:
+    """Why these are not uint8 (N, *shape), with N = `size`, or any N but 0 if that is None."""
+    wanted = f"uint8 (N, {', '.join(map(str, shape))})"
+    if not isinstance(images, np.ndarray):
+        return f"a {type(images).__name__} instead of an array, {wanted}"
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != tuple(shape):
+        return f"images are {images.dtype} {images.shape} instead of {wanted}"
+    if len(images) == 0 or size not in (None, len(images)):
+        return f"{len(images)} images instead of {size or 'at least one'}"
+    return None
+
+
+def _labels_problem(labels: object, size: int, num_classes: int) -> str | None:
+    """Why these are not integers (N,), from 0 to num_classes - 1, with N = `size`."""
+    if not isinstance(labels, np.ndarray):
+        return f"a {type(labels).__name__} instead of an array, integers (N,)"
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        return f"labels are {labels.dtype} {labels.shape} instead of integers (N,)"
+    if len(labels) != size:
+        return f"{len(labels)} labels for {size} images"
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        return (
+            f"label {labels[wrong[0]]} at index {wrong[0]} is not one of {num_classes} classes, "
+            f"0 to {num_classes - 1} ({len(wrong)} of {size} labels are not)"
+        )
+    return None
+
+
 def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """uint8 (N, C, H, W) and int64 (N,)."""
+    """uint8 (N, C, H, W) and int64 (N,). Copies what torch cannot share, as a read-only array."""
+    images = np.require(images, requirements=["C", "W"])
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))

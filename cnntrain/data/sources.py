@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,6 +119,8 @@ def _run(command: list[str], what: str, timeout: float, folder: Path) -> None:
             raise SourceError(f"{what}: no end after {timeout:g} s") from None
         except OSError as error:
             raise SourceError(f"{what}: {error.strerror or error}") from error
+    if status < 0:
+        raise SourceError(f"{what}: ended by {signal.Signals(-status).name}")
     if status != 0:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
         lines = [line for line in lines if line] or [f"exit code {status}"]

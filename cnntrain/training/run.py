@@ -15,9 +15,9 @@ from rich.console import Console
 
 from cnntrain.config import ConfigError, blame, build, config_hash
 from cnntrain.data import ImageData
-from cnntrain.interruption import Interrupted, interruption, watching
+from cnntrain.interruption import interruption, watching
 from cnntrain.models import layer_table
-from cnntrain.resume import CHECKPOINTS, completed, refused_changes
+from cnntrain.resume import CHECKPOINTS, completed, refused_changes, without_resume
 from cnntrain.training.checkpoint_file import CheckpointError, Content, newest
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
@@ -54,7 +54,7 @@ def train(cfg: DictConfig, directory: Path, *, resume: bool = False) -> Result:
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved.
         OSError: Something cannot be written.
     """
-    cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "resume"])
+    cfg = without_resume(cfg)
     data, module = _build(cfg)
     with watching(), RunDirectory(directory, resume=resume) as run:
         if resume and (recorded := completed(directory, cfg)):
@@ -155,7 +155,8 @@ def _fit_and_test(
     before = 0.0
     if saved:
         path, content = saved
-        log.info("resuming from %s: epoch %d, batch %d", path, *_one_based(content["position"]))
+        epoch, batch = content["position"]["epoch"] + 1, content["position"]["batch"] + 1
+        log.info(f"going on from {path.name} at epoch {epoch}, batch {batch}")
         tensorboard.go_on(content["callbacks"]["Record"]["tensorboard"])
         before = content["callbacks"]["Record"]["seconds"][0]
     else:
@@ -183,10 +184,6 @@ def _fit_and_test(
             "images_per_second": record.images / record.in_all,
         },
     }
-
-
-def _one_based(position: dict[str, int]) -> tuple[int, int]:
-    return position["epoch"] + 1, position["batch"] + 1
 
 
 def _quieten_lightning() -> None:

@@ -99,7 +99,7 @@ def replacing(path: Path, *, keep: Path | None = None) -> Iterator[IO[bytes]]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
         raise
     if os.name == "posix":  # the name, too, has to be on the disk
         folder = os.open(path.parent, os.O_RDONLY)
