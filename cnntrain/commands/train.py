@@ -43,7 +43,7 @@ def main() -> None:
 
 def _train(cfg: DictConfig, *, resume: bool) -> float:
     from cnntrain.data import DataError
-    from cnntrain.training import CheckpointError, train
+    from cnntrain.training import CheckpointError, NotFinite, train
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     again = f"resume={shlex.quote(short(directory))}"
@@ -52,6 +52,9 @@ def _train(cfg: DictConfig, *, resume: bool) -> float:
     except Interrupted as error:
         print(f"\ncnntrain: interrupted by {error}; go on with {again}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except NotFinite as error:
+        print(f"cnntrain: {error}", file=sys.stderr)
+        sys.exit(3)
     except (DataError, CheckpointError) as error:
         print(f"cnntrain: {error}", file=sys.stderr)
         sys.exit(1)

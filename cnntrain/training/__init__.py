@@ -1,6 +1,7 @@
 """From a config to a finished run."""
 
 from cnntrain.training.checkpoint_file import CheckpointError
+from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
 from cnntrain.training.run import Result, rehearse, train
 from cnntrain.training.trainer import Trainer
@@ -8,6 +9,7 @@ from cnntrain.training.trainer import Trainer
 __all__ = [
     "CheckpointError",
     "CrossEntropy",
+    "NotFinite",
     "OneCycle",
     "Result",
     "Trainer",

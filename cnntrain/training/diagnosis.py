@@ -42,14 +42,15 @@ class Place:
     epoch: int
     batch: int
     step: int
-    lr: float
+    lr: float | None  # None in the test, which has no optimizer
     loss: Tensor | float
 
     def described(self, epochs: int | None) -> str:
         """For people, who count epochs and batches from 1."""
         epoch = f"epoch {self.epoch + 1}/{epochs}"
         stage = {"train": epoch, "val": f"validation of {epoch}", "test": "test"}[self.stage]
-        return f"{stage}, batch {self.batch + 1}, step {self.step}, lr {self.lr:.3g}"
+        lr = "" if self.lr is None else f", lr {self.lr:.3g}"
+        return f"{stage}, batch {self.batch + 1}, step {self.step}{lr}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def repeat(trainer: lightning.Trainer, module: Any, place: Place, batch: Batch) 
                 scaler.scale(loss) if scaler else loss, list(wanted.values()), allow_unused=True
             )
             gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
-    return Forward(first[0] if first else None, float(loss), gradients)
+    return Forward(first[0] if first else None, float(loss.detach()), gradients)
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def explain(module: Any, stage: Stage, images: Tensor, forward: Forward) -> Caus
     if forward.first:
         name, layer = forward.first
         text = f"the first layer with a non-finite output is {label(name, layer)}"
-        own = dict(layer.named_parameters())
+        own: dict[str, Tensor] = dict(layer.named_parameters())
         if stage != "train":  # in training the batch itself has moved them
             own |= dict(layer.named_buffers())
         bad = next((tensor for tensor in own if not finite([own[tensor]])), None)
@@ -154,8 +155,8 @@ def explain(module: Any, stage: Stage, images: Tensor, forward: Forward) -> Caus
     gradients = {name: g for name, g in forward.gradients.items() if not finite([g])}
     if gradients:
         # The backward pass meets the last layer first.
-        layer = list(gradients)[-1].rpartition(".")[0]
-        parameter = next(name for name in gradients if name.rpartition(".")[0] == layer)
+        met = list(gradients)[-1].rpartition(".")[0]
+        parameter = next(name for name in gradients if name.rpartition(".")[0] == met)
         return _parameter(module, parameter, "every output is finite, but not the gradient of")
     return Cause("repeated, the batch gives finite numbers")
 
@@ -199,37 +200,35 @@ def report(
         "layer_type": cause.type,
         "parameter": cause.parameter,
     }
-    said = (
-        f"{place.described(trainer.max_epochs)}: the loss of {len(indices)} images is "
-        f"{loss:.4g}; {cause.text}"
-    )
+    images = len(batch[1]) if batch else len(indices)
+    where = place.described(trainer.max_epochs)
+    said = f"{where}: the loss of {images} images is {loss:.4g}; {cause.text}"
     saved: str | None = None
     if batch:
-        module.reseed(place.epoch, place.batch)
         try:
-            _save(
-                file, module.network, batch, {**facts, "torch_seed": torch.initial_seed()}, indices
-            )
+            module.reseed(place.epoch, place.batch)
+            facts["torch_seed"] = torch.initial_seed()
+            _save(file, module.network, batch, {**facts, "indices": torch.tensor(indices)})
             saved = str(file)
-            said += f"; saved for reproduction in {file}"
-        except (OSError, RuntimeError) as error:  # must not hide the rest
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            said += f"; to reproduce it: {file}"
+        except Exception as error:  # a full disk, say, must not hide the rest
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             said += f"; {file} could not be written: {reason}"
-    plain = {
-        k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in facts.items()
-    }
-    details = {**plain, "reason": cause.text, "indices": indices, "saved": saved}
+    details = {name: json_number(value) for name, value in facts.items()}
+    details |= {"reason": cause.text, "indices": indices, "saved": saved}
     return NotFinite(said, {"not_finite": details})
 
 
-def _save(
-    file: Path, network: nn.Module, batch: Batch, facts: dict[str, Any], indices: list[int]
-) -> None:
+def json_number(value: Any) -> Any:
+    """JSON knows no nan and no inf: they become text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _save(file: Path, network: nn.Module, batch: Batch, facts: dict[str, Any]) -> None:
     """Plain containers and tensors on the CPU, for `torch.load(weights_only=True)`."""
-    images, labels = (tensor.detach().cpu() for tensor in batch)
-    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-    content = {"images": images, "labels": labels, "indices": torch.tensor(indices)}
+    images, labels = (tensor.detach().cpu().clone() for tensor in batch)  # no views
+    state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     buffer = io.BytesIO()
-    torch.save({**facts, **content, "state_dict": state}, buffer)
+    torch.save({**facts, "images": images, "labels": labels, "state_dict": state}, buffer)
     with replacing(file) as to:
         to.write(buffer.getvalue())

@@ -21,6 +21,7 @@ from cnntrain.resume import CHECKPOINTS, completed, refused_changes, without_res
 from cnntrain.training.checkpoint_file import CheckpointError, Content, newest
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
+from cnntrain.training.finite import Finite
 from cnntrain.training.record import Record
 from cnntrain.training.run_directory import RunDirectory, versions
 from cnntrain.training.tensorboard import METRICS, TensorBoard
@@ -77,6 +78,8 @@ def train(cfg: DictConfig, directory: Path, *, resume: bool = False) -> Result:
                 run.write_result(status, **record.so_far(), error=reason, **details)
             interruption.check()
             raise
+        finally:
+            interruption.before_leaving = None
     return Result(content["metrics"], directory, **content["timings"])
 
 
@@ -143,7 +146,10 @@ def _fit_and_test(
     tensorboard = record.tensorboard
     with blame("trainer"):
         trainer: Trainer = build(
-            cfg.trainer, default_root_dir=directory, logger=tensorboard, callbacks=[record]
+            cfg.trainer,
+            default_root_dir=directory,
+            logger=tensorboard,
+            callbacks=[Finite(directory, *data.split()), record],
         )
     device = trainer.strategy.root_device
     text = io.StringIO()

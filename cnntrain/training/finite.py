@@ -1,0 +1,246 @@
+"""A run stops at the first number that is not one, before it has done any harm."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cnntrain.training.classifier import Stage
+from cnntrain.training.diagnosis import (
+    Batch,
+    Cause,
+    Forward,
+    NotFinite,
+    Place,
+    explain,
+    finite,
+    first_not_finite,
+    repeat,
+    report,
+    spoilt,
+)
+
+FILE = "not_finite.pt"
+
+
+class Finite(lightning.Callback):
+    """Raises NotFinite before the update that a non-finite loss or gradient would make.
+
+    It leaves the batch with the weights that it met in `directory`/not_finite.pt. `train` and
+    `val` are, for each image of these parts, its place in the data set's own files. To stand before
+    all other callbacks: nothing is logged or saved before it has looked.
+
+    On CUDA the host waits for no step. A flag on the device, once up, lets the optimizer skip this
+    and all later updates by itself, as it does for `GradScaler`; the host reads it where it waits
+    anyway: every `log_every_n_steps`, at the end of an epoch, before a checkpoint is written, and
+    wherever `look` is called. What led there is then found by repeating the batch. Only fused
+    optimizers can skip by themselves: with any other one, and on other devices, the host looks at
+    every batch. Float16 gradients that overflow are the scaler's business, until its scale has come
+    down to 1.
+
+    `deferred` makes any device do what CUDA does, for tests.
+    """
+
+    def __init__(
+        self, directory: Path, train: np.ndarray, val: np.ndarray, *, deferred: bool = False
+    ):
+        self.file = directory / FILE
+        self.positions: dict[Stage, np.ndarray] = {"train": train, "val": val}
+        self.always_deferred = deferred
+        self.since: list[Place] = []  # the batches since the last look; the last one is now
+        self.batch: Batch | None = None
+        self.outputs: list[tuple[str, nn.Module, Any]] = []  # of the layers, for this batch
+        self.hooks: list[Any] = []
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        optimizer = trainer.optimizers[0]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.flag = torch.zeros((), device=module.device)  # 1 from the first bad batch on
+        self.bad_batches = torch.zeros((), device=module.device)  # since it is 1
+        self.deferred = skips_updates(optimizer) and (
+            self.always_deferred or module.device.type == "cuda"
+        )
+        if self.deferred:
+            optimizer.found_inf = self.flag  # type: ignore[attr-defined]
+        elif not getattr(module.network, "_compiled_call_impl", None):  # which hooks would slow
+            self.hooks = [
+                layer.register_forward_hook(partial(self._keep, module.network, name))
+                for name, layer in module.network.named_modules()
+            ]
+
+    def _keep(self, network: nn.Module, name: str, layer: nn.Module, _: Any, output: Any) -> None:
+        if network.training:  # and so autograd keeps most outputs anyway
+            self.outputs.append((name, layer, output))
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.index = batch_idx
+        self.batch = None if self.deferred else batch
+        self.outputs.clear()
+
+    def on_before_backward(self, trainer: lightning.Trainer, module: Any, loss: Tensor) -> None:
+        step, lr = trainer.global_step, learning_rate(trainer)
+        here = Place("train", trainer.current_epoch, self.index, step, lr, module.last_loss)
+        if self.deferred:
+            self.since.append(here)
+            return
+        self.since = [here]
+        if not finite([module.last_loss]):
+            self._stop(trainer, module, here)
+        self.outputs.clear()  # before the backward pass, which needs room
+
+    def on_after_backward(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._raise_flag(module.last_loss)
+        if self.deferred:
+            self.bad_batches += self.flag
+        elif self.flag:
+            self._stop(trainer, module, self.since[-1])
+
+    def _raise_flag(self, loss: Tensor) -> None:
+        """Set the flag to 1 if the loss or a gradient is not finite, without waiting."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scaler is None:
+            set_if_not_finite(self.flag, [loss, *gradients])
+            return
+        set_if_not_finite(self.flag, [loss])
+        overflow = torch.zeros_like(self.flag)
+        set_if_not_finite(overflow, gradients)
+        no_way_down = self.scaler.scale(torch.ones_like(self.flag)) <= 1
+        self.flag.copy_(torch.maximum(self.flag, overflow * no_way_down))
+        # By 1 or by 0: the scaler replaces found_inf by what it finds in the gradients.
+        gradients[0].div_(1 - self.flag)
+
+    def look(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Wait for the device; raise NotFinite if a batch since the last look or a weight is bad.
+
+        To be called before anything that was trained is saved or shown.
+        """
+        if not self.since:
+            return
+        if self.deferred and (bad_batches := int(self.bad_batches)):
+            self._stop(trainer, module, self.since[-bad_batches])
+        if not finite(self.parameters):
+            self._stop(trainer, module, self.since[-1], updated=True)
+        self.since.clear()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.look(trainer, module)
+
+    def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.look(trainer, module)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.look(trainer, module)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        self.look(trainer, module)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.outputs, self.since, self.batch = [], [], [], None
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._check_tally(trainer, module, "val")
+
+    def on_test_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._check_tally(trainer, module, "test")
+
+    @torch.inference_mode(False)
+    def _check_tally(self, trainer: lightning.Trainer, module: Any, stage: Stage) -> None:
+        """Look at the sum of an evaluation's losses, for which the host is about to wait."""
+        total = float(module.tallies[stage].loss)
+        if math.isfinite(total):
+            return
+        lr = learning_rate(trainer) if stage == "val" else None
+        loader = loader_of(trainer, stage)
+        for index in range(len(loader)):
+            place = Place(stage, trainer.current_epoch, index, trainer.global_step, lr, total)
+            forward = repeat(trainer, module, place, loader.batch(0, index))
+            if not math.isfinite(forward.loss):
+                self._stop(trainer, module, replace(place, loss=forward.loss))
+        raise NotFinite(
+            f"{stage}: the sum of the losses is {total}, though not when a batch is repeated",
+            {"not_finite": {"stage": stage, "loss": str(total)}},
+        )
+
+    @torch.inference_mode(False)  # a look before validation is made in that mode
+    def _stop(
+        self, trainer: lightning.Trainer, module: Any, place: Place, *, updated: bool = False
+    ) -> NoReturn:
+        """Raise NotFinite with all that can be found out about this batch."""
+        training = place.stage == "train"
+        kept = self.batch if training else None
+        batch: Batch | None = kept
+        indices: list[int] = []
+        try:
+            loader = loader_of(trainer, place.stage)
+            rows = loader.indices(place.epoch, place.batch).numpy()
+            positions = self.positions.get(place.stage)
+            indices = (rows if positions is None else positions[rows]).tolist()
+            batch = kept or loader.batch(place.epoch, place.batch)
+            if updated:
+                cause = spoilt(module)
+            elif training and self.outputs:
+                forward = Forward(first_not_finite(self.outputs), float(place.loss))
+                cause = explain(module, place.stage, batch[0], forward)
+            else:
+                forward = repeat(trainer, module, place, batch)
+                if kept and training:
+                    gradients = {n: p.grad for n, p in module.network.named_parameters()}
+                    forward = replace(forward, gradients=gradients)
+                cause = explain(module, place.stage, batch[0], forward)
+        except Exception as error:  # must not hide what is known already
+            said = str(error).partition("\n")[0]
+            cause = Cause(f"looking for the layer failed: {type(error).__name__}: {said}")
+        raise report(self.file, trainer, module, place, batch, indices, cause)
+
+
+def learning_rate(trainer: lightning.Trainer) -> float:
+    return float(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def loader_of(trainer: lightning.Trainer, stage: Stage) -> Any:
+    if stage == "train":
+        return trainer.train_dataloader
+    return trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
+
+
+def skips_updates(optimizer: Optimizer) -> bool:
+    """Whether `step` does nothing, on the device, where the attribute `found_inf` is 1."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def set_if_not_finite(flag: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Set `flag`, float32 without dimensions, to 1 if a number in `tensors` is not finite.
+
+    One kernel for all tensors of a type, GradScaler's own; it never sets the flag to 0.
+    """
+    by_type = defaultdict(list)
+    for tensor in tensors:
+        by_type[tensor.dtype].append(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+    for same_type in by_type.values():
+        # It multiplies them as well, by the last argument: by 1.
+        torch._amp_foreach_non_finite_check_and_unscale_(same_type, flag, torch.ones_like(flag))

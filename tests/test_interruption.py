@@ -1,0 +1,216 @@
+"""Real processes that get real signals, no room on the disk, and company."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from cnntrain.training import checkpoint_file
+
+TRAIN = [sys.executable, str(ROOT / "train.py"), "data=fashion_mnist_mini", "hydra.run.dir=run"]
+LONG = ["trainer.max_epochs=500", "data.batch_size=16", "trainer.accumulate_grad_batches=3"]
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts `python train.py` in an empty folder, and ends what a failed test has left."""
+    started = []
+
+    def run(*options: str, **how: Any) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*TRAIN, *options], cwd=tmp_path, **pipes, **how)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run/result.json").read_text())
+
+
+@pytest.mark.parametrize(("signum", "code"), [("TERM", 143), ("INT", 130), ("USR1", 138)])
+def test_a_signal_saves_and_ends(start: Start, tmp_path: Path, signum: str, code: int) -> None:
+    process = start(*LONG)
+    wait_for(tmp_path / "run/checkpoints/previous.ckpt", process)
+    refused = subprocess.run(
+        [*TRAIN[:3], "resume=run"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode == 2
+    assert "run: another process is training there" in refused.stderr
+
+    process.send_signal(getattr(signal, f"SIG{signum}"))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    lines = [line for line in said.splitlines() if line]
+    assert lines[0].startswith(f"cnntrain: SIG{signum}: saving a checkpoint")
+    assert lines[1:] == [f"cnntrain: interrupted by SIG{signum}; go on with resume=run"]
+    assert result(tmp_path)["status"] == "interrupted"
+    saved = checkpoint_file.read(tmp_path / "run/checkpoints/last.ckpt")
+    epochs = result(tmp_path)["epochs"]
+    assert saved["position"]["epoch"] == epochs >= 2
+    assert result(tmp_path)["metrics"]["val/acc"] > 0.5
+    steps = -(-282 // 3)  # in an epoch: a third of its batches
+    done = epochs * steps + -(-saved["position"]["batch"] // 3)
+    assert saved["global_step"] == done
+
+
+def test_before_there_is_anything_to_save(start: Start, tmp_path: Path) -> None:
+    process = start(*LONG)
+    wait_for(tmp_path / "run/.hydra/config.yaml", process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in said
+    assert "SIGTERM" in said
+
+
+SLOW = """\
+import time
+from pathlib import Path
+
+from torch import nn
+
+
+class Slow(nn.Conv2d):
+    def forward(self, x):
+        if self.training:
+            Path("computing").touch()
+            time.sleep(100)
+        return super().forward(x)
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    process = start("backend._target_=slow.Slow", "model=shallow")
+    wait_for(tmp_path / "computing", process)
+    assert process.stderr is not None
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert "SIGINT: saving a checkpoint; Ctrl-C again leaves at once" in process.stderr.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "\ncnntrain: interrupted by SIGINT\n"
+    assert result(tmp_path)["status"] == "interrupted"
+
+
+def test_no_room_for_a_checkpoint(start: Start, tmp_path: Path) -> None:
+    """As on a full disk: what was there stays, and the run goes on once there is room."""
+    options = ["scheduler=none", "+trainer.limit_train_batches=3"]
+
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+
+    assert start(*options, "trainer.max_epochs=1").wait(timeout=120) == 0
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    before, names = path.read_bytes(), sorted(path.parent.iterdir())
+    assert len(before) > 600_000
+    more = ["resume=auto", *options, "trainer.max_epochs=3"]
+    process = start(*more, preexec_fn=no_room)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert said == (
+        f"cnntrain: {path}: File too large; once that is mended, go on with resume=run\n"
+    )
+    assert path.read_bytes() == before
+    assert sorted(path.parent.iterdir()) == names
+    assert result(tmp_path)["status"] == "failed"
+    assert result(tmp_path)["epochs"] == 2  # the second was computed, and is told of
+    assert "val/acc" in result(tmp_path)["metrics"]
+
+    process = start(*more)
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "going on from last.ckpt at epoch 2, batch 1" in out
+    assert result(tmp_path)["epochs"] == 3
+
+    # Asked again, it answers with what is recorded, and torch is not needed for that.
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {[TRAIN[1], *TRAIN[2:], *more]!r}\n"
+        "try:\n"
+        f"    runpy.run_path({TRAIN[1]!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print('torch imported:', 'torch' in sys.modules)\n"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith("already completed\n")
+    assert f"{result(tmp_path)['metrics']['test/acc']:.2%}" in again.stdout
+    assert "torch imported: False" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["resume=nowhere"], "resume=nowhere: holds no run; name the folder of one, or auto"),
+        (["resume="], "resume=: holds no run"),
+        (["resume=auto", "-m"], "resume=auto: continues one run; leave out -m"),
+        (["resume=auto", "hydra.run.dir=null"], "hydra.run.dir"),
+        (["resume=begun", "optimizer.lr=1"], "optimizer.lr=1: the run was begun with 0.005"),
+        (["resume=begun", "hydra.run.dir=x"], "hydra.run.dir=x: goes with resume=auto"),
+        (["resume=begun", "optimizer.lrr=1"], "did you mean 'lr'"),
+        (["resume=broken"], "resume=broken: .hydra/config.yaml or result.json is damaged"),
+    ],
+    ids=str,
+)
+def test_a_resume_that_cannot_be(tmp_path: Path, options: list[str], said: str) -> None:
+    from omegaconf import OmegaConf
+
+    from cnntrain.config import compose
+
+    for name in ("begun", "broken"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        OmegaConf.save(compose(["data=fashion_mnist_mini"]), tmp_path / name / ".hydra/config.yaml")
+    (tmp_path / "begun/.hydra/overrides.yaml").write_text("- data=fashion_mnist_mini\n")
+    (tmp_path / "broken/result.json").write_text("{}")
+    before = {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")}
+    done = subprocess.run(
+        [*TRAIN[:2], *options], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {f: f.is_file() and f.read_bytes() for f in tmp_path.rglob("*")} == before
+
+
+def test_without_a_fixed_folder_there_is_nothing_to_go_on_with(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*TRAIN[:2], "resume=auto"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "resume=auto: needs a folder that stays the same; add hydra.run.dir=" in done.stderr
+    assert list(tmp_path.iterdir()) == []
