@@ -96,7 +96,7 @@ class Finite(lightning.Callback):
             self.since.append(here)
             return
         self.since = [here]
-        if not finite([module.last_loss]):
+        if not math.isfinite(module.last_loss.item()):
             self._stop(trainer, module, here)
         self.outputs.clear()  # before the backward pass, which needs room
 

@@ -63,7 +63,7 @@ def train(cfg: DictConfig, directory: Path, *, resume: bool = False) -> Result:
         saved = newest(directory / CHECKPOINTS) if resume else None
         if saved:
             _check(*saved, cfg, module)
-        run.begin(cfg, {"config_hash": config_hash(cfg), "seed": cfg.seed}, again=resume)
+        run.begin(cfg, {"config_hash": config_hash(cfg), "seed": cfg.seed})
         record = Record(directory, TensorBoard(directory))
         interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
         try:

@@ -48,14 +48,13 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.lock.release()
 
-    def begin(self, cfg: DictConfig, facts: dict[str, Any], *, again: bool = False) -> None:
+    def begin(self, cfg: DictConfig, facts: dict[str, Any]) -> None:
         """Write down what is going to be run; `facts` stand in every result.json from now on."""
         self.facts = facts
         config = self.path / CONFIG
-        if again or not config.exists():  # called from Python, Hydra has written nothing
-            config.parent.mkdir(exist_ok=True)
-            with replacing(config) as file:
-                file.write(OmegaConf.to_yaml(cfg).encode())
+        config.parent.mkdir(exist_ok=True)
+        with replacing(config) as file:  # what Hydra has written may be of one who came too late
+            file.write(OmegaConf.to_yaml(cfg).encode())
         self._write_environment()
         self.write_result("running")
 
