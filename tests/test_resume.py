@@ -327,6 +327,19 @@ def test_a_damaged_config_is_taken_from_the_checkpoint(
     assert "lr: 0.005" in file.read_text()
 
 
+def test_other_conditions_are_said(
+    undisturbed: Path, halfway: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    path = halfway / "checkpoints/last.ckpt"
+    content = checkpoint_file.read(path)
+    content["conditions"] |= {"torch": "1.0", "threads": "64"}
+    checkpoint_file.write(path, content)
+    train(compose(EVERYTHING), halfway, resume=True)
+    assert "threads: 1, and 64 before: results may differ in their last bits" in caplog.messages
+    assert any(said.startswith("torch: ") and "and 1.0 before" in said for said in caplog.messages)
+
+
 def test_another_network_is_told_by_its_shapes(halfway: Path) -> None:
     path = halfway / "checkpoints/last.ckpt"
     content = checkpoint_file.read(path)

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnntrain.interruption import interruption
 from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
-from cnntrain.training.run_directory import versions
+from cnntrain.training.run_directory import conditions
 
 
 class Checkpoints(Checkpoint):
@@ -111,7 +111,7 @@ class Checkpoints(Checkpoint):
             should_stop=trainer.should_stop,
             generators=generators(),
             best=self.best,
-            versions=versions(),
+            conditions=conditions(),
         )
 
     def _save(self, trainer: lightning.Trainer) -> None:
@@ -126,7 +126,7 @@ class Checkpoints(Checkpoint):
 
     def _write_best(self) -> None:
         assert self.best
-        write(self.folder / BEST, {**self.facts, **self.best, "versions": versions()})
+        write(self.folder / BEST, {**self.facts, **self.best, "conditions": conditions()})
 
 
 class CheckpointFiles(CheckpointIO):

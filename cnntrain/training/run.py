@@ -23,7 +23,7 @@ from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.finite import Finite
 from cnntrain.training.record import Record
-from cnntrain.training.run_directory import RunDirectory, versions
+from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS, TensorBoard
 from cnntrain.training.trainer import Trainer
 

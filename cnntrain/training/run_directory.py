@@ -136,6 +136,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def conditions() -> dict[str, str]:
+    """What the last bits of a result can depend on beside the config."""
+    return {
+        **versions(),
+        "threads": str(torch.get_num_threads()),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
 def _git(*arguments: str) -> str | None:
     """What git says of this code's checkout, or else of the working directory; None without."""
     for folder in (Path(__file__).parent, Path.cwd()):
