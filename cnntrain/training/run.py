@@ -123,12 +123,10 @@ def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) ->
         problems.append(f"trainer.max_epochs={epochs}: {done} epochs are done; take {done} or more")
     if problems:
         raise ConfigError(problems)
-    for package, version in versions().items():
-        before = content["versions"].get(package)
-        if before != version:
-            log.warning(
-                f"{package} is {version}, and was {before}: results may differ in last bits"
-            )
+    for what, now in conditions().items():
+        before = content["conditions"].get(what)
+        if before != now:
+            log.warning(f"{what}: {now}, and {before} before: results may differ in their last bits")
 
 
 def _fit_and_test(
