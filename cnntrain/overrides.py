@@ -6,8 +6,10 @@ out.
 
 import difflib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -15,46 +17,61 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from cnntrain.signatures import signature
+
+TERSE = (LookupError, ArithmeticError, AttributeError, AssertionError, SystemExit)
 
 Loader = Callable[[Sequence[str]], DictConfig]
 
 
-def combinations(overrides: Sequence[str], folder: Path) -> list[list[str]]:
-    """Every combination of a sweep's overrides, as Hydra's own sweeper expands them.
+def combinations(
+    overrides: Sequence[str], folder: Path, most: int | None = None
+) -> list[list[str]]:
+    """Every combination of a sweep's overrides, as Hydra's own sweeper expands them; of a larger
+    number the first `most`.
 
     `folder` holds the config; `glob(...)` looks up choices there.
     """
     with hydra.initialize_config_dir(str(folder.absolute()), version_base="1.3"):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        axes = [_values(text, parser) for text in overrides]
-    return [list(combination) for combination in itertools.product(*axes)]
+        axes = [_values(text, parser, most) for text in overrides]
+    return [list(found) for found in itertools.islice(itertools.product(*axes), most)]
 
 
-def _values(text: str, parser: OverridesParser) -> list[str]:
+def sweeps(text: str) -> bool:
+    """Whether an override stands for several values."""
+    try:
+        return OverridesParser.create().parse_override(text).is_sweep_override()
+    except HydraException:
+        return False
+
+
+def _values(text: str, parser: OverridesParser, most: int | None) -> list[str]:
     try:
         (override,) = parser.parse_overrides([text])
         if override.is_sweep_override() and override.is_discrete_sweep():
             key = override.get_key_element()
-            return [f"{key}={value}" for value in override.sweep_string_iterator()]
+            values = itertools.islice(override.sweep_string_iterator(), most)
+            return [f"{key}={value}" for value in values]
     except HydraException:
         pass  # left for compose, which says what is wrong with it
     return [text]
 
 
 def load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None, list[str]]:
-    """Compose; if Hydra refuses, find out which overrides are to blame and compose the rest."""
-    # ValueError: a file that isn't UTF-8, or `model=null`.
-    errors = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+    """Compose; if Hydra refuses, find out which overrides are to blame and compose the rest.
+
+    Hydra, OmegaConf and YAML refuse with errors of every class: what cannot be composed is taken
+    for the mistake of who wrote it.
+    """
     try:
         return load(overrides), []
-    except errors as error:
+    except Exception as error:
         refusal = error
     try:
         base = load([])
-    except errors as error:
+    except Exception as error:
         return None, [one_line(error)]
     if len(overrides) == 1:  # the one to blame
         return base, [_explain(overrides[0], refusal, base)]
@@ -65,17 +82,33 @@ def load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None,
         try:
             base = load([*kept, text])
             kept.append(text)
-        except errors as error:
+        except Exception as error:
             problems.append(_explain(text, error, base))
     return base, problems or [one_line(refusal)]
+
+
+def misplaced(overrides: Sequence[str], nodes: Sequence[str]) -> list[str]:
+    """Overrides that give a node what is neither a choice nor options: a line each."""
+    problems = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            continue
+        key, value = override.get_key_element().lstrip("+~"), override.value()
+        if key in nodes and (isinstance(value, list) or value == {}):
+            problems.append(f"{text}: must name a choice of {key}")
+    return problems
 
 
 def _explain(text: str, error: Exception, base: DictConfig) -> str:
     try:
         override = OverridesParser.create().parse_override(text)
+        key = str(override.key_or_group)
     except HydraException:
+        key = ""
+    if not key:
         return f"{text}: cannot be read; write option=value, in quotes if it has special characters"
-    key = str(override.key_or_group)
     message = str(error)
     if override.is_sweep_override():
         return f"{text}: a sweep needs -m, and the values one by one: a,b,c; a list is [a,b,c]"
@@ -85,7 +118,7 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
         return f"{text}: must name a choice of {key}; python train.py --help lists them"
     if "Multiple values for" in message:
         return f"{text}: has a choice already; write {text.lstrip('+')}"
-    if "Available options in" in message:
+    if f"Could not find '{key}/" in message and "Available options in" in message:
         listed = message.split("Available options in")[1].split("Config search")[0]
         choices = [line.strip() for line in listed.split("\n")[1:] if line.strip()]
         value = str(override.value())
@@ -94,7 +127,7 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
         name = message.split(f"Could not load '{key}/")[1].split("'")[0]
         choices = GlobalHydra.instance().config_loader().get_group_options(key)
         return f"{text}: {unknown(f'{key} has', 'choice', name, choices)}"
-    if "Could not override" in message:
+    if f"Could not override '{key}'" in message:
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(base, parent) if parent else base
         if not isinstance(node, DictConfig):
@@ -122,8 +155,25 @@ def unknown(has: str, what: str, name: str, names: Sequence[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message with its line breaks taken out."""
-    return " ".join(str(error).split())
+    """An error's message with its line breaks taken out, and its kind where that says more."""
+    said = " ".join(str(error).split())
+    terse = isinstance(error, TERSE) and not isinstance(error, OmegaConfBaseException)
+    return f"{type(error).__name__}: {said}".removesuffix(": ") if terse or not said else said
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """A plain value as one would write it, the beginning of a long one."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def quoted(text: str) -> str:
+    """A text as a value on Hydra's command line, whatever characters it has."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _parameters(target: str) -> Iterable[str]:

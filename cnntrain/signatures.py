@@ -12,7 +12,7 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, Union
@@ -43,7 +43,7 @@ def signature(target: str) -> Signature:
     """
     try:
         return _signature(locate(target))
-    except NotInSource:
+    except (NotInSource, RecursionError):
         return _inspect(load(target))
 
 
@@ -53,7 +53,7 @@ def is_subclass(target: str, kind: str) -> bool:
         wanted = locate(kind)
         definition = locate(target)
         return isinstance(definition.node, ast.ClassDef) and _derives(definition, wanted)
-    except NotInSource:
+    except (NotInSource, RecursionError):  # a class that is derived from itself
         found = load(target)
         return isinstance(found, type) and issubclass(found, load(kind))
 
@@ -181,6 +181,11 @@ def _generic(generic: Any, inner: ast.expr, module: str) -> Any:
         return _union([*kinds, None] if generic is typing.Optional else kinds)
     if generic in (OPAQUE, Any):
         return generic
+    if Iterable in (
+        generic,
+        typing.get_origin(generic),
+    ):  # which pydantic would look into only when used
+        generic = list
     return generic[tuple(_plain(kind) for kind in kinds)]
 
 

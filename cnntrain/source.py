@@ -154,7 +154,7 @@ def resolve(expression: ast.expr, module: str) -> Definition:
 
 
 def load(target: str) -> Any:
-    """Import the object with the dotted name `target`; ImportError if there is none."""
+    """Import the object with the dotted name `target`; ImportError if that fails, however."""
     parts = target.split(".")
     for cut in range(len(parts), 0, -1):
         module = ".".join(parts[:cut])
@@ -164,6 +164,10 @@ def load(target: str) -> Any:
             if error.name and (module == error.name or module.startswith(error.name + ".")):
                 continue
             raise
+        except ImportError:
+            raise
+        except (Exception, SystemExit) as error:  # what a module's author did on its top level
+            raise ImportError(f"it raises {type(error).__name__}: {error}") from error
         for name in parts[cut:]:
             if not hasattr(found, name):
                 raise ImportError(f"{module} has no {name!r}")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -11,33 +12,42 @@ from typing import NoReturn
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain import config
-from cnntrain.overrides import combinations
+from cnntrain.commands.plan import places, plan
 
 Run = Callable[[DictConfig], float | None]
+Rehearse = Callable[[DictConfig], None]
 
 
 def start(
     name: str,
     run: Run,
     *,
-    rehearse: Callable[[DictConfig], None] | None = None,
+    rehearse: Rehearse | None = None,
     resuming: bool = False,
+    one: str | None = None,
 ) -> None:
     """Check the whole command line against conf/<name>.yaml, then let Hydra call `run`.
 
-    `rehearse` finds what only constructors find, and writes nothing. `resuming` says that the run
-    directory holds what is to be continued.
+    `rehearse` finds what only constructors find, and writes nothing: it is called for every run
+    before the first begins. `resuming` says that the run directory holds what is to be continued;
+    `one` is what the command takes one of, so that there are no sweeps over it.
 
     Exit codes: 2 for what the person who typed it has to change, 130 for Ctrl-C.
     """
     arguments = command_line()
-    sys.argv[1:] = [a for a in sys.argv[1:] if a not in arguments.overrides] + arguments.overrides
-    asks = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
-    if not any(asks):
-        _check(arguments, name, rehearse, resuming)
+    flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
+    if arguments.config_path:  # which Hydra would look for beside this file
+        flags.append(f"--config-path={Path(arguments.config_path).absolute()}")
+    sys.argv[1:] = [*flags, *arguments.overrides]
+    try:
+        _check(arguments, name, rehearse, resuming, one)
+    except config.ConfigError as error:
+        refuse(error)
+    if _only_asks(arguments) and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as any program's does
 
     @wraps(run)
     def guarded(cfg: DictConfig) -> float | None:
@@ -57,8 +67,12 @@ def command_line() -> argparse.Namespace:
     here = os.getcwd()  # a backend of the user's own may lie here
     if here not in sys.path[1:2]:
         sys.path.insert(1, here)
+    if garbled := [text for text in sys.argv[1:] if any(map(_surrogate, text))]:
+        refuse(config.ConfigError([f"{text}: is not UTF-8" for text in garbled]))
     # Hydra's parser takes overrides only in one place; a person writes -m wherever it fits.
-    return get_args_parser().parse_intermixed_args()
+    parser = get_args_parser()
+    parser.error = _refuse_flag  # type: ignore[method-assign]
+    return parser.parse_intermixed_args()
 
 
 def short(path: Path) -> str:
@@ -67,42 +81,73 @@ def short(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _check(
-    arguments: argparse.Namespace,
-    name: str,
-    rehearse: Callable[[DictConfig], None] | None,
-    resuming: bool,
-) -> None:
-    """Say everything that is wrong with the command line before anything is written."""
-    folder = Path(arguments.config_path or config.CONF)
-    extra = Path(arguments.config_dir).absolute() if arguments.config_dir else None
-    overrides: list[str] = arguments.overrides
-    problems = []
-    if extra and not extra.is_dir():
-        problems.append(f"--config-dir={arguments.config_dir}: is not a folder")
-        extra = None
-    if arguments.resolve and not arguments.cfg:
-        problems.append("--resolve: goes with --cfg")
-    runs = [overrides]
-    if arguments.multirun or any("hydra.mode=MULTIRUN" in o for o in overrides):
-        runs = combinations(overrides, folder)
-    for chosen in [o for o in overrides if o.startswith("hydra.run.dir=")]:
-        if not resuming and (
-            problem := config.run_directory_problem(chosen.partition("=")[2].strip("'\""))
-        ):
-            problems.append(problem)
-    for run in runs:
-        try:
-            config.compose(run, name=arguments.config_name or name, folder=folder, extra=extra)
-        except config.ConfigError as error:
-            problems += error.problems
-    if problems:
-        refuse(config.ConfigError(problems))
-
-
 def refuse(error: config.ConfigError) -> NoReturn:
     """Say what is wrong, a line a problem, and end."""
     print("cnntrain: this cannot be run as asked", file=sys.stderr)
     for problem in error.problems:
-        print(f"  {problem}", file=sys.stderr)
+        # Line breaks, terminal codes and broken characters of the command line as escapes.
+        shown = (c if c.isprintable() else ascii(c)[1:-1] for c in problem)
+        print(f"  {''.join(shown)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    hint = "; options have no dashes: option=value" if "unrecognized" in message else ""
+    refuse(config.ConfigError([message + hint]))
+
+
+def _surrogate(character: str) -> bool:
+    """Whether Python had to make do with it, for a byte that is no text."""
+    return "\ud800" <= character <= "\udfff"
+
+
+def _only_asks(arguments: argparse.Namespace) -> bool:
+    """Whether nothing is to be run."""
+    asks = (arguments.help, arguments.hydra_help, arguments.cfg, arguments.info)
+    return any(asks) or arguments.shell_completion
+
+
+def _check(
+    arguments: argparse.Namespace,
+    name: str,
+    rehearse: Rehearse | None,
+    resuming: bool,
+    one: str | None,
+) -> None:
+    """Find all that is wrong with the command line before anything is written."""
+    if arguments.hydra_help or arguments.shell_completion:
+        return
+    cfgs, sweep = plan(arguments, name)
+    if _only_asks(arguments):
+        return
+    from cnntrain.hydra_options import hydra_problems
+    from cnntrain.rehearsal import rehearsal_problems
+
+    if sweep and one:
+        raise config.ConfigError([f"-m: {name} takes one {one}; start it once for each"])
+    if (chosen := cfgs[0].get("resume")) and f"resume={chosen}" not in sys.argv and not resuming:
+        raise config.ConfigError([f"resume={chosen}: has to be typed as it stands here"])
+    problems = hydra_problems(cfgs, sweep=sweep, resuming=resuming)
+    if problems:
+        raise config.ConfigError(problems)
+    with config.searching(**places(arguments), name=name):
+        if resuming and rehearse:
+            rehearse(cfgs[0])  # of what it continues, whatever is composed here
+        elif not resuming:
+            for cfg in _different(cfgs):
+                problems += rehearsal_problems(cfg, rehearse)
+    if problems:
+        raise config.ConfigError(problems)
+
+
+def _different(cfgs: list[DictConfig]) -> list[DictConfig]:
+    """The configs without Hydra's options, and of those that differ only in the seed one."""
+    found = {}
+    for cfg in cfgs:
+        own = cfg.copy()
+        with open_dict(own):
+            del own["hydra"]
+        like = own.copy()
+        like.seed = 0
+        found[OmegaConf.to_yaml(like)] = own
+    return list(found.values())

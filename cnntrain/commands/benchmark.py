@@ -14,7 +14,14 @@ from cnntrain.config import blame, build
 def main() -> None:
     # PyTorch's profiler, which measures memory here, else writes about itself to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    start("benchmark", _benchmark)
+    start("benchmark", _benchmark, rehearse=_rehearse)
+
+
+def _rehearse(cfg: DictConfig) -> None:
+    from cnntrain.lab.benchmark.run import prepared
+
+    layers, options = _wanted(cfg)
+    prepared(layers, **options)
 
 
 def _benchmark(cfg: DictConfig) -> None:
@@ -23,9 +30,7 @@ def _benchmark(cfg: DictConfig) -> None:
 
     from cnntrain.lab.benchmark import benchmark, draw, report_tables
 
-    options: Any = OmegaConf.to_container(cfg, resolve=True)
-    options.pop("model", None)  # the node; `_layers` builds it
-    layers = _layers(cfg, options.pop("layers"), options.pop("shape"))
+    layers, options = _wanted(cfg)
     report = benchmark(layers, **options)
     report.write(directory)
     draw(report, directory / "benchmark.png")
@@ -33,6 +38,13 @@ def _benchmark(cfg: DictConfig) -> None:
     Console(width=max(console.width, 110)).print(report_tables(report))
     files = [directory / name for name in ("results.csv", "results.json", "benchmark.png")]
     print("\n" + "\n".join(short(file) for file in files))
+
+
+def _wanted(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is to be timed, and the other options of `cnntrain.lab.benchmark.benchmark`."""
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    options.pop("model", None)  # the node; `_layers` builds it
+    return _layers(cfg, options.pop("layers"), options.pop("shape")), options
 
 
 def _layers(cfg: DictConfig, sets: dict[str, Any], shape: Any) -> dict[str, Any]:
@@ -43,7 +55,8 @@ def _layers(cfg: DictConfig, sets: dict[str, Any], shape: Any) -> dict[str, Any]
     from cnntrain.lab.benchmark.layers import layer
 
     if cfg.get("model"):
-        name = cfg.model.get("name") or HydraConfig.get().runtime.choices["model"]
+        choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+        name = cfg.model.get("name") or choices.get("model", "model")
         with blame("model"):
             sets[name] = build(cfg.model, conv=nn.Conv2d, in_shape=cfg.in_shape, num_classes=10)
     if shape is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from cnntrain.commands.app import start
-from cnntrain.config import build
+from cnntrain.config import ConfigError, build, writable
 
 if TYPE_CHECKING:
     from cnntrain.lab.verify import Line
@@ -16,10 +16,16 @@ ROW = "{:36}{:>6}  {:>12}  {:>8}   {}"
 
 
 def main() -> None:
-    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv):
-        print("cnntrain: -m: verify takes one backend; start it once for each", file=sys.stderr)
-        sys.exit(2)
-    start("verify", _verify)
+    start("verify", _verify, rehearse=_rehearse, one="backend")
+
+
+def _rehearse(cfg: DictConfig) -> None:
+    """A report that cannot be written is not to be found out a minute later."""
+    if cfg.json in (None, "-"):
+        return
+    path = Path(cfg.json)
+    if len(path.name.encode()) > 255 or (path.parent.is_dir() and not writable(path.parent)):
+        raise ConfigError([f"json={path}: cannot be written; name a file in a folder of yours"])
 
 
 def _verify(cfg: DictConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from cnntrain.config import ConfigError
-from cnntrain.lab.benchmark.contenders import contenders
-from cnntrain.lab.benchmark.layers import layer_sets
+from cnntrain.lab.benchmark.contenders import MakeConv, contenders
+from cnntrain.lab.benchmark.layers import LayerSet, layer_sets
 from cnntrain.lab.benchmark.measure import Case, How, measure
 from cnntrain.lab.benchmark.report import Report, Row, describe_machine
 
@@ -67,19 +67,14 @@ def benchmark(
     Raises:
         ConfigError: something cannot be timed as asked; nothing has been timed then.
     """
-    problems: list[str] = []
-    if device == "cuda" and not torch.cuda.is_available():
-        problems.append(
-            "device=cuda: this machine has no GPU that PyTorch can use; take device=cpu"
-        )
-    for option, given in [("batch_sizes", batch_sizes), ("dtypes", dtypes)]:
-        if given is not None and (not given or len(set(given)) < len(given)):
-            problems.append(f"{option}={given}: must be one value or more, none of them twice")
-    sets = _collected(problems, lambda: layer_sets(layers, in_shape))
-    makers = _collected(problems, lambda: contenders(backends))
-    if problems or sets is None or makers is None:
-        raise ConfigError(problems)
-
+    sets, makers = prepared(
+        layers,
+        backends,
+        in_shape=in_shape,
+        batch_sizes=batch_sizes,
+        dtypes=dtypes,
+        device=device,
+    )
     cases = [
         Case(group.name, layer, batch_size, dtype)
         for group in sets
@@ -100,6 +95,32 @@ def benchmark(
                 to = found[baseline].totals
                 rows += [Row(case, name, measured, to) for name, measured in found.items()]
     return Report(meta, rows)
+
+
+def prepared(
+    layers: Mapping[str, Any],
+    backends: Sequence[Any],
+    *,
+    in_shape: tuple[int, int, int],
+    batch_sizes: Sequence[int] | None = None,
+    dtypes: Sequence[str] | None = None,
+    device: str = "cpu",
+    **_: Any,
+) -> tuple[list[LayerSet], dict[str, MakeConv]]:
+    """What `benchmark` would time, and who. Raises ConfigError as it does, and times nothing."""
+    problems: list[str] = []
+    if device == "cuda" and not torch.cuda.is_available():
+        problems.append(
+            "device=cuda: this machine has no GPU that PyTorch can use; take device=cpu"
+        )
+    for option, given in [("batch_sizes", batch_sizes), ("dtypes", dtypes)]:
+        if given is not None and (not given or len(set(given)) < len(given)):
+            problems.append(f"{option}={given}: must be one value or more, none of them twice")
+    sets = _collected(problems, lambda: layer_sets(layers, in_shape))
+    makers = _collected(problems, lambda: contenders(backends))
+    if problems or sets is None or makers is None:
+        raise ConfigError(problems)
+    return sets, makers
 
 
 def _collected(problems: list[str], call: Callable[[], T]) -> T | None:

@@ -1,0 +1,236 @@
+"""What a config may hold, and the check of every key and type against it.
+
+The signature of what a node names is the schema: there is no second copy of it here. This file
+knows groups and kinds by name, no class, and imports no torch.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cnntrain.overrides import first_line, one_line, shown, unknown
+from cnntrain.signatures import is_subclass, signature
+
+# What the run itself needs to have its way with: whole epochs on one device, validated once each,
+# recorded, tested once.
+TRAINER_GIVEN = (
+    "default_root_dir",
+    "logger",
+    "callbacks",
+    "plugins",
+    "strategy",
+    "num_nodes",
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "num_sanity_val_steps",
+    "check_val_every_n_epoch",
+    "val_check_interval",
+    "max_steps",
+    "fast_dev_run",
+    "barebones",
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node of the config with a `_target_` has to be."""
+
+    kind: str  # the class that the target must be or derive from
+    given: tuple[str, ...] = ()  # parameters that the program decides, not the config
+    partial: bool = False  # called later, with what is given
+    filled: bool = False  # and all of that has to be taken
+    unfit: Mapping[str, str] = field(default_factory=dict)  # of that kind, and of no use: why
+
+
+NODES = {
+    "backend": Node(
+        "torch.nn.Conv2d", ("in_channels", "out_channels", "kernel_size", "padding"), partial=True
+    ),
+    "model": Node("torch.nn.Module", ("conv", "in_shape", "num_classes"), filled=True),
+    "data": Node("cnntrain.data.ImageData"),
+    "optimizer": Node(
+        "torch.optim.Optimizer",
+        ("params",),
+        partial=True,
+        unfit={"torch.optim.SparseAdam": "takes sparse gradients only; torch.optim.Adam any"},
+    ),
+    "scheduler": Node(
+        "torch.optim.lr_scheduler.LRScheduler",
+        ("optimizer", "total_steps"),
+        partial=True,
+        unfit={
+            "torch.optim.lr_scheduler.ReduceLROnPlateau": "waits for a metric, and the schedule "
+            "here is one of steps or epochs; take cnntrain.training.WarmupCosine"
+        },
+    ),
+    "loss": Node("torch.nn.Module"),
+    "trainer": Node("lightning.pytorch.Trainer", TRAINER_GIVEN),
+}
+
+
+@dataclass(frozen=True)
+class Root:
+    """What a command's root config conf/<command>.yaml may hold, `seed` apart."""
+
+    nodes: tuple[str, ...]
+    target: str | None = None  # the function whose parameters are the other options
+    given: tuple[str, ...] = ()  # what the command itself makes of the config, parameters or not
+    optional: tuple[str, ...] = ()  # nodes that need not be there
+
+
+ROOTS = {
+    "train": Root(tuple(NODES), given=("resume",)),
+    "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
+    "benchmark": Root(
+        ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)
+    ),
+}
+
+
+def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
+    """Every key and type of every node against the signature of its target: one line a problem."""
+    options = signature(root.target).types if root.target else {}
+    names = [*root.nodes, "seed", *(name for name in options if name not in root.given)]
+    problems = []
+    for key in map(str, cfg):
+        if key in root.nodes:
+            continue
+        if key not in names and key not in root.given:
+            problems.append(f"{key}: {unknown('there is', 'option', key, names)}")
+            continue
+        value, wrong = _resolved(cfg, key)
+        wrong = wrong or _unfit_value(value)
+        if key in options and key not in (*root.given, "seed"):
+            wrong = wrong or _mismatch(options[key](), value)
+        if wrong:
+            problems.append(f"{key}={shown(value)}: {wrong}")
+        elif key == "seed":
+            problems += _check_seed(value)
+    if "seed" not in cfg and not problems:  # else it is mistyped, as has been said
+        problems += _check_seed(None)
+    for key in root.nodes:
+        if key not in cfg:
+            problems += [] if key in root.optional else [f"{key}: missing"]
+            continue
+        values, wrong = _resolved(cfg, key)
+        if wrong:
+            problems.append(f"{key}: {wrong}")
+        elif key != "scheduler" or values not in (None, {}):  # without: a constant learning rate
+            problems += _check_node(key, NODES[key], values)
+    return problems
+
+
+def _resolved(cfg: DictConfig, key: str) -> tuple[Any, str | None]:
+    """The plain value of an option or a node; or why an interpolation in it cannot be resolved."""
+    try:
+        value = cfg[key]
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+        elif OmegaConf.is_missing(cfg, key):
+            return "???", "has no value"
+        return value, None
+    except OmegaConfBaseException as error:
+        return OmegaConf.to_container(cfg)[key], one_line(error)  # type: ignore[index, call-overload]
+    except RecursionError:
+        return OmegaConf.to_container(cfg)[key], "refers to itself"  # type: ignore[index, call-overload]
+
+
+def _check_seed(value: Any) -> list[str]:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        return [f"seed={shown(value)}: must be a whole number from 0 to 4294967295"]
+    return []
+
+
+def _check_node(key: str, node: Node, values: Any) -> list[str]:
+    if not isinstance(values, dict) or "_target_" not in values:
+        return [f"{key}={shown(values)}: must name a choice, or a class as {key}._target_"]
+    target, partial = values.pop("_target_"), values.pop("_partial_", False)
+    named = f"{key}._target_={shown(target)}"
+    if not isinstance(target, str) or not all(map(str.isidentifier, target.split("."))):
+        return [f"{named}: must be the dotted name of a class, such as {node.kind}"]
+    try:
+        if not is_subclass(target, node.kind):
+            return [f"{named}: must be a class derived from {node.kind}"]
+        accepted = signature(target)
+    except ImportError as error:
+        return [f"{named}: cannot be imported: {first_line(error)}"]
+    problems = [f"{named}: {why}" for name, why in node.unfit.items() if is_subclass(target, name)]
+    missing = [name for name in node.given if node.filled and name not in accepted.types]
+    if missing and not accepted.open:
+        problems.append(f"{named}: must take the parameters {', '.join(missing)}")
+    if bool(partial) != node.partial:
+        problems.append(f"{key}._partial_={partial}: must be {str(node.partial).lower()}")
+    for name, value in ((str(name), value) for name, value in values.items()):
+        option = f"{key}.{name}={shown(value)}"
+        if name.startswith("_"):
+            problems.append(f"{option}: is none of the class's options; leave it out")
+        elif any(str(inner) == "_target_" for inner in _keys(value)):
+            problems.append(f"{option}: a _target_ may stand only in {', '.join(NODES)}")
+        elif name in node.given:
+            problems.append(f"{option}: is decided by the program; leave it out")
+        elif name not in accepted.types and not accepted.open:
+            names = [n for n in accepted.types if n not in node.given]
+            problems.append(f"{option}: {unknown(f'{target} has', 'option', name, names)}")
+        elif wrong := _unfit_value(value) or (
+            _mismatch(accepted.types[name](), value) if name in accepted.types else None
+        ):
+            problems.append(f"{option}: {wrong}")
+    return problems
+
+
+def _mismatch(kind: Any, value: Any) -> str | None:
+    """What keeps a plain value from being of a type, in pydantic's words."""
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic.errors import PydanticSchemaGenerationError
+
+    try:
+        # By way of JSON, where strict still takes a list for a tuple and an int for a float.
+        TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        found = [
+            "has too few values" if e["type"] == "missing" else e["msg"][0].lower() + e["msg"][1:]
+            for e in error.errors()
+        ]
+        return ", or ".join(dict.fromkeys(found))
+    except PydanticSchemaGenerationError:
+        pass  # a type that is not for plain values: its constructor will say
+    return None
+
+
+def _unfit_value(value: Any) -> str | None:
+    """What keeps a plain value from being of any use to any option."""
+    for leaf in _leaves(value):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            return "must be a finite number"
+        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+            return "must be a number of at most 64 bits"
+        if isinstance(leaf, str) and "\0" in leaf:
+            return "must not have a NUL character"
+        if isinstance(leaf, bytes):
+            return "must be text"
+    return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _keys(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _keys(inner)

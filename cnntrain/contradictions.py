@@ -1,0 +1,127 @@
+"""Options that are right one by one and impossible together, or on this machine."""
+
+import math
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cnntrain.overrides import shown
+from cnntrain.signatures import signature
+
+# How schedules call the number of steps after which they do something. Whole epochs, unless the
+# program tells them how many steps there are.
+LENGTHS = ("T_max", "T_0", "total_iters", "step_size", "milestones")
+
+
+def contradictions(cfg: DictConfig) -> list[str]:
+    """What a checked config of a run contradicts itself in: one line a problem."""
+    return [*_device(cfg), *_trainer(cfg), *_lengths(cfg)]
+
+
+def _device(cfg: DictConfig) -> list[str]:
+    trainer, problems = cfg.trainer, []
+    accelerator, precision = trainer.get("accelerator"), str(trainer.get("precision"))
+    half = precision == "16-mixed"
+    if accelerator in ("gpu", "cuda", "mps") or (half and accelerator == "auto"):
+        import torch
+
+        mps = accelerator != "cuda" and torch.backends.mps.is_available()
+        if not mps and (accelerator == "mps" or not torch.cuda.is_available()):
+            if accelerator != "auto":
+                problems.append(
+                    f"trainer.accelerator={accelerator}: this machine has no GPU that PyTorch "
+                    "can use; take trainer=cpu or trainer=auto"
+                )
+            accelerator = "cpu"
+    if half and accelerator == "cpu":
+        problems.append(
+            f"trainer.precision={precision}: float16 trains only on a GPU; "
+            "take trainer.precision=bf16-mixed or 32"
+        )
+    return problems
+
+
+def _trainer(cfg: DictConfig) -> list[str]:
+    trainer, problems = cfg.trainer, []
+    for part, what in [("train", "train"), ("val", "validate"), ("test", "test")]:
+        limit = trainer.get(f"limit_{part}_batches")
+        option = f"trainer.limit_{part}_batches={shown(limit)}"
+        if limit == 0:
+            problems.append(f"{option}: a run has to {what}; take 1 or more, or leave it out")
+    limit = trainer.get("limit_test_batches")
+    if isinstance(limit, float) and 0 < limit < 1:
+        problems.append(
+            f"trainer.limit_test_batches={limit}: how many batches that is shows only at the end; "
+            "take a whole number of them, or leave it out"
+        )
+    epochs, least = trainer.get("max_epochs"), trainer.get("min_epochs")
+    if epochs is not None and least is not None and least > epochs:
+        problems.append(
+            f"trainer.min_epochs={least}: is more than trainer.max_epochs={epochs}; take {epochs} "
+            "or less"
+        )
+    mixed = str(trainer.get("precision")).endswith("mixed")
+    if mixed and cfg.optimizer.get("fused") and trainer.get("gradient_clip_val"):
+        problems.append(
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val}: with "
+            f"precision={trainer.precision} the gradient cannot be clipped in front of a fused "
+            "optimizer; add optimizer.fused=false"
+        )
+    return problems
+
+
+def _lengths(cfg: DictConfig) -> list[str]:
+    """A schedule by epochs that does not end, or does nothing, within the run."""
+    epochs, problems = cfg.trainer.get("max_epochs"), []
+    if not cfg.get("scheduler") or "total_steps" in signature(cfg.scheduler._target_).types:
+        return []
+    for name in LENGTHS:
+        value = cfg.scheduler.get(name)
+        plain: Any = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        numbers = [n for n in (plain if isinstance(plain, list) else [plain]) if _number(n)]
+        option = f"scheduler.{name}={shown(plain)}"
+        if any(n < 1 for n in numbers):
+            problems.append(f"{option}: must be 1 epoch or more")
+        elif epochs is not None and any(n > epochs for n in numbers):
+            problems.append(
+                f"{option}: is longer than the run, trainer.max_epochs={epochs}; take at most "
+                f"{epochs}, or more epochs"
+            )
+    return problems
+
+
+def data_contradictions(cfg: DictConfig, data: Any) -> list[str]:
+    """What the config of a run contradicts in the facts of its data, an ImageData."""
+    problems = []
+    crop, smallest = cfg.data.get("crop", 0), min(data.shape[1:])
+    if crop >= smallest:
+        problems.append(
+            f"data.crop={crop}: on images of {data.shape[1]}x{data.shape[2]} a window may then "
+            f"show nothing but padding; take less than {smallest}"
+        )
+    batches = {
+        "train": math.ceil((data.train_size - data.val_size) / data.batch_size),
+        "val": math.ceil(data.val_size / data.eval_batch_size),
+    }
+    for part, number in batches.items():
+        limit = cfg.trainer.get(f"limit_{part}_batches")
+        if isinstance(limit, float) and 0 < limit <= 1:
+            batches[part] = int(number * limit)
+        elif isinstance(limit, int):
+            batches[part] = min(number, limit)
+        if batches[part] == 0:
+            problems.append(
+                f"trainer.limit_{part}_batches={limit}: is less than one of {number} batches; "
+                "take a larger share, or a whole number"
+            )
+    accumulated = cfg.trainer.get("accumulate_grad_batches", 1)
+    if 0 < batches["train"] < accumulated:
+        problems.append(
+            f"trainer.accumulate_grad_batches={accumulated}: an epoch has {batches['train']} "
+            f"batches; take at most that, or a smaller data.batch_size"
+        )
+    return problems
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
