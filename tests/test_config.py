@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, Run
 
 from cnntrain.config import CONF, NODES, ConfigError, compose, config_hash
-from cnntrain.overrides import combinations
+from cnntrain.config.overrides import combinations
 
 MISTAKES = [
     (["model.dropuot=0.1"], ["model.dropuot=0.1: model has no option 'dropuot'", "'dropout'"]),

@@ -97,7 +97,7 @@ from torch import nn
 
 class Slow(nn.Conv2d):
     def forward(self, x):
-        if self.training:
+        if len(x) > 2:  # no rehearsal
             Path("computing").touch()
             time.sleep(100)
         return super().forward(x)

@@ -11,7 +11,7 @@ from conftest import ROOT, Run
 from omegaconf import OmegaConf
 
 from cnntrain.config import ConfigError, compose
-from cnntrain.rehearsal import rehearsal_problems
+from cnntrain.config.rehearsal import rehearsal_problems
 
 MINI = "data=fashion_mnist_mini"
 SHALLOW = "_target_: cnntrain.models.Shallow\n"

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError, compose
+from cnntrain.config.resume import changed, read_result, run_config
 from cnntrain.interruption import Interrupted, interruption
-from cnntrain.resume import changed, read_result, run_config
 from cnntrain.training import CheckpointError, checkpoint_file, train
 from cnntrain.training.checkpoints import Checkpoints
 

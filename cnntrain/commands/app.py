@@ -1,9 +1,11 @@
 """The way from a command line to a checked config, for every command that has one."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -35,7 +37,8 @@ def start(
     before the first begins. `resuming` says that the run directory holds what is to be continued;
     `one` is what the command takes one of, so that there are no sweeps over it.
 
-    Exit codes: 2 for what the person who typed it has to change, 130 for Ctrl-C.
+    Exit codes: 2 for what the person who typed it has to change, 130 for Ctrl-C, 1 for a file that
+    cannot be written.
     """
     arguments = command_line()
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
@@ -59,7 +62,14 @@ def start(
             print("\ncnntrain: interrupted", file=sys.stderr)
             sys.exit(130)
 
-    hydra.main(config_path=str(config.CONF), config_name=name, version_base="1.3")(guarded)()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else it swallows the error below
+    logging.raiseExceptions = False  # a full disk is told of once, not by every line of a log
+    threading.excepthook = _thread_ended
+    try:
+        hydra.main(config_path=str(config.CONF), config_name=name, version_base="1.3")(guarded)()
+    except OSError as error:  # Hydra itself could not write
+        print(f"cnntrain: {told(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def command_line() -> argparse.Namespace:
@@ -79,6 +89,17 @@ def short(path: Path) -> str:
     """A path as one would type it where the command was typed."""
     here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def told(error: OSError) -> str:
+    """What the operating system says, of which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    # A thread that writes, TensorBoard's: its error is raised again where it is given work.
+    if not issubclass(ended.exc_type, OSError):
+        threading.__excepthook__(ended)
 
 
 def refuse(error: config.ConfigError) -> NoReturn:
@@ -120,8 +141,8 @@ def _check(
     cfgs, sweep = plan(arguments, name)
     if _only_asks(arguments):
         return
-    from cnntrain.hydra_options import hydra_problems
-    from cnntrain.rehearsal import rehearsal_problems
+    from cnntrain.config.hydra_options import hydra_problems
+    from cnntrain.config.rehearsal import rehearsal_problems
 
     if sweep and one:
         raise config.ConfigError([f"-m: {name} takes one {one}; start it once for each"])

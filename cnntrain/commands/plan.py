@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain import config
 from cnntrain.config import ConfigError
-from cnntrain.overrides import combinations, sweeps
+from cnntrain.config.overrides import combinations, sweeps
 
 MOST_RUNS = 10_000  # a sweep of which all configs are composed before the first run begins
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"

@@ -10,10 +10,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import command_line, refuse, short, start
+from cnntrain.commands.app import command_line, refuse, short, start, told
+from cnntrain.commands.plan import places
 from cnntrain.config import ConfigError, check, compose, contradictions, fixed_run_directory, quoted
-from cnntrain.interruption import Interrupted, watching
-from cnntrain.resume import (
+from cnntrain.config.resume import (
     begun,
     changed,
     completed,
@@ -22,6 +22,7 @@ from cnntrain.resume import (
     run_config,
     without_resume,
 )
+from cnntrain.interruption import Interrupted, watching
 
 
 def main() -> None:
@@ -59,8 +60,7 @@ def _train(cfg: DictConfig, *, resume: bool) -> float:
         print(f"cnntrain: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"cnntrain: {said}; once that is mended, go on with {again}", file=sys.stderr)
+        print(f"cnntrain: {told(error)}; once that is mended, go on with {again}", file=sys.stderr)
         sys.exit(1)
     _show(result.metrics, result.seconds, directory)
     return result.metrics[cfg.trainer.monitor]
@@ -86,15 +86,11 @@ def _resumed(arguments: argparse.Namespace) -> DictConfig | None:
     overrides = [text for text in arguments.overrides if text not in given]
     hydra = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
     own = [text for text in overrides if text not in hydra]
-    files: dict[str, Any] = {"name": arguments.config_name or "train"}
-    if arguments.config_path:
-        files["folder"] = Path(arguments.config_path)
-    if arguments.config_dir:
-        files["extra"] = Path(arguments.config_dir).absolute()
+    files: dict[str, Any] = {"name": arguments.config_name or "train"} | places(arguments)
     if arguments.multirun:
         raise ConfigError([f"{given[-1]}: continues one run; leave out -m"])
     if chosen == "auto":
-        wanted = without_resume(compose(own, **files))
+        wanted = without_resume(compose(own, **files, command="train"))
         directory = fixed_run_directory(overrides, **files)
         if not begun(directory):
             return None
@@ -104,7 +100,7 @@ def _resumed(arguments: argparse.Namespace) -> DictConfig | None:
             raise ConfigError([f"{given[-1]}: holds no run; name the folder of one, or auto"])
         if placed := [text for text in hydra if text.startswith("hydra.run.dir=")]:
             raise ConfigError([f"{placed[0]}: goes with resume=auto; a run stays where it is"])
-        wanted = changed(directory, own, partial(compose, **files))
+        wanted = changed(directory, own, partial(compose, **files, command="train"))
     problems = check(wanted) or contradictions(wanted)
     problems = problems or refused_changes(run_config(directory), wanted)
     if busy := in_use(directory):

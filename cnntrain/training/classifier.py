@@ -77,19 +77,19 @@ class Classifier(lightning.LightningModule):
         return self.network(images)
 
     def configure_optimizers(self) -> Any:
-        return self.schedule(int(self.trainer.estimated_stepping_batches))
+        optimizer, scheduler = self.schedule(int(self.trainer.estimated_stepping_batches))
+        return [optimizer], [scheduler] if scheduler else []
 
-    def schedule(self, total_steps: int) -> Any:
-        """Optimizer and learning rate schedule for so many updates, in Lightning's terms."""
+    def schedule(self, total_steps: int) -> tuple[Optimizer, dict[str, Any] | None]:
+        """The optimizer, and the schedule of its learning rate over so many updates, if any."""
         optimizer = self.make_optimizer(params=self.network.parameters())
         if self.make_scheduler is None:
-            return optimizer
+            return optimizer, None
         every_step = "total_steps" in inspect.signature(self.make_scheduler).parameters
         steps = {"total_steps": total_steps} if every_step else {}
         with blame("scheduler"):
             scheduler = self.make_scheduler(optimizer=optimizer, **steps)
-        interval = "step" if every_step else "epoch"
-        return [optimizer], [{"scheduler": scheduler, "interval": interval}]
+        return optimizer, {"scheduler": scheduler, "interval": "step" if every_step else "epoch"}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tally = self.tallies["train"].state()

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from cnntrain.config import ConfigError, blame, build, config_hash
+from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, without_resume
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruption, watching
 from cnntrain.models import layer_table
-from cnntrain.resume import CHECKPOINTS, completed, refused_changes, without_resume
 from cnntrain.training.checkpoint_file import CheckpointError, Content, newest
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
@@ -84,13 +85,26 @@ def train(cfg: DictConfig, directory: Path, *, resume: bool = False) -> Result:
 
 
 def rehearse(cfg: DictConfig) -> None:
-    """Build all that a run would build, and write nothing. Raises ConfigError, as `train` does."""
+    """Build all that a run would build, and make one step with black images on the CPU.
+
+    Nothing is written. Raises ConfigError for what constructors, or the first step, refuse.
+    """
     data, module = _build(cfg)
-    layer_table(module.network, data.shape)
+    with blame("model"):
+        logits = module.network(torch.zeros(2, *data.shape))
+        if logits.shape != (2, data.num_classes):
+            raise ValueError(f"gives {tuple(logits.shape)} for two images of {data.shape}")
+    with blame("loss"):
+        loss = module.loss(logits, torch.zeros(2, dtype=torch.long))
+        if loss.ndim:
+            raise ValueError("must give one number for a batch")
+        loss.backward()
     with blame("trainer"):
         trainer = build(cfg.trainer, default_root_dir=Path(), logger=False)
     batches = -(-(data.train_size - data.val_size) // data.batch_size)
-    module.schedule(batches * trainer.max_epochs)
+    optimizer, _ = module.schedule(batches * trainer.max_epochs)
+    with blame("optimizer"):
+        optimizer.step()
 
 
 def _build(cfg: DictConfig) -> tuple[ImageData, Classifier]:
@@ -126,7 +140,9 @@ def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) ->
     for what, now in conditions().items():
         before = content["conditions"].get(what)
         if before != now:
-            log.warning(f"{what}: {now}, and {before} before: results may differ in their last bits")
+            log.warning(
+                f"{what}: {now}, and {before} before: results may differ in their last bits"
+            )
 
 
 def _fit_and_test(

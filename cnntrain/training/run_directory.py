@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config import ConfigError, run_directory_problem
-from cnntrain.resume import CONFIG, LOCK, RESULT, in_use, seal
+from cnntrain.config.resume import CONFIG, LOCK, RESULT, in_use, seal
 
 PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from cnntrain.config import CONF, ConfigError, Root, blame, build, check
+from cnntrain.config.overrides import unknown
 from cnntrain.lab.benchmark.peers import PEERS
-from cnntrain.overrides import unknown
 
 MakeConv: TypeAlias = Callable[..., nn.Conv2d]
 

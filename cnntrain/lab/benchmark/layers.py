@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError, first_line
+from cnntrain.config.overrides import unknown
 from cnntrain.conv import Geometry
-from cnntrain.overrides import unknown
 
 _PARAMETERS = inspect.signature(nn.Conv2d).parameters
 _OPTIONS = [*(name for name in _PARAMETERS if name not in ("device", "dtype")), "size"]

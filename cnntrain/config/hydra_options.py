@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cnntrain.config import run_directory_problem, writable
-from cnntrain.overrides import first_line, one_line, shown, unknown
-from cnntrain.signatures import is_subclass
+from cnntrain.config.overrides import first_line, one_line, shown, unknown
+from cnntrain.config.signatures import is_subclass
 
 LAUNCHER, SWEEPER = "hydra.plugins.launcher.Launcher", "hydra.plugins.sweeper.Sweeper"
 OPTIONS = [*(option.name for option in fields(HydraConf)), "env"]

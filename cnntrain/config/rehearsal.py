@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.checks import NODES
 from cnntrain.config import ConfigError, blame, build
-from cnntrain.contradictions import data_contradictions
-from cnntrain.overrides import one_line, shown
-from cnntrain.source import load
+from cnntrain.config.checks import NODES
+from cnntrain.config.contradictions import data_contradictions
+from cnntrain.config.overrides import one_line, shown
+from cnntrain.config.source import load
 
 Rehearse = Callable[[DictConfig], None]
 

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cnntrain.signatures import signature
+from cnntrain.config.signatures import signature
 
 TERSE = (LookupError, ArithmeticError, AttributeError, AssertionError, SystemExit)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, Union
 
-from cnntrain.source import REAL_MODULES, Definition, NotInSource, load, locate, resolve
+from cnntrain.config.source import REAL_MODULES, Definition, NotInSource, load, locate, resolve
 
 OPAQUE: Any = object()  # a type that no plain value in a YAML file can have: a Tensor, a Module
 

@@ -23,17 +23,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cnntrain.checks import NODES as NODES
-from cnntrain.checks import ROOTS, check
-from cnntrain.checks import Root as Root
-from cnntrain.contradictions import contradictions
-from cnntrain.overrides import first_line as first_line
-from cnntrain.overrides import load_all, misplaced, one_line
-from cnntrain.overrides import quoted as quoted
+from cnntrain.config.checks import NODES as NODES
+from cnntrain.config.checks import ROOTS, check
+from cnntrain.config.checks import Root as Root
+from cnntrain.config.contradictions import contradictions
+from cnntrain.config.overrides import first_line as first_line
+from cnntrain.config.overrides import load_all, misplaced, one_line
+from cnntrain.config.overrides import quoted as quoted
 
-# In a wheel conf/ lies beside this file, in a checkout beside the package.
-_HERE = Path(__file__).parent
-CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+# In a wheel conf/ lies in the package, in a checkout beside it.
+_PACKAGE = Path(__file__).parents[1]
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 
 # Options that change nothing of what is computed, only where, how it is shown and how often it is

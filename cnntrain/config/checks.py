@@ -13,8 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cnntrain.overrides import first_line, one_line, shown, unknown
-from cnntrain.signatures import is_subclass, signature
+from cnntrain.config.overrides import first_line, one_line, shown, unknown
+from cnntrain.config.signatures import is_subclass, signature
 
 # What the run itself needs to have its way with: whole epochs on one device, validated once each,
 # recorded, tested once.

@@ -5,8 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.overrides import shown
-from cnntrain.signatures import signature
+from cnntrain.config.overrides import shown
+from cnntrain.config.signatures import signature
 
 # How schedules call the number of steps after which they do something. Whole epochs, unless the
 # program tells them how many steps there are.

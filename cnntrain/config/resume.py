@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cnntrain.config import INCIDENTAL, ConfigError, compose, config_hash, flat
-from cnntrain.signatures import signature
+from cnntrain.config.signatures import signature
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ def in_use(directory: Path) -> str | None:
         return (
             f"hydra.run.dir={directory}: another process is training there; wait for it or end it"
         )
+    except OSError as error:
+        return f"hydra.run.dir={directory}: cannot be written: {error.strerror}"
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:
