@@ -37,6 +37,9 @@ def main() -> None:
             )
         except ConfigError as error:
             refuse(error)
+        except OSError as error:
+            print(f"cnntrain: {told(error)}", file=sys.stderr)
+            sys.exit(1)
         except Interrupted as error:
             print(f"\ncnntrain: interrupted by {error}", file=sys.stderr)
             sys.exit(error.exit_code)

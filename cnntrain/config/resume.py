@@ -104,9 +104,15 @@ def changed(
     if not overrides:
         return cfg
     file = directory / OVERRIDES
-    at_start = map(str, OmegaConf.load(file)) if file.exists() else ()
-    given = [text for text in at_start if not text.lstrip("+").startswith("resume=")]
-    before, after = flat(compose(given)), flat(compose([*given, *overrides]))
+    try:
+        at_start = map(str, OmegaConf.load(file)) if file.exists() else ()
+        given = [text for text in at_start if not text.lstrip("+").startswith("resume=")]
+        before = flat(compose(given))
+    except (YAMLError, ValueError, TypeError, OmegaConfBaseException, ConfigError):
+        raise ConfigError(
+            [f"{file}: is damaged, so that options cannot be changed; leave them out"]
+        ) from None
+    after = flat(compose([*given, *overrides]))
     options = {key: value for key, value in flat(cfg).items() if key in after or key not in before}
     options |= {key: value for key, value in after.items() if value != before.get(key, ...)}
     wanted = OmegaConf.create()

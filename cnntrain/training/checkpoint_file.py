@@ -96,7 +96,10 @@ def newest(folder: Path) -> tuple[Path, Content] | None:
         return None  # none was ever written
     for path, before in ((folder / LAST, folder / PREVIOUS), (folder / PREVIOUS, None)):
         try:
-            return path, read(path)
+            content = read(path)
+            if "position" in content:
+                return path, content
+            said = f"{path}: holds weights only"  # a copy of best.ckpt
         except DamagedError as error:
             said = str(error)
         if path.exists():

@@ -136,7 +136,7 @@ def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) ->
     if done > epochs:
         problems.append(f"trainer.max_epochs={epochs}: {done} epochs are done; take {done} or more")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"{problem} (says {path})" for problem in problems])
     for what, now in conditions().items():
         before = content["conditions"].get(what)
         if before != now:
