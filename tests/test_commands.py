@@ -282,6 +282,9 @@ def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
         assert done.returncode == 2
         shown = (ROOT / "README.md").read_text()
         assert all(line in shown for line in done.stderr.splitlines()), done.stderr
+    elif "optimizer.lr=1e20" in command:
+        assert done.returncode == 3
+        assert "is nan; the first layer with a non-finite output is features.6" in done.stderr
     else:
         assert done.returncode == 0, done.stderr
         assert "--cfg" in command or "test accuracy" in done.stdout
