@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -3,15 +3,14 @@
 import json
 import logging
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torturing.runs import differences, record
 
 from cnntrain.config import ConfigError, compose
 from cnntrain.config.resume import changed, read_result, run_config
@@ -40,45 +39,6 @@ EVERYTHING = [
     "seed=4",
 ]
 STEPS = 4  # optimizer steps in an epoch: of 2, 2, 2 and 1 batches
-
-
-def record(directory: Path) -> dict[str, Any]:
-    """All that two equal runs have in common, bit for bit."""
-    checkpoint = checkpoint_file.read(directory / "checkpoints/last.ckpt")
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
-    result = json.loads((directory / "result.json").read_text())
-    kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
-    kept += ("lr_schedulers", "loops", "generators", "best", "position")
-    best = checkpoint_file.read(directory / "checkpoints/best.ckpt")
-    return {
-        **{name: checkpoint[name] for name in kept if name in checkpoint},
-        "best.ckpt": {name: value for name, value in best.items() if name != "config"},
-        "metrics.csv": (directory / "metrics.csv").read_bytes(),
-        "scalars": {
-            tag: [(event.step, event.value) for event in events.Scalars(tag)]
-            for tag in events.Tags()["scalars"]
-            if tag != "images_per_second"
-        },
-        "result": {key: result.get(key) for key in ("status", "metrics", "epochs", "tested_epoch")},
-    }
-
-
-def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    """Where two records differ in a bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = (
-            a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
-        )
-        if not same:
-            yield where
-    elif isinstance(a, dict) and isinstance(b, dict):
-        for key in a.keys() | b.keys():
-            yield from differences(a.get(key), b.get(key), f"{where}/{key}")
-    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        for i, (one, other) in enumerate(zip(a, b, strict=True)):
-            yield from differences(one, other, f"{where}/{i}")
-    elif a != b and not (a != a and b != b):
-        yield f"{where}: {a!r} != {b!r}"[:200]
 
 
 class Stops:

@@ -92,8 +92,9 @@ def short(path: Path) -> str:
 
 
 def told(error: OSError) -> str:
-    """What the operating system says, of which file."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    """What the operating system says, of which file; of a renaming, which to which."""
+    files = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
+    return f"{files}: {error.strerror}" if files else str(error.strerror or error)
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:

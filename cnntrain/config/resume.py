@@ -41,7 +41,7 @@ def in_use(directory: Path) -> str | None:
             f"hydra.run.dir={directory}: another process is training there; wait for it or end it"
         )
     except OSError as error:
-        return f"hydra.run.dir={directory}: cannot be written: {error.strerror}"
+        return f"{directory / LOCK}: cannot be written: {error.strerror}"
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:

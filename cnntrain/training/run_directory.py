@@ -97,7 +97,7 @@ def replacing(path: Path, *, keep: Path | None = None) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename2 is None:
             error.filename = str(path)
         raise
     if os.name == "posix":  # the name, too, has to be on the disk

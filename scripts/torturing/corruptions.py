@@ -1,0 +1,219 @@
+"""Run directories and data caches with one file damaged, resumed."""
+
+import gzip
+import random
+import re
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cnntrain.data import cache, fashion_mnist
+from cnntrain.data.sources import Source
+from cnntrain.training.checkpoints import Checkpoints
+from torturing.runs import EVERYTHING, before_call, differences, facts, finish, launch, record
+
+SHORT = [*EVERYTHING, "trainer.max_epochs=3", "+trainer.limit_train_batches=7"]
+FROM_CACHE = [*SHORT, "data=fashion_mnist", "data.val_size=500"]
+
+# Runs that are to go on: where each was ended, and by what.
+Moment = tuple[Any, str, int, int]  # a function, its how manieth call, and the signal
+STATES: dict[str, Moment] = {
+    "in an epoch": (Checkpoints, "on_train_batch_end", 10, signal.SIGTERM),
+    "in validation": (Checkpoints, "on_validation_batch_end", 4, signal.SIGTERM),
+    "between epochs": (Checkpoints, "on_train_epoch_end", 2, signal.SIGTERM),
+    "in a rename": (Path, "replace", 9, signal.SIGKILL),
+}
+OTHER_RUNS = {
+    "seed": ["seed=5"],
+    "config": ["optimizer.lr=0.004"],
+    "architecture": ["model=shallow"],
+    "width": ["model.hidden=80"],
+}
+
+
+def _cut(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.choice([0, rng.randrange(len(data) + 1)])]
+
+
+def _flip(data: bytes, rng: random.Random) -> bytes:
+    flipped = bytearray(data)
+    for _ in range(rng.randint(1, 8) if data else 0):
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
+
+
+def _overwrite(block: Callable[[random.Random, int], bytes]) -> Callable[..., bytes]:
+    def overwrite(data: bytes, rng: random.Random) -> bytes:
+        begin, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        return data[:begin] + block(rng, end - begin) + data[end:]
+
+    return overwrite
+
+
+CONTENT = {
+    "cut off": _cut,
+    "bits flipped": _flip,
+    "zeros": _overwrite(lambda rng, length: bytes(length)),
+    "random bytes": _overwrite(random.Random.randbytes),
+}
+KINDS = [*CONTENT, "deleted", "wrong kind", "stale part", "swapped", "a sibling's", "another run's"]
+
+
+def damage(kind: str, path: Path, rng: random.Random, other: Path) -> set[str]:
+    """Do one of KINDS to a file, or to a folder those that apply, and name what was damaged.
+
+    `other` is its counterpart in another run.
+    """
+    if kind in CONTENT and path.is_file():
+        path.write_bytes(CONTENT[kind](path.read_bytes(), rng))
+    elif kind == "stale part":
+        path.with_name(f".{path.name}.part").write_bytes(rng.randbytes(1000))
+    elif kind in ("swapped", "a sibling's"):
+        sibling = rng.choice(sorted(p for p in path.parent.iterdir() if p != path))
+        if kind == "swapped":
+            aside = path.with_name("aside")
+            path.rename(aside)
+            sibling.rename(path)
+            aside.rename(sibling)
+            return {path.name, sibling.name}
+        elif path.is_file() and sibling.is_file():
+            shutil.copy(sibling, path)
+    elif kind == "another run's" and other.is_file():
+        shutil.copy(other, path)
+    else:
+        was_file = path.is_file()
+        (Path.unlink if was_file else shutil.rmtree)(path)
+        if kind == "wrong kind":
+            (Path.mkdir if was_file else Path.touch)(path)
+    return {path.name}
+
+
+class Stock:
+    """Sound run directories to make damaged copies of, and the records that they should lead to."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._run("completed", SHORT)
+        for state, moment in STATES.items():
+            self._run(state, SHORT, partial(before_call, *moment))
+        for name, options in OTHER_RUNS.items():
+            self._run(f"other {name}", [*SHORT, *options])
+        self.cache = folder / "cache"
+        self.cache.mkdir()
+        for packed in fashion_mnist.MINI_FOLDER.glob("*.gz"):
+            (self.cache / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+        cached = [*FROM_CACHE, f"data.root='{self.cache}'"]
+        self._run("completed from cache", cached, small_set)
+        self._run("from cache", cached, partial(small_set, moment=STATES["in an epoch"]))
+        self.records = {
+            "run": record(folder / "completed"),
+            "cache": record(folder / "completed from cache"),
+        }
+
+    def _run(self, name: str, options: list[str], prepare: Callable[[], object] = int) -> None:
+        arguments = [*options, f"hydra.run.dir='{self.folder / name}'"]
+        log = self.folder / f"{name}.log"
+        code = finish(launch(arguments, log, prepare=prepare))
+        assert code in (0, -signal.SIGKILL, 128 + signal.SIGTERM), log.read_text()
+
+
+def small_set(*, source: bool = True, moment: Moment | None = None) -> None:
+    """Let this process take the files of the small set for those of FashionMNIST, and fetch them
+    from the package, or from nowhere; at a given moment it is ended, too."""
+    fashion_mnist.FILES = fashion_mnist.MINI_FILES
+    fashion_mnist.FashionMNIST.train_size = fashion_mnist.FashionMNISTMini.train_size
+    package = Source("the package", lambda _: fashion_mnist.MINI_FOLDER)
+    vars(cache)["SOURCES"] = (package,) if source else ()
+    if moment:
+        before_call(*moment)
+
+
+def trial(number: int, seed: int, stock: Stock, folder: Path) -> tuple[str, str, str, str]:
+    """Damage one file and resume: what was done to which, how it ended, what is wrong with that."""
+    rng = random.Random(f"{seed} {number}")
+    state = rng.choice([*STATES, "completed", "from cache"])
+    directory, log, root = folder / "run", folder / "run.log", folder / "cache"
+    shutil.copytree(stock.folder / state, directory)
+    prepare: Callable[[], object] = int
+    if state == "from cache":
+        shutil.copytree(stock.cache, root)
+        target, kind = rng.choice(sorted(root.iterdir())), rng.choice(KINDS)
+        prepare = partial(small_set, source=rng.random() < 0.5)
+        arguments = [
+            *FROM_CACHE,
+            f"data.root='{root}'",
+            "resume=auto",
+            f"hydra.run.dir='{directory}'",
+        ]
+        other = stock.folder / "none"
+    else:
+        target, kind = rng.choice(sorted(directory.rglob("*"))), rng.choice(KINDS)
+        other = stock.folder / f"other {rng.choice([*OTHER_RUNS])}" / target.relative_to(directory)
+        arguments = rng.choice(
+            [
+                [*SHORT, "resume=auto", f"hydra.run.dir='{directory}'"],
+                [f"resume='{directory}'"],
+                [f"resume='{directory}'", "trainer.checkpoint_every_n_steps=2"],
+            ]
+        )
+    damaged = damage(kind, target, rng, other)
+    name = re.sub(r"tfevents.*", "tfevents", target.name)
+    fresh = state != "from cache" and rng.random() < 0.03
+    code = finish(launch(arguments, log, prepare=prepare, fresh=fresh))
+    right = stock.records["cache" if state == "from cache" else "run"]
+    outcome, problem = judge(code, log.read_text(), directory, damaged, right)
+    return kind, name, outcome, problem and f"{state}, {' '.join(arguments)}: {problem}"
+
+
+def judge(
+    code: int | None, text: str, directory: Path, damaged: set[str], right: dict[str, Any]
+) -> tuple[str, str]:
+    """How a resumed run ended, and what is wrong with that, if anything; `damaged` are files, by
+    name, `right` the record of the undisturbed run."""
+    if code is None:
+        return "FAILED", "no end"
+    if "Traceback" in text:
+        return "FAILED", f"a traceback\n{text}"
+    if code in (1, 2):
+        named = any(name in text for name in damaged)
+        return ("refused", "") if named else ("FAILED", f"{damaged} not named\n{text}")
+    if code != 0:
+        return "FAILED", f"exit code {code}\n{text}"
+    if "already completed" in text:  # nothing else was looked at, nor changed
+        metrics = right["result"]["metrics"]
+        shown = f"test accuracy   {metrics['test/acc']:.2%}   (loss {metrics['test/loss']:.4f}"
+        same = shown in text and not list(differences(right["result"], facts(directory)))
+        return ("answered", "") if same else ("FAILED", f"wrong numbers\n{text}")
+    try:
+        different = list(differences(right, record(directory)))
+    except Exception as error:
+        return "FAILED", f"the record cannot be read: {error}\n{text}"
+    if not different:
+        return "recovered", ""
+    if "TensorBoard has lost" in text and all(d.startswith("/scalars") for d in different):
+        return "recovered but for scalars, and said so", ""
+    return "FAILED", f"{different}\n{text}"
+
+
+def corrupt(
+    folder: Path, numbers: Iterable[int], seed: int
+) -> tuple[Counter[tuple[str, str, str]], list[str]]:
+    """As many trials as there are numbers: how often which damage to which file ended how, and
+    what went wrong; the directories of what did are left in `folder`."""
+    folder.mkdir(parents=True)
+    stock = Stock(folder)
+    counts, problems = Counter[tuple[str, str, str]](), []
+    for number in numbers:
+        place = folder / f"trial {number}"
+        place.mkdir()
+        kind, file, outcome, problem = trial(number, seed, stock, place)
+        counts[kind, file, outcome] += 1
+        if problem:
+            problems.append(f"--seed {seed} --only {number}: {file}, {kind}, {problem}")
+        else:
+            shutil.rmtree(place)
+    return counts, problems

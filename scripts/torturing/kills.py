@@ -1,0 +1,206 @@
+"""A training that is killed over and over."""
+
+import contextlib
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import cache, partial, wraps
+from pathlib import Path
+from typing import Any
+
+from cnntrain.training import CheckpointError, Trainer, checkpoint_file, checkpoints
+from cnntrain.training.classifier import Classifier
+from cnntrain.training.run_directory import RunDirectory
+from cnntrain.training.tensorboard import TensorBoard
+from torturing.runs import (
+    PATIENCE,
+    before_call,
+    differences,
+    ended,
+    facts,
+    finish,
+    launch,
+    record,
+)
+
+# What a process is at: that of the innermost of these functions that is running.
+PHASES: list[tuple[str, Any, str]] = [
+    ("starting", None, ""),
+    ("beginning the record", RunDirectory, "begin"),
+    ("taking over TensorBoard", TensorBoard, "go_on"),
+    ("training", Trainer, "fit"),
+    ("reading a checkpoint", checkpoints, "read"),
+    ("validating", Classifier, "validation_step"),
+    ("saving", checkpoints.Checkpoints, "_save"),
+    ("writing a checkpoint", checkpoints, "write"),
+    ("testing", Trainer, "test"),
+    ("writing result.json", RunDirectory, "write_result"),
+]
+BATCHES = 45  # in an epoch
+IN_WRITE = "SIGKILL in a write"  # before a flush to the disk or a rename, seldom met by chance
+SIGNALS = {
+    "SIGKILL": 25,
+    IN_WRITE: 15,
+    "SIGTERM": 35,
+    "SIGINT": 10,
+    "SIGINT twice": 5,
+    "SIGUSR1": 10,
+}
+
+
+def kill(
+    options: list[str], folder: Path, kills: int, rng: random.Random
+) -> tuple[Counter[str], list[str]]:
+    """Kill a training so many times, and a further one if that is over before; how often each
+    signal met what, and what went wrong."""
+    phase, counts, problems = mmap.mmap(-1, 1), Counter[str](), list[str]()
+    folder.mkdir(parents=True)
+    calm = run_in_peace([*options, f"hydra.run.dir={folder / 'calm'}"], folder / "calm.log", phase)
+    trainings = 0
+    while counts.total() < kills and not problems:
+        trainings += 1
+        run = folder / f"killed{trainings}"
+        arguments = [*options, "resume=auto", f"hydra.run.dir={run}"]
+        while facts(run).get("status") != "completed" and counts.total() < kills and not problems:
+            share = progress(run)
+            delay = draw_delay(share, calm, kills - counts.total(), rng)
+            name = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0] if counts else IN_WRITE
+            what, problem = kill_once(arguments, run, name, delay, share, phase, rng)
+            counts.update([what] if what else [])
+            problems += [f"{run}: {what}: {problem}"] if problem else []
+        if not problems and (code := finish(launch(arguments, run.with_suffix(".log")))):
+            problems.append(f"{run}: the last start ended with {code}")
+        if not problems:
+            problems = list(differences(record(folder / "calm"), record(run), str(run)))
+    print(f"{counts.total()} kills over {trainings} training(s)")
+    return counts, problems
+
+
+def run_in_peace(arguments: list[str], log: Path, phase: mmap.mmap) -> dict[str, float]:
+    """Seconds after which each phase of an undisturbed training began, and the end of all."""
+    pid, started = launch(arguments, log, prepare=partial(show_phase, phase)), time.monotonic()
+    seen: dict[str, float] = {}
+    while (code := ended(pid, 0.001)) is None:
+        seen.setdefault(PHASES[phase[0]][0], time.monotonic() - started)
+    assert code == 0, log.read_text()
+    return {**seen, "end": time.monotonic() - started}
+
+
+def draw_delay(share: float, calm: dict[str, float], kills: int, rng: random.Random) -> float:
+    """Seconds until the next kill, such that the run, of which `share` is done, ends at about the
+    last one."""
+    start = calm["training"]
+    if rng.random() < 0.3:
+        return rng.uniform(0, start)
+    if share == 1:  # only the test is left
+        return rng.uniform(start, start + calm["end"] - calm["testing"])
+    due = (1 - share) * (calm["testing"] - start) / max(0.85 * kills, 1)  # to train, each time
+    return start + rng.uniform(0, 2 * due / 0.7)
+
+
+def progress(run: Path) -> float:
+    """The share of the epochs that the last whole checkpoint has behind it."""
+    for name in ("last.ckpt", "previous.ckpt"):
+        with contextlib.suppress(CheckpointError, OSError):
+            content = checkpoint_file.read(run / "checkpoints" / name)
+            epochs = content["position"]["epoch"] + content["position"]["batch"] / BATCHES
+            return epochs / content["config"]["trainer"]["max_epochs"]
+    return 0
+
+
+def kill_once(
+    arguments: list[str],
+    run: Path,
+    name: str,
+    delay: float,
+    share: float,
+    phase: mmap.mmap,
+    rng: random.Random,
+) -> tuple[str, str | None]:
+    """Start a training and end it: the signal and what it met, nothing if all was done before;
+    what is wrong with the answer."""
+    signum = signal.Signals[name.split()[0]]
+    in_write = name == IN_WRITE
+    fresh = not in_write and rng.random() < 0.1
+    call = rng.choice([(os, "fsync"), (Path, "replace")])
+    number = rng.randint(1, 20 if share < 1 else 6)
+    if fresh:  # in its first moments only Python itself is there to answer
+        delay += import_seconds() * rng.choice([1, rng.uniform(0.1, 1)])
+    before, log, phase[0] = stamp(run), run.with_suffix(".log"), 0
+
+    def prepare() -> None:
+        show_phase(phase)
+        if in_write:
+            before_call(*call, number, signum)
+
+    pid = launch(arguments, log, prepare=prepare, fresh=fresh)
+    code = ended(pid, PATIENCE if in_write else delay)
+    met = PHASES[phase[0]][0]
+    if code is None:
+        os.kill(pid, signum)
+        if "twice" in name:
+            time.sleep(rng.uniform(0, 0.05))
+            os.kill(pid, signum)  # not waited for yet: the number is still its own
+        code = finish(pid)
+    elif not in_write or code == 0:
+        return "", f"ended with {code} by itself" if code else None
+    begun = stamp(run) != before
+    if fresh:
+        met = "fresh process" + (", at work" if begun else ", not yet at work")
+    text = log.read_text()
+    problem = wrong(signum, code, text, begun=begun, status=facts(run).get("status", "none"))
+    return f"{name}, {met}", problem and f"{problem}\n{text}"
+
+
+def wrong(signum: int, code: int | None, text: str, *, begun: bool, status: str) -> str | None:
+    """What is wrong with how a training ended; `begun`: it had written result.json."""
+    if code is None:
+        return f"no end within {PATIENCE} s"
+    if "Traceback" in text:
+        return "a traceback"
+    if code in (0, -signum, 128 + signum) and status == "completed":
+        return None
+    if signum == signal.SIGKILL:
+        return None if code == -signum else f"exit code {code}"
+    if code != 128 + signum and (begun or code != -signum):  # the latter before it has a handler
+        return f"exit code {code}"
+    if begun and status not in ("interrupted", "completed"):
+        return f"result.json says {status}"
+    return None
+
+
+def stamp(run: Path) -> int:
+    """Another number each time that result.json is written."""
+    file = run / "result.json"
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+@cache
+def import_seconds() -> float:
+    """How much longer a fresh process takes to begin."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import cnntrain.commands.train, cnntrain.training"])
+    return time.monotonic() - started
+
+
+def show_phase(phase: mmap.mmap) -> None:
+    """Keep the number of what this process is at in memory that its parent sees."""
+
+    def shown(function: Any, number: int) -> Any:
+        @wraps(function)
+        def called(*args: Any, **options: Any) -> Any:
+            before, phase[0] = phase[0], number
+            try:
+                return function(*args, **options)
+            finally:
+                phase[0] = before
+
+        return called
+
+    for number, (_, owner, name) in enumerate(PHASES[1:], 1):
+        setattr(owner, name, shown(getattr(owner, name), number))

@@ -1,0 +1,116 @@
+"""The short form of scripts/torture.py, and that it would see what it is there to see."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from torturing.corruptions import CONTENT, KINDS, damage, judge
+from torturing.kills import wrong
+from torturing.runs import differences, record
+
+pytestmark = pytest.mark.xdist_group("torture")  # in one process: the script runs once for all
+
+
+@pytest.fixture(scope="module")
+def tortured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where the script left its runs, and what it said."""
+    folder = tmp_path_factory.mktemp("torture") / "all"
+    numbers = ["--kills", "6", "--epochs", "2", "--corruptions", "20", "--seed", "0"]
+    command = [sys.executable, str(ROOT / "scripts/torture.py"), *numbers, "--folder", str(folder)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def right(tortured: tuple[Path, str]) -> dict[str, Any]:
+    return record(tortured[0] / "corruptions/completed")
+
+
+def test_nothing_is_lost(tortured: tuple[Path, str]) -> None:
+    _, said = tortured
+    assert re.search(r"^6 kills over \d training", said, re.MULTILINE)
+    assert re.search(r"^ +\d  SIGKILL in a write, ", said, re.MULTILINE)
+    assert re.search(r"^20 corruptions$", said, re.MULTILINE)
+    assert re.search(r": recovered$", said, re.MULTILINE)
+    assert re.search(r"^0 problems", said, re.MULTILINE)
+
+
+def test_equal_runs_have_equal_records(tortured: tuple[Path, str], right: dict[str, Any]) -> None:
+    folder, _ = tortured
+    assert right["result"]["status"] == "completed"
+    assert len(right["scalars"]["train/loss_step"]) == 12
+    assert len(right["last.ckpt"]["state_dict"]) > 20
+    other = record(folder / "corruptions/other seed")
+    found = "\n".join(differences(right, other))
+    for part in ("/last.ckpt/state_dict", "/best.ckpt", "/metrics.csv", "/scalars", "/result"):
+        assert part in found
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "checkpoints/best.ckpt", "result.json"])
+def test_a_wrong_result_is_seen(
+    tortured: tuple[Path, str], right: dict[str, Any], tmp_path: Path, file: str
+) -> None:
+    stock = tortured[0] / "corruptions"
+    shutil.copytree(stock / "completed", tmp_path / "run")
+    assert judge(0, "", tmp_path / "run", set(), right) == ("recovered", "")
+    shutil.copy(stock / "other seed" / file, tmp_path / "run" / file)
+    assert judge(0, "TensorBoard has lost", tmp_path / "run", set(), right)[0] == "FAILED"
+
+
+def test_a_bad_answer_is_seen(right: dict[str, Any], tmp_path: Path) -> None:
+    def outcome(code: int | None, text: str) -> str:
+        return judge(code, text, tmp_path, {"last.ckpt"}, right)[0]
+
+    assert outcome(1, "cnntrain: last.ckpt: is no checkpoint") == "refused"
+    assert outcome(1, "cnntrain: something is wrong") == "FAILED"
+    assert outcome(1, "Traceback (most recent call last): last.ckpt") == "FAILED"
+    assert outcome(None, "last.ckpt") == "FAILED"
+    assert outcome(0, "already completed\n\ntest accuracy   99.00%") == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "text", "begun", "status", "problem"),
+    [
+        (15, 143, "", True, "interrupted", None),
+        (15, 143, "", True, "running", "result.json says running"),
+        (15, 0, "", True, "running", "exit code 0"),
+        (15, 0, "", True, "completed", None),
+        (2, 1, "", True, "interrupted", "exit code 1"),
+        (2, 130, "Traceback", True, "interrupted", "a traceback"),
+        (10, -10, "", False, "none", None),
+        (10, -10, "", True, "interrupted", "exit code -10"),
+        (9, -9, "", True, "running", None),
+        (15, None, "", True, "running", "no end within 60 s"),
+    ],
+)
+def test_a_wrong_end_is_seen(
+    signum: int, code: int | None, text: str, begun: bool, status: str, problem: str | None
+) -> None:
+    assert wrong(signum, code, text, begun=begun, status=status) == problem
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_done(tmp_path: Path, kind: str) -> None:
+    folder, other = tmp_path / "run", tmp_path / "other"
+    folder.mkdir()
+    contents = {"a": random.Random(0).randbytes(500), "b": b"b" * 500}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    other.write_bytes(b"other")
+    named = damage(kind, folder / "a", random.Random(1), other)
+    found = {p.name: p.read_bytes() if p.is_file() else None for p in folder.iterdir()}
+    assert "a" in named
+    assert found != contents
+    if kind in CONTENT:
+        assert found["b"] == contents["b"]
+        assert len(found["a"] or b"") <= 500
