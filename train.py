@@ -1,4 +1,7 @@
-from cnntrain.commands.train import main
+from cnntrain.interruption import watching
 
 if __name__ == "__main__":
-    main()
+    with watching("leave"):  # also while what the command needs is imported
+        from cnntrain.commands.train import main
+
+        main()

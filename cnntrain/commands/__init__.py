@@ -5,6 +5,7 @@ import importlib
 import sys
 
 import cnntrain
+from cnntrain.interruption import watching
 
 COMMANDS = {
     "train": "train a network from a config",
@@ -18,7 +19,8 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
         sys.argv[:2] = [f"cnntrain {command}"]
-        importlib.import_module(f"cnntrain.commands.{command}").main()
+        with watching("leave"):  # also while what the command needs is imported
+            importlib.import_module(f"cnntrain.commands.{command}").main()
     elif command in ("--version", "version"):
         print(f"cnntrain {cnntrain.__version__}")
     elif command in ("--help", "-h", "help"):

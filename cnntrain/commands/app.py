@@ -93,7 +93,8 @@ def short(path: Path) -> str:
 
 def told(error: OSError) -> str:
     """What the operating system says, of which file; of a renaming, which to which."""
-    files = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
+    names = (error.filename, error.filename2)
+    files = " to ".join(os.fsdecode(n) if isinstance(n, bytes) else str(n) for n in names if n)
     return f"{files}: {error.strerror}" if files else str(error.strerror or error)
 
 

@@ -3,7 +3,8 @@
 import argparse
 import shlex
 import sys
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from cnntrain.commands.app import command_line, refuse, short, start, told
 from cnntrain.commands.plan import places
 from cnntrain.config import ConfigError, check, compose, contradictions, fixed_run_directory, quoted
 from cnntrain.config.resume import (
+    CONFIG,
     begun,
     changed,
     completed,
     in_use,
+    overrides_given,
     refused_changes,
     run_config,
     without_resume,
@@ -31,8 +34,8 @@ def main() -> None:
             resumed = _resumed(command_line())
             start(
                 "train",
-                lambda cfg: _train(resumed or cfg, resume=resumed is not None),
-                rehearse=lambda cfg: _rehearse(resumed or cfg),
+                lambda cfg: _train(cfg, resumed),
+                rehearse=lambda cfg: _rehearse(resumed.cfg if resumed else cfg),
                 resuming=resumed is not None,
             )
         except ConfigError as error:
@@ -45,14 +48,25 @@ def main() -> None:
             sys.exit(error.exit_code)
 
 
-def _train(cfg: DictConfig, *, resume: bool) -> float:
+@dataclass(frozen=True)
+class Resumed:
+    """A run that is gone on with: its config, and all that was ever typed for it."""
+
+    cfg: DictConfig
+    overrides: list[str] | None  # None: as recorded
+
+
+def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     from cnntrain.data import DataError
     from cnntrain.training import CheckpointError, NotFinite, train
 
-    directory = Path(HydraConfig.get().runtime.output_dir)
+    hydra = HydraConfig.get()
+    directory = Path(hydra.runtime.output_dir)
     again = f"resume={shlex.quote(short(directory))}"
+    typed = [text for text in hydra.overrides.task if not _is(text, "resume")]
+    run = resumed or Resumed(cfg, typed)
     try:
-        result = train(cfg, directory, resume=resume)
+        result = train(run.cfg, directory, resume=resumed is not None, overrides=run.overrides)
     except Interrupted as error:
         print(f"\ncnntrain: interrupted by {error}; go on with {again}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -66,7 +80,7 @@ def _train(cfg: DictConfig, *, resume: bool) -> float:
         print(f"cnntrain: {told(error)}; once that is mended, go on with {again}", file=sys.stderr)
         sys.exit(1)
     _show(result.metrics, result.seconds, directory)
-    return result.metrics[cfg.trainer.monitor]
+    return result.metrics[run.cfg.trainer.monitor]
 
 
 def _rehearse(cfg: DictConfig) -> None:
@@ -75,16 +89,15 @@ def _rehearse(cfg: DictConfig) -> None:
     rehearse(cfg)
 
 
-def _resumed(arguments: argparse.Namespace) -> DictConfig | None:
-    """The config of the run to be continued, if `resume` asks for one that has begun.
+def _resumed(arguments: argparse.Namespace) -> Resumed | None:
+    """The run to be gone on with, if `resume` asks for one that has begun.
 
-    Hydra is then told, by way of the command line, nothing but where that is. A completed run is
-    answered with its result, and the process ends.
+    A completed one is answered with its result, and the process ends.
     """
     given = [text for text in arguments.overrides if text.startswith("resume=")]
     asks = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
-    chosen = given[-1].partition("=")[2].strip("'\"") if given else "null"
-    if chosen == "null" or any(asks) or arguments.cfg:
+    chosen = _unquoted(given[-1].partition("=")[2]) if given else "null"
+    if chosen == "null" or any(asks):
         return None
     overrides = [text for text in arguments.overrides if text not in given]
     hydra = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
@@ -92,33 +105,52 @@ def _resumed(arguments: argparse.Namespace) -> DictConfig | None:
     files: dict[str, Any] = {"name": arguments.config_name or "train"} | places(arguments)
     if arguments.multirun:
         raise ConfigError([f"{given[-1]}: continues one run; leave out -m"])
+
+    def load(chosen: Sequence[str]) -> DictConfig:
+        return compose(chosen, **files, command="train")
+
     if chosen == "auto":
-        wanted = without_resume(compose(own, **files, command="train"))
-        directory = fixed_run_directory(overrides, **files)
-        if not begun(directory):
+        composed = without_resume(load(own))
+        directory = fixed_run_directory(arguments.overrides, **files)
+        if arguments.cfg or not begun(directory):
             return None
     else:
         directory = Path(chosen)
+        problem = None
         if not chosen or not begun(directory):
-            raise ConfigError([f"{given[-1]}: holds no run; name the folder of one, or auto"])
-        if placed := [text for text in hydra if text.startswith("hydra.run.dir=")]:
-            raise ConfigError([f"{placed[0]}: goes with resume=auto; a run stays where it is"])
-        wanted = changed(directory, own, partial(compose, **files, command="train"))
-    problems = check(wanted) or contradictions(wanted)
-    problems = problems or refused_changes(run_config(directory), wanted)
+            home = "; ~ is not expanded there" if chosen.startswith("~") else ""
+            problem = f"{given[-1]}: holds no run; name the folder of one, or auto{home}"
+        elif arguments.cfg:
+            problem = f"--cfg: shows a new run; the config of this one is {directory / CONFIG}"
+        elif placed := [text for text in hydra if _is(text, "hydra.run.dir")]:
+            problem = f"{placed[0]}: goes with resume=auto; a run stays where it is"
+        if problem:
+            raise ConfigError([problem])
     if busy := in_use(directory):
-        problems.append(busy)
+        raise ConfigError([busy])
+    run = run_config(directory)
+    wanted = composed if chosen == "auto" else changed(run, directory, own, load)
+    problems = check(wanted) or contradictions(wanted) or refused_changes(run, wanted)
     if problems:
         raise ConfigError(problems)
     if result := completed(directory, wanted):
         print("already completed")
         _show(result["metrics"], result["timings"]["seconds"], directory)
         sys.exit(0)
-    placed = [f"hydra.run.dir={quoted(str(directory))}", "hydra.output_subdir=null"]
-    others = [text for text in hydra if not text.startswith("hydra.run.dir=")]
+    # Hydra is told nothing but where the run is.
+    others = [text for text in hydra if not _is(text, "hydra.run.dir")]
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
-    sys.argv[1:] = [*flags, *others, *placed]
-    return wanted
+    sys.argv[1:] = [*flags, *others, f"hydra.run.dir={quoted(str(directory))}"]
+    before = overrides_given(directory) if own and chosen != "auto" else []
+    return Resumed(wanted, [*before, *own] if own else None)
+
+
+def _is(override: str, key: str) -> bool:
+    return override.lstrip("+").partition("=")[0] == key
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
 def _show(metrics: dict[str, Any], seconds: float, directory: Path) -> None:

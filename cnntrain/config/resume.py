@@ -91,6 +91,7 @@ def run_config(directory: Path) -> DictConfig:
 
 
 def changed(
+    run: DictConfig,
     directory: Path,
     overrides: Sequence[str],
     compose: Callable[[Sequence[str]], DictConfig] = compose,
@@ -100,25 +101,41 @@ def changed(
 
     Raises ConfigError, as `compose` does.
     """
-    cfg = run_config(directory)
     if not overrides:
-        return cfg
-    file = directory / OVERRIDES
+        return run
+    given = overrides_given(directory)
     try:
-        at_start = map(str, OmegaConf.load(file)) if file.exists() else ()
-        given = [text for text in at_start if not text.lstrip("+").startswith("resume=")]
         before = flat(compose(given))
-    except (YAMLError, ValueError, TypeError, OmegaConfBaseException, ConfigError):
+    except ConfigError as error:
         raise ConfigError(
-            [f"{file}: is damaged, so that options cannot be changed; leave them out"]
+            [
+                f"{directory / OVERRIDES}: cannot be composed here ({error.problems[0]}); give "
+                "--config-dir or --config-name as at the start, or leave the options out"
+            ]
         ) from None
     after = flat(compose([*given, *overrides]))
-    options = {key: value for key, value in flat(cfg).items() if key in after or key not in before}
-    options |= {key: value for key, value in after.items() if value != before.get(key, ...)}
+    typed = {text.lstrip("+~").partition("=")[0] for text in overrides}
+    # Whatever they were before, as that may not be known: of a run that was started from Python.
+    typed |= {f"{name}._target_" for name in typed}
+    options = {key: value for key, value in flat(run).items() if key in after or key not in before}
+    options |= {k: v for k, v in after.items() if k in typed or v != before.get(k, ...)}
     wanted = OmegaConf.create()
     for key, value in options.items():
         OmegaConf.update(wanted, key, value, force_add=True)
-    return wanted
+    return without_resume(wanted)
+
+
+def overrides_given(directory: Path) -> list[str]:
+    """What was typed at the start of a run, and each time that it was gone on with."""
+    file = directory / OVERRIDES
+    if not file.exists():
+        return []
+    try:
+        return [str(text) for text in OmegaConf.load(file)]
+    except (YAMLError, ValueError, TypeError, OmegaConfBaseException):
+        raise ConfigError(
+            [f"{file}: is damaged, so that options cannot be changed; leave them out"]
+        ) from None
 
 
 def without_resume(cfg: DictConfig) -> DictConfig:

@@ -20,9 +20,10 @@ from cnntrain.training.run_directory import conditions
 class Checkpoints(Checkpoint):
     """Writes last.ckpt, from which a run goes on as if it had never stopped, and best.ckpt.
 
-    last.ckpt is written every so many epochs, steps or minutes, at the end, and when a signal asks
-    to stop; the one before it stays as previous.ckpt. It holds the best weights so far, too, so
-    that it alone decides how the run ends. best.ckpt has only these, for use elsewhere.
+    last.ckpt is written every so many epochs, steps or minutes, when an epoch is the best so far,
+    at the end, and when a signal asks to stop; the one before it stays as previous.ckpt. It holds
+    the best weights so far, too, so that it alone decides how the run ends. best.ckpt has only
+    these, for use elsewhere.
     """
 
     def __init__(

@@ -28,6 +28,7 @@ from cnntrain.training.diagnosis import (
     report,
     spoilt,
 )
+from cnntrain.training.record import learning_rate
 
 FILE = "not_finite.pt"
 
@@ -216,10 +217,6 @@ class Finite(lightning.Callback):
             said = str(error).partition("\n")[0]
             cause = Cause(f"looking for the layer failed: {type(error).__name__}: {said}")
         raise report(self.file, trainer, module, place, batch, indices, cause)
-
-
-def learning_rate(trainer: lightning.Trainer) -> float:
-    return float(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def loader_of(trainer: lightning.Trainer, stage: Stage) -> Any:

@@ -5,6 +5,7 @@ import io
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,18 @@ class Result:
     images_per_second: float  # training images by the time that fitting took, validation included
 
 
-def train(cfg: DictConfig, directory: Path, *, resume: bool = False) -> Result:
+def train(
+    cfg: DictConfig,
+    directory: Path,
+    *,
+    resume: bool = False,
+    overrides: Sequence[str] | None = None,
+) -> Result:
     """Train, validate every epoch, test once, and leave the whole record in `directory`.
 
     With `resume`, a run that `directory` holds is continued from its last checkpoint, as if it
-    had never stopped; a completed one is answered with its result.
+    had never stopped; a completed one is answered with its result. `overrides` are what was typed
+    for the run, for its record.
 
     Raises:
         ConfigError: The config cannot be built, the directory holds another run, or the run that
@@ -64,7 +72,8 @@ def train(cfg: DictConfig, directory: Path, *, resume: bool = False) -> Result:
         saved = newest(directory / CHECKPOINTS) if resume else None
         if saved:
             _check(*saved, cfg, module)
-        run.begin(cfg, {"config_hash": config_hash(cfg), "seed": cfg.seed})
+        facts = {"config_hash": config_hash(cfg), "seed": cfg.seed}
+        run.begin(cfg, facts, overrides)
         record = Record(directory, TensorBoard(directory))
         interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
         try:
@@ -132,9 +141,11 @@ def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) ->
     if different:
         raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
     problems = refused_changes(DictConfig(content["config"]), cfg)
-    done, epochs = content["position"]["epoch"], cfg.trainer.max_epochs
-    if done > epochs:
-        problems.append(f"trainer.max_epochs={epochs}: {done} epochs are done; take {done} or more")
+    done, begun = content["position"]["epoch"], content["position"]["batch"] > 0
+    epochs, least = cfg.trainer.max_epochs, done + begun
+    if least > epochs:
+        what = f"epoch {least} is begun" if begun else f"{done} epochs are done"
+        problems.append(f"trainer.max_epochs={epochs}: {what}; take {least} or more")
     if problems:
         raise ConfigError([f"{problem} (says {path})" for problem in problems])
     for what, now in conditions().items():
@@ -190,7 +201,9 @@ def _fit_and_test(
         trainer.fit(module, *loaders, ckpt_path=saved and saved[0], weights_only=True)
     interruption.check()
     module.load_state_dict(trainer.chosen_weights)
-    trainer.test(module, data.test_loader(device), verbose=False)
+    with interruption.answering("raise"):  # nothing is lost but the test, which is made again
+        trainer.test(module, data.test_loader(device), verbose=False)
+    interruption.check()
     test = module.tallies["test"].metrics("test")
     tensorboard.log_metrics(test, record.epochs[-1]["epoch"])
     tensorboard.end(cfg)

@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config import ConfigError, run_directory_problem
-from cnntrain.config.resume import CONFIG, LOCK, RESULT, in_use, seal
+from cnntrain.config.resume import CONFIG, LOCK, OVERRIDES, RESULT, in_use, seal
 
 PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 
@@ -48,13 +48,21 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.lock.release()
 
-    def begin(self, cfg: DictConfig, facts: dict[str, Any]) -> None:
-        """Write down what is going to be run; `facts` stand in every result.json from now on."""
+    def begin(
+        self, cfg: DictConfig, facts: dict[str, Any], overrides: Sequence[str] | None = None
+    ) -> None:
+        """Write down what is going to be run; `facts` stand in every result.json from now on.
+
+        Not left to Hydra, which would write before the directory is this run's own. `overrides`
+        are what was typed for it, if anything was.
+        """
         self.facts = facts
-        config = self.path / CONFIG
-        config.parent.mkdir(exist_ok=True)
-        with replacing(config) as file:  # what Hydra has written may be of one who came too late
+        (self.path / CONFIG).parent.mkdir(exist_ok=True)
+        with replacing(self.path / CONFIG) as file:
             file.write(OmegaConf.to_yaml(cfg).encode())
+        if overrides is not None:
+            with replacing(self.path / OVERRIDES) as file:
+                file.write(OmegaConf.to_yaml(OmegaConf.create(list(overrides))).encode())
         self._write_environment()
         self.write_result("running")
 

@@ -20,7 +20,7 @@ class Trainer(lightning.Trainer):
     """`lightning.Trainer` on one device, with checkpoints and early stopping by one metric.
 
     `checkpoints/last.ckpt` and `best.ckpt` are written under `default_root_dir`. Whatever else
-    Lightning's trainer takes can be given as well.
+    Lightning's trainer takes can be given as well, but for what a run decides itself.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ STATES: dict[str, Moment] = {
     "in an epoch": (Checkpoints, "on_train_batch_end", 10, signal.SIGTERM),
     "in validation": (Checkpoints, "on_validation_batch_end", 4, signal.SIGTERM),
     "between epochs": (Checkpoints, "on_train_epoch_end", 2, signal.SIGTERM),
-    "in a rename": (Path, "replace", 9, signal.SIGKILL),
+    "in a rename": (Path, "replace", 10, signal.SIGKILL),
 }
 OTHER_RUNS = {
     "seed": ["seed=5"],

@@ -28,20 +28,23 @@ from torturing.runs import (
     record,
 )
 
-# What a process is at: that of the innermost of these functions that is running.
+# What a process is at: that of the innermost of these functions that is running. None of those
+# behind an entry comes before it.
 PHASES: list[tuple[str, Any, str]] = [
     ("starting", None, ""),
     ("beginning the record", RunDirectory, "begin"),
     ("taking over TensorBoard", TensorBoard, "go_on"),
+    ("writing result.json", RunDirectory, "write_result"),
     ("training", Trainer, "fit"),
     ("reading a checkpoint", checkpoints, "read"),
     ("validating", Classifier, "validation_step"),
     ("saving", checkpoints.Checkpoints, "_save"),
     ("writing a checkpoint", checkpoints, "write"),
     ("testing", Trainer, "test"),
-    ("writing result.json", RunDirectory, "write_result"),
 ]
 BATCHES = 45  # in an epoch
+LATE = 0.95  # of a training: from there on, it is the test that is to be met
+NAMES = [name for name, _, _ in PHASES]
 IN_WRITE = "SIGKILL in a write"  # before a flush to the disk or a rename, seldom met by chance
 SIGNALS = {
     "SIGKILL": 25,
@@ -68,9 +71,9 @@ def kill(
         arguments = [*options, "resume=auto", f"hydra.run.dir={run}"]
         while facts(run).get("status") != "completed" and counts.total() < kills and not problems:
             share = progress(run)
-            delay = draw_delay(share, calm, kills - counts.total(), rng)
+            moment = draw_moment(share, calm, kills - counts.total(), rng)
             name = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0] if counts else IN_WRITE
-            what, problem = kill_once(arguments, run, name, delay, share, phase, rng)
+            what, problem = kill_once(arguments, run, name, moment, share, phase, rng)
             counts.update([what] if what else [])
             problems += [f"{run}: {what}: {problem}"] if problem else []
         if not problems and (code := finish(launch(arguments, run.with_suffix(".log")))):
@@ -86,21 +89,23 @@ def run_in_peace(arguments: list[str], log: Path, phase: mmap.mmap) -> dict[str,
     pid, started = launch(arguments, log, prepare=partial(show_phase, phase)), time.monotonic()
     seen: dict[str, float] = {}
     while (code := ended(pid, 0.001)) is None:
-        seen.setdefault(PHASES[phase[0]][0], time.monotonic() - started)
+        seen.setdefault(NAMES[phase[0]], time.monotonic() - started)
     assert code == 0, log.read_text()
     return {**seen, "end": time.monotonic() - started}
 
 
-def draw_delay(share: float, calm: dict[str, float], kills: int, rng: random.Random) -> float:
-    """Seconds until the next kill, such that the run, of which `share` is done, ends at about the
-    last one."""
+def draw_moment(
+    share: float, calm: dict[str, float], kills: int, rng: random.Random
+) -> tuple[str, float]:
+    """A phase, and how many seconds after its begin to kill, such that the run, of which `share`
+    is done, ends at about the last kill."""
     start = calm["training"]
     if rng.random() < 0.3:
-        return rng.uniform(0, start)
-    if share == 1:  # only the test is left
-        return rng.uniform(start, start + calm["end"] - calm["testing"])
-    due = (1 - share) * (calm["testing"] - start) / max(0.85 * kills, 1)  # to train, each time
-    return start + rng.uniform(0, 2 * due / 0.7)
+        return "starting", rng.uniform(0, start)
+    if share > LATE:
+        return "testing", rng.uniform(0, (calm["end"] - calm["testing"]) / 2)
+    due = (1 - share) * (calm["testing"] - start)  # seconds of training
+    return "training", rng.uniform(0, min(2 * due / (0.7 * 0.85 * kills), due / 2))
 
 
 def progress(run: Path) -> float:
@@ -117,7 +122,7 @@ def kill_once(
     arguments: list[str],
     run: Path,
     name: str,
-    delay: float,
+    moment: tuple[str, float],
     share: float,
     phase: mmap.mmap,
     rng: random.Random,
@@ -126,11 +131,10 @@ def kill_once(
     what is wrong with the answer."""
     signum = signal.Signals[name.split()[0]]
     in_write = name == IN_WRITE
-    fresh = not in_write and rng.random() < 0.1
+    late = share > LATE  # what goes far would be at the end before it is killed
+    fresh = not in_write and not late and rng.random() < 0.1
     call = rng.choice([(os, "fsync"), (Path, "replace")])
-    number = rng.randint(1, 20 if share < 1 else 6)
-    if fresh:  # in its first moments only Python itself is there to answer
-        delay += import_seconds() * rng.choice([1, rng.uniform(0.1, 1)])
+    number = rng.randint(1, 6 if late else 20)
     before, log, phase[0] = stamp(run), run.with_suffix(".log"), 0
 
     def prepare() -> None:
@@ -139,8 +143,21 @@ def kill_once(
             before_call(*call, number, signum)
 
     pid = launch(arguments, log, prepare=prepare, fresh=fresh)
-    code = ended(pid, PATIENCE if in_write else delay)
-    met = PHASES[phase[0]][0]
+    awaited, delay = moment
+    if fresh and awaited == "starting":  # at first only Python itself is there to answer
+        delay = import_seconds() * rng.uniform(0.1, 1)
+
+    def reached() -> bool:
+        if in_write or awaited == "starting":
+            return True
+        return stamp(run) != before if fresh else phase[0] >= NAMES.index(awaited)
+
+    until, code = time.monotonic() + PATIENCE, None
+    while code is None and not reached() and time.monotonic() < until:
+        code = ended(pid, 0.001)
+    if code is None:
+        code = ended(pid, PATIENCE if in_write else delay)
+    met = NAMES[phase[0]]
     if code is None:
         os.kill(pid, signum)
         if "twice" in name:
