@@ -83,7 +83,11 @@ interruption = Interruption()
 
 @contextlib.contextmanager
 def watching(answer: Answer = "raise") -> Iterator[None]:
-    """Handle signals within; nothing changes where they are handled already, or cannot be."""
+    """Handle signals within; nothing changes where they are handled already, or cannot be.
+
+    With `leave`, which is for a whole process, they are handled until that has ended: Python takes
+    a second to take down what was imported, and would answer with a traceback.
+    """
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     main = threading.current_thread() is threading.main_thread()
     if not main or interruption._handle in before.values():
@@ -94,9 +98,11 @@ def watching(answer: Answer = "raise") -> Iterator[None]:
     try:
         yield
     finally:
-        interruption.received, interruption.before_leaving = None, None
-        for signum, handler in before.items():
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        interruption.before_leaving = None
+        if answer != "leave":
+            interruption.received = None
+            for signum, handler in before.items():
+                signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 
 
 def _say(text: str) -> None:

@@ -88,6 +88,27 @@ def test_before_there_is_anything_to_save(start: Start, tmp_path: Path) -> None:
     assert "SIGTERM" in said
 
 
+def test_while_python_is_ending() -> None:
+    """A second Ctrl-C often comes when all is saved already."""
+    code = (
+        "import os, signal\n"
+        "from cnntrain.interruption import interruption, watching\n"
+        "with watching('leave'):\n"
+        "    interruption.received = signal.SIGTERM\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('not reached')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 130
+    assert (done.stdout, done.stderr) == ("", "\ncnntrain: interrupted by SIGINT\n")
+
+
 SLOW = """\
 import time
 from pathlib import Path
