@@ -1,12 +1,14 @@
 """`cnntrain train`, `python train.py`: one run, or with -m one for every combination."""
 
 import argparse
+import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -44,8 +46,7 @@ def main() -> None:
             print(f"cnntrain: {told(error)}", file=sys.stderr)
             sys.exit(1)
         except Interrupted as error:
-            print(f"\ncnntrain: interrupted by {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
+            _leave(error)
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     try:
         result = train(run.cfg, directory, resume=resumed is not None, overrides=run.overrides)
     except Interrupted as error:
-        print(f"\ncnntrain: interrupted by {error}; go on with {again}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _leave(error, f"; go on with {again}")
     except NotFinite as error:
         print(f"cnntrain: {error}", file=sys.stderr)
         sys.exit(3)
@@ -143,6 +143,15 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
     sys.argv[1:] = [*flags, *others, f"hydra.run.dir={quoted(str(directory))}"]
     before = overrides_given(directory) if own and chosen != "auto" else []
     return Resumed(wanted, [*before, *own] if own else None)
+
+
+def _leave(interrupted: Interrupted, hint: str = "") -> NoReturn:
+    print(f"\ncnntrain: interrupted by {interrupted}{hint}", file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by way of Python's own end, a second in which another signal has another exit code.
+    os._exit(interrupted.exit_code)
 
 
 def _is(override: str, key: str) -> bool:
