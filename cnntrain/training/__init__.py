@@ -1,6 +1,7 @@
 """From a config to a finished run."""
 
 from cnntrain.training.checkpoint_file import CheckpointError
+from cnntrain.training.company import ProcessLost
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
 from cnntrain.training.run import Result, rehearse, train
@@ -11,6 +12,7 @@ __all__ = [
     "CrossEntropy",
     "NotFinite",
     "OneCycle",
+    "ProcessLost",
     "Result",
     "Trainer",
     "WarmupCosine",

@@ -5,7 +5,7 @@ import io
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from cnntrain.config import ConfigError, blame, build, config_hash
 from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, without_resume
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruption, watching
+from cnntrain.launched import Place, launched
 from cnntrain.models import layer_table
 from cnntrain.training.checkpoint_file import CheckpointError, Content, newest
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
+from cnntrain.training.company import company
+from cnntrain.training.distributed import Processes, cores_shared
 from cnntrain.training.finite import Finite
 from cnntrain.training.record import Record
 from cnntrain.training.run_directory import RunDirectory, conditions
@@ -62,11 +65,13 @@ def train(
         DataError: The data cannot be had.
         NotFinite: A loss or a gradient is not a number.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved.
+        ProcessLost: Another process that trains with this one has died.
         OSError: Something cannot be written.
     """
     cfg = without_resume(cfg)
-    data, module = _build(cfg)
-    with watching(), RunDirectory(directory, resume=resume) as run:
+    data, module = build_run(cfg)
+    place = _place(cfg)
+    with watching(), cores_shared(place), RunDirectory(directory, resume=resume) as run:
         if resume and (recorded := completed(directory, cfg)):
             return Result(recorded["metrics"], directory, **recorded["timings"])
         saved = newest(directory / CHECKPOINTS) if resume else None
@@ -76,8 +81,12 @@ def train(
         run.begin(cfg, facts, overrides)
         record = Record(directory, TensorBoard(directory))
         interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
+
+        def lost(why: str) -> None:
+            run.write_result("failed", **record.so_far(), error=f"ProcessLost: {why}")
+
         try:
-            content = _fit_and_test(cfg, directory, data, module, record, saved)
+            content = _run(cfg, place, directory, data, module, record, saved, lost)
             run.write_result("completed", **content)
         except BaseException as error:
             # A signal may have made another error, somewhere in the libraries.
@@ -98,7 +107,7 @@ def rehearse(cfg: DictConfig) -> None:
 
     Nothing is written. Raises ConfigError for what constructors, or the first step, refuse.
     """
-    data, module = _build(cfg)
+    data, module = build_run(cfg)
     with blame("model"):
         logits = module.network(torch.zeros(2, *data.shape))
         if logits.shape != (2, data.num_classes):
@@ -116,7 +125,7 @@ def rehearse(cfg: DictConfig) -> None:
         optimizer.step()
 
 
-def _build(cfg: DictConfig) -> tuple[ImageData, Classifier]:
+def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
     """The data set, not yet read, and the network with all that trains it."""
     _quieten_lightning()
     lightning.seed_everything(cfg.seed, verbose=False)
@@ -133,6 +142,55 @@ def _build(cfg: DictConfig) -> tuple[ImageData, Classifier]:
         optimizer(params=network.parameters())  # refuses now what it would refuse after the data
     scheduler = build(cfg.scheduler) if cfg.scheduler else None
     return data, Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
+
+
+def build_trainer(
+    cfg: DictConfig,
+    place: Place,
+    directory: Path,
+    data: ImageData,
+    module: Classifier,
+    record: Record | None = None,
+) -> Trainer:
+    """The trainer of one of a run's processes; rank 0's has a record."""
+    callbacks: list[lightning.Callback] = [Finite(directory, *data.split())]
+    with blame("trainer"):
+        trainer: Trainer = build(
+            cfg.trainer,
+            processes=Processes(place),
+            default_root_dir=directory,
+            logger=record.tensorboard if record else False,
+            callbacks=[*callbacks, record] if record else callbacks,
+        )
+    if trainer.compile_network:
+        module.network.compile()
+    return trainer
+
+
+def fit_and_test(
+    trainer: Trainer,
+    place: Place,
+    cfg: DictConfig,
+    data: ImageData,
+    module: Classifier,
+    checkpoint: Path | None,
+) -> None:
+    """What every process of a run does with its share of the data."""
+    device, share = trainer.strategy.root_device, {"rank": place.rank, "world": place.world}
+    loaders = data.train_loader(cfg.seed, device, **share), data.val_loader(device, **share)
+    with interruption.answering("note"):
+        trainer.fit(module, *loaders, ckpt_path=checkpoint, weights_only=True)
+    interruption.check()
+    module.load_state_dict(trainer.chosen_weights)
+    with interruption.answering("raise"):  # nothing is lost but the test, which is made again
+        trainer.test(module, data.test_loader(device, **share), verbose=False)
+    interruption.check()
+
+
+def _place(cfg: DictConfig) -> Place:
+    """Where this process stands among those that train together."""
+    nodes = cfg.trainer.get("num_nodes", 1)
+    return launched() or Place(world=cfg.trainer.get("devices", 1) * nodes, nodes=nodes)
 
 
 def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) -> None:
@@ -156,32 +214,25 @@ def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) ->
             )
 
 
-def _fit_and_test(
+def _run(
     cfg: DictConfig,
+    place: Place,
     directory: Path,
     data: ImageData,
     module: Classifier,
     record: Record,
     saved: tuple[Path, Content] | None,
+    lost: Callable[[str], None],
 ) -> dict[str, Any]:
     """The run itself; what result.json says of it."""
     started = time.perf_counter()
     with interruption.answering("raise"):  # a download is ended, and its folder removed
         data.prepare()
     tensorboard = record.tensorboard
-    with blame("trainer"):
-        trainer: Trainer = build(
-            cfg.trainer,
-            default_root_dir=directory,
-            logger=tensorboard,
-            callbacks=[Finite(directory, *data.split()), record],
-        )
-    device = trainer.strategy.root_device
+    trainer = build_trainer(cfg, place, directory, data, module, record)
     text = io.StringIO()
     Console(file=text, width=100).print(layer_table(module.network, data.shape))
     log.info(text.getvalue().strip("\n"))
-    if trainer.compile_network:
-        module.network.compile()
 
     before = 0.0
     if saved:
@@ -196,15 +247,15 @@ def _fit_and_test(
         "config": OmegaConf.to_container(cfg, resolve=True),
         "config_hash": config_hash(cfg),
     }
-    loaders = data.train_loader(cfg.seed, device), data.val_loader(device)
-    with interruption.answering("note"):
-        trainer.fit(module, *loaders, ckpt_path=saved and saved[0], weights_only=True)
-    interruption.check()
-    module.load_state_dict(trainer.chosen_weights)
-    with interruption.answering("raise"):  # nothing is lost but the test, which is made again
-        trainer.test(module, data.test_loader(device), verbose=False)
-    interruption.check()
-    test = module.tallies["test"].metrics("test")
+    checkpoint = saved[0].absolute() if saved else None
+    work = {
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "directory": str(directory.absolute()),
+        "checkpoint": checkpoint and str(checkpoint),
+    }
+    with company(place, trainer.strategy.root_device, work, lost):
+        fit_and_test(trainer, place, cfg, data, module, checkpoint)
+    test = module.totals["test"].metrics("test")
     tensorboard.log_metrics(test, record.epochs[-1]["epoch"])
     tensorboard.end(cfg)
     chosen = record.chosen(trainer)
@@ -229,3 +280,6 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
     warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    # What is logged, and what is tested, is of all processes already, each image once.
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")
+    warnings.filterwarnings("ignore", ".*it is recommended to use `Trainer.devices=1.*")
