@@ -80,7 +80,7 @@ class Checkpoints(Checkpoint):
         _check(signum)
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        _, signum = agreed(False)
+        signum = agreed(False)[1]
         if signum is not None and not trainer.sanity_checking:
             if self.average is not None:  # validation has put the averaged weights in their place
                 self.average.on_validation_epoch_end(trainer, module)
@@ -96,7 +96,7 @@ class Checkpoints(Checkpoint):
             self.best = {"epoch": trainer.current_epoch, "value": value}
         self.epoch, self.batch = trainer.current_epoch + 1, 0
         ended = trainer.should_stop or self.epoch == trainer.max_epochs
-        _, signum = agreed(False)
+        signum = agreed(False)[1]
         save = self.epoch % self.every_n_epochs == 0 or ended or signum is not None
         if save or self.better:
             self._save(trainer)
