@@ -95,7 +95,9 @@ def scalars(folder: Path, tag: str) -> list[float]:
 
 def children(process: subprocess.Popen[str]) -> list[int]:
     """The processes that this one has started to train with it."""
-    found = (line.split(maxsplit=2) for line in ps("-A", "-o", "pid=", "-o", "ppid=", "-o", "args="))
+    found = (
+        line.split(maxsplit=2) for line in ps("-Aww", "-o", "pid=", "-o", "ppid=", "-o", "args=")
+    )
     mine = [(pid, args) for pid, parent, args in found if int(parent) == process.pid]
     return [int(pid) for pid, args in mine if "cnntrain.training.follow" in args]
 
@@ -341,7 +343,9 @@ def test_more_devices_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_that_cannot_be_shared() -> None:
     options = [*DDP, "data=fashion_mnist_mini", "data.val_size=500", "trainer.devices=3"]
     for size, limit, images in [(2, "1.0", 2), (4498, "1.0", 2), (4498, "1", 0), (1500, "1.0", 0)]:
-        cfg = compose([*options, f"data.batch_size={size}", f"+trainer.limit_train_batches={limit}"])
+        cfg = compose(
+            [*options, f"data.batch_size={size}", f"+trainer.limit_train_batches={limit}"]
+        )
         said = data_contradictions(cfg, build(cfg.data))
         assert said == images // 2 * [
             f"data.batch_size={size}: a batch of {images} of the 4500 images cannot be shared by "
