@@ -310,8 +310,8 @@ TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_
         (
             [],
             {**TORCHRUN, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
-            "torchrun has started 4 processes, 2 on each of 2 machines, and this is a run of 1 on "
-            "each of trainer.num_nodes=1; take trainer=ddp trainer.devices=2 trainer.num_nodes=2",
+            "trainer.devices=1 times trainer.num_nodes=1: is not what torchrun has started, 2 "
+            "processes times 2 machines; take trainer=ddp trainer.devices=2 trainer.num_nodes=2",
         ),
         (
             ["trainer=ddp", "trainer.accelerator=cpu", "+trainer.sync_batchnorm=true"],

@@ -48,9 +48,9 @@ def _processes(cfg: DictConfig) -> list[str]:
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
     if place and (place.devices, place.nodes) != (devices, nodes):
         return [
-            f"trainer.devices={devices}: {place.launcher} has started {place.world} processes, "
-            f"{place.devices} on each of {place.nodes} machines, and this is a run of {devices} on "
-            f"each of trainer.num_nodes={nodes}; take trainer=ddp trainer.devices={place.devices} "
+            f"trainer.devices={devices} times trainer.num_nodes={nodes}: is not what "
+            f"{place.launcher} has started, {place.devices} processes times {place.nodes} "
+            f"machines; take trainer=ddp trainer.devices={place.devices} "
             f"trainer.num_nodes={place.nodes}"
         ]
     if nodes > 1 and not place:
