@@ -14,8 +14,8 @@ from torch import nn
 
 from cnntrain.config import ConfigError, build, compose
 from cnntrain.data import FashionMNISTMini
+from cnntrain.files import write_json
 from cnntrain.training import CrossEntropy, OneCycle, Result, WarmupCosine, train
-from cnntrain.training.run_directory import write_json
 
 SHORT = ["data=fashion_mnist_mini", "trainer=cpu", "trainer.max_epochs=1"]
 
