@@ -14,7 +14,7 @@ from torch import nn
 
 from cnntrain.config import ConfigError, build, compose
 from cnntrain.data import FashionMNISTMini
-from cnntrain.files import write_json
+from cnntrain.atomic import write_json
 from cnntrain.training import CrossEntropy, OneCycle, Result, WarmupCosine, train
 
 SHORT = ["data=fashion_mnist_mini", "trainer=cpu", "trainer.max_epochs=1"]

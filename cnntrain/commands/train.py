@@ -25,7 +25,7 @@ from cnntrain.config.resume import (
     overrides_given,
     refused_changes,
     run_config,
-    without_resume,
+    run_only,
 )
 from cnntrain.interruption import Interrupted, watching
 
@@ -110,7 +110,7 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         return compose(chosen, **files, command="train")
 
     if chosen == "auto":
-        composed = without_resume(load(own))
+        composed = run_only(load(own))
         directory = fixed_run_directory(arguments.overrides, **files)
         if arguments.cfg or not begun(directory):
             return None

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 RESULT, LOCK, CHECKPOINTS = "result.json", ".lock", "checkpoints"
+NOT_OF_THE_RUN = ("resume", "sweep", "search", "hydra")  # how it is started, and among which others
 
 
 def begun(directory: Path) -> bool:
@@ -122,7 +123,7 @@ def changed(
     wanted = OmegaConf.create()
     for key, value in options.items():
         OmegaConf.update(wanted, key, value, force_add=True)
-    return without_resume(wanted)
+    return run_only(wanted)
 
 
 def overrides_given(directory: Path) -> list[str]:
@@ -138,9 +139,9 @@ def overrides_given(directory: Path) -> list[str]:
         ) from None
 
 
-def without_resume(cfg: DictConfig) -> DictConfig:
-    """The config of a run as such, however it is started."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "resume"])
+def run_only(cfg: DictConfig) -> DictConfig:
+    """The config of a run as such, however it is started: alone, resumed or in a sweep."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_OF_THE_RUN])
 
 
 def refused_changes(run: DictConfig, wanted: DictConfig) -> list[str]:
@@ -185,7 +186,7 @@ def _load(path: Path) -> DictConfig | None:
         cfg = OmegaConf.load(path)
         if not isinstance(cfg, DictConfig):
             return None
-        cfg = without_resume(cfg)
+        cfg = run_only(cfg)
         OmegaConf.resolve(cfg)
     except (OSError, YAMLError, ValueError, OmegaConfBaseException):
         return None

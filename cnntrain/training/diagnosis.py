@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cnntrain.files import replacing
+from cnntrain.atomic import replacing
 from cnntrain.training.classifier import Stage
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from cnntrain.config import ConfigError, blame, build, config_hash
-from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, without_resume
+from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruption, watching
 from cnntrain.models import layer_table
@@ -64,7 +64,7 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved.
         OSError: Something cannot be written.
     """
-    cfg = without_resume(cfg)
+    cfg = run_only(cfg)
     data, module = _build(cfg)
     with watching(), RunDirectory(directory, resume=resume) as run:
         if resume and (recorded := completed(directory, cfg)):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config import ConfigError, run_directory_problem
 from cnntrain.config.resume import CONFIG, LOCK, OVERRIDES, RESULT, in_use, seal
-from cnntrain.files import replacing, write_json
+from cnntrain.atomic import replacing, write_json
 
 PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cnntrain.files import write_json
+from cnntrain.atomic import write_json
 from cnntrain.lab.benchmark.measure import Case, Measured
 from cnntrain.training.run_directory import environment
 
