@@ -1,0 +1,1 @@
+"""Many runs: collected, ranked, reported. Importing this imports nothing heavy."""
