@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all. Nothing here imports torch."""
+"""Files that are written whole or not at all. Imports no torch: a report writes files, too."""
 
 import json
 import os
