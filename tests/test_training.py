@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, build, compose
 from cnntrain.data import FashionMNISTMini
-from cnntrain.atomic import write_json
 from cnntrain.training import CrossEntropy, OneCycle, Result, WarmupCosine, train
 
 SHORT = ["data=fashion_mnist_mini", "trainer=cpu", "trainer.max_epochs=1"]

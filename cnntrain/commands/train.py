@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 
 from cnntrain.commands.app import command_line, refuse, short, start, told
 from cnntrain.commands.plan import places
+from cnntrain.commands.sweeping import SweepCommand
 from cnntrain.config import ConfigError, check, compose, contradictions, fixed_run_directory, quoted
 from cnntrain.config.resume import (
     CONFIG,
@@ -31,6 +33,8 @@ from cnntrain.interruption import Interrupted, watching
 
 
 def main() -> None:
+    # A sweep has more options than its name, which is what one types.
+    sys.argv[1:] = [re.sub("^sweep=", "sweep.name=", text) for text in sys.argv[1:]]
     with watching("leave"):
         try:
             resumed = _resumed(command_line())
@@ -39,6 +43,7 @@ def main() -> None:
                 lambda cfg: _train(cfg, resumed),
                 rehearse=lambda cfg: _rehearse(resumed.cfg if resumed else cfg),
                 resuming=resumed is not None,
+                many=SweepCommand,
             )
         except ConfigError as error:
             refuse(error)

@@ -1,4 +1,4 @@
-"""Many runs: started, resumed, collected, ranked. Nothing here imports torch before it is needed."""
+"""Many runs: started, resumed, collected, ranked. Imports no torch before it is needed."""
 
 from cnntrain.sweeps.sweep import Sweep
 

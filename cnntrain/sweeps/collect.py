@@ -108,7 +108,7 @@ def write_csv(collection: Collection, path: Path) -> None:
     writer = csv.writer(text)
     writer.writerow(["status", *options, *METRICS, "seconds", "epochs", "directory", "error"])
     for m in collection.members:
-        row = [m.status, *(plain(m.values[o]) if o in m.values else "" for o in options)]
+        row: list[Any] = [m.status, *(plain(m.values[o]) if o in m.values else "" for o in options)]
         row += [m.metrics.get(name, "") for name in METRICS]
         writer.writerow([*row, m.seconds, m.epochs, m.name, m.error])
     with replacing(path) as file:

@@ -1,6 +1,5 @@
 """A sweep's folder: what is compared, over what, and which members there are."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cnntrain.atomic import replacing
 from cnntrain.config import INCIDENTAL, ConfigError, flat
 from cnntrain.config.resume import CONFIG, LOCK, run_only
-from cnntrain.atomic import replacing
-from cnntrain.sweeps.members import Planned, common, name, shown
+from cnntrain.sweeps.members import Planned, common, shown
 
 SHEET = "sweep.yaml"
 MOST_SHOWN = 8  # differences of an option each
@@ -41,7 +40,8 @@ class SweepFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise ConfigError([f"sweep.name={self.path.name}: is being run by another process"]) from None
+            busy = "another process is running this sweep; wait for it or end it"
+            raise ConfigError([f"sweep.name={self.path.name}: {busy}"]) from None
         try:
             yield
         finally:
@@ -105,8 +105,8 @@ class SweepFolder:
             raise ConfigError(
                 [
                     f"{key}={shown(options[key])}: the sweep {self.path.name!r} was begun with "
-                    f"{shown(before[key])}; take another name for this one (sweep=<name>), or leave "
-                    "the option as it was"
+                    f"{shown(before[key])}; take another name for this one (sweep=<name>), or "
+                    "leave the option as it was"
                     for key in different[:MOST_SHOWN]
                 ]
             )

@@ -22,9 +22,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
+from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, config_hash
 from cnntrain.config.resume import RESULT, in_use, read_result, run_only, seal
-from cnntrain.atomic import write_json
 from cnntrain.interruption import Interrupted, watching
 
 STOP = ".stop"  # in the sweep's folder: no more members are to begin
@@ -34,7 +34,7 @@ ENDED = ("completed", "failed", "interrupted", "pruned")
 
 # Where processes can be had from a server that has torch imported; Windows has none.
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_processes = multiprocessing.get_context(METHOD)
+_processes: Any = multiprocessing.get_context(METHOD)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class MemberTask:
 
     cwd: str  # where the command was typed
     threads: int | None
-    values: dict[str, dict[str, Any]]  # of each member, by its directory's name
+    labels: dict[str, dict[str, Any]]  # what varies, of each member by its directory's name
 
     def __call__(self, cfg: DictConfig) -> None:
         hydra = HydraConfig.get()
@@ -72,8 +72,8 @@ class MemberTask:
         job = Job(
             OmegaConf.to_container(run_only(cfg), resolve=True),  # type: ignore[arg-type]
             directory,
-            list(hydra.overrides.task),
-            {**labels, **self.values.get(directory.name, {})},
+            [*hydra.overrides.task],
+            {**labels, **self.labels.get(directory.name, {})},
             OmegaConf.to_container(hydra.job_logging, resolve=True),  # type: ignore[arg-type]
             self.threads,
             self.cwd,
@@ -128,7 +128,7 @@ def _run(job: Job) -> None:
             record_failure(job.directory, job.config, reason)
 
 
-def record_failure(directory: Path, config: dict[str, Any], reason: str) -> None:
+def record_failure(directory: Path, config: Any, reason: str) -> None:
     """Write the result.json of a run that could not write it itself."""
     cfg = OmegaConf.create(config)
     facts = {"config_hash": config_hash(cfg), "seed": cfg.seed}

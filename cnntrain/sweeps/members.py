@@ -1,4 +1,4 @@
-"""The members that a command line asks for: what each is called, and what makes it the one it is."""
+"""The members that a command line asks for: what each is called, what makes it the one it is."""
 
 import hashlib
 import re
@@ -96,4 +96,3 @@ def _value(key: str, typed: Sequence[str], cfg: DictConfig) -> Any:
             return override.value()
     options, named = flat(run_only(cfg)), choices(cfg)
     return options[key] if key in options else named.get(key)
-

@@ -1,35 +1,37 @@
 """Many runs from one command line, on any of Hydra's launchers."""
 
-import contextlib
-import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, Literal
 
 from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from cnntrain.config import quoted
-from cnntrain.config.resume import in_use, read_result
-from cnntrain.interruption import Interrupted, interruption
+from cnntrain.config.resume import completed, in_use
+from cnntrain.interruption import interruption
+from cnntrain.sweeps.collect import collect, write_csv
 from cnntrain.sweeps.folder import SweepFolder
-from cnntrain.sweeps.member import ENDED, LOG, STOP, MemberTask, record_failure, result_mark
-from cnntrain.sweeps.members import Planned
+from cnntrain.sweeps.hparams import cell, write_schema
+from cnntrain.sweeps.member import STOP, MemberTask, record_failure
+from cnntrain.sweeps.members import Planned, planned
+from cnntrain.sweeps.progress import Progress
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss", "test/acc", "test/loss"]
 Launch = Callable[[list[list[str]], MemberTask], None]
 Say = Callable[[str], None]
 
-LOOK = 0.2  # seconds between two looks at what the members have written
+CSV = "sweep.csv"
 
 
 class Sweep:
-    """What a sweep is called and how it goes about its members."""
+    """How a sweep goes about its members: the node `sweep` of a config.
+
+    `name` is that of its folder, `metric` what ranks, `threads` those of PyTorch in each member on
+    the CPU (None: its own choice, with which numbers differ from machine to machine), and with
+    `fail_fast` no more members begin once one has failed.
+    """
 
     def __init__(
         self,
@@ -41,156 +43,114 @@ class Sweep:
     ):
         self.name, self.metric, self.threads, self.fail_fast = name, metric, threads, fail_fast
 
-    @property
-    def mode(self) -> str:
-        return "max" if self.metric.endswith("acc") else "min"
 
+class Sweeping:
+    """A sweep under way: the members of one command line in the sweep's folder.
 
-@dataclass
-class Progress:
-    """Tells of every member when it has ended, wherever it runs: by what it has written."""
-
-    folder: SweepFolder
-    total: int  # members of the sweep
-    done: int  # that were completed before
-    say: Say
-    metric: str
-    after: Callable[[], None]  # called when a member has ended
-    waiting: dict[str, tuple[int, int] | None] = field(default_factory=dict)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # of those ended since
-    started: float = field(default_factory=time.monotonic)
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Look at all that is `waiting`, time and again."""
-        over = Event()
-
-        def watch() -> None:
-            while not over.wait(LOOK):
-                self.look()
-
-        thread = Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            self.look()
-
-    def look(self) -> None:
-        for name, before in list(self.waiting.items()):
-            directory = self.folder.directory(name)
-            if result_mark(directory) == before:
-                continue
-            result = read_result(directory)
-            if result is not None and result["status"] in ENDED:
-                del self.waiting[name]
-                self.results[name] = result
-                self.done += 1
-                self.say(self._line(name, result))
-                self.after()
-
-    def _line(self, name: str, result: dict[str, Any]) -> str:
-        width = len(str(self.total))
-        status, metrics = result["status"], result.get("metrics", {})
-        if status == "completed":
-            shown = f"{self.metric} {_formatted(self.metric, metrics.get(self.metric))}"
-            shown += f"  {result['timings']['seconds']:.0f} s"
-        elif status == "failed":
-            log = self.folder.directory(name) / LOG
-            shown = f"failed: {result.get('error', 'for no known reason')} ({_short(log)})"
-        else:
-            shown = f"{status} after {result.get('epochs', 0)} epochs"
-        return f"[{self.done:>{width}}/{self.total}] {name}  {shown}{self._left()}"
-
-    def _left(self) -> str:
-        if not self.waiting or not self.results:
-            return ""
-        passed = time.monotonic() - self.started
-        left = timedelta(seconds=round(passed / len(self.results) * len(self.waiting)))
-        return f"  {left} left"
-
-
-def run_members(
-    members: Sequence[Planned],
-    folder: SweepFolder,
-    options: Sweep,
-    launch: Launch,
-    progress: Progress,
-) -> None:
-    """Run members on a launcher, to a result.json each; raises no error of theirs.
-
-    Raises Interrupted when a signal asks to stop, after members of this process have saved.
+    Making one writes nothing. Raises ConfigError if the folder belongs to a sweep with another
+    base config, with the difference.
     """
-    stop = folder.path / STOP
-    stop.unlink(missing_ok=True)
-    progress.waiting = {m.name: result_mark(folder.directory(m.name)) for m in members}
-    after = progress.after
 
-    def look_for_failures() -> None:
-        after()
-        failed = any(r["status"] == "failed" for r in progress.results.values())
-        if options.fail_fast and failed:
-            stop.touch()
-
-    progress.after = look_for_failures
-    task = MemberTask(os.getcwd(), options.threads, {m.name: m.values for m in members})
-    jobs = [
-        [
-            *member.overrides,
-            f"hydra.sweep.dir={quoted(str(folder.path.absolute()))}",
-            f"hydra.sweep.subdir={quoted(member.name)}",
+    def __init__(
+        self, folder: Path, options: Sweep, cfgs: Sequence[DictConfig], varied: Iterable[str]
+    ):
+        self.folder, self.options = SweepFolder(folder), options
+        self.members = self.folder.extend(cfgs, planned(cfgs, varied))
+        self.pending = [
+            m for m in self.members if not completed(self.folder.directory(m.name), m.config)
         ]
-        for member in members
-    ]
-    problem = None
-    try:
-        with interruption.answering("raise"), progress.watching():
+
+    def run(self, launch: Launch, say: Say) -> "Outcome":
+        """Run what is not completed; raises no error of a member's.
+
+        Raises ConfigError if another process runs the same sweep, and Interrupted when a signal
+        asks to stop, once members that run in this process have saved.
+        """
+        with self.folder.locked():
+            metric = self.options.metric
+            self.folder.write(metric=metric, mode="max" if metric.endswith("acc") else "min")
+            write_schema(self.folder.path, self.folder.sheet["over"])
+            outcome = Outcome(self.folder, self.options, self.members, len(self.pending), say)
+            outcome.write()
+            if self.pending:
+                outcome.run(self.pending, launch)
+            return outcome
+
+
+class Outcome:
+    """What has become of the members so far, told and written down as it comes."""
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        options: Sweep,
+        members: Sequence[Planned],
+        pending: int,
+        say: Say,
+    ):
+        self.folder, self.options, self.say = folder, options, say
+        total = len(members)
+        self.progress = Progress(
+            folder.path, options.metric, total, total - pending, say, self._member_ended
+        )
+        self.stop = folder.path / STOP
+        self.stop.unlink(missing_ok=True)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """What the members that failed in this process's time died of, by name."""
+        found = self.progress.results.items()
+        return {name: str(r.get("error")) for name, r in found if r["status"] == "failed"}
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Members that have not come to their end: interrupted, not begun, or run elsewhere."""
+        found = self.progress.results.items()
+        interrupted = [name for name, r in found if r["status"] == "interrupted"]
+        return [*interrupted, *self.progress.waiting]
+
+    def run(self, members: Sequence[Planned], launch: Launch) -> None:
+        """Run members on a launcher, until each has a result.json or the launcher gives up."""
+        over = self.folder.sheet["over"]
+        labels = {m.name: {k: cell(v, over[k]) for k, v in m.values.items()} for m in members}
+        task = MemberTask(os.getcwd(), self.options.threads, labels)
+        jobs = [
+            [
+                *member.overrides,
+                f"hydra.sweep.dir={quoted(str(self.folder.path.absolute()))}",
+                f"hydra.sweep.subdir={quoted(member.name)}",
+            ]
+            for member in members
+        ]
+        problem = None
+        with interruption.answering("raise"):
             interruption.check()
-            try:
-                launch(jobs, task)
-            except Exception as error:  # of the launcher: what it runs raises none
-                interruption.check()
-                problem = " ".join(f"{type(error).__name__}: {error}".split())
-                progress.say(f"the launcher failed: {problem}")
-    finally:
-        progress.after = after
-    if not stop.exists():
-        _bury(members, folder, progress, problem)
-    stop.unlink(missing_ok=True)
+            with self.progress.watching([member.name for member in members]):
+                try:
+                    launch(jobs, task)
+                except Exception as error:  # of the launcher: what it runs raises none
+                    interruption.check()
+                    problem = " ".join(f"{type(error).__name__}: {error}".split())
+                    self.say(f"the launcher failed: {problem}")
+            if not self.stop.exists():
+                self._bury(members, problem or "its process ended without a word")
 
+    def write(self) -> None:
+        """sweep.csv, a row for each member that the folder has ever had."""
+        write_csv(collect(self.folder.path), self.folder.path / CSV)
 
-def _bury(
-    members: Sequence[Planned], folder: SweepFolder, progress: Progress, problem: str | None
-) -> None:
-    """Record what has ended without a word, with its machine or its launcher's process."""
-    for member in members:
-        directory = folder.directory(member.name)
-        if member.name not in progress.waiting:
-            continue
-        if busy := in_use(directory):
-            progress.say(f"{member.name}: {busy}")
-        elif directory.exists():
-            reason = problem or "its process ended without a word"
-            record_failure(directory, dict(member.config), reason)
-    progress.look()
+    def _member_ended(self, name: str, result: dict[str, Any]) -> None:
+        if self.options.fail_fast and result["status"] == "failed":
+            self.stop.touch()
+        self.write()
 
-
-def _formatted(metric: str, value: float | None) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.2%}" if metric.endswith("acc") else f"{value:.4f}"
-
-
-def _short(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-log = logging.getLogger(__name__)
-
-
-def open_folder(cfg: DictConfig) -> SweepFolder:
-    """The folder of the sweep that a composed config with `hydra` is of."""
-    return SweepFolder(Path(str(cfg.hydra.sweep.dir)))
+    def _bury(self, members: Sequence[Planned], reason: str) -> None:
+        """Record what has ended without a word, with its machine or its launcher's process."""
+        for member in members:
+            directory = self.folder.directory(member.name)
+            if member.name in self.progress.waiting and directory.exists():
+                if busy := in_use(directory):
+                    self.say(f"{member.name}: {busy}")
+                else:
+                    record_failure(directory, member.config, reason)
+        self.progress.look()

@@ -5,7 +5,7 @@ import io
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ def train(
     *,
     resume: bool = False,
     overrides: Sequence[str] | None = None,
+    labels: Mapping[str, Any] | None = None,
 ) -> Result:
     """Train, validate every epoch, test once, and leave the whole record in `directory`.
 
     With `resume`, a run that `directory` holds is continued from its last checkpoint, as if it
     had never stopped; a completed one is answered with its result. `overrides` are what was typed
-    for the run, for its record.
+    for the run, for its record. `labels` are for a member of a sweep: options by name that the
+    HParams tab shows beside those of the config, in columns that the sweep lays down.
 
     Raises:
         ConfigError: The config cannot be built, the directory holds another run, or the run that
@@ -77,7 +79,7 @@ def train(
         record = Record(directory, TensorBoard(directory))
         interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
         try:
-            content = _fit_and_test(cfg, directory, data, module, record, saved)
+            content = _fit_and_test(cfg, directory, data, module, record, saved, labels)
             run.write_result("completed", **content)
         except BaseException as error:
             # A signal may have made another error, somewhere in the libraries.
@@ -163,6 +165,7 @@ def _fit_and_test(
     module: Classifier,
     record: Record,
     saved: tuple[Path, Content] | None,
+    labels: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The run itself; what result.json says of it."""
     started = time.perf_counter()
@@ -191,7 +194,7 @@ def _fit_and_test(
         tensorboard.go_on(content["callbacks"]["Record"]["tensorboard"])
         before = content["callbacks"]["Record"]["seconds"][0]
     else:
-        tensorboard.begin(cfg)
+        tensorboard.begin(cfg, labels)
     trainer.checkpoints.facts = {
         "config": OmegaConf.to_container(cfg, resolve=True),
         "config_hash": config_hash(cfg),

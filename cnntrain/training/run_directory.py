@@ -15,11 +15,9 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.atomic import replacing as replacing
-from cnntrain.atomic import write_json as write_json
+from cnntrain.atomic import replacing, write_json
 from cnntrain.config import ConfigError, run_directory_problem
 from cnntrain.config.resume import CONFIG, LOCK, OVERRIDES, RESULT, in_use, seal
-from cnntrain.atomic import replacing, write_json
 
 PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 
