@@ -33,7 +33,8 @@ PATIENCE = 60  # seconds for the process of a sweep that was killed to save and 
 ENDED = ("completed", "failed", "interrupted", "pruned")
 
 # Where processes can be had from a server that has torch imported; Windows has none.
-METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+STANDARD = multiprocessing.get_all_start_methods()
+METHOD = "forkserver" if "forkserver" in STANDARD else "spawn"
 _processes: Any = multiprocessing.get_context(METHOD)
 
 
@@ -110,6 +111,8 @@ def _run(job: Job) -> None:
             return
         time.sleep(0.1)
     prepare_processes()
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *STANDARD):
+        multiprocessing.set_start_method(METHOD, force=True)  # loky's is its own, unknown to a child
     before = result_mark(job.directory)
     receiver, sender = _processes.Pipe(duplex=False)
     process = _processes.Process(target=_member, args=(job, sender), name=job.directory.name)
