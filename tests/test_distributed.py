@@ -270,7 +270,8 @@ def test_a_number_that_is_none_in_one_process(start: Start, tmp_path: Path) -> N
     file = tmp_path / "run/not_finite.pt"
     assert err.startswith("cnntrain: epoch 1/2, batch 3, step 0, lr ")
     assert "the loss of 500 images is nan; every output is finite, but not what Bad makes" in err
-    assert err.endswith(f"to reproduce it: {file}\n") and err.count("\n") == 1
+    assert err.endswith(f"to reproduce it: {file}\n")
+    assert err.count("\n") == 1
     saved = torch.load(file, weights_only=True)
     loader = build(compose(EXACT).data).train_loader(0, rank=1, world=2)
     images, labels = loader.batch(0, 2)

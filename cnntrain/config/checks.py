@@ -71,6 +71,7 @@ NODES = {
     ),
     "loss": Node("torch.nn.Module"),
     "trainer": Node("lightning.pytorch.Trainer", TRAINER_GIVEN),
+    "sweep": Node("cnntrain.sweeps.Sweep"),
 }
 
 
@@ -85,7 +86,7 @@ class Root:
 
 
 ROOTS = {
-    "train": Root(tuple(NODES), given=("resume",)),
+    "train": Root(tuple(NODES), given=("resume",), optional=("sweep",)),
     "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
     "benchmark": Root(
         ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)

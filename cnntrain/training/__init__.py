@@ -1,10 +1,11 @@
 """From a config to a finished run."""
 
+from cnntrain.training.building import rehearse
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.company import ProcessLost
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
-from cnntrain.training.run import Result, rehearse, train
+from cnntrain.training.run import Result, train
 from cnntrain.training.trainer import Trainer
 
 __all__ = [

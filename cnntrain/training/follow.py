@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 
 from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.launched import Place
+from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.company import broken, meeting_point, wait_for_work
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.distributed import cores_shared, group
-from cnntrain.training.run import build_run, build_trainer, fit_and_test
+from cnntrain.training.run import fit_and_test
 
 
 def main(place: str) -> NoReturn:

@@ -4,29 +4,26 @@ import contextlib
 import io
 import logging
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from cnntrain.config import ConfigError, blame, build, config_hash
-from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, without_resume
+from cnntrain.config import ConfigError, config_hash
+from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruption, watching
 from cnntrain.launched import Place, launched
 from cnntrain.models import layer_table
+from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.checkpoint_file import CheckpointError, Content, newest
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.company import company
-from cnntrain.training.distributed import Processes, cores_shared
-from cnntrain.training.finite import Finite
+from cnntrain.training.distributed import cores_shared
 from cnntrain.training.record import Record
 from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS, TensorBoard
@@ -51,12 +48,14 @@ def train(
     *,
     resume: bool = False,
     overrides: Sequence[str] | None = None,
+    labels: Mapping[str, Any] | None = None,
 ) -> Result:
     """Train, validate every epoch, test once, and leave the whole record in `directory`.
 
     With `resume`, a run that `directory` holds is continued from its last checkpoint, as if it
     had never stopped; a completed one is answered with its result. `overrides` are what was typed
-    for the run, for its record.
+    for the run, for its record. `labels` are for a member of a sweep: options by name that the
+    HParams tab shows beside those of the config, in columns that the sweep lays down.
 
     Raises:
         ConfigError: The config cannot be built, the directory holds another run, or the run that
@@ -68,7 +67,7 @@ def train(
         ProcessLost: Another process that trains with this one has died.
         OSError: Something cannot be written.
     """
-    cfg = without_resume(cfg)
+    cfg = run_only(cfg)
     data, module = build_run(cfg)
     place = _place(cfg)
     with watching(), cores_shared(place), RunDirectory(directory, resume=resume) as run:
@@ -86,7 +85,7 @@ def train(
             run.write_result("failed", **record.so_far(), error=f"ProcessLost: {why}")
 
         try:
-            content = _run(cfg, place, directory, data, module, record, saved, lost)
+            content = _run(cfg, place, directory, data, module, record, saved, labels, lost)
             run.write_result("completed", **content)
         except BaseException as error:
             # A signal may have made another error, somewhere in the libraries.
@@ -100,71 +99,6 @@ def train(
         finally:
             interruption.before_leaving = None
     return Result(content["metrics"], directory, **content["timings"])
-
-
-def rehearse(cfg: DictConfig) -> None:
-    """Build all that a run would build, and make one step with black images on the CPU.
-
-    Nothing is written. Raises ConfigError for what constructors, or the first step, refuse.
-    """
-    data, module = build_run(cfg)
-    with blame("model"):
-        logits = module.network(torch.zeros(2, *data.shape))
-        if logits.shape != (2, data.num_classes):
-            raise ValueError(f"gives {tuple(logits.shape)} for two images of {data.shape}")
-    with blame("loss"):
-        loss = module.loss(logits, torch.zeros(2, dtype=torch.long))
-        if loss.ndim:
-            raise ValueError("must give one number for a batch")
-        loss.backward()
-    with blame("trainer"):
-        trainer = build(cfg.trainer, default_root_dir=Path(), logger=False)
-    batches = -(-(data.train_size - data.val_size) // data.batch_size)
-    optimizer, _ = module.schedule(batches * trainer.max_epochs)
-    with blame("optimizer"):
-        optimizer.step()
-
-
-def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
-    """The data set, not yet read, and the network with all that trains it."""
-    _quieten_lightning()
-    lightning.seed_everything(cfg.seed, verbose=False)
-    with blame("data"):
-        data = build(cfg.data)
-    with blame("model"):
-        network = build(
-            cfg.model, conv=build(cfg.backend), in_shape=data.shape, num_classes=data.num_classes
-        )
-    with blame("loss"):
-        loss = build(cfg.loss)
-    with blame("optimizer"):
-        optimizer = build(cfg.optimizer)
-        optimizer(params=network.parameters())  # refuses now what it would refuse after the data
-    scheduler = build(cfg.scheduler) if cfg.scheduler else None
-    return data, Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
-
-
-def build_trainer(
-    cfg: DictConfig,
-    place: Place,
-    directory: Path,
-    data: ImageData,
-    module: Classifier,
-    record: Record | None = None,
-) -> Trainer:
-    """The trainer of one of a run's processes; rank 0's has a record."""
-    callbacks: list[lightning.Callback] = [Finite(directory, *data.split())]
-    with blame("trainer"):
-        trainer: Trainer = build(
-            cfg.trainer,
-            processes=Processes(place),
-            default_root_dir=directory,
-            logger=record.tensorboard if record else False,
-            callbacks=[*callbacks, record] if record else callbacks,
-        )
-    if trainer.compile_network:
-        module.network.compile()
-    return trainer
 
 
 def fit_and_test(
@@ -222,6 +156,7 @@ def _run(
     module: Classifier,
     record: Record,
     saved: tuple[Path, Content] | None,
+    labels: Mapping[str, Any] | None,
     lost: Callable[[str], None],
 ) -> dict[str, Any]:
     """The run itself; what result.json says of it."""
@@ -242,7 +177,7 @@ def _run(
         tensorboard.go_on(content["callbacks"]["Record"]["tensorboard"])
         before = content["callbacks"]["Record"]["seconds"][0]
     else:
-        tensorboard.begin(cfg)
+        tensorboard.begin(cfg, labels)
     trainer.checkpoints.facts = {
         "config": OmegaConf.to_container(cfg, resolve=True),
         "config_hash": config_hash(cfg),
@@ -268,18 +203,3 @@ def _run(
             "images_per_second": record.images / record.in_all,
         },
     }
-
-
-def _quieten_lightning() -> None:
-    """Leave out what Lightning says of itself, and warnings about what is meant to be so."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*GPU available but not used.*")
-    warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
-    warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    # What is logged, and what is tested, is of all processes already, each image once.
-    warnings.filterwarnings("ignore", ".*sync_dist=True.*")
-    warnings.filterwarnings("ignore", ".*it is recommended to use `Trainer.devices=1.*")
