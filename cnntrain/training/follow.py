@@ -48,8 +48,10 @@ def follow(place: Place) -> NoReturn:
             code = 1
             if not broken(error):
                 said = str(error).partition("\n")[0]
-                name = f"process {place.rank + 1} of {place.world}: " if place.launcher else ""
-                print(f"cnntrain: {name}{type(error).__name__}: {said}", file=sys.stderr)
+                # Rank 0 tells how a process has ended that it has started itself.
+                name = f"cnntrain: process {place.rank + 1} of {place.world}: "
+                name = name if place.launcher else ""
+                print(f"{name}{type(error).__name__}: {said}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(code)
 
