@@ -1,6 +1,7 @@
 """`-m`: from a command line to a sweep, on the launcher that Hydra has been given."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -11,15 +12,16 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain.commands.plan import BASIC_SWEEPER, places
 from cnntrain.config import ConfigError, build, searching, sweep_folder_problem
 from cnntrain.config.hydra_options import as_if_running
-from cnntrain.interruption import Interrupted
+from cnntrain.interruption import Interrupted, interruption
 from cnntrain.sweeps.member import MemberTask, prepare_processes
 from cnntrain.sweeps.sweep import Launch, Outcome, Sweep, Sweeping
 
+RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
@@ -57,8 +59,9 @@ class SweepCommand:
             )
         if problems:
             raise ConfigError(problems)
-        self.launcher = str(cfgs[0].hydra.launcher._target_)
-        if self.launcher == BASIC:
+        # Python's own watcher of processes would tell of what a killed one has left to clean up.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+        if cfgs[0].hydra.launcher._target_ == BASIC:
             prepare_processes()
         options: Sweep = build(cfgs[0].sweep)
         self.sweeping = Sweeping(_folder(cfgs[0], options), options, cfgs, varied)
@@ -119,10 +122,25 @@ def _launch(arguments: argparse.Namespace, folder: Path) -> Launch:
             context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
             launcher = Plugins.instance().instantiate_launcher(context, task, cfg)
             callbacks.on_multirun_start(config=cfg, config_name=name)
+            if cfg.hydra.launcher._target_ == RAY:
+                _join_ray(launcher)
             launcher.launch(jobs, initial_job_idx=0)
             callbacks.on_multirun_end(config=cfg, config_name=name)
 
     return launch
+
+
+def _join_ray(launcher: Any) -> None:
+    """Start Ray, or join its cluster, ahead of the launcher.
+
+    That would ask for object memory, which a cluster that runs already refuses; and Ray takes over
+    the signals.
+    """
+    import ray
+
+    options: Any = OmegaConf.to_container(launcher.ray_cfg.init, resolve=True)
+    ray.init(**{"logging_level": "WARNING", **options})
+    interruption.install()
 
 
 def _say(text: str) -> None:

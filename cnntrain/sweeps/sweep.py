@@ -14,7 +14,7 @@ from cnntrain.interruption import interruption
 from cnntrain.sweeps.collect import collect, write_csv
 from cnntrain.sweeps.folder import SweepFolder
 from cnntrain.sweeps.hparams import cell, write_schema
-from cnntrain.sweeps.member import STOP, MemberTask, record_failure
+from cnntrain.sweeps.member import LEAVE, STOP, MemberTask, record_failure
 from cnntrain.sweeps.members import Planned, planned
 from cnntrain.sweeps.progress import Progress
 
@@ -64,7 +64,7 @@ class Sweeping:
         """Run what is not completed; raises no error of a member's.
 
         Raises ConfigError if another process runs the same sweep, and Interrupted when a signal
-        asks to stop, once members that run in this process have saved.
+        has asked to stop and the members have saved.
         """
         with self.folder.locked():
             metric = self.options.metric
@@ -90,8 +90,15 @@ class Outcome:
     ):
         self.folder, self.options, self.say = folder, options, say
         total = len(members)
+        done = total - pending
         self.progress = Progress(
-            folder.path, options.metric, total, total - pending, say, self._member_ended
+            folder.path,
+            options.metric,
+            total,
+            done,
+            say,
+            self._member_ended,
+            self._look_for_signals,
         )
         self.stop = folder.path / STOP
         self.stop.unlink(missing_ok=True)
@@ -113,7 +120,7 @@ class Outcome:
         """Run members on a launcher, until each has a result.json or the launcher gives up."""
         over = self.folder.sheet["over"]
         labels = {m.name: {k: cell(v, over[k]) for k, v in m.values.items()} for m in members}
-        task = MemberTask(os.getcwd(), self.options.threads, labels)
+        task = MemberTask(os.getpid(), os.getcwd(), self.options.threads, labels)
         jobs = [
             [
                 *member.overrides,
@@ -122,18 +129,18 @@ class Outcome:
             ]
             for member in members
         ]
-        problem = None
-        with interruption.answering("raise"):
-            interruption.check()
+        problem = "its process ended without a word"
+        with interruption.answering("note"):
             with self.progress.watching([member.name for member in members]):
                 try:
                     launch(jobs, task)
                 except Exception as error:  # of the launcher: what it runs raises none
-                    interruption.check()
                     problem = " ".join(f"{type(error).__name__}: {error}".split())
                     self.say(f"the launcher failed: {problem}")
             if not self.stop.exists():
-                self._bury(members, problem or "its process ended without a word")
+                self._bury(members, problem)
+            self.stop.unlink(missing_ok=True)
+            interruption.check()
 
     def write(self) -> None:
         """sweep.csv, a row for each member that the folder has ever had."""
@@ -143,6 +150,11 @@ class Outcome:
         if self.options.fail_fast and result["status"] == "failed":
             self.stop.touch()
         self.write()
+
+    def _look_for_signals(self) -> None:
+        """Pass a request to stop on to the members, wherever they are, by a file that they see."""
+        if interruption.received is not None and not self.stop.exists():
+            self.stop.write_text(LEAVE)
 
     def _bury(self, members: Sequence[Planned], reason: str) -> None:
         """Record what has ended without a word, with its machine or its launcher's process."""
