@@ -62,8 +62,9 @@ class Collection:
 
     @property
     def options(self) -> list[str]:
-        """What varies, the seed apart."""
-        return [option for option in self.over if option != "seed"]
+        """What varies, the seed apart; what a search may vary, too."""
+        several = [o for o, values in self.over.items() if len(values) > 1 or self.search]
+        return [option for option in several if option != "seed"]
 
     @property
     def counts(self) -> dict[str, int]:

@@ -112,7 +112,9 @@ def _run(job: Job) -> None:
         time.sleep(0.1)
     prepare_processes()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *STANDARD):
-        multiprocessing.set_start_method(METHOD, force=True)  # loky's is its own, unknown to a child
+        multiprocessing.set_start_method(
+            METHOD, force=True
+        )  # loky's is its own, unknown to a child
     before = result_mark(job.directory)
     receiver, sender = _processes.Pipe(duplex=False)
     process = _processes.Process(target=_member, args=(job, sender), name=job.directory.name)
