@@ -59,7 +59,8 @@ def headline(ranking: Ranking) -> str:
     if best is None:
         return f"{collection.name}: no completed member has {collection.metric} yet ({counts})"
     metric = collection.metric
-    said = f"{collection.name}: best by {metric} is {best.label}, {value(metric, best)}"
+    named = f"best by {metric} is {best.label}" if len(ranking.groups) > 1 else metric
+    said = f"{collection.name}: {named}, {value(metric, best)}"
     said += unit(metric) + (f" (n = {best.n})" if best.n > 1 else "")
     verdicts = Counter(g.against.verdict for g in ranking.groups if g.against)
     alike = verdicts[NOISE] + verdicts[TIE]
@@ -67,7 +68,8 @@ def headline(ranking: Ranking) -> str:
         said += f"; {alike} other{'s are' if alike > 1 else ' is'} within noise of it"
     elif verdicts[DIFFERS] == len(ranking.ranked) - 1 > 0:
         said += "; every other differs from it by more than noise"
-    return f"{said}. {len(collection.members)} members: {counts}."
+    members = len(collection.members)
+    return f"{said}. {members} member{'s' if members > 1 else ''}: {counts}."
 
 
 def note(ranking: Ranking) -> str:
@@ -82,7 +84,7 @@ def columns(ranking: Ranking) -> list[str]:
     """The titles of `rows`."""
     metric = ranking.collection.metric
     metrics = [f"{name}{unit(name)}" for name in [metric, *_others(ranking)]]
-    verdict = ["verdict"] if _tested(ranking) else []
+    verdict = ["verdict"] if _told(ranking) else []
     options = _titles(ranking.collection.options)
     return ["#", *options, *metrics, "seconds", "− best", "n", *verdict]
 
@@ -105,7 +107,7 @@ def rows(ranking: Ranking) -> list[list[str]]:
                 duration(group.seconds),
                 difference(metric, group.against),
                 count(group),
-                *([verdict(ranking, group)] if _tested(ranking) else []),
+                *([verdict(ranking, group)] if _told(ranking) else []),
             ]
         )
     return found
@@ -195,6 +197,8 @@ def verdict(ranking: Ranking, group: Group) -> str:
         return "best"
     if against is None:
         return ", ".join(dict.fromkeys(m.status for m in group.members))
+    if not _tested(ranking):
+        return ""  # of n = 1 in every row the note tells
     if against.p is None or against.verdict == TIE:
         return against.verdict
     return f"{against.verdict} " + ("p < 0.001" if against.p < 0.001 else f"p = {against.p:.2g}")
@@ -203,6 +207,11 @@ def verdict(ranking: Ranking, group: Group) -> str:
 def _tested(ranking: Ranking) -> bool:
     """Whether there are seeds enough to compare any two groups."""
     return sum(group.n > 1 for group in ranking.ranked) > 1
+
+
+def _told(ranking: Ranking) -> bool:
+    """Whether there is a verdict on any group, or a reason why it has no value."""
+    return _tested(ranking) or len(ranking.ranked) < len(ranking.groups)
 
 
 def _others(ranking: Ranking) -> list[str]:

@@ -21,6 +21,7 @@ from cnntrain.sweeps.report.drawing import (
     in_sight,
     look,
     number_axis,
+    spread_widely,
     value_axis,
 )
 from cnntrain.sweeps.tables import number, unit
@@ -28,6 +29,7 @@ from cnntrain.sweeps.tables import number, unit
 SIZE = (5.4, 3.3)
 Curve = tuple[list[float], list[float], list[float]]  # epoch from 1, mean, standard deviation
 LABEL = 24  # characters beside a line
+BANDS = 6  # more would hide one another
 
 
 def learning_curves(ranking: Ranking) -> list[Picture]:
@@ -103,12 +105,23 @@ def cost(ranking: Ranking) -> Picture | None:
                           markersize=7 if i in front else 5, elinewidth=1.2, gid=f"g{i}-point",
                           zorder=3 if shown.highlighted else 2)  # fmt: skip
         number_axis(axes, [x for x, _ in points.values()], ticks=False)
-        for i in front:
-            text = f"{i + 1}  {clipped(ranking.groups[i].label, LABEL)}"
-            axes.annotate(text, points[i], (0, -9), textcoords="offset points", fontsize=8.5,
-                          color=INK, va="top", ha=_side(points[i][0], points),
+        middle = _middle([x for x, _ in points.values()])
+        heights = [min(max(points[i][1], low), high) for i in front]
+        places = apart(heights, 0.07 * (high - low), low, high)
+        for i, height in zip(front, places, strict=True):
+            right = points[i][0] < middle
+            axes.annotate(f"{i + 1}  {clipped(ranking.groups[i].label, LABEL)}",
+                          (points[i][0], height), (9 if right else -9, 0), fontsize=8.5, color=INK,
+                          textcoords="offset points", va="center", ha="left" if right else "right",
+                          gid=f"g{i}-label",
                           path_effects=[withStroke(linewidth=2.5, foreground=PAPER)])  # fmt: skip
-        axes.set_ylim(low - 0.12 * (high - low), high)
+        for i in points.keys() - set(front):
+            if look(i).highlighted:
+                axes.annotate(str(i + 1), (points[i][0], min(max(points[i][1], low), high)), (7, 0),
+                              textcoords="offset points", va="center", fontsize=8.5, color=SOFT,
+                              gid=f"g{i}-label")  # fmt: skip
+        axes.set_ylim(low, high)
+        axes.margins(x=0.08)
         axes.set(xlabel="seconds", title=metric)
         value_axis(axes, metric)
 
@@ -136,14 +149,15 @@ def pareto(points: dict[int, tuple[float, float]], maximise: bool) -> list[int]:
 def _curves(ranking: Ranking, metric: str, curves: dict[int, Curve]) -> Picture:
     maximise = metric.endswith("acc")
     shown = [i for i in curves if look(i).highlighted]
-    bands = any(any(curve[2]) for curve in curves.values())
+    banded = [i for i in shown if any(curves[i][2])][:BANDS]
+    nameless = any(len(ranking.groups[i].label) > LABEL for i in shown)
 
     def paint(axes: Axes) -> None:
         for i in sorted(curves, reverse=True):
             epochs, mean, deviation = curves[i]
             style = look(i)
             front = style.highlighted
-            if front and any(deviation):
+            if i in banded:
                 below = [m - d for m, d in zip(mean, deviation, strict=True)]
                 above = [m + d for m, d in zip(mean, deviation, strict=True)]
                 axes.fill_between(epochs, below, above, color=style.colour, alpha=0.16,
@@ -162,20 +176,21 @@ def _curves(ranking: Ranking, metric: str, curves: dict[int, Curve]) -> Picture:
         places = apart(ends, 0.062 * (high - low), low, high)
         for i, end, place in zip(shown, ends, places, strict=True):
             at = curves[i][0][-1]
-            text = f"{i + 1}  {clipped(ranking.groups[i].label, LABEL)}"
+            text = f"{i + 1}" if nameless else f"{i + 1}  {ranking.groups[i].label}"
             axes.annotate(text, (at, end), (1.03, (place - low) / (high - low)), va="center",
                           textcoords="axes fraction", fontsize=8.5, color=look(i).colour,
                           annotation_clip=False, gid=f"g{i}-label",
                           arrowprops={"arrowstyle": "-", "color": look(i).colour,
-                                      "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1,
-                                      "shrinkB": 1})  # fmt: skip
+                                      "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5),
+                                      "shrinkA": 1, "shrinkB": 1})  # fmt: skip
 
     finals = ", ".join(
         f"{ranking.groups[i].label} {number(metric, curves[i][1][-1])}" for i in shown[:HIGHLIGHTED]
     )
     alt = f"{metric} against the epoch for {len(curves)} groups; at their last epoch: {finals}"
     caption = f"{metric} after each epoch, mean over the seeds"
-    caption += ", the band one standard deviation to each side." if bands else "."
+    caption += ", the band one standard deviation to each side." if banded else "."
+    caption += " The numbers are those of the ranking." if nameless else ""
     if len(curves) > len(shown):
         caption += f" In colour the best {len(shown)}, grey the other {len(curves) - len(shown)}."
     if metric.startswith("train"):
@@ -211,8 +226,8 @@ def _curve_limits(curves: Sequence[Sequence[float]], maximise: bool) -> tuple[fl
     finals, everything = [curve[-1] for curve in curves], [v for curve in curves for v in curve]
     best, worst = (max, min) if maximise else (min, max)
     top, bottom = best(everything), worst(finals)
-    reach = abs(top - bottom) + 0.3 * abs(top - worst(everything))
-    far = best(worst(everything), bottom - (reach if maximise else -reach) * 0.7)
+    reach = 0.6 * abs(top - bottom) + 0.15 * abs(top - worst(everything))
+    far = best(worst(everything), bottom - (reach if maximise else -reach))
     margin = 0.05 * abs(top - far) or 0.01
     low, high = sorted((top, far))
     return low - margin, high + margin
@@ -230,8 +245,7 @@ def _split(
     return [x for x, _ in points], [min(max(y, low + inside), high - inside) for _, y in points]
 
 
-def _side(x: float, points: dict[int, tuple[float, float]]) -> str:
-    xs = [x for x, _ in points.values()]
-    logs = [math.log(max(value, 1e-9)) for value in (min(xs), x, max(xs))]
-    share = (logs[1] - logs[0]) / ((logs[2] - logs[0]) or 1)
-    return "left" if share < 0.5 else "right"
+def _middle(seconds: Sequence[float]) -> float:
+    """The middle of the axis that `number_axis` gives them."""
+    low, high = min(seconds), max(seconds)
+    return math.sqrt(low * high) if spread_widely(seconds) else (low + high) / 2

@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from cnntrain.sweeps.ranking import Group, Ranking
 
@@ -121,11 +122,11 @@ def _inline(
 
 
 def value_axis(axes: Axes, metric: str, which: str = "y") -> None:
-    """Accuracies in %, with as many digits as the ticks need."""
+    """Accuracies in %."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     if metric.endswith("acc"):
-        axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{round(100 * v, 4):g} %"))
 
 
 def number_axis(
@@ -138,6 +139,8 @@ def number_axis(
     numbers = list(values)
     if log or (log is None and spread_widely(numbers)):
         axes.set_xscale("log")
+        decades = math.log10(max(numbers) / min(numbers)) if numbers else 1
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     few = sorted(set(numbers))

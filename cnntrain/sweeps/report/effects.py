@@ -122,11 +122,10 @@ def _effect(
             return float(value)
         return names.index(plain(value)) + (shuffled.uniform(-0.16, 0.16) if jitter else 0)
 
-    by_value: dict[float, list[float]] = {}
-    for _, member, v in with_it:
-        by_value.setdefault(place(member, jitter=False), []).append(v)
-    means = sorted((x, fmean(found)) for x, found in by_value.items())
-    grid = len(means) <= max(2, len(with_it) / 2)  # several members at each value
+    means = _means([(place(m, jitter=False), _others(m, option, collection), v)
+                    for _, m, v in with_it])  # fmt: skip
+    # Several members at each value, and none for being promising.
+    grid = collection.search is None and len(means) <= max(2, len(with_it) / 2)
 
     def paint(axes: Axes) -> None:
         for group, member, v in reversed(with_it):
@@ -137,7 +136,7 @@ def _effect(
                          zorder=3 if shown.highlighted else 2)  # fmt: skip
         if grid and numeric:
             axes.plot(*zip(*means, strict=True), color=INK, linewidth=1.4, zorder=4)
-        elif grid or not numeric:
+        elif not numeric:
             for x, mean in means:
                 axes.hlines(mean, x - 0.28, x + 0.28, color=INK, linewidth=1.8, zorder=4)
         if without and (not numeric or all(is_number(m.values[option]) for m in without)):
@@ -163,11 +162,33 @@ def _effect(
     best = max(means, key=lambda mean: mean[1] if maximise else -mean[1])
     called = f"{best[0]:.4g}" if numeric else names[int(best[0])]
     said = f"{number(metric, best[1])}{unit(metric)}"
-    alt = f"{metric} against {option} for {len(with_it)} members; best on average at {called}"
-    caption = f"{option}: best on average at {called} ({said})" if grid or not numeric else option
+    alt = f"{metric} against {option} for {len(with_it)} members"
+    alt += f"; best on average at {called}" if grid else ""
+    caption = f"{option}: best on average at {called} ({said})" if grid else option
     caption += f"; × {len(without)} failed." if without else "."
     index = collection.options.index(option)
     return Picture(draw(f"effect{index}", alt, SIZE, paint, ranking), caption)
+
+
+def _means(points: Sequence[tuple[float, str, float]]) -> list[tuple[float, float]]:
+    """The mean at each x, of points (x, what else varies, value).
+
+    Over what the values of x have in common, each with the same weight, if there is anything: a
+    member that is missing must not make the others of its value look better.
+    """
+    cells: dict[float, dict[str, list[float]]] = {}
+    for x, others, value in points:
+        cells.setdefault(x, {}).setdefault(others, []).append(value)
+    common = set.intersection(*(set(found) for found in cells.values()))
+    means = []
+    for x, found in sorted(cells.items()):
+        alike = [fmean(found[others]) for others in sorted(common)]
+        means.append((x, fmean(alike or [v for values in found.values() for v in values])))
+    return means
+
+
+def _others(member: Member, option: str, collection: Collection) -> str:
+    return plain([member.values.get(o) for o in collection.options if o != option])
 
 
 class _Scale:

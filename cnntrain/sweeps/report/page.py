@@ -7,6 +7,7 @@ from datetime import datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import cnntrain
@@ -14,7 +15,7 @@ from cnntrain.sweeps.collect import METRICS, Collection, Member
 from cnntrain.sweeps.ranking import DIFFERS, Ranking, rank, text
 from cnntrain.sweeps.report.curves import cost, learning_curves, search_history
 from cnntrain.sweeps.report.drawing import THEME, Picture, look
-from cnntrain.sweeps.report.effects import MOST_PANELS, effects, parallel_coordinates
+from cnntrain.sweeps.report.effects import MOST_PANELS, effects, is_number, parallel_coordinates
 from cnntrain.sweeps.tables import columns, difference, duration, note, number, rows, unit, value
 
 MOST_PAIRS = 16  # groups in the table of pairs
@@ -29,11 +30,12 @@ def page(collection: Collection, folder: Path) -> str:
         _answer(ranking),
         _section("Ranking", _ranking(ranking)),
         _section("Learning curves", _figures(learning_curves(ranking), "pair")),
-        _section("Progress of the search", _figures([search_history(ranking)], "pair")),
+        _section("Progress of the search", _figures([search_history(ranking)], "aside")),
         _section("What each option does", _effects(ranking)),
         _section("All options together", _figures([parallel_coordinates(ranking)], "wide")),
-        _section("What it costs", _figures([cost(ranking)], "pair")),
+        _section("What it costs", _figures([cost(ranking)], "aside")),
         _section("Every pair", _pairs(ranking)),
+        _section("What went wrong", _failures(collection, folder)),
         _section("Members", _members(collection, folder)),
         f"<footer class=soft>cnntrain {cnntrain.__version__}, {datetime.now():%Y-%m-%d %H:%M}. "
         f"To make it anew: <code>cnntrain report {escape(str(collection.folder))}</code></footer>",
@@ -107,8 +109,9 @@ def _effects(ranking: Ranking) -> str:
     if not pictures:
         return ""
     said = (
-        f"{escape(ranking.collection.metric)} of every completed member; black: the mean at a "
-        "value. Colours as in the ranking. Values far worse than the rest lie on the edge."
+        f"{escape(ranking.collection.metric)} of every completed member. Black: the mean at a "
+        "value, over what the values have in common of the other options. Colours as in the "
+        "ranking. What is far worse than the rest lies on the edge."
     )
     if (more := len(ranking.collection.options) - MOST_PANELS) > 0:
         said += f" {more} more options are in the tables."
@@ -147,8 +150,6 @@ def _members(collection: Collection, folder: Path) -> str:
     known = [m for m in METRICS if any(m in member.metrics for member in collection.members)]
     head = [("member", False), ("status", False), *((o, False) for o in options)]
     head += [(f"{m}{unit(m)}", True) for m in known] + [("epochs", True), ("seconds", True)]
-    failed = any(member.error for member in collection.members)
-    head += [("error", False)] if failed else []
     body = []
     for member in collection.members:
         cells = [
@@ -158,10 +159,20 @@ def _members(collection: Collection, folder: Path) -> str:
         cells += [_cell(text(member.values[o]) if o in member.values else "") for o in options]
         cells += [_cell(number(m, member.metrics.get(m)), True) for m in known]
         cells += [_cell(str(member.epochs or ""), True), _cell(duration(member.seconds), True)]
-        cells += [f'<td class="wrap">{escape(member.error or "")}</td>'] if failed else []
         body.append(f"<tr>{''.join(cells)}</tr>")
     said = "Metrics of the epoch that was tested; of a member that is not completed, of its last."
     return f'{_table(head, body)}<p class="note">{said}</p>'
+
+
+def _failures(collection: Collection, folder: Path) -> str:
+    """What members died of, and what is wrong with their files."""
+    found = [
+        f'<li><span class="{m.status}">{m.status}</span> {_link(m, folder)}<br>'
+        f"<code>{escape(m.error or 'no reason is recorded')}</code></li>"
+        for m in collection.members
+        if m.error or m.status == "failed"
+    ]
+    return f'<ul class="failures">{"".join(found)}</ul>' if found else ""
 
 
 def _link(member: Member, folder: Path) -> str:
@@ -184,7 +195,7 @@ def _cell(content: str, right: bool = False) -> str:
 def _table(head: Sequence[tuple[str, bool]], body: Iterable[str]) -> str:
     titles = "".join(f"<th{' class=r' if right else ''}>{escape(t)}</th>" for t, right in head)
     return (
-        f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>\n<tbody>\n'
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{titles}</tr></thead>\n<tbody>\n'
         + "\n".join(body)
         + "\n</tbody></table></div>"
     )
@@ -213,6 +224,9 @@ def _swatch(rank: int) -> str:
     )
 
 
-def _values(values: Sequence[object]) -> str:
-    shown = ", ".join(text(value) for value in values[:8])
-    return f"{shown}, … ({len(values)})" if len(values) > 8 else shown
+def _values(values: Sequence[Any]) -> str:
+    if len(values) <= 8:
+        return ", ".join(map(text, values))
+    if all(map(is_number, values)):
+        return f"{text(min(values))} to {text(max(values))} ({len(values)} values)"
+    return f"{', '.join(map(text, values[:8]))}, … ({len(values)} values)"
