@@ -8,7 +8,8 @@ from pathlib import Path
 from cnntrain.commands.app import refuse, short, told
 from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.overrides import unknown
-from cnntrain.sweeps.collect import METRICS, Collection, collect
+from cnntrain.sweeps.collect import Collection, collect
+from cnntrain.sweeps.record import METRICS
 
 OPTIONS = ("metric", "out")
 HELP = f"""\

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cnntrain.sweeps.collect import METRICS, Collection, plain
+from cnntrain.sweeps.collect import Collection
 from cnntrain.sweeps.ranking import (
     DIFFERS,
     NOISE,
@@ -23,6 +23,7 @@ from cnntrain.sweeps.ranking import (
     short,
     text,
 )
+from cnntrain.sweeps.record import METRICS, plain
 
 MOST_ROWS = 30  # on the terminal
 SHOWN = ("val/acc", "test/acc", "train/acc", "val/loss")  # beside the metric that ranks

@@ -7,8 +7,8 @@ from statistics import fmean, stdev
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
-from cnntrain.sweeps.collect import Member, history
 from cnntrain.sweeps.ranking import Ranking
+from cnntrain.sweeps.record import Member, history
 from cnntrain.sweeps.report.drawing import (
     HIGHLIGHTED,
     INK,
@@ -16,7 +16,6 @@ from cnntrain.sweeps.report.drawing import (
     SOFT,
     Picture,
     apart,
-    clipped,
     draw,
     in_sight,
     look,
@@ -92,6 +91,7 @@ def cost(ranking: Ranking) -> Picture | None:
         return None
     points = {i: (g.seconds or 0.0, g.mean or 0.0) for i, g in groups}
     front = pareto(points, maximise)
+    nameless = any(len(ranking.groups[i].label) > LABEL for i in front)
     low, high = in_sight([y for _, y in points.values()], maximise)
 
     def paint(axes: Axes) -> None:
@@ -101,37 +101,40 @@ def cost(ranking: Ranking) -> Picture | None:
             x, y = points[i]
             shown = look(i)
             y = min(max(y, low), high)
-            axes.errorbar(x, y, yerr=group.deviation, color=shown.colour, marker="o",
-                          markersize=7 if i in front else 5, elinewidth=1.2, gid=f"g{i}-point",
+            axes.errorbar(x, y, yerr=group.deviation if shown.highlighted else None,
+                          color=shown.colour, marker="o", markersize=7 if i in front else 5,
+                          elinewidth=1.2, gid=f"g{i}-point",
                           zorder=3 if shown.highlighted else 2)  # fmt: skip
         number_axis(axes, [x for x, _ in points.values()], ticks=False)
         middle = _middle([x for x, _ in points.values()])
-        heights = [min(max(points[i][1], low), high) for i in front]
+        named = [] if nameless else front
+        heights = [min(max(points[i][1], low), high) for i in named]
         places = apart(heights, 0.07 * (high - low), low, high)
-        for i, height in zip(front, places, strict=True):
+        for i, height in zip(named, places, strict=True):
             right = points[i][0] < middle
-            axes.annotate(f"{i + 1}  {clipped(ranking.groups[i].label, LABEL)}",
-                          (points[i][0], height), (9 if right else -9, 0), fontsize=8.5, color=INK,
-                          textcoords="offset points", va="center", ha="left" if right else "right",
+            axes.annotate(f"{i + 1}  {ranking.groups[i].label}", (points[i][0], height),
+                          (9 if right else -9, 0), textcoords="offset points", fontsize=8.5,
+                          color=INK, va="center", ha="left" if right else "right",
                           gid=f"g{i}-label",
                           path_effects=[withStroke(linewidth=2.5, foreground=PAPER)])  # fmt: skip
-        for i in points.keys() - set(front):
-            if look(i).highlighted:
+        for i in points.keys() - set(named):
+            if i in front or len(groups) <= HIGHLIGHTED:
                 axes.annotate(str(i + 1), (points[i][0], min(max(points[i][1], low), high)), (7, 0),
-                              textcoords="offset points", va="center", fontsize=8.5, color=SOFT,
-                              gid=f"g{i}-label")  # fmt: skip
+                              textcoords="offset points", va="center", fontsize=8.5,
+                              color=INK if i in front else SOFT, gid=f"g{i}-label",
+                              path_effects=[withStroke(linewidth=2, foreground=PAPER)])  # fmt: skip
         axes.set_ylim(low, high)
         axes.margins(x=0.08)
         axes.set(xlabel="seconds", title=metric)
         value_axis(axes, metric)
 
     better = "higher" if maximise else "lower"
-    named = ", ".join(f"{i + 1} ({ranking.groups[i].label})" for i in front)
-    alt = f"{metric} against seconds of {len(groups)} groups; the Pareto front is {named}"
+    members = "; ".join(f"{i + 1}: {ranking.groups[i].label}" for i in front)
+    alt = f"{metric} against seconds of {len(groups)} groups; the Pareto front is {members}"
     caption = (
         f"Means over the seeds, whiskers one standard deviation; {better} and further left is "
         "better. Larger points on the dotted line are the Pareto front: nothing is both faster and "
-        f"better than {'they are' if len(front) > 1 else 'it is'}."
+        f"better than {'they are' if len(front) > 1 else 'it is'}. From the fastest on: {members}."
     )
     return Picture(draw("cost", alt, SIZE, paint, ranking), caption)
 

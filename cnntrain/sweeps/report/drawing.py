@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from cnntrain.sweeps.collect import Collection
 from cnntrain.sweeps.ranking import Group, Ranking
 
 # Okabe and Ito's colours, for eyes that do not see all colours, and two kinds of line.
@@ -184,6 +185,17 @@ def apart(heights: Sequence[float], gap: float, low: float, high: float) -> list
     for i, height in zip(order, placed, strict=True):
         found[i] = height
     return found
+
+
+def declared_log(collection: Collection, option: str) -> bool | None:
+    """What the search's space says of an option's scale; None where nothing does."""
+    space = (collection.search or {}).get("space")
+    declared = space.get(option) if isinstance(space, dict) else None
+    return bool(declared.get("log", False)) if isinstance(declared, dict) else None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def clipped(text: str, most: int) -> str:

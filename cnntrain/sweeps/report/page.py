@@ -11,11 +11,13 @@ from typing import Any
 from urllib.parse import quote
 
 import cnntrain
-from cnntrain.sweeps.collect import METRICS, Collection, Member
+from cnntrain.sweeps.collect import Collection
 from cnntrain.sweeps.ranking import DIFFERS, Ranking, rank, text
+from cnntrain.sweeps.record import METRICS, Member
+from cnntrain.sweeps.report.coordinates import parallel_coordinates
 from cnntrain.sweeps.report.curves import cost, learning_curves, search_history
-from cnntrain.sweeps.report.drawing import THEME, Picture, look
-from cnntrain.sweeps.report.effects import MOST_PANELS, effects, is_number, parallel_coordinates
+from cnntrain.sweeps.report.drawing import THEME, Picture, is_number, look
+from cnntrain.sweeps.report.effects import MOST_PANELS, effects
 from cnntrain.sweeps.tables import columns, difference, duration, note, number, rows, unit, value
 
 MOST_PAIRS = 16  # groups in the table of pairs
@@ -109,8 +111,8 @@ def _effects(ranking: Ranking) -> str:
     if not pictures:
         return ""
     said = (
-        f"{escape(ranking.collection.metric)} of every completed member. Black: the mean at a "
-        "value, over what the values have in common of the other options. Colours as in the "
+        f"{escape(ranking.collection.metric)} of every completed member; bar or line: the mean "
+        "at a value, over what the values have in common of the other options. Colours as in the "
         "ranking. What is far worse than the rest lies on the edge."
     )
     if (more := len(ranking.collection.options) - MOST_PANELS) > 0:
