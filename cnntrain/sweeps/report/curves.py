@@ -1,33 +1,29 @@
-"""What happened over time: learning curves, a search's progress, and what a result costs."""
+"""What happened over time: learning curves, and how a search went on."""
 
 import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from matplotlib.axes import Axes
-from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from cnntrain.sweeps.ranking import Ranking
 from cnntrain.sweeps.record import Member, history
 from cnntrain.sweeps.report.drawing import (
     HIGHLIGHTED,
-    INK,
-    PAPER,
+    LABEL,
+    SIZE,
     SOFT,
     Picture,
     apart,
     draw,
     in_sight,
     look,
-    number_axis,
-    spread_widely,
     value_axis,
 )
 from cnntrain.sweeps.tables import number, unit
 
-SIZE = (5.4, 3.3)
 Curve = tuple[list[float], list[float], list[float]]  # epoch from 1, mean, standard deviation
-LABEL = 24  # characters beside a line
 BANDS = 6  # more would hide one another
 
 
@@ -83,77 +79,14 @@ def search_history(ranking: Ranking) -> Picture | None:
     return Picture(draw("history", alt, SIZE, paint, ranking), caption)
 
 
-def cost(ranking: Ranking) -> Picture | None:
-    """The metric that ranks against the seconds that a run takes, and the Pareto front."""
-    metric, maximise = ranking.collection.metric, ranking.collection.maximise
-    groups = [(i, g) for i, g in enumerate(ranking.groups) if g.seconds is not None and g.samples]
-    if len(groups) < 2:
-        return None
-    points = {i: (g.seconds or 0.0, g.mean or 0.0) for i, g in groups}
-    front = pareto(points, maximise)
-    nameless = any(len(ranking.groups[i].label) > LABEL for i in front)
-    low, high = in_sight([y for _, y in points.values()], maximise)
-
-    def paint(axes: Axes) -> None:
-        xs, ys = zip(*(points[i] for i in front), strict=True)
-        axes.step(xs, ys, where="post", color=SOFT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-        for i, group in reversed(groups):
-            x, y = points[i]
-            shown = look(i)
-            y = min(max(y, low), high)
-            axes.errorbar(x, y, yerr=group.deviation if shown.highlighted else None,
-                          color=shown.colour, marker="o", markersize=7 if i in front else 5,
-                          elinewidth=1.2, gid=f"g{i}-point",
-                          zorder=3 if shown.highlighted else 2)  # fmt: skip
-        number_axis(axes, [x for x, _ in points.values()], ticks=False)
-        middle = _middle([x for x, _ in points.values()])
-        named = [] if nameless else front
-        heights = [min(max(points[i][1], low), high) for i in named]
-        places = apart(heights, 0.07 * (high - low), low, high)
-        for i, height in zip(named, places, strict=True):
-            right = points[i][0] < middle
-            axes.annotate(f"{i + 1}  {ranking.groups[i].label}", (points[i][0], height),
-                          (9 if right else -9, 0), textcoords="offset points", fontsize=8.5,
-                          color=INK, va="center", ha="left" if right else "right",
-                          gid=f"g{i}-label",
-                          path_effects=[withStroke(linewidth=2.5, foreground=PAPER)])  # fmt: skip
-        for i in points.keys() - set(named):
-            if i in front or len(groups) <= HIGHLIGHTED:
-                axes.annotate(str(i + 1), (points[i][0], min(max(points[i][1], low), high)), (7, 0),
-                              textcoords="offset points", va="center", fontsize=8.5,
-                              color=INK if i in front else SOFT, gid=f"g{i}-label",
-                              path_effects=[withStroke(linewidth=2, foreground=PAPER)])  # fmt: skip
-        axes.set_ylim(low, high)
-        axes.margins(x=0.08)
-        axes.set(xlabel="seconds", title=metric)
-        value_axis(axes, metric)
-
-    better = "higher" if maximise else "lower"
-    members = "; ".join(f"{i + 1}: {ranking.groups[i].label}" for i in front)
-    alt = f"{metric} against seconds of {len(groups)} groups; the Pareto front is {members}"
-    caption = (
-        f"Means over the seeds, whiskers one standard deviation; {better} and further left is "
-        "better. Larger points on the dotted line are the Pareto front: nothing is both faster and "
-        f"better than {'they are' if len(front) > 1 else 'it is'}. From the fastest on: {members}."
-    )
-    return Picture(draw("cost", alt, SIZE, paint, ranking), caption)
-
-
-def pareto(points: dict[int, tuple[float, float]], maximise: bool) -> list[int]:
-    """Which of (seconds, value) no other beats in both, from the fastest on."""
-    sign = 1 if maximise else -1
-    front: list[int] = []
-    for i in sorted(points, key=lambda i: (points[i][0], -sign * points[i][1])):
-        if not front or sign * points[i][1] > sign * points[front[-1]][1]:
-            front.append(i)
-    return front
-
-
 def _curves(ranking: Ranking, metric: str, curves: dict[int, Curve]) -> Picture:
     maximise = metric.endswith("acc")
     shown = [i for i in curves if look(i).highlighted]
     banded = [i for i in shown if any(curves[i][2])][:BANDS]
     nameless = any(len(ranking.groups[i].label) > LABEL for i in shown)
+
+    low, high = _curve_limits([curves[i][1] for i in shown or curves], maximise)
+    beneath = _hidden({i: curves[i][1] for i in shown}, 0.008 * (high - low))
 
     def paint(axes: Axes) -> None:
         for i in sorted(curves, reverse=True):
@@ -166,14 +99,15 @@ def _curves(ranking: Ranking, metric: str, curves: dict[int, Curve]) -> Picture:
                 axes.fill_between(epochs, below, above, color=style.colour, alpha=0.16,
                                   linewidth=0, gid=f"g{i}-band")  # fmt: skip
             axes.plot(epochs, mean, color=style.colour, linestyle=style.dash,
-                      linewidth=1.8 if front else 0.8, alpha=1 if front else 0.6,
+                      linewidth=4.5 if i in beneath else 1.8 if front else 0.8,
+                      alpha=0.6 if i in beneath or not front else 1,
                       marker="o" if len(epochs) == 1 else None, markersize=4,
                       gid=f"g{i}-line", zorder=3 if front else 2)  # fmt: skip
-        low, high = _curve_limits([curves[i][1] for i in shown or curves], maximise)
         last = max(curve[0][-1] for curve in curves.values())
         axes.set_ylim(low, high)
         axes.set_xlim(min(1, last - 0.5), last)
         value_axis(axes, metric)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set(xlabel="epoch", title=metric)
         ends = [min(max(curves[i][1][-1], low), high) for i in shown]
         places = apart(ends, 0.062 * (high - low), low, high)
@@ -193,6 +127,7 @@ def _curves(ranking: Ranking, metric: str, curves: dict[int, Curve]) -> Picture:
     alt = f"{metric} against the epoch for {len(curves)} groups; at their last epoch: {finals}"
     caption = f"{metric} after each epoch, mean over the seeds"
     caption += ", the band one standard deviation to each side." if banded else "."
+    caption += " A broad line is one that another, equal to it, would hide." if beneath else ""
     caption += " The numbers are those of the ranking." if nameless else ""
     if len(curves) > len(shown):
         caption += f" In colour the best {len(shown)}, grey the other {len(curves) - len(shown)}."
@@ -210,6 +145,20 @@ def _curves(ranking: Ranking, metric: str, curves: dict[int, Curve]) -> Picture:
             else (" A line that turns upwards is learning by heart.")
         )
     return Picture(draw(metric.replace("/", "-"), alt, SIZE, paint, ranking), caption)
+
+
+def _hidden(means: dict[int, list[float]], reach: float) -> set[int]:
+    """The curves that lie within `reach` of one that is drawn over them, all along."""
+    return {
+        i
+        for i, curve in means.items()
+        if any(
+            j < i
+            and len(other) == len(curve)
+            and all(abs(a - b) < reach for a, b in zip(curve, other, strict=True))
+            for j, other in means.items()
+        )
+    }
 
 
 def _mean_curve(runs: Sequence[Sequence[dict[str, float]]], metric: str) -> Curve:
@@ -246,9 +195,3 @@ def _split(
 ) -> tuple[list[float], list[float]]:
     inside = 0.03 * (high - low)
     return [x for x, _ in points], [min(max(y, low + inside), high - inside) for _, y in points]
-
-
-def _middle(seconds: Sequence[float]) -> float:
-    """The middle of the axis that `number_axis` gives them."""
-    low, high = min(seconds), max(seconds)
-    return math.sqrt(low * high) if spread_widely(seconds) else (low + high) / 2

@@ -52,6 +52,8 @@ STYLE: Any = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+SIZE = (5.4, 3.3)  # inches
+LABEL = 24  # characters of a group's name beside what is drawn of it
 LOG_FROM = 15  # the largest value over the smallest
 
 

@@ -15,7 +15,8 @@ from cnntrain.sweeps.collect import Collection
 from cnntrain.sweeps.ranking import DIFFERS, Ranking, rank, text
 from cnntrain.sweeps.record import METRICS, Member
 from cnntrain.sweeps.report.coordinates import parallel_coordinates
-from cnntrain.sweeps.report.curves import cost, learning_curves, search_history
+from cnntrain.sweeps.report.cost import cost
+from cnntrain.sweeps.report.curves import learning_curves, search_history
 from cnntrain.sweeps.report.drawing import THEME, Picture, is_number, look
 from cnntrain.sweeps.report.effects import MOST_PANELS, effects
 from cnntrain.sweeps.tables import columns, difference, duration, note, number, rows, unit, value
