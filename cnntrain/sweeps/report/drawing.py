@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib
@@ -167,25 +167,22 @@ def in_sight(values: Sequence[float], maximise: bool) -> tuple[float, float]:
 
 
 def apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The heights moved as little as it takes to have `gap` between any two."""
+    """The heights moved as little as it takes to have `gap` between any two, in their order.
+
+    The least squares of what they are moved by: isotonic regression of the heights less their
+    places in a stack, by pooling neighbours (Ayer et al. 1955), then clipped.
+    """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    placed = [heights[i] for i in order]
-    for _ in range(200):
-        moved = False
-        for i in range(1, len(placed)):
-            if (missing := gap - (placed[i] - placed[i - 1])) > 1e-9 * gap:
-                placed[i - 1] -= missing / 2
-                placed[i] += missing / 2
-                moved = True
-        if placed and (over := placed[-1] - high) > 0:
-            placed[-1] -= over
-        if placed and (under := low - placed[0]) > 0:
-            placed[0] += under
-        if not moved:
-            break
+    pools: list[list[float]] = []
+    for place, i in enumerate(order):
+        pools.append([heights[i] - place * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    bases = [fmean(pool) for pool in pools for _ in pool]
+    top = high - (len(heights) - 1) * gap
     found = [0.0] * len(heights)
-    for i, height in zip(order, placed, strict=True):
-        found[i] = height
+    for place, i in enumerate(order):
+        found[i] = max(low, min(bases[place], top)) + place * gap
     return found
 
 
