@@ -261,6 +261,12 @@ def test_a_run_itself(tmp_path: Path) -> None:
     assert (member.name, member.values, member.seconds) == ("run", {"seed": 3}, 10.0)
 
 
+def test_values_each_once_in_their_order(tmp_path: Path) -> None:
+    members = {f"m{i}": {"x": x} for i, x in enumerate([3, 1, True, "1", None, 3])}
+    write_sweep(tmp_path, {"x": [3, 0]}, members)
+    assert [repr(x) for x in collect(tmp_path).over["x"]] == ["3", "0", "1", "True", "None"]
+
+
 def test_a_row_for_each_member(tmp_path: Path) -> None:
     names = [f"backend={b},seed={s}" for b in ("native", "im2col") for s in (0, 1)]
     members = {n: dict(part.split("=") for part in n.split(",")) for n in names}

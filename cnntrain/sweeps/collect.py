@@ -143,12 +143,12 @@ def _runs(folder: Path) -> Iterator[Path]:
 
 
 def _values(members: Sequence[Member], option: str, known: Sequence[Any] = ()) -> list[Any]:
-    """The values of an option, those known before first, each once."""
-    seen = list(known)
-    for member in members:
-        if option in member.values and member.values[option] not in seen:
-            seen.append(member.values[option])
-    return seen
+    """The values of an option, those known before first, each once; 1 is not `true`."""
+    met = [member.values[option] for member in members if option in member.values]
+    found: dict[str, Any] = {}
+    for value in (*known, *met):
+        found.setdefault(plain(value), value)
+    return list(found.values())
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:

@@ -102,7 +102,6 @@ def _inline(
 ) -> str:
     """Matplotlib's file as an element of a page with others."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     view = re.search(r'viewBox="([^"]*)"', svg)
     assert view is not None
@@ -140,9 +139,9 @@ def number_axis(
     With `ticks`, few different numbers are the ticks.
     """
     numbers = list(values)
-    if log or (log is None and spread_widely(numbers)):
+    if spread_widely(numbers) if log is None else log and min(numbers, default=0) > 0:
         axes.set_xscale("log")
-        decades = math.log10(max(numbers) / min(numbers)) if numbers else 1
+        decades = math.log10(max(numbers) / min(numbers))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
