@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnntrain.sweeps.collect import METRICS, plain
+from cnntrain.sweeps.record import METRICS, plain
 
 
 def write_schema(folder: Path, over: dict[str, Sequence[Any]]) -> None:
