@@ -1,0 +1,1 @@
+"""Many runs: started, resumed, collected, ranked. Nothing here imports torch before it is needed."""
