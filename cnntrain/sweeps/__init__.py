@@ -1,1 +1,1 @@
-"""Many runs: started, resumed, collected, ranked. Nothing here imports torch before it is needed."""
+"""Many runs: started, resumed, collected, ranked. Imports torch only where it is needed."""

@@ -48,7 +48,7 @@ class Dimension:
         if self.low == self.high:
             return 1
         step = self.step or (1 if self.whole else None)
-        return step and 1 + round((self.high - self.low) / step)  # type: ignore[return-value]
+        return step and 1 + round((self.high - self.low) / step)
 
     @property
     def corners(self) -> list[Any]:
@@ -62,6 +62,14 @@ class Dimension:
             trial.suggest_int(self.option, self.low, self.high, step=self.step or 1, log=self.log)
         else:
             trial.suggest_float(self.option, self.low, self.high, step=self.step, log=self.log)
+
+    def exact(self, suggested: Any) -> Any:
+        """A suggested value with the digits that a person would write: steps add up to 0.35, and
+        not to 0.35000000000000003."""
+        if self.choices is not None or self.whole or not self.step:
+            return suggested
+        low, step = Decimal(str(self.low)), Decimal(str(self.step))
+        return float(low + round((suggested - self.low) / self.step) * step)
 
     def value(self, stored: Any) -> Any:
         """The option's value by what Optuna has stored of it."""
@@ -104,6 +112,10 @@ class Space:
     def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Option -> value, by the parameters that Optuna has stored for a trial."""
         return {d.option: d.value(params[d.option]) for d in self.dimensions if d.option in params}
+
+    def exact(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Suggested parameters as they are to be stored."""
+        return {d.option: d.exact(params[d.option]) for d in self.dimensions if d.option in params}
 
     @property
     def size(self) -> int | None:
@@ -237,33 +249,30 @@ def _wrong_choices(where: str, given: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong_range(where: str, given: dict[str, Any]) -> Iterator[str]:
-    low, high, step, log = (given.get(key) for key in ("low", "high", "step", "log"))
-    numbers = {"low": low, "high": high} | ({"step": step} if step is not None else {})
-    unfit = [k for k, v in numbers.items() if type(v) not in (int, float) or not math.isfinite(v)]
+    numbers = {
+        key: given.get(key) for key in ("low", "high", *(["step"] if "step" in given else []))
+    }
+    unfit = [k for k, v in numbers.items() if type(v) not in (int, float) or not math.isfinite(v)]  # type: ignore[arg-type]
     for key in unfit:
-        said = (
-            f"{key}={shown(numbers[key])}: must be a number" if key in given else f"{key}: missing"
-        )
-        yield f"{where}.{said}"
-    if log not in (None, True, False):
+        yield f"{where}.{key}={shown(numbers[key])}: must be a number"
+    log = given.get("log", False)
+    if not isinstance(log, bool):
         yield f"{where}.log={shown(log)}: must be true or false"
     if unfit:
         return
+    low, high, step = (Decimal(str(numbers.get(key, 1))) for key in ("low", "high", "step"))
     if low > high:
         yield f"{where}.low={low}: is more than high={high}"
-    if log and low <= 0:
+    if log is True and low <= 0:
         yield f"{where}.low={low}: must be more than 0 with log=true"
-    if step is None:
+    if "step" not in given:
         return
-    if log:
+    if log is True:
         yield f"{where}.step={step}: goes without log=true; leave out one of the two"
     elif step <= 0:
         yield f"{where}.step={step}: must be more than 0"
-    elif rest := Decimal(str(high - low)) and (Decimal(str(high)) - Decimal(str(low))) % Decimal(
-        str(step)
-    ):
-        last = Decimal(str(high)) - rest
-        yield f"{where}.step={step}: does not lead from low={low} to high={high}, but to {last}"
+    elif low < high and (rest := (high - low) % step):
+        yield f"{where}.step={step}: does not lead to high={high}; take high={high - rest}"
 
 
 def _conditions(

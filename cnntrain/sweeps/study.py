@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 from omegaconf import DictConfig, OmegaConf
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.samplers import BruteForceSampler, RandomSampler
+from optuna.samplers import BruteForceSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from cnntrain.config import ConfigError, blame, build
@@ -20,9 +20,10 @@ from cnntrain.sweeps.journal import load, quietly, storage
 from cnntrain.sweeps.search import Search
 from cnntrain.sweeps.space import override, typed
 
-ENOUGH = 10  # completed trials to tell from them which options matter
+ENOUGH = 20  # completed trials to tell from them which options matter
 # Optuna's names for a trial that takes the place of a failed one, as its own callbacks give them.
 FIRST, HISTORY = "failed_trial", "retry_history"
+ERROR, DIVERGED = "error", "diverged"  # ours, of a failed trial
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class Study:
                 self.study.tell(number, state=TrialState.PRUNED)
             elif status == "failed":
                 handle = optuna.trial.Trial(self.study, trial._trial_id)
-                handle.set_user_attr("error", result.get("error"))
-                handle.set_user_attr("diverged", "not_finite" in result)
+                handle.set_user_attr(ERROR, result.get("error"))
+                handle.set_user_attr(DIVERGED, "not_finite" in result)
                 self.study.tell(number, state=TrialState.FAIL)
 
     def summary(self, command: Sequence[str] = ("python", "train.py")) -> list[str]:
@@ -135,7 +136,7 @@ class Study:
         with quietly():
             completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             common = [o for o in completed[0].params if all(o in t.params for t in completed)]
-            evaluator = PedAnovaImportanceEvaluator()
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=0.25)
             return optuna.importance.get_param_importances(
                 self.study, evaluator=evaluator, params=common
             )
@@ -151,23 +152,21 @@ class Study:
         return self.study.get_trials(deepcopy=False)[-1]
 
     def _retry_failed(self) -> None:
-        """Failed trials once more: new ones in their place, as a study changes none that is over."""
+        """Failed trials once more: others in their place, as none that is over can be changed."""
         trials = self.study.get_trials(deepcopy=False)
         for trial in trials:
-            again = trial.state == TrialState.FAIL and not trial.user_attrs.get("diverged")
+            again = trial.state == TrialState.FAIL and not trial.user_attrs.get(DIVERGED)
             if not again or trial.number in _replaced(trials):
                 continue
             history = [*trial.system_attrs.get(HISTORY, []), trial.number]
-            attributes = {
-                k: v for k, v in trial.user_attrs.items() if k not in ("error", "diverged")
-            }
+            decided = {k: v for k, v in trial.user_attrs.items() if k not in (ERROR, DIVERGED)}
             self.study.add_trial(
                 create_trial(
                     state=TrialState.RUNNING,
                     params=trial.params,
                     distributions=trial.distributions,
                     intermediate_values=trial.intermediate_values,  # its run goes on
-                    user_attrs=attributes,
+                    user_attrs=decided,
                     system_attrs={**trial.system_attrs, FIRST: history[0], HISTORY: history},
                 )
             )
@@ -199,7 +198,7 @@ def sample(search: Search, trials: Sequence[FrozenTrial], seed: int, name: str) 
         found = study.get_trials()[-1]
     return create_trial(
         state=TrialState.RUNNING,
-        params=found.params,
+        params=search.space.exact(found.params),
         distributions=found.distributions,
         user_attrs=found.user_attrs,
         system_attrs=found.system_attrs,
