@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
+from filelock import FileLock
 from optuna.pruners import NopPruner
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
@@ -24,24 +25,30 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)  # what there is to say, the 
 
 
 class Lock(JournalFileOpenLock):
-    """Optuna's lock, which also cuts off the half line of a writer who was killed.
+    """The system's lock, which is gone with the process that had it.
 
-    Optuna itself would write the next line behind it, and could then read neither.
+    Optuna's own are files that a killed writer leaves behind, and others wait half a minute for
+    him. The half line that he may have left is cut off: Optuna would write the next one behind it,
+    and could then read neither.
     """
 
     def __init__(self, file: Path):
         super().__init__(str(file))
-        self.file = file
+        # Not under the name of Optuna's own, which would take it for one that was left behind.
+        self.file, self.lock = file, FileLock(file.with_name(f".{file.name}.lock"))
 
     def acquire(self) -> bool:
-        held = super().acquire()
+        self.lock.acquire()
         with self.file.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             whole = file.read() in (b"", b"\n")
         if not whole:
             os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
-        return held
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
 
 
 def storage(folder: Path) -> JournalStorage:

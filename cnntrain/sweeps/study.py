@@ -16,9 +16,9 @@ from optuna.samplers import BruteForceSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from cnntrain.config import ConfigError, blame, build
+from cnntrain.sweeps.dimension import override, typed
 from cnntrain.sweeps.journal import load, quietly, storage
 from cnntrain.sweeps.search import Search
-from cnntrain.sweeps.space import override, typed
 
 ENOUGH = 20  # completed trials to tell from them which options matter
 # Optuna's names for a trial that takes the place of a failed one, as its own callbacks give them.
@@ -44,7 +44,8 @@ class Study:
     """
 
     def __init__(self, folder: Path, node: DictConfig, *, seed: int):
-        self.search: Search = build(node)
+        with blame("search"), quietly():
+            self.search: Search = build(node)
         self.seed = seed
         self.asked: set[int] = set()  # by this process
         stored = storage(folder)
@@ -215,7 +216,8 @@ def rehearse(node: DictConfig) -> None:
             build(node.pruner)
         with blame("search.sampler"):
             sampler = build(node.sampler)(seed=0)
-        search: Search = build(node)
+        with blame("search"):
+            search: Search = build(node)
         if isinstance(sampler, BruteForceSampler) and (option := search.space.endless()):
             raise ConfigError(
                 [
