@@ -138,6 +138,8 @@ def test_how_a_trial_ended(sweep: Path, folder: Path) -> None:
     assert again.ask(6) == []
     assert again.summary()[0] == "search       6 of 6 trials: 4 completed, 1 pruned, 1 failed"
     assert Study(sweep, node, seed=0).ask() == []
+    more = Study(sweep, search(folder, "search.trials=8"), seed=0).ask(6)
+    assert [a.name.partition(",")[0] for a in more] == ["trial=007", "trial=008"]
 
 
 def test_trials_are_counted_in_all(sweep: Path, folder: Path) -> None:

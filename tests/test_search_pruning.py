@@ -73,7 +73,8 @@ def test_a_trial_that_is_worse_is_ended(folder: Path, tmp_path: Path) -> None:
     assert result["metrics"]["val/acc"] == reported[1]
     assert not any(name.startswith("test/") for name in result["metrics"])
 
-    # Ended again, at once, should its record have been lost.
+    # Ended again should its record have been lost, though others have become worse.
+    add_others(study, 20, 0.01)
     (sweep / asked.name / "result.json").unlink()
     with pytest.raises(Pruned, match="others did better in epoch 2"):
         run(sweep, asked, resume=True)

@@ -39,7 +39,6 @@ class Pruning(lightning.Callback):
         self.metric: str = study.user_attrs["metric"]
         frozen = study.get_trials(deepcopy=False)[self.number]
         self.trial = optuna.trial.Trial(study, frozen._trial_id)
-        self.reported = set(frozen.intermediate_values)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         epoch, ends = trainer.current_epoch, False
@@ -50,9 +49,9 @@ class Pruning(lightning.Callback):
             raise Pruned(f"others did better in epoch {epoch + 1}")
 
     def _ends(self, epoch: int, module: Any) -> bool:
-        if epoch not in self.reported:
-            stage = self.metric.partition("/")[0]
-            self.trial.report(module.tallies[stage].metrics(stage)[self.metric], epoch)
+        stage = self.metric.partition("/")[0]
+        # Optuna lets the first report of an epoch stand.
+        self.trial.report(module.tallies[stage].metrics(stage)[self.metric], epoch)
         decided = self.trial.user_attrs
         if epoch <= decided.get(GOES_ON, -1):
             return False
