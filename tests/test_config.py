@@ -106,7 +106,8 @@ def test_mistake_in_a_file(tmp_path: Path, file: str, old: str, new: str, said: 
 
 
 def test_no_mistake_in_what_ships() -> None:
-    groups = {group: [f.stem for f in (CONF / group).glob("*.yaml")] for group in NODES}
+    nodes = [node for node in NODES if node.partition(".")[0] != "search"]  # has a test of its own
+    groups = {group: [f.stem for f in (CONF / group).glob("*.yaml")] for group in nodes}
     groups["experiment"] = [f.stem for f in (CONF / "experiment").glob("*.yaml")]
     groups.pop("loss")
     assert all(groups.values())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -165,6 +166,13 @@ def test_all_combinations_are_enough(sweep: Path, folder: Path) -> None:
             assert len(study.study.trials) == 9
 
 
+def test_nothing_is_fixed_before_the_first_trial(sweep: Path, folder: Path) -> None:
+    Study(sweep, search(folder, "search.trials=7"), seed=0)
+    study = search_all(sweep, search(folder, "search.metric=val/loss", "search.trials=3"))
+    assert study.study.best_value == min(t.value for t in study.study.trials)
+    assert len(optuna.get_all_study_names(load(sweep)._storage)) == 1
+
+
 def test_another_search_is_not_mixed_with_it(sweep: Path, folder: Path) -> None:
     Study(sweep, search(folder), seed=0).ask()
     other = search(folder, "search.metric=val/loss", "search.space={optimizer.lr:{high:0.2}}")
@@ -213,11 +221,12 @@ def test_killed_at_any_moment(tmp_path: Path, folder: Path, at_once: int) -> Non
         (tmp_path / name).mkdir()
         OmegaConf.save(node, tmp_path / name / "search.yaml")
     search_all(tmp_path / "undisturbed", node, at_once)
+    places = [str(ROOT), str(ROOT / "tests"), *sys.path[1:]]
     sweep, moments, kills = tmp_path / "killed", random.Random(at_once), 0
     while True:
         process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(sweep), str(at_once)],
-            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -13,7 +13,7 @@ from conftest import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from searches import conf, search
 
-from cnntrain.config import ConfigError, compose, flat
+from cnntrain.config import CONF, ConfigError, compose, flat
 from cnntrain.sweeps.dimension import override
 from cnntrain.sweeps.search import problems
 from cnntrain.sweeps.space import Space
@@ -128,9 +128,14 @@ def test_values_that_a_run_would_refuse(folder: Path, space: dict, said: list[st
     assert all(part in "\n".join(found) for part in said), found
 
 
-@pytest.mark.parametrize("name", ["lenet5_lr", "optimizer"])
-def test_the_searches_that_come_with_it(folder: Path, name: str) -> None:
-    assert problems(search(folder, f"search={name}"), compose) == []
+GROUPS = ("search", "search/sampler", "search/pruner")
+CHOICES = [f"{g}={file.stem}" for g in GROUPS for file in sorted((CONF / g).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_no_mistake_in_what_ships(folder: Path, choice: str) -> None:
+    space = {"model.dropout": {"low": 0.0, "high": 0.4, "step": 0.2}} if "grid" in choice else None
+    assert problems(search(folder, choice, space=space), compose) == []
 
 
 WRONG = [
@@ -170,7 +175,7 @@ def test_without_optuna_one_line_says_so(folder: Path) -> None:
         "import sys; sys.modules['optuna'] = None\n"
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'optuna' else find(name, *a)\n"
-        "from pathlib import Path; from cnntrain.config import ConfigError, compose\n"
+        "from pathlib import Path; from cnntrain.config import CONF, ConfigError, compose\n"
         f"compose([], folder=Path({str(folder)!r}))\n"
         "try:\n"
         f"    compose(['search=lenet5_lr'], folder=Path({str(folder)!r}))\n"

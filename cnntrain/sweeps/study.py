@@ -12,7 +12,8 @@ import numpy as np
 import optuna
 from omegaconf import DictConfig, OmegaConf
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.samplers import BruteForceSampler
+from optuna.pruners import NopPruner
+from optuna.samplers import BruteForceSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from cnntrain.config import ConfigError, blame, build
@@ -48,19 +49,19 @@ class Study:
             self.search: Search = build(node)
         self.seed = seed
         self.asked: set[int] = set()  # by this process
-        stored = storage(folder)
-        if not stored.get_all_studies():
-            optuna.create_study(
-                study_name=folder.absolute().name, storage=stored, direction=self.search.direction
-            )
-        self.study = load(folder)
         content: Any = OmegaConf.to_container(node, resolve=True)
         fixed = {"space": content["space"], "metric": self.search.metric, "seed": seed}
-        before = {key: self.study.user_attrs.get(key) for key in fixed}
-        if None in before.values() and not self.study.get_trials(deepcopy=False):
-            before = fixed  # it is new, or was ended while it was being begun
-        if problems := _differences(before, fixed):
-            raise ConfigError([f"{text} (says {folder})" for text in problems])
+        self.study = _begun(folder) or optuna.create_study(
+            study_name=folder.absolute().name,
+            storage=storage(folder),
+            direction=self.search.direction,
+            sampler=RandomSampler(),
+            pruner=NopPruner(),
+        )
+        if self.study.get_trials(deepcopy=False):
+            before = {key: self.study.user_attrs.get(key) for key in fixed}
+            if problems := _differences(before, fixed):
+                raise ConfigError([f"{text} (says {folder})" for text in problems])
         # What members ask whether to go on, and how trials were chosen: these may change.
         attributes = {**fixed, "sampler": content["sampler"], "pruner": content["pruner"]}
         for key, value in attributes.items():
@@ -178,6 +179,17 @@ class Study:
         rounded = {option: _rounded(value) for option, value in values.items()}
         name = ",".join([f"trial={number:03}", *(f"{o}={rounded[o]}" for o in sorted(rounded))])
         return Asked(trial.number, name, [override(o, v) for o, v in values.items()], values)
+
+
+def _begun(folder: Path) -> optuna.Study | None:
+    """The study in a folder if it has trials; one without is as good as none, and is removed."""
+    stored = storage(folder)
+    names = optuna.get_all_study_names(stored)
+    if names and (study := load(folder)).get_trials(deepcopy=False):
+        return study
+    for name in names:
+        optuna.delete_study(study_name=name, storage=stored)
+    return None
 
 
 def sample(search: Search, trials: Sequence[FrozenTrial], seed: int, name: str) -> FrozenTrial:
