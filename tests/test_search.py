@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 from searches import completed, conf, run_all, search, value
 
 from cnntrain.config import ConfigError
+from cnntrain.sweeps.findings import summary
 from cnntrain.sweeps.journal import STUDY, load
 from cnntrain.sweeps.study import Study
 
@@ -84,7 +85,7 @@ def test_it_finds_the_best(sweep: Path, folder: Path) -> None:
     study = search_all(sweep, search(folder, "search.trials=60"), at_once=4)
     best = study.study.best_trial
     assert best.value > 0.97  # of 1 at lr 0.01, dropout 0; a random trial has 0.79 on average
-    counts, first, command, importance = study.summary(["python", "train.py", "data.crop=1"])
+    counts, first, command, importance = summary(study, ["python", "train.py", "data.crop=1"])
     assert counts == "search       60 of 60 trials: 60 completed, 0 pruned, 0 failed"
     assert first == f"best trial   trial={best.number:03}, val/acc {best.value:.2%}"
     typed = dict(re.findall(r"(\S+)=(\S+)", command))
@@ -97,7 +98,7 @@ def test_a_loss_is_minimised(sweep: Path, folder: Path) -> None:
     study = search_all(sweep, search(folder, "search.metric=val/loss", "search.trials=12"))
     losses = [-math.log(value(t.params)) for t in study.study.trials]
     assert study.study.best_value == min(losses)
-    assert study.summary()[1].endswith(f"val/loss {min(losses):.4f}")
+    assert summary(study)[1].endswith(f"val/loss {min(losses):.4f}")
 
 
 def test_names_are_legible(sweep: Path, folder: Path) -> None:
@@ -126,7 +127,7 @@ def test_how_a_trial_ended(sweep: Path, folder: Path) -> None:
     study.tell(told)  # again, as after a kill in between
     states = [t.state.name for t in study.study.trials]
     assert states == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "RUNNING", "RUNNING"]
-    assert study.summary()[0] == "search       6 of 6 trials: 1 completed, 1 pruned, 2 failed"
+    assert summary(study)[0] == "search       6 of 6 trials: 1 completed, 1 pruned, 2 failed"
     assert study.ask(6) == []  # not within one command
 
     again = Study(sweep, node, seed=0)
@@ -137,7 +138,7 @@ def test_how_a_trial_ended(sweep: Path, folder: Path) -> None:
     ]
     again.tell({a.number: completed(0.75) for a in left})
     assert again.ask(6) == []
-    assert again.summary()[0] == "search       6 of 6 trials: 4 completed, 1 pruned, 1 failed"
+    assert summary(again)[0] == "search       6 of 6 trials: 4 completed, 1 pruned, 1 failed"
     assert Study(sweep, node, seed=0).ask() == []
     more = Study(sweep, search(folder, "search.trials=8"), seed=0).ask(6)
     assert [a.name.partition(",")[0] for a in more] == ["trial=007", "trial=008"]

@@ -11,6 +11,7 @@ from searches import QUIET, conf, search
 
 from cnntrain.config import ConfigError, compose
 from cnntrain.config.resume import read_result
+from cnntrain.sweeps.findings import summary
 from cnntrain.sweeps.journal import STUDY, load
 from cnntrain.sweeps.pruning import Pruning
 from cnntrain.sweeps.study import Asked, Study
@@ -84,7 +85,7 @@ def test_a_trial_that_is_worse_is_ended(folder: Path, tmp_path: Path) -> None:
     trial = study.study.trials[asked.number]
     assert (trial.state.name, trial.value) == ("PRUNED", reported[1])
     assert trial.intermediate_values == reported
-    assert study.summary()[0].endswith("5 completed, 1 pruned, 0 failed")
+    assert summary(study)[0].endswith("5 completed, 1 pruned, 0 failed")
 
 
 @pytest.mark.parametrize(("others", "overrides"), [(0.01, ()), (0.999, ("search/pruner=none",))])

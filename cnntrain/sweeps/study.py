@@ -5,13 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import join
 from typing import Any
 
 import numpy as np
 import optuna
 from omegaconf import DictConfig, OmegaConf
-from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.pruners import NopPruner
 from optuna.samplers import BruteForceSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -21,7 +19,6 @@ from cnntrain.sweeps.dimension import override, typed
 from cnntrain.sweeps.journal import load, quietly, storage
 from cnntrain.sweeps.search import Search
 
-ENOUGH = 20  # completed trials to tell from them which options matter
 # Optuna's names for a trial that takes the place of a failed one, as its own callbacks give them.
 FIRST, HISTORY = "failed_trial", "retry_history"
 ERROR, DIVERGED = "error", "diverged"  # ours, of a failed trial
@@ -78,7 +75,7 @@ class Study:
         """
         trials = self.study.get_trials(deepcopy=False)
         left = [t for t in trials if not t.state.is_finished() and t.number not in self.asked]
-        number = len(trials) - len(_replaced(trials))
+        number = len(trials) - len(replaced(trials))
         # A round that a kill has cut short is filled up: its trials knew nothing of each other.
         while number < self.search.trials and len(left) < most and (not left or number % most):
             if (trial := self._new()) is None:
@@ -86,7 +83,7 @@ class Study:
             left.append(trial)
             number += 1
         self.asked |= {trial.number for trial in left[:most]}
-        return [self._asked(trial) for trial in left[:most]]
+        return [self.asked_for(trial) for trial in left[:most]]
 
     def tell(self, results: Mapping[int, Mapping[str, Any] | None]) -> None:
         """How trials ended, by their numbers: what their result.json says, None without one.
@@ -111,38 +108,6 @@ class Study:
                 handle.set_user_attr(DIVERGED, "not_finite" in result)
                 self.study.tell(number, state=TrialState.FAIL)
 
-    def summary(self, command: Sequence[str] = ("python", "train.py")) -> list[str]:
-        """Lines that say what was found. `command` is what was typed, without the search."""
-        trials = self.study.get_trials(deepcopy=False)
-        trials = [trial for trial in trials if trial.number not in _replaced(trials)]
-        by_state = {state: [t for t in trials if t.state == state] for state in TrialState}
-        names = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed"}
-        counts = ", ".join(f"{len(by_state[TrialState[s]])} {name}" for s, name in names.items())
-        lines = [f"search       {len(trials)} of {self.search.trials} trials: {counts}"]
-        if not by_state[TrialState.COMPLETE]:
-            return lines
-        best, metric = self.study.best_trial, self.search.metric
-        shown = f"{best.value:.2%}" if metric.endswith("acc") else f"{best.value:.4f}"
-        lines.append(f"best trial   {self._asked(best).name.partition(',')[0]}, {metric} {shown}")
-        lines.append(f"             {join([*command, *self._asked(best).overrides])}")
-        if len(by_state[TrialState.COMPLETE]) >= ENOUGH and len(best.params) > 1:
-            shares = self.importances()
-            lines.append("importance   " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))
-        return lines
-
-    def importances(self) -> dict[str, float]:
-        """Each option's share in what sets the best trials apart (PED-ANOVA, arXiv:2304.10255).
-
-        Of the options that every completed trial has, the most important first.
-        """
-        with quietly():
-            completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            common = [o for o in completed[0].params if all(o in t.params for t in completed)]
-            evaluator = PedAnovaImportanceEvaluator(target_quantile=0.25)
-            return optuna.importance.get_param_importances(
-                self.study, evaluator=evaluator, params=common
-            )
-
     def _new(self) -> FrozenTrial | None:
         """A trial with parameters of its own, stored; None if every combination has been tried."""
         trials = self.study.get_trials(deepcopy=False)
@@ -158,7 +123,7 @@ class Study:
         trials = self.study.get_trials(deepcopy=False)
         for trial in trials:
             again = trial.state == TrialState.FAIL and not trial.user_attrs.get(DIVERGED)
-            if not again or trial.number in _replaced(trials):
+            if not again or trial.number in replaced(trials):
                 continue
             history = [*trial.system_attrs.get(HISTORY, []), trial.number]
             decided = {k: v for k, v in trial.user_attrs.items() if k not in (ERROR, DIVERGED)}
@@ -173,7 +138,8 @@ class Study:
                 )
             )
 
-    def _asked(self, trial: FrozenTrial) -> Asked:
+    def asked_for(self, trial: FrozenTrial) -> Asked:
+        """A trial of the study as it was, or is to be, run."""
         values = self.search.space.values(trial.params)
         number = trial.system_attrs.get(FIRST, trial.number)  # its directory is the first one's
         rounded = {option: _rounded(value) for option, value in values.items()}
@@ -241,7 +207,7 @@ def rehearse(node: DictConfig) -> None:
             sample(search, [], 0, "rehearsal")
 
 
-def _replaced(trials: Sequence[FrozenTrial]) -> set[int]:
+def replaced(trials: Sequence[FrozenTrial]) -> set[int]:
     """The numbers of failed trials that later ones stand in for."""
     return {number for trial in trials for number in trial.system_attrs.get(HISTORY, [])}
 
