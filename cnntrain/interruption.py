@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Literal
 
-# SIGUSR1 is what Slurm can be asked to send ahead of a job's end; Windows has none.
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+# SIGUSR1 is what Slurm can be asked to send ahead of a job's end, SIGUSR2 what submitit asks it to;
+# Windows has neither.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 Answer = Literal["leave", "raise", "note"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torturing.runs import differences, record
 
 from cnntrain.config import ConfigError, compose, flat
-from cnntrain.config.resume import changed, read_result, run_config, without_resume
+from cnntrain.config.resume import changed, read_result, run_config, run_only
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.training import CheckpointError, checkpoint_file, train
 from cnntrain.training.checkpoints import Checkpoints
@@ -220,7 +220,7 @@ def test_an_epoch_that_is_begun_counts(stops: Stops, tmp_path: Path) -> None:
 def test_what_is_typed_counts_though_it_was_the_default(tmp_path: Path) -> None:
     """Of a run that was started from Python, and of one that was changed when it was resumed."""
     options = ["scheduler=none", "backend=im2col", "seed=5", "trainer.max_epochs=3"]
-    cfg = without_resume(compose(options))
+    cfg = run_only(compose(options))
     for typed, key, value in [
         ("seed=0", "seed", 0),
         ("trainer.max_epochs=10", "trainer.max_epochs", 10),

@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, build, compose
 from cnntrain.data import FashionMNISTMini
 from cnntrain.training import CrossEntropy, OneCycle, Result, WarmupCosine, train
-from cnntrain.training.run_directory import write_json
 
 SHORT = ["data=fashion_mnist_mini", "trainer=cpu", "trainer.max_epochs=1"]
 

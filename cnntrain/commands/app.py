@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -23,6 +23,19 @@ Run = Callable[[DictConfig], float | None]
 Rehearse = Callable[[DictConfig], None]
 
 
+class Many(Protocol):
+    """What a command does with `-m`."""
+
+    def plan(self, cfgs: Sequence[DictConfig], varied: Sequence[str]) -> list[DictConfig]:
+        """The configs that are to be run; writes nothing, and raises ConfigError."""
+
+    def refuse_options(self) -> None:
+        """Raise ConfigError for options that say nothing without `-m`."""
+
+    def run(self) -> None:
+        """Run them all, and end the process with another exit code than 0 if not all is well."""
+
+
 def start(
     name: str,
     run: Run,
@@ -30,12 +43,14 @@ def start(
     rehearse: Rehearse | None = None,
     resuming: bool = False,
     one: str | None = None,
+    many: Callable[[argparse.Namespace], "Many"] | None = None,
 ) -> None:
     """Check the whole command line against conf/<name>.yaml, then let Hydra call `run`.
 
     `rehearse` finds what only constructors find, and writes nothing: it is called for every run
     before the first begins. `resuming` says that the run directory holds what is to be continued;
-    `one` is what the command takes one of, so that there are no sweeps over it.
+    `one` is what the command takes one of, so that there are no sweeps over it; `many` takes a
+    sweep over in place of Hydra.
 
     Exit codes: 2 for what the person who typed it has to change, 130 for Ctrl-C, 1 for a file that
     cannot be written.
@@ -45,12 +60,20 @@ def start(
     if arguments.config_path:  # which Hydra would look for beside this file
         flags.append(f"--config-path={Path(arguments.config_path).absolute()}")
     sys.argv[1:] = [*flags, *arguments.overrides]
+    sweep = many(arguments) if many else None
     try:
-        _check(arguments, name, rehearse, resuming, one)
+        sweeping = _check(arguments, name, rehearse, resuming, one, sweep)
     except config.ConfigError as error:
         refuse(error)
     if _only_asks(arguments) and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as any program's does
+
+    if sweep and sweeping:
+        try:
+            sweep.run()
+        except config.ConfigError as error:
+            refuse(error)
+        return
 
     @wraps(run)
     def guarded(cfg: DictConfig) -> float | None:
@@ -136,13 +159,16 @@ def _check(
     rehearse: Rehearse | None,
     resuming: bool,
     one: str | None,
-) -> None:
-    """Find all that is wrong with the command line before anything is written."""
+    many: "Many | None",
+) -> bool:
+    """Find all that is wrong with the command line before anything is written; whether it is a
+    sweep that is to be run."""
     if arguments.hydra_help or arguments.shell_completion:
-        return
-    cfgs, sweep = plan(arguments, name)
+        return False
+    planned = plan(arguments, name)
+    cfgs, sweep = planned.cfgs, planned.sweep
     if _only_asks(arguments):
-        return
+        return False
     from cnntrain.config.hydra_options import hydra_problems
     from cnntrain.config.rehearsal import rehearsal_problems
 
@@ -150,9 +176,13 @@ def _check(
         raise config.ConfigError([f"-m: {name} takes one {one}; start it once for each"])
     if (chosen := cfgs[0].get("resume")) and f"resume={chosen}" not in sys.argv and not resuming:
         raise config.ConfigError([f"resume={chosen}: has to be typed as it stands here"])
-    problems = hydra_problems(cfgs, sweep=sweep, resuming=resuming)
+    problems = hydra_problems(cfgs, sweep=sweep, resuming=resuming, placed=sweep and bool(many))
     if problems:
         raise config.ConfigError(problems)
+    if many and sweep:
+        cfgs = many.plan(cfgs, planned.varied)
+    elif many:
+        many.refuse_options()
     with config.searching(**places(arguments), name=name):
         if resuming and rehearse:
             rehearse(cfgs[0])  # of what it continues, whatever is composed here
@@ -161,6 +191,7 @@ def _check(
                 problems += rehearsal_problems(cfg, rehearse)
     if problems:
         raise config.ConfigError(problems)
+    return sweep
 
 
 def _different(cfgs: list[DictConfig]) -> list[DictConfig]:
@@ -169,7 +200,7 @@ def _different(cfgs: list[DictConfig]) -> list[DictConfig]:
     for cfg in cfgs:
         own = cfg.copy()
         with open_dict(own):
-            del own["hydra"]
+            own.pop("hydra", None)
         like = own.copy()
         like.seed = 0
         found[OmegaConf.to_yaml(like)] = own

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain import config
 from cnntrain.config import ConfigError
-from cnntrain.config.overrides import combinations, sweeps
+from cnntrain.config.overrides import combinations, key_of, sweeps
 
 MOST_RUNS = 10_000  # a sweep of which all configs are composed before the first run begins
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -23,9 +24,18 @@ def places(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"folder": Path(arguments.config_path or config.CONF), "extra": extra}
 
 
-def plan(arguments: argparse.Namespace, name: str) -> tuple[list[DictConfig], bool]:
-    """The checked config of every run that a command line for conf/<name>.yaml asks for, Hydra's
-    own options in it; and whether they are a sweep. Raises ConfigError with all that is wrong."""
+@dataclass(frozen=True)
+class Plan:
+    """The checked config of every run that is asked for, Hydra's own options in it."""
+
+    cfgs: list[DictConfig]
+    sweep: bool
+    varied: list[str]  # the options that have several values, in the order typed
+
+
+def plan(arguments: argparse.Namespace, name: str) -> Plan:
+    """What a command line for conf/<name>.yaml asks for. Raises ConfigError with all that is wrong
+    with it."""
     if problems := _flag_problems(arguments):
         raise ConfigError(problems)
     where: dict[str, Any] = {
@@ -37,16 +47,16 @@ def plan(arguments: argparse.Namespace, name: str) -> tuple[list[DictConfig], bo
     fixed = [text for text in overrides if not sweeps(text)]
     cfgs = _composed([fixed], where, problems)
     sweep = arguments.multirun or _asked(cfgs, "mode") == RunMode.MULTIRUN
+    varied: list[str] = []
     if not sweep and fixed != overrides:
         cfgs = _composed([overrides], where, problems)
     # Another sweeper than Hydra's own is alone to know what its sweeps stand for.
     elif sweep and _asked(cfgs, "sweeper._target_") in (None, BASIC_SWEEPER):
+        problems.clear()  # what does not vary need not make a run without what does
         params = _asked(cfgs, "sweeper.params") or {}
-        runs = combinations(
-            [*(f"{key}={value}" for key, value in params.items()), *overrides],
-            where["folder"],
-            MOST_RUNS + 1,
-        )
+        overrides = [*(f"{key}={value}" for key, value in params.items()), *overrides]
+        varied = [key_of(text) for text in overrides if sweeps(text)]
+        runs = combinations(overrides, where["folder"], MOST_RUNS + 1)
         if len(runs) > MOST_RUNS:
             problems.append(f"-m: makes more than {MOST_RUNS:,} runs; sweep over fewer values")
         else:
@@ -59,7 +69,7 @@ def plan(arguments: argparse.Namespace, name: str) -> tuple[list[DictConfig], bo
             problems.append(f"--package={arguments.package}: there is no such node")
     if problems:
         raise ConfigError(problems)
-    return cfgs, sweep
+    return Plan(cfgs, sweep, list(dict.fromkeys(varied)))
 
 
 def _composed(

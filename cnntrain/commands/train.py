@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 
 from cnntrain.commands.app import command_line, refuse, short, start, told
 from cnntrain.commands.plan import places
+from cnntrain.commands.sweeping import SweepCommand
 from cnntrain.config import ConfigError, check, compose, contradictions, fixed_run_directory, quoted
 from cnntrain.config.resume import (
     CONFIG,
@@ -25,12 +27,14 @@ from cnntrain.config.resume import (
     overrides_given,
     refused_changes,
     run_config,
-    without_resume,
+    run_only,
 )
 from cnntrain.interruption import Interrupted, watching
 
 
 def main() -> None:
+    # A sweep has more options than its name, which is what one types.
+    sys.argv[1:] = [re.sub("^sweep=", "sweep.name=", text) for text in sys.argv[1:]]
     with watching("leave"):
         try:
             resumed = _resumed(command_line())
@@ -39,6 +43,7 @@ def main() -> None:
                 lambda cfg: _train(cfg, resumed),
                 rehearse=lambda cfg: _rehearse(resumed.cfg if resumed else cfg),
                 resuming=resumed is not None,
+                many=SweepCommand,
             )
         except ConfigError as error:
             refuse(error)
@@ -110,7 +115,7 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         return compose(chosen, **files, command="train")
 
     if chosen == "auto":
-        composed = without_resume(load(own))
+        composed = run_only(load(own))
         directory = fixed_run_directory(arguments.overrides, **files)
         if arguments.cfg or not begun(directory):
             return None

@@ -185,17 +185,29 @@ def blame(option: str) -> Iterator[None]:
 
 def run_directory_problem(directory: str, option: str = "hydra.run.dir") -> str | None:
     """Why a run cannot have this directory for its own, if so: nothing is written to find out."""
+    path = Path(directory).absolute()
+    if directory and any(os.path.lexists(path / name) for name in ("result.json", "results.json")):
+        return (
+            f"{option}={directory}: holds another run already; go on with that one "
+            f"(resume={directory}), or give this one its own folder"
+        )
+    return _folder_problem(directory, option)
+
+
+def sweep_folder_problem(directory: str, option: str = "hydra.sweep.dir") -> str | None:
+    """Why a sweep cannot have this folder, if so: nothing is written to find out."""
+    if directory and (Path(directory) / "result.json").exists():
+        return f"{option}={directory}: holds a run; give the sweep its own folder"
+    return _folder_problem(directory, option)
+
+
+def _folder_problem(directory: str, option: str) -> str | None:
     if not directory:
         return f"{option}=: must name a folder"
     if directory.startswith("~"):
         home = os.path.expanduser(directory)
         return f"{option}={directory}: is not expanded by the shell; write {option}={home}"
     path = Path(directory).absolute()
-    if any(os.path.lexists(path / name) for name in ("result.json", "results.json")):
-        return (
-            f"{option}={directory}: holds another run already; go on with that one "
-            f"(resume={directory}), or give this one its own folder"
-        )
     if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(p)) > 255 for p in path.parts):
         return f"{option}={directory}: is too long a name; a folder's has at most 255 bytes"
     above = next(p for p in (path, *path.parents) if os.path.lexists(p))

@@ -86,6 +86,7 @@ NODES = {
         },
     ),
     "search.pruner": Node("optuna.pruners.BasePruner"),
+    "sweep": Node("cnntrain.sweeps.Sweep"),
 }
 
 
@@ -101,7 +102,9 @@ class Root:
 
 ROOTS = {
     "train": Root(
-        tuple(name for name in NODES if "." not in name), given=("resume",), optional=("search",)
+        tuple(name for name in NODES if "." not in name),
+        given=("resume",),
+        optional=("search", "sweep"),
     ),
     "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
     "benchmark": Root(

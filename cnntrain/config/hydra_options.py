@@ -25,16 +25,23 @@ OUTPUT = "<run directory>"  # in its place, as long as there is none
 CALLBACK = "hydra.experimental.callback.Callback"
 
 
-def hydra_problems(runs: Sequence[DictConfig], *, sweep: bool, resuming: bool) -> list[str]:
-    """What is wrong with `hydra` in the composed configs of all runs: one line a problem."""
+def hydra_problems(
+    runs: Sequence[DictConfig], *, sweep: bool, resuming: bool, placed: bool = False
+) -> list[str]:
+    """What is wrong with `hydra` in the composed configs of all runs: one line a problem.
+
+    `placed` says that the program chooses the runs' directories.
+    """
     above: str | None = None
     option = "hydra.sweep.dir" if sweep else "hydra.run.dir"
     directories: list[str] = []
     for number, cfg in enumerate(runs):
         try:
-            with _as_if_running(cfg, number):
+            with as_if_running(cfg, number):
                 if problems := _plugins(cfg.hydra) + _plain(cfg.hydra) or _logging(cfg.hydra):
                     return problems
+                if placed:
+                    continue
                 above = above or str((cfg.hydra.sweep if sweep else cfg.hydra.run).dir or "")
                 directory = os.path.join(above, str(cfg.hydra.sweep.subdir)) if sweep else above
         except (OmegaConfBaseException, RecursionError, AttributeError, TypeError) as error:
@@ -51,7 +58,7 @@ def hydra_problems(runs: Sequence[DictConfig], *, sweep: bool, resuming: bool) -
 
 
 @contextmanager
-def _as_if_running(cfg: DictConfig, number: int) -> Iterator[None]:
+def as_if_running(cfg: DictConfig, number: int) -> Iterator[None]:
     """What Hydra sets when it starts a run, for interpolations that ask for it."""
     instance = HydraConfig.instance()
     before = instance.cfg

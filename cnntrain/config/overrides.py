@@ -47,6 +47,11 @@ def sweeps(text: str) -> bool:
         return False
 
 
+def key_of(text: str) -> str:
+    """The option that an override is of: `trainer.limit_train_batches` of +trainer.limit_..=3."""
+    return str(OverridesParser.create().parse_override(text).key_or_group)
+
+
 def _values(text: str, parser: OverridesParser, most: int | None) -> list[str]:
     try:
         (override,) = parser.parse_overrides([text])

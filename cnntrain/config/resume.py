@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 RESULT, LOCK, CHECKPOINTS = "result.json", ".lock", "checkpoints"
+NOT_OF_THE_RUN = ("resume", "sweep", "search", "hydra")  # how it is started, and among which others
 
 
 def begun(directory: Path) -> bool:
@@ -51,17 +52,28 @@ def seal(content: dict[str, Any]) -> dict[str, Any]:
 
 def read_result(directory: Path) -> dict[str, Any] | None:
     """What result.json says, without its checksum; None if there is none or it is damaged."""
-    path = directory / RESULT
+    try:
+        return sealed(directory / RESULT)
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        log.warning(str(error))
+        return None
+
+
+class Damaged(Exception):
+    """A file that is not what the run wrote, named."""
+
+
+def sealed(path: Path) -> dict[str, Any]:
+    """What a sealed file says, without its checksum. Raises Damaged, or OSError."""
     try:
         content = json.loads(path.read_bytes())
         if content.pop("sha256") == _digest(content):
             return content
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         pass
-    log.warning(f"{path}: is damaged or was edited by hand; its content is not used")
-    return None
+    raise Damaged(f"{path}: is damaged or was edited by hand; its content is not used")
 
 
 def run_config(directory: Path) -> DictConfig:
@@ -70,7 +82,7 @@ def run_config(directory: Path) -> DictConfig:
     Raises ConfigError if nothing in the directory tells.
     """
     result = read_result(directory)
-    cfg = _load(directory / CONFIG)
+    cfg = recorded(directory / CONFIG)
     if cfg is not None and result is not None and config_hash(cfg) == result["config_hash"]:
         return cfg
     if cfg is not None and not any((directory / n).exists() for n in (RESULT, CHECKPOINTS)):
@@ -122,7 +134,7 @@ def changed(
     wanted = OmegaConf.create()
     for key, value in options.items():
         OmegaConf.update(wanted, key, value, force_add=True)
-    return without_resume(wanted)
+    return run_only(wanted)
 
 
 def overrides_given(directory: Path) -> list[str]:
@@ -138,9 +150,9 @@ def overrides_given(directory: Path) -> list[str]:
         ) from None
 
 
-def without_resume(cfg: DictConfig) -> DictConfig:
-    """The config of a run as such, however it is started."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "resume"])
+def run_only(cfg: DictConfig) -> DictConfig:
+    """The config of a run as such, however it is started: alone, resumed or in a sweep."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_OF_THE_RUN])
 
 
 def refused_changes(run: DictConfig, wanted: DictConfig) -> list[str]:
@@ -180,12 +192,13 @@ def _needs_length(cfg: DictConfig) -> bool:
     return bool(target) and "total_steps" in signature(target).types
 
 
-def _load(path: Path) -> DictConfig | None:
+def recorded(path: Path) -> DictConfig | None:
+    """The config in a file as the run wrote it, `resume` left out; None if it cannot be read."""
     try:
         cfg = OmegaConf.load(path)
         if not isinstance(cfg, DictConfig):
             return None
-        cfg = without_resume(cfg)
+        cfg = run_only(cfg)
         OmegaConf.resolve(cfg)
     except (OSError, YAMLError, ValueError, OmegaConfBaseException):
         return None

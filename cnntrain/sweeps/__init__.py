@@ -1,1 +1,5 @@
-"""Many runs: started, resumed, collected, ranked. Imports torch only where it is needed."""
+"""Many runs: started, resumed, collected, ranked. Imports no torch before it is needed."""
+
+from cnntrain.sweeps.sweep import Sweep
+
+__all__ = ["Sweep"]

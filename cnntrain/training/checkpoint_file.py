@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import cnntrain
-from cnntrain.training.run_directory import replacing
+from cnntrain.atomic import replacing
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from cnntrain.atomic import replacing
 from cnntrain.training.classifier import Stage
-from cnntrain.training.run_directory import replacing
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
 Layer = tuple[str, nn.Module]  # its name in the network

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 
-from cnntrain.training.run_directory import replacing
+from cnntrain.atomic import replacing
 from cnntrain.training.tensorboard import METRICS, TensorBoard
 from cnntrain.training.trainer import Trainer
 

@@ -5,7 +5,7 @@ import io
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from cnntrain.config import ConfigError, blame, build, config_hash
-from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, without_resume
+from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruption, watching
 from cnntrain.models import layer_table
@@ -53,12 +53,15 @@ def train(
     resume: bool = False,
     overrides: Sequence[str] | None = None,
     callbacks: Sequence[lightning.Callback] = (),
+    labels: Mapping[str, Any] | None = None,
 ) -> Result:
     """Train, validate every epoch, test once, and leave the whole record in `directory`.
 
     With `resume`, a run that `directory` holds is continued from its last checkpoint, as if it
     had never stopped; a completed one is answered with its result. `overrides` are what was typed
-    for the run, for its record. `callbacks` come after the run's own and before its checkpoints.
+    for the run, for its record. `labels` are for a member of a sweep: options by name that the
+    HParams tab shows beside those of the config, in columns that the sweep lays down. `callbacks`
+    come after the run's own and before its checkpoints.
 
     Raises:
         ConfigError: The config cannot be built, the directory holds another run, or the run that
@@ -70,7 +73,7 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved.
         OSError: Something cannot be written.
     """
-    cfg = without_resume(cfg)
+    cfg = run_only(cfg)
     data, module = _build(cfg)
     with watching(), RunDirectory(directory, resume=resume) as run:
         if resume and (recorded := completed(directory, cfg)):
@@ -83,7 +86,7 @@ def train(
         record = Record(directory, TensorBoard(directory))
         interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
         try:
-            content = _fit_and_test(cfg, directory, data, module, record, saved, callbacks)
+            content = _fit_and_test(cfg, directory, data, module, record, saved, labels, callbacks)
             run.write_result("completed", **content)
         except BaseException as error:
             # A signal may have made another error, somewhere in the libraries.
@@ -170,6 +173,7 @@ def _fit_and_test(
     module: Classifier,
     record: Record,
     saved: tuple[Path, Content] | None,
+    labels: Mapping[str, Any] | None,
     callbacks: Sequence[lightning.Callback],
 ) -> dict[str, Any]:
     """The run itself; what result.json says of it."""
@@ -199,7 +203,7 @@ def _fit_and_test(
         tensorboard.go_on(content["callbacks"]["Record"]["tensorboard"])
         before = content["callbacks"]["Record"]["seconds"][0]
     else:
-        tensorboard.begin(cfg)
+        tensorboard.begin(cfg, labels)
     trainer.checkpoints.facts = {
         "config": OmegaConf.to_container(cfg, resolve=True),
         "config_hash": config_hash(cfg),

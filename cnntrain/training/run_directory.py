@@ -7,15 +7,15 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from cnntrain.atomic import replacing, write_json
 from cnntrain.config import ConfigError, run_directory_problem
 from cnntrain.config.resume import CONFIG, LOCK, OVERRIDES, RESULT, in_use, seal
 
@@ -79,41 +79,6 @@ class RunDirectory:
         except (OSError, ValueError, AttributeError, TypeError):  # none, or damaged
             first = now
         write_json(path, first)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write all of a file or nothing: readers never see half of it, nor does a crash leave half."""
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-@contextmanager
-def replacing(path: Path, *, keep: Path | None = None) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name, in place of any other, when all of it is on the disk.
-
-    The file that was there is lost, or renamed to `keep`. Raises OSError, with the file's name,
-    and leaves what was there.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename2 is None:
-            error.filename = str(path)
-        raise
-    if os.name == "posix":  # the name, too, has to be on the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def environment() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,18 @@ class TensorBoard(TensorBoardLogger):
         super().__init__(directory, name="", version="", default_hp_metric=False)
         self.directory = directory
 
-    def begin(self, cfg: DictConfig) -> None:
+    def begin(self, cfg: DictConfig, labels: Mapping[str, Any] | None = None) -> None:
         """Start the stream: the HParams tab has the options now, the metrics as they are logged
         under their names.
 
+        With `labels` these stand beside the options, and which columns there are is left to the
+        sweep: TensorBoard takes them from the first run that it finds to say so.
         Not `log_hyperparams`, which would log the metrics once more, at step 0.
         """
         self.go_on(0)
         metrics = dict.fromkeys(["test/acc", "val/acc", "test/loss", *METRICS], 0.0)
-        for summary in hparams(options(cfg), metrics)[:2]:
+        columns, values, _ = hparams({**options(cfg), **(labels or {})}, metrics)
+        for summary in [columns, values] if labels is None else [values]:
             self.experiment._get_file_writer().add_summary(summary)
 
     def go_on(self, position: int) -> None:

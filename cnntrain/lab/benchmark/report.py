@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cnntrain.atomic import write_json
 from cnntrain.lab.benchmark.measure import Case, Measured
-from cnntrain.training.run_directory import environment, write_json
+from cnntrain.training.run_directory import environment
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,259 @@
+"""The runs below a folder: what varies between them, how far each has come, what it measured.
+
+Imports no torch: a report on two hundred runs must not wait for it.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cnntrain.atomic import replacing
+from cnntrain.config import ConfigError, config_hash, flat
+from cnntrain.config.resume import CONFIG, RESULT, Damaged, begun, in_use, recorded, sealed
+from cnntrain.sweeps.options import varying
+
+SWEEP = "sweep.yaml"
+METRICS = ("val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss")
+STATUSES = ("completed", "running", "pending", "interrupted", "pruned", "failed", "damaged")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of a sweep, or one that is planned.
+
+    `values` are those of the options that vary, and the seed; `metrics` losses in nats and
+    accuracies from 0 to 1: of the chosen epoch if it is completed, else of the last.
+    """
+
+    name: str  # of its directory, seen from the folder
+    directory: Path
+    values: dict[str, Any]
+    status: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    error: str | None = None
+    epochs: int = 0
+    config_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a folder holds. `over` maps an option that varies to its values so far, the seed too."""
+
+    name: str
+    folder: Path
+    metric: str  # what ranks
+    maximise: bool
+    over: dict[str, list[Any]]
+    members: tuple[Member, ...]
+    search: dict[str, Any] | None = None  # how the values were searched for, if they were
+    problems: tuple[str, ...] = ()  # of the folder as such, a line each
+
+    @property
+    def options(self) -> list[str]:
+        """What varies, the seed apart."""
+        return [option for option in self.over if option != "seed"]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many members have each status, those without any left out."""
+        found = Counter(member.status for member in self.members)
+        return {status: found[status] for status in STATUSES if found[status]}
+
+
+def collect(folder: Path, metric: str | None = None) -> Collection:
+    """The members that sweep.yaml names, or without it all runs below the folder.
+
+    `metric` takes the place of the one that sweep.yaml ranks by, or that the runs monitored.
+    Raises ConfigError if that is none, or if the folder is none or holds no run.
+    """
+    if metric is not None and metric not in METRICS:
+        raise ConfigError([f"metric={metric}: is no metric; there is {', '.join(METRICS)}"])
+    if not folder.is_dir():
+        raise ConfigError([f"{folder}: is not a folder; name one with runs below it"])
+    try:
+        sweep = _sweep(folder / SWEEP)
+    except Damaged as error:
+        return _found(folder, metric, (str(error),))
+    if sweep is None:
+        return _found(folder, metric, ())
+    members = tuple(
+        _member(name, folder / name, dict(planned["values"]))
+        for name, planned in sweep["members"].items()
+    )
+    # A search knows ranges beforehand, not values.
+    over = {option: _values(members, option, known) for option, known in sweep["over"].items()}
+    ranked = metric or sweep["metric"]
+    name, search = str(sweep["name"]), sweep.get("search")
+    return Collection(name, folder, ranked, ranked.endswith("acc"), over, members, search)
+
+
+def write_csv(collection: Collection, path: Path) -> None:
+    """A row per member: status, the options that vary, metrics, seconds, directory, error."""
+    options = list(collection.over)
+    if any("seed" in member.values for member in collection.members) and "seed" not in options:
+        options.append("seed")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["status", *options, *METRICS, "seconds", "epochs", "directory", "error"])
+    for m in collection.members:
+        row: list[Any] = [m.status, *(plain(m.values[o]) if o in m.values else "" for o in options)]
+        row += [m.metrics.get(name, "") for name in METRICS]
+        writer.writerow([*row, m.seconds, m.epochs, m.name, m.error])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def history(directory: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv, an epoch each, without what is missing or no number.
+
+    A row that is half written, as of a run that is at work, is left out.
+    """
+    rows: list[dict[str, float]] = []
+    try:
+        with (directory / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            row: dict[Any, Any]
+            for row in csv.DictReader(file):
+                numbers = {k: n for k, v in row.items() if (n := _number(v)) is not None and k}
+                if "epoch" in numbers and None not in row.values():
+                    rows.append(numbers)
+    except (OSError, UnicodeDecodeError, csv.Error):
+        pass
+    return rows
+
+
+def plain(value: Any) -> str:
+    """A value as one types it: `true`, `null`, `[6,16,128]`, `0.01`."""
+    return (
+        value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+    )
+
+
+def _found(folder: Path, metric: str | None, problems: tuple[str, ...]) -> Collection:
+    """All runs below a folder, with the options in which their configs differ."""
+    directories = sorted(_runs(folder), key=_natural)
+    if not directories:
+        said = problems or (f"{folder}: holds no run, nor {SWEEP}; name a folder with runs below",)
+        raise ConfigError(said)
+    configs: list[Mapping[str, Any] | None] = []
+    members: list[Member] = []
+    for directory in directories:
+        name = directory.relative_to(folder).as_posix()
+        member = _member(name if name != "." else directory.absolute().name, directory, {})
+        cfg = recorded(directory / CONFIG)
+        configs.append(None if cfg is None else flat(cfg))
+        if cfg is None or member.config_hash not in (None, config_hash(cfg)):
+            configs[-1] = None
+            error = f"{directory / CONFIG}: is damaged or not the run's"
+            member = Member(member.name, directory, {}, "damaged", error=error)
+        members.append(member)
+    known = [config for config in configs if config is not None]
+    values = iter(varying(known))
+    for i, config in enumerate(configs):
+        if config is not None:
+            members[i].values.update(next(values))
+    over: dict[str, list[Any]] = {}
+    varied = dict.fromkeys(option for m in members for option in m.values)
+    for option in sorted(varied, key=lambda option: option == "seed"):
+        seen = _values(members, option)
+        if len(seen) > 1 or option != "seed":
+            over[option] = sorted(seen) if all(map(_is_number, seen)) else seen
+    monitors = {config["trainer.monitor"] for config in known if "trainer.monitor" in config}
+    monitored = monitors.pop() if len(monitors) == 1 else METRICS[0]
+    ranked = metric or (monitored if monitored in METRICS else METRICS[0])
+    name = folder.absolute().name or str(folder)
+    return Collection(
+        name, folder, ranked, ranked.endswith("acc"), over, tuple(members), problems=problems
+    )
+
+
+def _runs(folder: Path) -> Iterator[Path]:
+    for path, below, _ in os.walk(folder):
+        if begun(Path(path)):
+            below.clear()  # a run holds no other
+            yield Path(path)
+        else:
+            below[:] = [name for name in below if not name.startswith(".")]
+
+
+def _values(members: Sequence[Member], option: str, known: Sequence[Any] = ()) -> list[Any]:
+    """The values of an option, those known before first, each once."""
+    seen = list(known)
+    for member in members:
+        if option in member.values and member.values[option] not in seen:
+            seen.append(member.values[option])
+    return seen
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """Sorts 2_seed=1 before 10_seed=0."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def _member(name: str, directory: Path, values: dict[str, Any]) -> Member:
+    """What a directory says of its run; one that has not begun is pending."""
+    try:
+        result = sealed(directory / RESULT)
+    except FileNotFoundError:
+        status = "running" if in_use(directory) else "pending"
+        if status == "pending" and begun(directory):
+            status = "interrupted"  # before it could say so
+        result = {"status": status}
+    except (Damaged, OSError) as error:
+        return Member(name, directory, values, "damaged", error=str(error).split("; ")[0])
+    status = result["status"]
+    if status == "running" and not in_use(directory):
+        status = "interrupted"  # by what cannot be caught
+    metrics, epochs = result.get("metrics"), result.get("epochs")
+    if metrics is None and (rows := history(directory)):
+        metrics, epochs = {k: v for k, v in rows[-1].items() if k in METRICS}, len(rows)
+    if "seed" not in values and "seed" in result:
+        values["seed"] = result["seed"]
+    seconds = result.get("timings", {}).get("seconds")
+    return Member(
+        name, directory, values, status, metrics or {}, seconds,
+        result.get("error"), epochs or 0, result.get("config_hash"),
+    )  # fmt: skip
+
+
+def _sweep(path: Path) -> dict[str, Any] | None:
+    """What sweep.yaml says, None without one; raises Damaged if it is not as a sweep writes it."""
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        sound = (
+            {"name", "metric", "over", "members"} <= content.keys()
+            and content["metric"] in METRICS
+            and all(isinstance(values, list) for values in content["over"].values())
+            and all(isinstance(m["values"], dict) for m in content["members"].values())
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, YAMLError, ValueError, TypeError, AttributeError, KeyError,
+            OmegaConfBaseException):  # fmt: skip
+        sound = False
+    if not sound:
+        raise Damaged(f"{path}: is damaged; the runs below the folder are shown without it")
+    return content
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

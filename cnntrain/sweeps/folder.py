@@ -1,0 +1,155 @@
+"""A sweep's folder: what is compared, over what, and which members there are."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cnntrain.atomic import replacing
+from cnntrain.config import INCIDENTAL, ConfigError, flat
+from cnntrain.config.resume import CONFIG, LOCK, run_only
+from cnntrain.sweeps.members import Planned, common, shown
+
+SHEET = "sweep.yaml"
+MOST_SHOWN = 8  # differences of an option each
+
+
+class SweepFolder:
+    """A folder that belongs to one sweep, with a directory for each member.
+
+    `sheet` is the content of sweep.yaml, for a new sweep without members. Raises ConfigError if
+    that is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.sheet: dict[str, Any] = {"name": path.name, "over": {}, "base": {}, "members": {}}
+        if (path / SHEET).exists():
+            self.sheet = _read(path / SHEET)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from running the same sweep at the same time."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            busy = "another process is running this sweep; wait for it or end it"
+            raise ConfigError([f"sweep.name={self.path.name}: {busy}"]) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def directory(self, member: str) -> Path:
+        return self.path / member
+
+    def extend(self, cfgs: Sequence[DictConfig], members: Sequence[Planned]) -> list[Planned]:
+        """Take the members of a command line in; returns them under the names that they have here.
+
+        Nothing is written before `write`. Raises ConfigError if what does not vary is not what it
+        was, with the difference.
+        """
+        base = common(members, cfgs)
+        self._refuse_another_base(base["options"])
+        known = self.sheet["members"]
+        keys = list(dict.fromkeys([*self.sheet["over"], *(k for m in members for k in m.values)]))
+        for member in known.values():  # what did not vary then has the value that all had
+            for key in keys:
+                if key not in member["values"]:
+                    member["values"][key] = self._then(key)
+        names = {member["identity"]: name for name, member in known.items()}
+        found = []
+        for member in members:
+            called = names.get(member.identity, member.name)
+            if known.get(called, {}).get("identity", member.identity) != member.identity:
+                raise ConfigError([self._changed(called, member)])
+            known[called] = {
+                "values": member.values,
+                "config_hash": member.config_hash,
+                "identity": member.identity,
+            }
+            found.append(
+                Planned(called, member.overrides, member.values, member.config_hash, member.config)
+            )
+        self.sheet["over"] = {key: _values(key, known.values()) for key in keys}
+        self.sheet["base"] = base if not self.sheet["base"] else _both(self.sheet["base"], base)
+        return found
+
+    def write(self, **facts: Any) -> None:
+        """Write sweep.yaml; `facts` are what else it says of the sweep."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        head = {"name": self.sheet["name"], **facts}
+        self.sheet = {**head, **{k: v for k, v in self.sheet.items() if k not in head}}
+        with replacing(self.path / SHEET) as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.create(self.sheet)).encode())
+
+    def _then(self, key: str) -> Any:
+        base = self.sheet["base"]
+        return base["choices"].get(key, base["options"].get(key))
+
+    def _refuse_another_base(self, options: dict[str, Any]) -> None:
+        before = self.sheet["base"].get("options", {})
+        different = [
+            key
+            for key in sorted(before.keys() & options.keys())
+            if before[key] != options[key] and key not in INCIDENTAL
+        ]
+        if different:
+            raise ConfigError(
+                [
+                    f"{key}={shown(options[key])}: the sweep {self.path.name!r} was begun with "
+                    f"{shown(before[key])}; take another name for this one (sweep=<name>), or "
+                    "leave the option as it was"
+                    for key in different[:MOST_SHOWN]
+                ]
+            )
+
+    def _changed(self, called: str, member: Planned) -> str:
+        """Why a member that has the name of another one cannot be run."""
+        why = "was begun with another config"
+        try:
+            before = flat(run_only(DictConfig(OmegaConf.load(self.directory(called) / CONFIG))))
+            now = flat(member.config)
+            why = "was begun with " + ", ".join(
+                f"{key}={shown(before.get(key))}, and now it is {shown(now.get(key))}"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)
+            )
+        except (OSError, YAMLError, OmegaConfBaseException):
+            pass
+        return f"{called}: {why}; take another name for this sweep (sweep=<name>)"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        sheet = OmegaConf.to_container(OmegaConf.load(path))
+        if isinstance(sheet, dict) and {"over", "base", "members"} <= sheet.keys():
+            return {str(k): v for k, v in sheet.items()}
+    except (OSError, YAMLError, ValueError, OmegaConfBaseException):
+        pass
+    raise ConfigError([f"{path}: is damaged; take another name for the sweep (sweep=<name>)"])
+
+
+def _values(key: str, members: Any) -> list[Any]:
+    """The values that an option has, each once, in the order in which they came."""
+    found: list[Any] = []
+    for member in members:
+        value = member["values"].get(key)
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What is common still."""
+    return {
+        part: {k: v for k, v in before[part].items() if now[part].get(k, ...) == v}
+        for part in ("options", "choices")
+    }

@@ -1,0 +1,227 @@
+"""A member of a sweep in a process of its own, wherever a launcher has put it.
+
+The process is fresh: no device memory, generator or import passes from one member to the next. Its
+parent has no torch; processes come from a server that has imported it, so that each starts at once.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
+from omegaconf import DictConfig, OmegaConf
+
+from cnntrain.atomic import write_json
+from cnntrain.config import ConfigError, config_hash
+from cnntrain.config.resume import RESULT, in_use, read_result, run_only, seal
+from cnntrain.interruption import Interrupted, watching
+
+STOP = ".stop"  # in the sweep's folder: no more members are to begin
+LOG = "train.log"
+PATIENCE = 60  # seconds for the process of a sweep that was killed to save and leave
+ENDED = ("completed", "failed", "interrupted", "pruned")
+
+# Where processes can be had from a server that has torch imported; Windows has none.
+STANDARD = multiprocessing.get_all_start_methods()
+METHOD = "forkserver" if "forkserver" in STANDARD else "spawn"
+_processes: Any = multiprocessing.get_context(METHOD)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a member's process has to know."""
+
+    config: dict[str, Any]
+    directory: Path
+    overrides: list[str]
+    labels: dict[str, Any]  # the options that vary and the choices made, for HParams
+    logging: dict[str, Any]
+    threads: int | None
+    cwd: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MemberTask:
+    """What a launcher calls for each member: a Hydra task function that can be sent elsewhere.
+
+    It returns when the member's result.json says how it ended, and raises no error of the member's.
+    """
+
+    cwd: str  # where the command was typed
+    threads: int | None
+    labels: dict[str, dict[str, Any]]  # what varies, of each member by its directory's name
+
+    def __call__(self, cfg: DictConfig) -> None:
+        hydra = HydraConfig.get()
+        directory = Path(hydra.runtime.output_dir)
+        if (directory.parent / STOP).exists():
+            return
+        os.chdir(self.cwd)  # a launcher may have started this anywhere
+        labels = {k: v for k, v in hydra.runtime.choices.items() if v and "hydra/" not in str(k)}
+        job = Job(
+            OmegaConf.to_container(run_only(cfg), resolve=True),  # type: ignore[arg-type]
+            directory,
+            [*hydra.overrides.task],
+            {**labels, **self.labels.get(directory.name, {})},
+            OmegaConf.to_container(hydra.job_logging, resolve=True),  # type: ignore[arg-type]
+            self.threads,
+            self.cwd,
+            dict(os.environ),
+        )
+        with _left_alone():
+            _run(job)
+
+
+def prepare_processes() -> None:
+    """Start the server that members' processes come from, which takes it seconds, ahead of need."""
+    if METHOD == "forkserver":
+        from multiprocessing import forkserver
+
+        _processes.set_forkserver_preload(["cnntrain.training"])
+        forkserver.ensure_running()
+
+
+def result_mark(directory: Path) -> tuple[int, int] | None:
+    """Changes with every result.json that is written there; None while there is none."""
+    try:
+        found = (directory / RESULT).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_ino
+
+
+def _run(job: Job) -> None:
+    """The member from its start to a result.json that says how it ended."""
+    deadline = time.monotonic() + PATIENCE
+    while busy := in_use(job.directory):
+        if time.monotonic() > deadline:
+            logging.getLogger(__name__).warning(busy)
+            return
+        time.sleep(0.1)
+    prepare_processes()
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *STANDARD):
+        multiprocessing.set_start_method(
+            METHOD, force=True
+        )  # loky's is its own, unknown to a child
+    before = result_mark(job.directory)
+    receiver, sender = _processes.Pipe(duplex=False)
+    process = _processes.Process(target=_member, args=(job, sender), name=job.directory.name)
+    process.start()
+    sender.close()
+    try:
+        process.join()
+    except BaseException:  # a request to stop: the member saves, and says so in its result.json
+        process.terminate()
+        process.join()
+        raise
+    finally:
+        reason = receiver.recv() if receiver.poll() else _cause_of_death(process.exitcode)
+        result = read_result(job.directory) or {}
+        if result_mark(job.directory) == before or result.get("status") not in ENDED:
+            record_failure(job.directory, job.config, reason)
+
+
+def record_failure(directory: Path, config: Any, reason: str) -> None:
+    """Write the result.json of a run that could not write it itself."""
+    cfg = OmegaConf.create(config)
+    facts = {"config_hash": config_hash(cfg), "seed": cfg.seed}
+    so_far = {k: v for k, v in (read_result(directory) or {}).items() if k in ("metrics", "epochs")}
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(
+        directory / RESULT,
+        seal({"status": "failed", **facts, "metrics": {}, "epochs": 0, **so_far, "error": reason}),
+    )
+
+
+def _cause_of_death(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = " (by the system, if memory ran out)" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}"
+    return f"its process ended with exit code {exit_code}; its {LOG} may say why"
+
+
+def _member(job: Job, reason: Any) -> None:
+    """The member's process."""
+    os.environ.clear()
+    os.environ.update(job.environment)
+    os.chdir(job.cwd)
+    _write_all_to(job.directory / LOG)
+    with watching("leave"):
+        _leave_with_parent()
+        configure_log(OmegaConf.create(job.logging), False)
+        root = logging.getLogger()  # the log's own file is what the terminal would be
+        root.handlers = [h for h in root.handlers if type(h) is not logging.StreamHandler]
+        try:
+            _train(job)
+        except Interrupted as error:
+            os._exit(error.exit_code)
+        except ConfigError as error:
+            reason.send("; ".join(error.problems))
+            sys.exit(2)
+        except Exception as error:
+            said = " ".join(str(error).split())
+            reason.send(f"{type(error).__name__}: {said}")
+            raise  # its traceback goes to the log
+
+
+def _train(job: Job) -> None:
+    import torch
+
+    from cnntrain.training import train
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    train(
+        OmegaConf.create(job.config),
+        job.directory,
+        resume=True,
+        overrides=job.overrides,
+        labels=job.labels,
+    )
+
+
+def _write_all_to(log: Path) -> None:
+    """What libraries print, and a traceback, go where the run's own lines go."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for standard in (1, 2):
+        os.dup2(file, standard)
+    os.close(file)
+
+
+def _leave_with_parent() -> None:
+    """Have this process save and leave when the one that started it is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _left_alone() -> Iterator[None]:
+    """In a launcher's worker, Ctrl-C is for the member, which saves, and not for its keeper."""
+    worker = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not worker or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

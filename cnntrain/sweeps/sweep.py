@@ -1,0 +1,156 @@
+"""Many runs from one command line, on any of Hydra's launchers."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+from pydantic import PositiveInt
+
+from cnntrain.config import quoted
+from cnntrain.config.resume import completed, in_use
+from cnntrain.interruption import interruption
+from cnntrain.sweeps.collect import collect, write_csv
+from cnntrain.sweeps.folder import SweepFolder
+from cnntrain.sweeps.hparams import cell, write_schema
+from cnntrain.sweeps.member import STOP, MemberTask, record_failure
+from cnntrain.sweeps.members import Planned, planned
+from cnntrain.sweeps.progress import Progress
+
+Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss", "test/acc", "test/loss"]
+Launch = Callable[[list[list[str]], MemberTask], None]
+Say = Callable[[str], None]
+
+CSV = "sweep.csv"
+
+
+class Sweep:
+    """How a sweep goes about its members: the node `sweep` of a config.
+
+    `name` is that of its folder, `metric` what ranks, `threads` those of PyTorch in each member on
+    the CPU (None: its own choice, with which numbers differ from machine to machine), and with
+    `fail_fast` no more members begin once one has failed.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str | int | None = None,
+        metric: Metric = "val/acc",
+        threads: PositiveInt | None = 1,
+        fail_fast: bool = False,
+    ):
+        self.name, self.metric, self.threads, self.fail_fast = name, metric, threads, fail_fast
+
+
+class Sweeping:
+    """A sweep under way: the members of one command line in the sweep's folder.
+
+    Making one writes nothing. Raises ConfigError if the folder belongs to a sweep with another
+    base config, with the difference.
+    """
+
+    def __init__(
+        self, folder: Path, options: Sweep, cfgs: Sequence[DictConfig], varied: Iterable[str]
+    ):
+        self.folder, self.options = SweepFolder(folder), options
+        self.members = self.folder.extend(cfgs, planned(cfgs, varied))
+        self.pending = [
+            m for m in self.members if not completed(self.folder.directory(m.name), m.config)
+        ]
+
+    def run(self, launch: Launch, say: Say) -> "Outcome":
+        """Run what is not completed; raises no error of a member's.
+
+        Raises ConfigError if another process runs the same sweep, and Interrupted when a signal
+        asks to stop, once members that run in this process have saved.
+        """
+        with self.folder.locked():
+            metric = self.options.metric
+            self.folder.write(metric=metric, mode="max" if metric.endswith("acc") else "min")
+            write_schema(self.folder.path, self.folder.sheet["over"])
+            outcome = Outcome(self.folder, self.options, self.members, len(self.pending), say)
+            outcome.write()
+            if self.pending:
+                outcome.run(self.pending, launch)
+            return outcome
+
+
+class Outcome:
+    """What has become of the members so far, told and written down as it comes."""
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        options: Sweep,
+        members: Sequence[Planned],
+        pending: int,
+        say: Say,
+    ):
+        self.folder, self.options, self.say = folder, options, say
+        total = len(members)
+        self.progress = Progress(
+            folder.path, options.metric, total, total - pending, say, self._member_ended
+        )
+        self.stop = folder.path / STOP
+        self.stop.unlink(missing_ok=True)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """What the members that failed in this process's time died of, by name."""
+        found = self.progress.results.items()
+        return {name: str(r.get("error")) for name, r in found if r["status"] == "failed"}
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Members that have not come to their end: interrupted, not begun, or run elsewhere."""
+        found = self.progress.results.items()
+        interrupted = [name for name, r in found if r["status"] == "interrupted"]
+        return [*interrupted, *self.progress.waiting]
+
+    def run(self, members: Sequence[Planned], launch: Launch) -> None:
+        """Run members on a launcher, until each has a result.json or the launcher gives up."""
+        over = self.folder.sheet["over"]
+        labels = {m.name: {k: cell(v, over[k]) for k, v in m.values.items()} for m in members}
+        task = MemberTask(os.getcwd(), self.options.threads, labels)
+        jobs = [
+            [
+                *member.overrides,
+                f"hydra.sweep.dir={quoted(str(self.folder.path.absolute()))}",
+                f"hydra.sweep.subdir={quoted(member.name)}",
+            ]
+            for member in members
+        ]
+        problem = None
+        with interruption.answering("raise"):
+            interruption.check()
+            with self.progress.watching([member.name for member in members]):
+                try:
+                    launch(jobs, task)
+                except Exception as error:  # of the launcher: what it runs raises none
+                    interruption.check()
+                    problem = " ".join(f"{type(error).__name__}: {error}".split())
+                    self.say(f"the launcher failed: {problem}")
+            if not self.stop.exists():
+                self._bury(members, problem or "its process ended without a word")
+
+    def write(self) -> None:
+        """sweep.csv, a row for each member that the folder has ever had."""
+        write_csv(collect(self.folder.path), self.folder.path / CSV)
+
+    def _member_ended(self, name: str, result: dict[str, Any]) -> None:
+        if self.options.fail_fast and result["status"] == "failed":
+            self.stop.touch()
+        self.write()
+
+    def _bury(self, members: Sequence[Planned], reason: str) -> None:
+        """Record what has ended without a word, with its machine or its launcher's process."""
+        for member in members:
+            directory = self.folder.directory(member.name)
+            if member.name in self.progress.waiting and directory.exists():
+                if busy := in_use(directory):
+                    self.say(f"{member.name}: {busy}")
+                else:
+                    record_failure(directory, member.config, reason)
+        self.progress.look()
