@@ -3,7 +3,7 @@
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
-from cnntrain.training.run import Result, rehearse, train
+from cnntrain.training.run import Pruned, Result, rehearse, train
 from cnntrain.training.trainer import Trainer
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "CrossEntropy",
     "NotFinite",
     "OneCycle",
+    "Pruned",
     "Result",
     "Trainer",
     "WarmupCosine",

@@ -42,12 +42,17 @@ class Result:
     images_per_second: float  # training images by the time that fitting took, validation included
 
 
+class Pruned(Exception):
+    """A run was ended on purpose, by a callback: others do better. The message says why."""
+
+
 def train(
     cfg: DictConfig,
     directory: Path,
     *,
     resume: bool = False,
     overrides: Sequence[str] | None = None,
+    callbacks: Sequence[lightning.Callback] = (),
     labels: Mapping[str, Any] | None = None,
 ) -> Result:
     """Train, validate every epoch, test once, and leave the whole record in `directory`.
@@ -55,7 +60,8 @@ def train(
     With `resume`, a run that `directory` holds is continued from its last checkpoint, as if it
     had never stopped; a completed one is answered with its result. `overrides` are what was typed
     for the run, for its record. `labels` are for a member of a sweep: options by name that the
-    HParams tab shows beside those of the config, in columns that the sweep lays down.
+    HParams tab shows beside those of the config, in columns that the sweep lays down. `callbacks`
+    come after the run's own and before its checkpoints.
 
     Raises:
         ConfigError: The config cannot be built, the directory holds another run, or the run that
@@ -63,6 +69,7 @@ def train(
         CheckpointError: The checkpoint is no such thing, or of a newer version.
         DataError: The data cannot be had.
         NotFinite: A loss or a gradient is not a number.
+        Pruned: A callback has ended the run.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved.
         OSError: Something cannot be written.
     """
@@ -79,11 +86,12 @@ def train(
         record = Record(directory, TensorBoard(directory))
         interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
         try:
-            content = _fit_and_test(cfg, directory, data, module, record, saved, labels)
+            content = _fit_and_test(cfg, directory, data, module, record, saved, labels, callbacks)
             run.write_result("completed", **content)
         except BaseException as error:
             # A signal may have made another error, somewhere in the libraries.
-            status = "failed" if interruption.received is None else "interrupted"
+            status = "pruned" if isinstance(error, Pruned) else "failed"
+            status = status if interruption.received is None else "interrupted"
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             details = getattr(error, "details", {})
             with contextlib.suppress(OSError):  # the first error is the one to tell
@@ -166,6 +174,7 @@ def _fit_and_test(
     record: Record,
     saved: tuple[Path, Content] | None,
     labels: Mapping[str, Any] | None,
+    callbacks: Sequence[lightning.Callback],
 ) -> dict[str, Any]:
     """The run itself; what result.json says of it."""
     started = time.perf_counter()
@@ -177,7 +186,7 @@ def _fit_and_test(
             cfg.trainer,
             default_root_dir=directory,
             logger=tensorboard,
-            callbacks=[Finite(directory, *data.split()), record],
+            callbacks=[Finite(directory, *data.split()), record, *callbacks],
         )
     device = trainer.strategy.root_device
     text = io.StringIO()
