@@ -44,6 +44,7 @@ class Interruption:
         self.received: int | None = None
         self.answer: Answer = "raise"
         self.before_leaving: Callable[[], None] | None = None
+        self.quiet = False  # in processes for which another one speaks
 
     def install(self) -> None:
         """Handle the signals from here on, also those that a library has taken over."""
@@ -72,12 +73,17 @@ class Interruption:
             with contextlib.suppress(Exception):
                 if self.before_leaving is not None:
                     self.before_leaving()
-            _say(f"interrupted by {signal.Signals(signum).name}")
+            self._say(f"interrupted by {signal.Signals(signum).name}")
             os._exit(Interrupted(signum).exit_code)
         if self.answer == "raise":
             raise Interrupted(signum)
         hint = "; Ctrl-C again leaves at once" if signum == signal.SIGINT else ""
-        _say(f"{signal.Signals(signum).name}: saving a checkpoint{hint}")
+        self._say(f"{signal.Signals(signum).name}: saving a checkpoint{hint}")
+
+    def _say(self, text: str) -> None:
+        # Not by way of print or logging, in the middle of which the signal may have come.
+        if not self.quiet:
+            os.write(2, f"\ncnntrain: {text}\n".encode())
 
 
 interruption = Interruption()
@@ -105,8 +111,3 @@ def watching(answer: Answer = "raise") -> Iterator[None]:
             interruption.received = None
             for signum, handler in before.items():
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
-
-
-def _say(text: str) -> None:
-    # Not by way of print or logging, in the middle of which the signal may have come.
-    os.write(2, f"\ncnntrain: {text}\n".encode())

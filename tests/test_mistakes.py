@@ -64,7 +64,10 @@ COMMAND_LINES: list[tuple[Sequence[str | bytes], list[str]]] = [
     (["hydra.run.dir=/dev/null/x"], ["hydra.run.dir=/dev/null/x: /dev/null is not a folder"]),
     ([f"hydra.run.dir=a/{'x' * 300}"], ["hydra.run.dir=a/xxx", "too long"]),
     (["-m", "seed=0,1", "hydra.sweep.dir=/proc/x"], ["hydra.sweep.dir=/proc/x"]),
-    (["-m", "seed=0,1", "hydra.sweep.subdir=x"], ["hydra.sweep.subdir=x: members are named by what varies"]),
+    (
+        ["-m", "seed=0,1", "hydra.sweep.subdir=x"],
+        ["hydra.sweep.subdir=x: members are named by what varies"],
+    ),
     (["+resume=x"], ["resume=x"]),
 ]
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain import config
 from cnntrain.commands.plan import places, plan
+from cnntrain.launched import launched
 
 Run = Callable[[DictConfig], float | None]
 Rehearse = Callable[[DictConfig], None]
@@ -174,6 +175,14 @@ def _check(
 
     if sweep and one:
         raise config.ConfigError([f"-m: {name} takes one {one}; start it once for each"])
+    if sweep and (place := launched()):
+        raise config.ConfigError(
+            [
+                f"-m: makes many runs, and {place.launcher} has started the processes of one; "
+                f"leave {place.launcher} out, each run starts its own: "
+                f"python train.py -m ... trainer=ddp trainer.devices={place.devices}"
+            ]
+        )
     if (chosen := cfgs[0].get("resume")) and f"resume={chosen}" not in sys.argv and not resuming:
         raise config.ConfigError([f"resume={chosen}: has to be typed as it stands here"])
     problems = hydra_problems(cfgs, sweep=sweep, resuming=resuming, placed=sweep and bool(many))

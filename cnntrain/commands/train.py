@@ -30,9 +30,16 @@ from cnntrain.config.resume import (
     run_only,
 )
 from cnntrain.interruption import Interrupted, watching
+from cnntrain.launched import launched
 
 
 def main() -> None:
+    place = launched()
+    if place and place.rank > 0:  # the first process has the command line, and the last word
+        sys.path.insert(1, os.getcwd())  # as `command_line` does
+        from cnntrain.training.follow import follow
+
+        follow(place)
     # A sweep has more options than its name, which is what one types.
     sys.argv[1:] = [re.sub("^sweep=", "sweep.name=", text) for text in sys.argv[1:]]
     with watching("leave"):
@@ -52,6 +59,11 @@ def main() -> None:
             sys.exit(1)
         except Interrupted as error:
             _leave(error)
+        finally:
+            if place:
+                from cnntrain.training.company import dismiss
+
+                dismiss(place)
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Resumed:
 
 def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     from cnntrain.data import DataError
-    from cnntrain.training import CheckpointError, NotFinite, train
+    from cnntrain.training import CheckpointError, NotFinite, ProcessLost, train
 
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
@@ -80,6 +92,9 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
         sys.exit(3)
     except (DataError, CheckpointError) as error:
         print(f"cnntrain: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ProcessLost as error:
+        print(f"cnntrain: {error}; go on with {again}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         print(f"cnntrain: {told(error)}; once that is mended, go on with {again}", file=sys.stderr)

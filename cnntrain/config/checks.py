@@ -17,15 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 from cnntrain.config.overrides import first_line, one_line, shown, unknown
 from cnntrain.config.signatures import is_subclass, signature
 
-# What the run itself needs to have its way with: whole epochs on one device, validated once each,
-# recorded, tested once.
+# What the run itself needs to have its way with: whole epochs in a process for each device,
+# validated once each, recorded, tested once.
 TRAINER_GIVEN = (
     "default_root_dir",
     "logger",
     "callbacks",
     "plugins",
     "strategy",
-    "num_nodes",
+    "processes",
     "enable_checkpointing",
     "enable_progress_bar",
     "enable_model_summary",

@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config.overrides import shown
 from cnntrain.config.signatures import signature
+from cnntrain.launched import launched
 
 # How schedules call the number of steps after which they do something. Whole epochs, unless the
 # program tells them how many steps there are.
@@ -15,7 +16,7 @@ LENGTHS = ("T_max", "T_0", "total_iters", "step_size", "milestones")
 
 def contradictions(cfg: DictConfig) -> list[str]:
     """What a checked config of a run contradicts itself in: one line a problem."""
-    return [*_device(cfg), *_trainer(cfg), *_lengths(cfg)]
+    return [*_device(cfg), *_processes(cfg), *_trainer(cfg), *_lengths(cfg)]
 
 
 def _device(cfg: DictConfig) -> list[str]:
@@ -37,6 +38,47 @@ def _device(cfg: DictConfig) -> list[str]:
         problems.append(
             f"trainer.precision={precision}: float16 trains only on a GPU; "
             "take trainer.precision=bf16-mixed or 32"
+        )
+    return problems
+
+
+def _processes(cfg: DictConfig) -> list[str]:
+    """A process for each device, on each machine: who starts them, and are there so many GPUs."""
+    trainer, place = cfg.trainer, launched()
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    if place and (place.devices, place.nodes) != (devices, nodes):
+        return [
+            f"trainer.devices={devices} times trainer.num_nodes={nodes}: is not what "
+            f"{place.launcher} has started, {place.devices} processes times {place.nodes} "
+            f"machines; take trainer=ddp trainer.devices={place.devices} "
+            f"trainer.num_nodes={place.nodes}"
+        ]
+    if nodes > 1 and not place:
+        return [
+            f"trainer.num_nodes={nodes}: each of the machines has to start its processes: "
+            f"torchrun --nnodes {nodes} --nproc-per-node {devices} ... train.py ..., or srun"
+        ]
+    if devices == 1:
+        return []
+    import torch
+
+    problems, accelerator = [], trainer.get("accelerator", "auto")
+    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    mps = accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available()
+    if cuda and devices > (gpus := torch.cuda.device_count()):
+        problems.append(
+            f"trainer.devices={devices}: this machine has {gpus} GPUs for one process each; "
+            f"take trainer.devices={gpus}, or trainer.accelerator=cpu"
+        )
+    elif mps and not cuda:
+        problems.append(
+            f"trainer.devices={devices}: an Apple GPU trains in one process; take "
+            "trainer.devices=1, or trainer.accelerator=cpu"
+        )
+    if trainer.get("sync_batchnorm") and not cuda:
+        problems.append(
+            "trainer.sync_batchnorm=true: PyTorch has it for GPUs only; leave it out, or take "
+            "model.norm=false"
         )
     return problems
 
@@ -99,10 +141,9 @@ def data_contradictions(cfg: DictConfig, data: Any) -> list[str]:
             f"data.crop={crop}: on images of {data.shape[1]}x{data.shape[2]} a window may then "
             f"show nothing but padding; take less than {smallest}"
         )
-    batches = {
-        "train": math.ceil((data.train_size - data.val_size) / data.batch_size),
-        "val": math.ceil(data.val_size / data.eval_batch_size),
-    }
+    images = data.train_size - data.val_size
+    whole = math.ceil(images / data.batch_size)
+    batches = {"train": whole, "val": math.ceil(data.val_size / data.eval_batch_size)}
     for part, number in batches.items():
         limit = cfg.trainer.get(f"limit_{part}_batches")
         if isinstance(limit, float) and 0 < limit <= 1:
@@ -119,6 +160,14 @@ def data_contradictions(cfg: DictConfig, data: Any) -> list[str]:
         problems.append(
             f"trainer.accumulate_grad_batches={accumulated}: an epoch has {batches['train']} "
             f"batches; take at most that, or a smaller data.batch_size"
+        )
+    processes = cfg.trainer.get("devices", 1) * cfg.trainer.get("num_nodes", 1)
+    rest = images - (whole - 1) * data.batch_size  # in the last batch of an epoch
+    smallest = rest if batches["train"] == whole else data.batch_size
+    if smallest < processes:
+        problems.append(
+            f"data.batch_size={data.batch_size}: a batch of {smallest} of the {images} images "
+            f"cannot be shared by {processes} processes (trainer.devices); take another"
         )
     return problems
 

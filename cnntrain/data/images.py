@@ -24,8 +24,8 @@ class ImageData(ABC):
     returns is checked against them. Making one reads nothing; `prepare` does.
 
     Args:
-        batch_size: Training images in a batch.
-        eval_batch_size: Validation or test images in a batch.
+        batch_size: Training images in a batch, of all processes together.
+        eval_batch_size: Validation or test images in a batch, likewise.
         val_size: Training images set apart for validation.
         split_seed: Chooses which; has nothing to do with a run's seed.
         hflip: Probability of a left-right flip of a training image.
@@ -107,8 +107,11 @@ class ImageData(ABC):
         order = np.argsort(raw, kind="stable")
         return np.sort(order[self.val_size :]), np.sort(order[: self.val_size])
 
-    def train_loader(self, seed: int = 0, device: torch.device | str = "cpu") -> Loader:
-        """Shuffled and augmented training batches, as `seed` and the epoch determine."""
+    def train_loader(
+        self, seed: int = 0, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
+    ) -> Loader:
+        """Shuffled and augmented training batches, as `seed` and the epoch determine; of `world`
+        processes, the one called `rank` gets its part of each."""
         images, labels = self._part("train")
         return Loader(
             images,
@@ -120,19 +123,26 @@ class ImageData(ABC):
             seed=seed,
             augment=self.augment,
             device=device,
+            rank=rank,
+            world=world,
         )
 
-    def val_loader(self, device: torch.device | str = "cpu") -> Loader:
-        """Validation batches, in the stored order."""
-        return self._eval_loader(*self._part("val"), device)
+    def val_loader(
+        self, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
+    ) -> Loader:
+        """Validation batches, in the stored order, shared likewise."""
+        return self._eval_loader(*self._part("val"), device, rank, world)
 
-    def test_loader(self, device: torch.device | str = "cpu") -> Loader:
-        """Test batches, in the stored order. Reads the test set: call it once, at the end.
+    def test_loader(
+        self, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
+    ) -> Loader:
+        """Test batches, in the stored order, shared likewise. Reads the test set: call it once,
+        at the end.
 
         Raises:
             DataError: As `prepare`.
         """
-        return self._eval_loader(*_tensors(*self._checked("test")), device)
+        return self._eval_loader(*_tensors(*self._checked("test")), device, rank, world)
 
     def _checked(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
         """What `read` returns, if it is what the class says."""
@@ -151,9 +161,18 @@ class ImageData(ABC):
         assert self._parts is not None
         return self._parts[name]
 
-    def _eval_loader(self, images: Tensor, labels: Tensor, device: torch.device | str) -> Loader:
+    def _eval_loader(
+        self, images: Tensor, labels: Tensor, device: torch.device | str, rank: int, world: int
+    ) -> Loader:
         return Loader(
-            images, labels, self.eval_batch_size, mean=self.mean, std=self.std, device=device
+            images,
+            labels,
+            self.eval_batch_size,
+            mean=self.mean,
+            std=self.std,
+            device=device,
+            rank=rank,
+            world=world,
         )
 
 

@@ -23,6 +23,9 @@ ORDER, AUGMENT = 0, 1
 class Loader:
     """Iterates over labelled images in memory; one iteration is one epoch.
 
+    Several processes that train together share every batch: each gets every `world`-th image of
+    it, from image `rank` on, as it would be without the others. Its part may be empty.
+
     The order is a pure function of (seed, epoch), a sample's augmentation one of (seed, epoch,
     position in the order): no other random number, PyTorch's global ones included, is read or
     changed, and both are the same on every device. Lightning sets the epoch by itself.
@@ -30,7 +33,7 @@ class Loader:
     Args:
         images: uint8 (N, C, H, W).
         labels: int64 (N,).
-        batch_size: Samples in a batch; the last one holds the rest.
+        batch_size: Samples in a batch, of all processes; the last one holds the rest.
         mean: Of the pixels scaled to 0..1; one number, or one per channel.
         std: Standard deviation, likewise.
         shuffle: A new order each epoch instead of the stored one.
@@ -38,6 +41,8 @@ class Loader:
         augment: What to do to the uint8 images first.
         device: Where the batches are wanted. Images and labels move there once if they fit, and
             a batch at a time otherwise.
+        rank: Which of the processes this is, from 0.
+        world: How many there are.
 
     Yields:
         Images normalised to (x / 255 - mean) / std, float32 (B, C, H, W), and labels (B,).
@@ -58,6 +63,8 @@ class Loader:
         seed: int = 0,
         augment: Augment | None = None,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
@@ -68,6 +75,7 @@ class Loader:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.batch_size = batch_size
+        self.rank, self.world = rank, world
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
@@ -112,13 +120,15 @@ class Loader:
         start, self.start = self.start, 0
         yield from self.batches(self.epoch, start)
 
+    def size(self, batch: int) -> int:
+        """How many images are in a batch, of all processes."""
+        return min(self.batch_size, len(self.images) - batch * self.batch_size)
+
     def indices(self, epoch: int, batch: int) -> Tensor:
         """Which images are in a batch of an epoch: int64 (B,), rows of `images`, on the CPU."""
-        begin = batch * self.batch_size
         order = self._order(epoch)
-        if order is None:
-            return torch.arange(begin, min(begin + self.batch_size, len(self.images)))
-        return order[begin : begin + self.batch_size]
+        order = torch.arange(len(self.images)) if order is None else order
+        return self._parts(order)[batch]
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """One batch of any epoch, as iterating yields it."""
@@ -133,18 +143,18 @@ class Loader:
         if shuffled is not None:
             shuffled = send(shuffled, self.images.device)
             labels = labels.index_select(0, shuffled)
-            order = iter(shuffled.split(self.batch_size)[start:])
+            order = iter(self._parts(shuffled)[start:])
         parameters: Iterator[Tensor | None] = repeat(None)
         if self.augment:
             drawn = self.augment.draw(n, height, width, self._generator(epoch, AUGMENT))
-            parameters = iter(send(drawn, self.device).split(self.batch_size, 1)[start:])
+            parameters = iter(self._parts(send(drawn, self.device))[start:])
 
-        targets = labels.split(self.batch_size)[start:]
+        targets = self._parts(labels)[start:]
         begins = range(start * self.batch_size, n, self.batch_size)
         for begin, target in zip(begins, targets, strict=True):
             rows = next(order)
             if rows is None:
-                images = self.images[begin : begin + self.batch_size]
+                images = self.images[begin + self.rank : begin + self.batch_size : self.world]
             else:
                 images = self.images.index_select(0, rows)
             images, target = send(images, self.device), send(target, self.device)
@@ -152,6 +162,13 @@ class Loader:
             if drawn_here is not None:
                 images = self.augment.apply(images, drawn_here)
             yield self._normalise(images), target
+
+    def _parts(self, epoch: Tensor) -> Sequence[Tensor]:
+        """This process's part of every batch of an epoch: (..., N) in pieces of (..., B)."""
+        batches = epoch.split(self.batch_size, -1)
+        if self.world == 1:
+            return batches
+        return [batch[..., self.rank :: self.world] for batch in batches]
 
     def _order(self, epoch: int) -> Tensor | None:
         """Every row once, int64 (N,) on the CPU, in the order of the epoch; None: as stored."""

@@ -1,9 +1,11 @@
 """From a config to a finished run."""
 
+from cnntrain.training.building import rehearse
 from cnntrain.training.checkpoint_file import CheckpointError
+from cnntrain.training.company import ProcessLost
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
-from cnntrain.training.run import Pruned, Result, rehearse, train
+from cnntrain.training.run import Pruned, Result, train
 from cnntrain.training.trainer import Trainer
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "CrossEntropy",
     "NotFinite",
     "OneCycle",
+    "ProcessLost",
     "Pruned",
     "Result",
     "Trainer",

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cnntrain.interruption import interruption
+from cnntrain.interruption import Interrupted, interruption
 from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
+from cnntrain.training.distributed import agreed, alone
 from cnntrain.training.run_directory import conditions
 
 
@@ -23,7 +24,7 @@ class Checkpoints(Checkpoint):
     last.ckpt is written every so many epochs, steps or minutes, when an epoch is the best so far,
     at the end, and when a signal asks to stop; the one before it stays as previous.ckpt. It holds
     the best weights so far, too, so that it alone decides how the run ends. best.ckpt has only
-    these, for use elsewhere.
+    these, for use elsewhere. With several processes, rank 0 writes what all have agreed to save.
     """
 
     def __init__(
@@ -50,11 +51,10 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
         self.resumed, self.best = checkpoint, checkpoint["best"]
         self.weights = checkpoint["state_dict"]
-        if self.best:
+        if self.best and trainer.is_global_zero:
             self._write_best()  # the file may be missing, damaged, or ahead of this checkpoint
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        interruption.install()  # again: Lightning has put a handler of its own before it
         self.saved = time.monotonic()
         self.step, self.epoch = trainer.global_step, trainer.current_epoch
         if self.resumed:
@@ -74,30 +74,33 @@ class Checkpoints(Checkpoint):
         minutes = (time.monotonic() - self.saved) / 60
         due = self.every_n_steps is not None and self.step % self.every_n_steps == 0
         due |= self.every_n_minutes is not None and minutes >= self.every_n_minutes
-        if due or interruption.received is not None:
+        save, signum = agreed(due)
+        if save or signum is not None:
             self._save(trainer)
-        interruption.check()
+        _check(signum)
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        if interruption.received is not None and not trainer.sanity_checking:
+        signum = agreed(False)[1]
+        if signum is not None and not trainer.sanity_checking:
             if self.average is not None:  # validation has put the averaged weights in their place
                 self.average.on_validation_epoch_end(trainer, module)
             self._save(trainer)  # validation will begin anew
-            interruption.check()
+            _check(signum)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         stage = self.monitor.partition("/")[0]
-        value = module.tallies[stage].metrics(stage)[self.monitor]
+        value = module.totals[stage].metrics(stage)[self.monitor]
         sign = 1 if self.monitor.endswith("acc") else -1
         self.better = self.best is None or sign * value > sign * self.best["value"]
         if self.better:
             self.best = {"epoch": trainer.current_epoch, "value": value}
         self.epoch, self.batch = trainer.current_epoch + 1, 0
         ended = trainer.should_stop or self.epoch == trainer.max_epochs
-        due = self.epoch % self.every_n_epochs == 0 or ended or interruption.received is not None
-        if due or self.better:
+        signum = agreed(False)[1]
+        save = self.epoch % self.every_n_epochs == 0 or ended or signum is not None
+        if save or self.better:
             self._save(trainer)
-        interruption.check()
+        _check(signum)
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
         position = {"epoch": self.epoch, "batch": self.batch}
@@ -118,16 +121,26 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: lightning.Trainer) -> None:
         first = not (self.folder / LAST).exists()
         trainer.save_checkpoint(self.folder / LAST)
-        if first:
-            read(self.folder / LAST)  # says so now if a state is of a kind that is not loaded
+        if trainer.is_global_zero:
+            if first:
+                read(self.folder / LAST)  # says so now if a state is of a kind that is not loaded
+            if self.better:
+                self._write_best()
         self.saved = time.monotonic()
-        if self.better:
-            self._write_best()
-            self.better = False
+        self.better = False
 
     def _write_best(self) -> None:
         assert self.best
         write(self.folder / BEST, {**self.facts, **self.best, "conditions": conditions()})
+
+
+def _check(signum: int | None) -> None:
+    """Raise Interrupted if a signal has come; with several processes, if all know of it."""
+    if alone():
+        interruption.check()
+    elif signum is not None:
+        interruption.received = signum
+        raise Interrupted(signum)
 
 
 class CheckpointFiles(CheckpointIO):

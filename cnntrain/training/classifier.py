@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from cnntrain.config import blame
+from cnntrain.training.distributed import alone, gathered, summed
 
 Stage = Literal["train", "val", "test"]
 
 
 class Tally:
-    """Loss and accuracy over the images seen so far, kept on the device: no step waits for it."""
+    """Loss and accuracy over the images that this process has seen so far, kept on the device: no
+    step waits for it."""
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), device=device)
@@ -40,6 +42,14 @@ class Tally:
         tally.images = state["images"]
         return tally
 
+    def total(self) -> "Tally":
+        """Over the images that all processes have seen; waits for the device."""
+        tally = Tally(torch.device("cpu"))
+        loss, correct, images = summed([float(self.loss), int(self.correct), self.images])
+        tally.loss, tally.images = torch.tensor(loss, dtype=torch.float64), int(images)
+        tally.correct = torch.tensor(int(correct))
+        return tally
+
     def metrics(self, stage: Stage) -> dict[str, float]:
         """Mean loss (nats) and accuracy (0 to 1); waits for the device."""
         if not self.images:
@@ -53,6 +63,10 @@ class Classifier(lightning.LightningModule):
 
     `optimizer` is called with the parameters, `scheduler` with the optimizer; one that asks for
     `total_steps` moves at every update, any other once an epoch.
+
+    With several processes, each sees its part of a batch, and what they train is the mean loss
+    over the whole batch. `tallies` are then those of this process, `totals`, as of the end of an
+    evaluation, those of all; else they are the same.
     """
 
     def __init__(
@@ -69,8 +83,11 @@ class Classifier(lightning.LightningModule):
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.seed = seed
         self.tallies: dict[Stage, Tally] = {}
-        self.last_loss: Tensor | None = None
+        self.totals = self.tallies
+        self.last_loss: Tensor | None = None  # of this process's part of the last batch
+        self.step_loss: Tensor | None = None  # of all of it, and the norm, where they are logged
         self.grad_norm: Tensor | None = None
+        self.share = 1.0  # of this process in the last batch
         self.resumed: dict[str, Any] | None = None  # of an epoch that was interrupted
 
     def forward(self, images: Tensor) -> Tensor:
@@ -94,13 +111,18 @@ class Classifier(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tally = self.tallies["train"].state()
         checkpoint["epoch_so_far"] = {"train": tally, "grad_norm": self.grad_norm}
+        if not alone():
+            on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in tally.items()}
+            checkpoint["epoch_so_far"]["of_all"] = gathered(on_cpu)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.resumed = checkpoint["epoch_so_far"]
 
     def on_train_start(self) -> None:
         if self.resumed:  # an epoch that is gone on with does not start
-            self.tallies["train"] = Tally.restored(self.resumed["train"], self.device)
+            of_all = self.resumed.get("of_all")
+            tally = of_all[self.global_rank] if of_all else self.resumed["train"]
+            self.tallies["train"] = Tally.restored(tally, self.device)
             self.grad_norm = self.resumed["grad_norm"]
             self.resumed = None
 
@@ -116,21 +138,32 @@ class Classifier(lightning.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.reseed(self.current_epoch, batch_idx)
 
-    def reseed(self, epoch: int, batch: int) -> None:
-        """Make dropout a function of (seed, epoch, batch), whatever was drawn before."""
-        mixed = np.random.SeedSequence([self.seed, epoch, batch])
+    def reseed(self, epoch: int, batch: int, rank: int | None = None) -> None:
+        """Make dropout a function of (seed, epoch, batch, rank), whatever was drawn before.
+
+        Where `rank` is not given, it is that of this process.
+        """
+        rank = self.global_rank if rank is None else rank
+        mixed = np.random.SeedSequence([self.seed, epoch, batch, rank])
         torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self._step("train", batch)
         self.last_loss = loss.detach()
-        return loss
+        if alone():
+            return loss
+        # What DDP makes of the gradients is their mean over the processes: parts of a batch that
+        # are not of one size must not count the same.
+        self.share = len(batch[1]) / self.trainer.train_dataloader.size(batch_idx)  # type: ignore[union-attr]
+        return loss * (self.share * self.trainer.world_size)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step("val", batch)
+        if len(batch[1]):  # a last batch may have fewer images than there are processes
+            self._step("val", batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step("test", batch)
+        if len(batch[1]):
+            self._step("test", batch)
 
     def _step(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
@@ -145,16 +178,26 @@ class Classifier(lightning.LightningModule):
         if (self.global_step + 1) % every == 0:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+            self.step_loss = self.last_loss
+            if not alone() and self.last_loss is not None:
+                self.step_loss = torch.tensor(summed([float(self.last_loss) * self.share])[0])
 
     def on_train_epoch_end(self) -> None:
         self._publish("train")
 
     def on_validation_epoch_end(self) -> None:
+        self._add_up()
         self._publish("val")
 
     def on_test_epoch_end(self) -> None:
+        self._add_up()
         self._publish("test")
+
+    def _add_up(self) -> None:
+        # Every epoch ends with a validation, and only then are they asked for.
+        if not alone():
+            self.totals = {stage: tally.total() for stage, tally in self.tallies.items()}
 
     def _publish(self, stage: Stage) -> None:
         # For checkpoints and early stopping, which look up a metric by name.
-        self.log_dict(self.tallies[stage].metrics(stage), logger=False)
+        self.log_dict(self.totals[stage].metrics(stage), logger=False)

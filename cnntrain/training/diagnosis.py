@@ -72,6 +72,22 @@ class Cause:
     parameter: str | None = None
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a process has found out about a batch, or its part of it, on the CPU."""
+
+    place: Place
+    rank: int
+    batch: Batch | None
+    indices: list[int]  # of the images, in the data set's own files
+    cause: Cause
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is this batch: a gradient may have come from that of another process."""
+        return self.cause.layer is not None or not math.isfinite(self.place.loss)
+
+
 def finite(tensors: Iterable[Any]) -> bool:
     """Whether all numbers in them are finite; what is no tensor is taken to be."""
     all_finite = [t.isfinite().all() for t in tensors if isinstance(t, Tensor)]
@@ -178,16 +194,9 @@ def label(name: str, layer: nn.Module) -> str:
     return f"{name} ({type(layer).__name__})" if name else type(layer).__name__
 
 
-def report(
-    file: Path,
-    trainer: lightning.Trainer,
-    module: Any,
-    place: Place,
-    batch: Batch | None,
-    indices: list[int],
-    cause: Cause,
-) -> NotFinite:
+def report(file: Path, trainer: lightning.Trainer, module: Any, finding: Finding) -> NotFinite:
     """Save what reproduces it, if that can be done, and say all of it in one line."""
+    place, batch, indices, cause = finding.place, finding.batch, finding.indices, finding.cause
     loss = float(place.loss)
     facts: dict[str, Any] = {
         "stage": place.stage,
@@ -204,9 +213,9 @@ def report(
     where = place.described(trainer.max_epochs)
     said = f"{where}: the loss of {images} images is {loss:.4g}; {cause.text}"
     saved: str | None = None
-    if batch:
+    if batch and trainer.is_global_zero:
         try:
-            module.reseed(place.epoch, place.batch)
+            module.reseed(place.epoch, place.batch, finding.rank)
             facts["torch_seed"] = torch.initial_seed()
             _save(file, module.network, batch, {**facts, "indices": torch.tensor(indices)})
             saved = str(file)
@@ -226,7 +235,7 @@ def json_number(value: Any) -> Any:
 
 def _save(file: Path, network: nn.Module, batch: Batch, facts: dict[str, Any]) -> None:
     """Plain containers and tensors on the CPU, for `torch.load(weights_only=True)`."""
-    images, labels = (tensor.detach().cpu().clone() for tensor in batch)  # no views
+    images, labels = batch
     state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     buffer = io.BytesIO()
     torch.save({**facts, "images": images, "labels": labels, "state_dict": state}, buffer)

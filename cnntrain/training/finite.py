@@ -18,6 +18,7 @@ from cnntrain.training.classifier import Stage
 from cnntrain.training.diagnosis import (
     Batch,
     Cause,
+    Finding,
     Forward,
     NotFinite,
     Place,
@@ -28,6 +29,7 @@ from cnntrain.training.diagnosis import (
     report,
     spoilt,
 )
+from cnntrain.training.distributed import alone, anywhere, gathered
 from cnntrain.training.record import learning_rate
 
 FILE = "not_finite.pt"
@@ -47,6 +49,9 @@ class Finite(lightning.Callback):
     optimizers can skip by themselves: with any other one, and on other devices, the host looks at
     every batch. Float16 gradients that overflow are the scaler's business, until its scale has come
     down to 1.
+
+    With several processes, all stop together, the one whose images they were finds out why, and
+    rank 0 tells.
 
     `deferred` makes any device do what CUDA does, for tests.
     """
@@ -97,15 +102,16 @@ class Finite(lightning.Callback):
             self.since.append(here)
             return
         self.since = [here]
-        if not math.isfinite(module.last_loss.item()):
+        if math.isfinite(module.last_loss.item()):
+            self.outputs.clear()  # before the backward pass, which needs room
+        elif alone():  # else the others wait for this process in the backward pass
             self._stop(trainer, module, here)
-        self.outputs.clear()  # before the backward pass, which needs room
 
     def on_after_backward(self, trainer: lightning.Trainer, module: Any) -> None:
         self._raise_flag(module.last_loss)
         if self.deferred:
             self.bad_batches += self.flag
-        elif self.flag:
+        elif anywhere(bool(self.flag)):
             self._stop(trainer, module, self.since[-1])
 
     def _raise_flag(self, loss: Tensor) -> None:
@@ -129,8 +135,9 @@ class Finite(lightning.Callback):
         """
         if not self.since:
             return
-        if self.deferred and (bad_batches := int(self.bad_batches)):
-            self._stop(trainer, module, self.since[-bad_batches])
+        bad_batches = int(self.bad_batches) if self.deferred else 0
+        if self.deferred and anywhere(bad_batches > 0):
+            self._stop(trainer, module, self.since[-bad_batches] if bad_batches else None)
         if not finite(self.parameters):
             self._stop(trainer, module, self.since[-1], updated=True)
         self.since.clear()
@@ -173,15 +180,20 @@ class Finite(lightning.Callback):
     def _check_tally(self, trainer: lightning.Trainer, module: Any, stage: Stage) -> None:
         """Look at the sum of an evaluation's losses, for which the host is about to wait."""
         total = float(module.tallies[stage].loss)
-        if math.isfinite(total):
+        if not anywhere(not math.isfinite(total)):
             return
         lr = learning_rate(trainer) if stage == "val" else None
         loader = loader_of(trainer, stage)
-        for index in range(len(loader)):
+        bad: Place | None = None
+        for index in range(len(loader)) if not math.isfinite(total) else ():
             place = Place(stage, trainer.current_epoch, index, trainer.global_step, lr, total)
-            forward = repeat(trainer, module, place, loader.batch(0, index))
-            if not math.isfinite(forward.loss):
-                self._stop(trainer, module, replace(place, loss=forward.loss))
+            images, labels = loader.batch(0, index)
+            forward = repeat(trainer, module, place, (images, labels)) if len(images) else None
+            if forward and not math.isfinite(forward.loss):
+                bad = replace(place, loss=forward.loss)
+                break
+        if anywhere(bad is not None):
+            self._stop(trainer, module, bad)
         raise NotFinite(
             f"{stage}: the sum of the losses is {total}, though not when a batch is repeated",
             {"not_finite": {"stage": stage, "loss": str(total)}},
@@ -189,9 +201,19 @@ class Finite(lightning.Callback):
 
     @torch.inference_mode(False)  # a look before validation is made in that mode
     def _stop(
-        self, trainer: lightning.Trainer, module: Any, place: Place, *, updated: bool = False
+        self, trainer: lightning.Trainer, module: Any, place: Place | None, *, updated: bool = False
     ) -> NoReturn:
-        """Raise NotFinite with all that can be found out about this batch."""
+        """Raise NotFinite with all that can be found out about this batch; with several processes,
+        about the first of their batches that is bad. They call it together."""
+        own = self._finding(trainer, module, place, updated) if place else None
+        found = [finding for finding in gathered(own) if finding]
+        found = [finding for finding in found if finding.certain] or found
+        first = min(found, key=lambda f: (f.place.epoch, f.place.batch))
+        raise report(self.file, trainer, module, first)
+
+    def _finding(
+        self, trainer: lightning.Trainer, module: Any, place: Place, updated: bool
+    ) -> Finding:
         training = place.stage == "train"
         kept = self.batch if training else None
         batch: Batch | None = kept
@@ -209,14 +231,17 @@ class Finite(lightning.Callback):
                 cause = explain(module, place.stage, batch[0], forward)
             else:
                 forward = repeat(trainer, module, place, batch)
-                if kept and training:
+                if kept and training and alone():  # else they are of all processes
                     gradients = {n: p.grad for n, p in module.network.named_parameters()}
                     forward = replace(forward, gradients=gradients)
                 cause = explain(module, place.stage, batch[0], forward)
         except Exception as error:  # must not hide what is known already
             said = str(error).partition("\n")[0]
             cause = Cause(f"looking for the layer failed: {type(error).__name__}: {said}")
-        raise report(self.file, trainer, module, place, batch, indices, cause)
+        place = replace(place, loss=float(place.loss))
+        if batch:
+            batch = (batch[0].detach().cpu().clone(), batch[1].cpu().clone())  # no views
+        return Finding(place, module.global_rank, batch, indices, cause)
 
 
 def loader_of(trainer: lightning.Trainer, stage: Stage) -> Any:

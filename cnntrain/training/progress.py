@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 class Progress(lightning.Callback):
     """One bar an epoch with loss, accuracy and images/s so far, in a terminal or a notebook.
 
-    In a pipe or a file there is no bar; the line that every epoch prints is enough there.
+    In a pipe or a file there is no bar; the line that every epoch prints is enough there. With
+    several processes, loss and accuracy are those of the images of this one.
     """
 
     INTERVAL = 0.2  # seconds between two looks at the device: a look waits for it
@@ -51,7 +52,8 @@ class Progress(lightning.Callback):
         self.bar.n = batch_idx + 1
         self.bar.set_postfix_str(
             f"loss {metrics['train/loss']:.4f} acc {metrics['train/acc']:.2%} "
-            f"{(tally.images - self.images) / (now - self.started):,.0f} images/s"
+            f"{(tally.images - self.images) * trainer.world_size / (now - self.started):,.0f} "
+            "images/s"
         )
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:

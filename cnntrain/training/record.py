@@ -79,13 +79,13 @@ class Record(lightning.Callback):
         if step == self.logged or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         self.logged = step
-        scalars = {"train/loss_step": float(module.last_loss), "lr": learning_rate(trainer)}
+        scalars = {"train/loss_step": float(module.step_loss), "lr": learning_rate(trainer)}
         if module.grad_norm is not None:
             scalars["grad_norm"] = float(module.grad_norm)
         self.tensorboard.log_metrics(scalars, step)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        train, val = module.tallies["train"], module.tallies.get("val")
+        train, val = module.totals["train"], module.totals.get("val")
         row = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,

@@ -4,26 +4,26 @@ import contextlib
 import io
 import logging
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from cnntrain.config import ConfigError, blame, build, config_hash
+from cnntrain.config import ConfigError, config_hash
 from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruption, watching
+from cnntrain.launched import Place, launched
 from cnntrain.models import layer_table
+from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.checkpoint_file import CheckpointError, Content, newest
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
-from cnntrain.training.finite import Finite
+from cnntrain.training.company import company
+from cnntrain.training.distributed import cores_shared
 from cnntrain.training.record import Record
 from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS, TensorBoard
@@ -71,11 +71,13 @@ def train(
         NotFinite: A loss or a gradient is not a number.
         Pruned: A callback has ended the run.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved.
+        ProcessLost: Another process that trains with this one has died.
         OSError: Something cannot be written.
     """
     cfg = run_only(cfg)
-    data, module = _build(cfg)
-    with watching(), RunDirectory(directory, resume=resume) as run:
+    data, module = build_run(cfg)
+    place = _place(cfg)
+    with watching(), cores_shared(place), RunDirectory(directory, resume=resume) as run:
         if resume and (recorded := completed(directory, cfg)):
             return Result(recorded["metrics"], directory, **recorded["timings"])
         saved = newest(directory / CHECKPOINTS) if resume else None
@@ -85,8 +87,14 @@ def train(
         run.begin(cfg, facts, overrides)
         record = Record(directory, TensorBoard(directory))
         interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
+
+        def lost(why: str) -> None:
+            run.write_result("failed", **record.so_far(), error=f"ProcessLost: {why}")
+
         try:
-            content = _fit_and_test(cfg, directory, data, module, record, saved, labels, callbacks)
+            content = _run(
+                cfg, place, directory, data, module, record, saved, labels, callbacks, lost
+            )
             run.write_result("completed", **content)
         except BaseException as error:
             # A signal may have made another error, somewhere in the libraries.
@@ -103,46 +111,30 @@ def train(
     return Result(content["metrics"], directory, **content["timings"])
 
 
-def rehearse(cfg: DictConfig) -> None:
-    """Build all that a run would build, and make one step with black images on the CPU.
-
-    Nothing is written. Raises ConfigError for what constructors, or the first step, refuse.
-    """
-    data, module = _build(cfg)
-    with blame("model"):
-        logits = module.network(torch.zeros(2, *data.shape))
-        if logits.shape != (2, data.num_classes):
-            raise ValueError(f"gives {tuple(logits.shape)} for two images of {data.shape}")
-    with blame("loss"):
-        loss = module.loss(logits, torch.zeros(2, dtype=torch.long))
-        if loss.ndim:
-            raise ValueError("must give one number for a batch")
-        loss.backward()
-    with blame("trainer"):
-        trainer = build(cfg.trainer, default_root_dir=Path(), logger=False)
-    batches = -(-(data.train_size - data.val_size) // data.batch_size)
-    optimizer, _ = module.schedule(batches * trainer.max_epochs)
-    with blame("optimizer"):
-        optimizer.step()
+def fit_and_test(
+    trainer: Trainer,
+    place: Place,
+    cfg: DictConfig,
+    data: ImageData,
+    module: Classifier,
+    checkpoint: Path | None,
+) -> None:
+    """What every process of a run does with its share of the data."""
+    device, share = trainer.strategy.root_device, {"rank": place.rank, "world": place.world}
+    loaders = data.train_loader(cfg.seed, device, **share), data.val_loader(device, **share)
+    with interruption.answering("note"):
+        trainer.fit(module, *loaders, ckpt_path=checkpoint, weights_only=True)
+    interruption.check()
+    module.load_state_dict(trainer.chosen_weights)
+    with interruption.answering("raise"):  # nothing is lost but the test, which is made again
+        trainer.test(module, data.test_loader(device, **share), verbose=False)
+    interruption.check()
 
 
-def _build(cfg: DictConfig) -> tuple[ImageData, Classifier]:
-    """The data set, not yet read, and the network with all that trains it."""
-    _quieten_lightning()
-    lightning.seed_everything(cfg.seed, verbose=False)
-    with blame("data"):
-        data = build(cfg.data)
-    with blame("model"):
-        network = build(
-            cfg.model, conv=build(cfg.backend), in_shape=data.shape, num_classes=data.num_classes
-        )
-    with blame("loss"):
-        loss = build(cfg.loss)
-    with blame("optimizer"):
-        optimizer = build(cfg.optimizer)
-        optimizer(params=network.parameters())  # refuses now what it would refuse after the data
-    scheduler = build(cfg.scheduler) if cfg.scheduler else None
-    return data, Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
+def _place(cfg: DictConfig) -> Place:
+    """Where this process stands among those that train together."""
+    nodes = cfg.trainer.get("num_nodes", 1)
+    return launched() or Place(world=cfg.trainer.get("devices", 1) * nodes, nodes=nodes)
 
 
 def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) -> None:
@@ -166,8 +158,9 @@ def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) ->
             )
 
 
-def _fit_and_test(
+def _run(
     cfg: DictConfig,
+    place: Place,
     directory: Path,
     data: ImageData,
     module: Classifier,
@@ -175,25 +168,17 @@ def _fit_and_test(
     saved: tuple[Path, Content] | None,
     labels: Mapping[str, Any] | None,
     callbacks: Sequence[lightning.Callback],
+    lost: Callable[[str], None],
 ) -> dict[str, Any]:
     """The run itself; what result.json says of it."""
     started = time.perf_counter()
     with interruption.answering("raise"):  # a download is ended, and its folder removed
         data.prepare()
     tensorboard = record.tensorboard
-    with blame("trainer"):
-        trainer: Trainer = build(
-            cfg.trainer,
-            default_root_dir=directory,
-            logger=tensorboard,
-            callbacks=[Finite(directory, *data.split()), record, *callbacks],
-        )
-    device = trainer.strategy.root_device
+    trainer = build_trainer(cfg, place, directory, data, module, record, callbacks)
     text = io.StringIO()
     Console(file=text, width=100).print(layer_table(module.network, data.shape))
     log.info(text.getvalue().strip("\n"))
-    if trainer.compile_network:
-        module.network.compile()
 
     before = 0.0
     if saved:
@@ -208,15 +193,15 @@ def _fit_and_test(
         "config": OmegaConf.to_container(cfg, resolve=True),
         "config_hash": config_hash(cfg),
     }
-    loaders = data.train_loader(cfg.seed, device), data.val_loader(device)
-    with interruption.answering("note"):
-        trainer.fit(module, *loaders, ckpt_path=saved and saved[0], weights_only=True)
-    interruption.check()
-    module.load_state_dict(trainer.chosen_weights)
-    with interruption.answering("raise"):  # nothing is lost but the test, which is made again
-        trainer.test(module, data.test_loader(device), verbose=False)
-    interruption.check()
-    test = module.tallies["test"].metrics("test")
+    checkpoint = saved[0].absolute() if saved else None
+    work = {
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "directory": str(directory.absolute()),
+        "checkpoint": checkpoint and str(checkpoint),
+    }
+    with company(place, trainer.strategy.root_device, work, lost):
+        fit_and_test(trainer, place, cfg, data, module, checkpoint)
+    test = module.totals["test"].metrics("test")
     tensorboard.log_metrics(test, record.epochs[-1]["epoch"])
     tensorboard.end(cfg)
     chosen = record.chosen(trainer)
@@ -229,15 +214,3 @@ def _fit_and_test(
             "images_per_second": record.images / record.in_all,
         },
     }
-
-
-def _quieten_lightning() -> None:
-    """Leave out what Lightning says of itself, and warnings about what is meant to be so."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*GPU available but not used.*")
-    warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
-    warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")

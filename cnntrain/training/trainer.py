@@ -5,10 +5,13 @@ from typing import Annotated, Any, Literal
 
 import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from cnntrain.launched import Place
 from cnntrain.training.checkpoints import Average, CheckpointFiles, Checkpoints
+from cnntrain.training.distributed import Processes
 from cnntrain.training.progress import Progress
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
@@ -17,17 +20,21 @@ Precision = Literal[32, "32", "32-true", "bf16-mixed", "16-mixed"]
 
 
 class Trainer(lightning.Trainer):
-    """`lightning.Trainer` on one device, with checkpoints and early stopping by one metric.
+    """`lightning.Trainer` with checkpoints and early stopping by one metric.
 
     `checkpoints/last.ckpt` and `best.ckpt` are written under `default_root_dir`. Whatever else
     Lightning's trainer takes can be given as well, but for what a run decides itself.
+
+    `devices` on each of `num_nodes` machines train together, a process for each; `processes` says
+    which of them this is. Starting them is not the trainer's business.
     """
 
     def __init__(
         self,
         *,
         accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
-        devices: Literal[1] = 1,
+        devices: PositiveInt = 1,
+        num_nodes: PositiveInt = 1,
         max_epochs: PositiveInt = 10,
         precision: Precision = 32,
         compile: bool = False,
@@ -45,6 +52,7 @@ class Trainer(lightning.Trainer):
         log_every_n_steps: PositiveInt = 50,
         default_root_dir: Path | None = None,
         callbacks: list[lightning.Callback] | None = None,
+        processes: Processes | None = None,
         **lightning_options: Any,
     ):
         self.average = Average(ema) if ema is not None else None
@@ -56,17 +64,22 @@ class Trainer(lightning.Trainer):
             every_n_steps=checkpoint_every_n_steps,
             every_n_minutes=checkpoint_every_n_minutes,
         )
-        own: list[lightning.Callback] = [Progress()] if progress_bar else []
+        processes = processes or Processes(Place(world=devices * num_nodes, nodes=num_nodes))
+        first = processes.global_rank() == 0
+        own: list[lightning.Callback] = [Progress()] if progress_bar and first else []
         own.extend(callbacks or [])
         own.extend([self.average] if self.average else [])
         if early_stopping is not None:
             mode = "max" if monitor.endswith("acc") else "min"
             own.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
+        if processes.world_size() > 1:
+            lightning_options["strategy"] = DDPStrategy(cluster_environment=processes)
         self.compile_network, self.monitor = compile, monitor
         self.test_checkpoint = test_checkpoint
         super().__init__(
             accelerator=accelerator,
             devices=devices,
+            num_nodes=num_nodes,
             max_epochs=max_epochs,
             precision=precision,
             deterministic=deterministic,
@@ -82,6 +95,10 @@ class Trainer(lightning.Trainer):
             num_sanity_val_steps=0,
             **lightning_options,
         )
+        # A run answers signals itself, where nothing is lost, and its processes agree on it:
+        # Lightning's handlers would broadcast in the middle of a step, and each batch waits for it.
+        self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     @property
     def chosen_weights(self) -> dict[str, Tensor]:

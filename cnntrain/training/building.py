@@ -1,0 +1,100 @@
+"""From a config to the objects that a run is made of, in each of its processes."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as lightning
+import torch
+from omegaconf import DictConfig
+
+from cnntrain.config import blame, build
+from cnntrain.data import ImageData
+from cnntrain.launched import Place
+from cnntrain.training.classifier import Classifier
+from cnntrain.training.distributed import Processes
+from cnntrain.training.finite import Finite
+from cnntrain.training.record import Record
+from cnntrain.training.trainer import Trainer
+
+
+def rehearse(cfg: DictConfig) -> None:
+    """Build all that a run would build, and make one step with black images on the CPU.
+
+    Nothing is written. Raises ConfigError for what constructors, or the first step, refuse.
+    """
+    data, module = build_run(cfg)
+    with blame("model"):
+        logits = module.network(torch.zeros(2, *data.shape))
+        if logits.shape != (2, data.num_classes):
+            raise ValueError(f"gives {tuple(logits.shape)} for two images of {data.shape}")
+    with blame("loss"):
+        loss = module.loss(logits, torch.zeros(2, dtype=torch.long))
+        if loss.ndim:
+            raise ValueError("must give one number for a batch")
+        loss.backward()
+    with blame("trainer"):
+        trainer = build(cfg.trainer, default_root_dir=Path(), logger=False)
+    batches = -(-(data.train_size - data.val_size) // data.batch_size)
+    optimizer, _ = module.schedule(batches * trainer.max_epochs)
+    with blame("optimizer"):
+        optimizer.step()
+
+
+def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
+    """The data set, not yet read, and the network with all that trains it."""
+    _quieten_lightning()
+    lightning.seed_everything(cfg.seed, verbose=False)
+    with blame("data"):
+        data = build(cfg.data)
+    with blame("model"):
+        network = build(
+            cfg.model, conv=build(cfg.backend), in_shape=data.shape, num_classes=data.num_classes
+        )
+    with blame("loss"):
+        loss = build(cfg.loss)
+    with blame("optimizer"):
+        optimizer = build(cfg.optimizer)
+        optimizer(params=network.parameters())  # refuses now what it would refuse after the data
+    scheduler = build(cfg.scheduler) if cfg.scheduler else None
+    return data, Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
+
+
+def build_trainer(
+    cfg: DictConfig,
+    place: Place,
+    directory: Path,
+    data: ImageData,
+    module: Classifier,
+    record: Record | None = None,
+    further: Sequence[lightning.Callback] = (),
+) -> Trainer:
+    """The trainer of one of a run's processes; rank 0's has a record, and `further` callbacks."""
+    callbacks: list[lightning.Callback] = [Finite(directory, *data.split())]
+    with blame("trainer"):
+        trainer: Trainer = build(
+            cfg.trainer,
+            processes=Processes(place),
+            default_root_dir=directory,
+            logger=record.tensorboard if record else False,
+            callbacks=[*callbacks, record, *further] if record else callbacks,
+        )
+    if trainer.compile_network:
+        module.network.compile()
+    return trainer
+
+
+def _quieten_lightning() -> None:
+    """Leave out what Lightning says of itself, and warnings about what is meant to be so."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
+    warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    # What is logged, and what is tested, is of all processes already, each image once.
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")
+    warnings.filterwarnings("ignore", ".*it is recommended to use `Trainer.devices=1.*")

@@ -1,0 +1,370 @@
+"""Runs of several processes: what they compute, against one process, and how they end."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torturing.runs import differences, record
+
+from cnntrain.config import ConfigError, build, compose
+from cnntrain.config.contradictions import data_contradictions
+from cnntrain.config.resume import refused_changes
+from cnntrain.data import FashionMNISTMini
+from cnntrain.training import checkpoint_file, train
+from cnntrain.training.classifier import Classifier
+
+DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.progress_bar=false"]
+MINI = ["data=fashion_mnist_mini", "data.hflip=0.5", "data.crop=2", "data.erase=0.3"]
+# Nothing depends on which images are together in a process. The parts are uneven, and one is empty:
+# the last batch of the 500 images that validate has one.
+EXACT = [
+    *MINI,
+    "model=shallow",
+    "data.val_size=500",
+    "data.batch_size=1001",
+    "data.eval_batch_size=499",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.gradient_clip_val=1.0",
+    "trainer.progress_bar=false",
+    "optimizer.fused=false",
+]
+# All that has a state, batch statistics and dropout of each process included.
+EVERYTHING = [
+    *MINI,
+    "data.batch_size=100",
+    "data.eval_batch_size=200",
+    "trainer.max_epochs=2",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.ema=0.9",
+    "trainer.early_stopping=5",
+    "trainer.gradient_clip_val=1.0",
+    "trainer.checkpoint_every_n_steps=2",
+    "+trainer.limit_train_batches=25",
+    "trainer.log_every_n_steps=1",
+    "optimizer.fused=false",
+    "optimizer.lr=0.005",
+]
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a command in an empty folder, `python train.py` if no other; ends what is left."""
+    started = []
+
+    def run(*words: str, by: tuple[str, ...] = (sys.executable,), **env: str) -> Any:
+        process = subprocess.Popen(
+            [*by, str(ROOT / "train.py"), *words],
+            cwd=tmp_path,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def scalars(folder: Path, tag: str) -> list[float]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that this one has started to train with it."""
+    found = (
+        line.split(maxsplit=2) for line in ps("-Aww", "-o", "pid=", "-o", "ppid=", "-o", "args=")
+    )
+    mine = [(pid, args) for pid, parent, args in found if int(parent) == process.pid]
+    return [int(pid) for pid, args in mine if "cnntrain.training.follow" in args]
+
+
+def ps(*options: str) -> list[str]:
+    return subprocess.run(["ps", *options], capture_output=True, text=True).stdout.splitlines()
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def steps(checkpoint: Path) -> int:
+    for _ in range(100):
+        with contextlib.suppress(checkpoint_file.DamagedError):  # has no name for a moment
+            return checkpoint_file.read(checkpoint)["global_step"]
+        time.sleep(0.01)
+    raise AssertionError(f"{checkpoint} is missing")
+
+
+def gone(pid: int, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if all(state.startswith("Z") for state in ps("-o", "stat=", "-p", str(pid))):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_batches_are_shared(world: int) -> None:
+    data = FashionMNISTMini(batch_size=100, eval_batch_size=199, hflip=0.5, crop=2, erase=0.5)
+    for make in (lambda **share: data.train_loader(7, **share), data.val_loader):
+        whole, parts = make(), [make(rank=rank, world=world) for rank in range(world)]
+        for epoch in (0, 3):
+            for number, batches in enumerate(
+                zip(
+                    whole.batches(epoch),
+                    *(part.batches(epoch) for part in parts),
+                    strict=True,
+                )
+            ):
+                (images, labels), *shares = batches
+                assert whole.size(number) == parts[-1].size(number) == len(labels)
+                for rank, (part_images, part_labels) in enumerate(shares):
+                    assert torch.equal(part_images, images[rank::world])
+                    assert torch.equal(part_labels, labels[rank::world])
+                    indices = whole.indices(epoch, number)[rank::world]
+                    assert torch.equal(parts[rank].indices(epoch, number), indices)
+    assert len(parts[0].indices(0, 2)) == -(-102 // world)  # the last one of 500
+
+
+def test_dropout_is_drawn_by_rank() -> None:
+    module = Classifier(torch.nn.Identity(), torch.nn.Identity(), lambda **_: None, seed=5)  # type: ignore
+    drawn = []
+    for rank in (None, 0, 1, 2):
+        module.reseed(3, 4, rank)
+        drawn.append(torch.rand(4))
+    alone = np.random.SeedSequence([5, 3, 4]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(alone))
+    assert torch.equal(drawn[0], torch.rand(4))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+    assert not torch.equal(drawn[2], drawn[3])
+
+
+def test_two_processes_compute_what_one_does(start: Start, tmp_path: Path) -> None:
+    """Started by the first, and by torchrun."""
+    train(compose([*EXACT, "trainer=cpu"]), tmp_path / "one")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    for name, by in [("two", (sys.executable,)), ("torchrun", torchrun)]:
+        process = start(*EXACT, *DDP, f"hydra.run.dir={name}", by=by)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "Traceback" not in err
+        assert out.count("epoch 1/2") == out.count("test accuracy") == 1
+        if name == "two":
+            assert err == ""
+        files = [
+            torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)
+            for run in ("one", name)
+        ]
+        for key, tensor in files[0]["state_dict"].items():
+            torch.testing.assert_close(files[1]["state_dict"][key], tensor, rtol=1e-5, atol=1e-6)
+        tags = "train/loss_step", "grad_norm", "train/loss", "train/acc", "val/loss", "val/acc"
+        for tag in tags:
+            one, two = (scalars(tmp_path / run, tag) for run in ("one", name))
+            assert len(two) == (6 if tag in tags[:2] else 2)  # updates, or epochs
+            assert two == pytest.approx(one, rel=1e-5)
+        metrics = [result(tmp_path / run)["metrics"] for run in ("one", name)]
+        assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
+        assert {path.name for path in (tmp_path / name).iterdir() if "tfevents" in path.name}
+        assert not differences_of_names(tmp_path / "one", tmp_path / name)
+    assert not list(differences(record(tmp_path / "two"), record(tmp_path / "torchrun")))
+
+
+def differences_of_names(one: Path, two: Path) -> set[str]:
+    """What one run has left and the other has not, but for what a command line leaves."""
+    names = [
+        {str(f.relative_to(run)) for f in run.rglob("*") if "tfevents" not in f.name}
+        for run in (one, two)
+    ]
+    return (names[0] ^ names[1]) - {"train.log", ".hydra/overrides.yaml"}
+
+
+def test_killed_interrupted_and_gone_on_with(start: Start, tmp_path: Path) -> None:
+    undisturbed = start(*EVERYTHING, *DDP, "hydra.run.dir=undisturbed")
+    options = [*EVERYTHING, *DDP, "hydra.run.dir=run", "resume=auto"]
+    process = start(*options)
+    wait_for(tmp_path / "run/checkpoints/previous.ckpt", process)
+    (other,) = children(process)
+    os.kill(other, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err == "cnntrain: process 2 of 2 was killed by SIGKILL; go on with resume=run\n"
+    assert result(tmp_path / "run")["status"] == "failed"
+    assert result(tmp_path / "run")["error"] == "ProcessLost: process 2 of 2 was killed by SIGKILL"
+
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    for of_the_other, code in [(False, 143), (True, 130)]:
+        before = steps(last)
+        process = start(*options)
+        while steps(last) == before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        (other,) = children(process)
+        os.kill(other if of_the_other else process.pid, signal.Signals(code - 128))
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert err.splitlines()[-1] == (
+            f"cnntrain: interrupted by {signal.Signals(code - 128).name}; go on with resume=run"
+        )
+        assert gone(other)
+        assert checkpoint_file.read(last)["position"]["batch"] > 0
+        assert result(tmp_path / "run")["status"] == "interrupted"
+
+    process = start(*options)
+    assert process.wait(timeout=60) == 0
+    assert undisturbed.wait(timeout=60) == 0
+    assert not list(differences(record(tmp_path / "undisturbed"), record(tmp_path / "run")))
+
+
+def test_the_others_end_with_the_first(start: Start, tmp_path: Path) -> None:
+    process = start(*EVERYTHING, *DDP, "hydra.run.dir=run", "trainer.max_epochs=100")
+    wait_for(tmp_path / "run/checkpoints/last.ckpt", process)
+    (other,) = children(process)
+    process.kill()
+    assert gone(other)
+
+
+BAD = """\
+import torch
+
+from cnntrain.training import CrossEntropy
+
+
+class Bad(CrossEntropy):
+    calls = 0
+
+    def forward(self, input, target):
+        loss = super().forward(input, target)
+        self.calls += self.training and torch.is_grad_enabled()
+        there = torch.distributed.is_initialized() and torch.distributed.get_rank() == 1
+        return loss * float("nan") if there and self.calls == 3 else loss
+"""
+
+
+def test_a_number_that_is_none_in_one_process(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD)
+    accumulated = "trainer.accumulate_grad_batches=4"  # a batch without a word to the others
+    process = start(*EXACT, *DDP, accumulated, "hydra.run.dir=run", "loss._target_=bad.Bad")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    file = tmp_path / "run/not_finite.pt"
+    assert err.startswith("cnntrain: epoch 1/2, batch 3, step 0, lr ")
+    assert "the loss of 500 images is nan; every output is finite, but not what Bad makes" in err
+    assert err.endswith(f"to reproduce it: {file}\n")
+    assert err.count("\n") == 1
+    saved = torch.load(file, weights_only=True)
+    loader = build(compose(EXACT).data).train_loader(0, rank=1, world=2)
+    images, labels = loader.batch(0, 2)
+    assert torch.equal(saved["images"], images)
+    assert torch.equal(saved["labels"], labels)
+    seed = np.random.SeedSequence([0, 0, 2, 1]).generate_state(1, np.uint64)[0]
+    assert saved["torch_seed"] == int(seed)
+    assert result(tmp_path / "run")["status"] == "failed"
+
+
+def test_srun(start: Start, tmp_path: Path) -> None:
+    """As Slurm would start them; asked again, all are told that there is nothing to do."""
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "71"}
+    slurm |= {"SLURM_STEP_ID": str(os.getpid() % 1000), "SLURM_STEP_NODELIST": "localhost"}
+    options = [*EXACT, *DDP, "trainer.max_epochs=1", "hydra.run.dir=run", "resume=auto"]
+    for said in ("epoch 1/1", "already completed"):
+        tasks = [
+            start(*options, **slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
+            for rank in range(2)
+        ]
+        (out, err), others = (task.communicate(timeout=60) for task in tasks)
+        assert [task.returncode for task in tasks] == [0, 0], err
+        assert said in out
+        assert others == ("", "")
+    assert result(tmp_path / "run")["status"] == "completed"
+
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "said"),
+    [
+        (["trainer=ddp", "trainer.devices=0"], {}, "trainer.devices=0: input should be greater"),
+        (["+trainer.strategy=ddp"], {}, "trainer.strategy=ddp: is decided by the program"),
+        (["trainer=ddp", "trainer.num_nodes=2"], {}, "trainer.num_nodes=2: each of the machines"),
+        (
+            [],
+            {**TORCHRUN, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            "trainer.devices=1 times trainer.num_nodes=1: is not what torchrun has started, 2 "
+            "processes times 2 machines; take trainer=ddp trainer.devices=2 trainer.num_nodes=2",
+        ),
+        (
+            ["trainer=ddp", "trainer.accelerator=cpu", "+trainer.sync_batchnorm=true"],
+            {},
+            "trainer.sync_batchnorm=true: PyTorch has it for GPUs only",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_mistakes(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], environment: dict[str, str], said: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    (problem,) = caught.value.problems
+    assert said in problem
+
+
+def test_more_devices_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert compose(["trainer=ddp"]).trainer.devices == 2
+    with pytest.raises(ConfigError, match=r"trainer.devices=3: this machine has 2 GPUs"):
+        compose(["trainer=ddp", "trainer.devices=3"])
+
+
+def test_a_batch_that_cannot_be_shared() -> None:
+    options = [*DDP, "data=fashion_mnist_mini", "data.val_size=500", "trainer.devices=3"]
+    for size, limit, images in [(2, "1.0", 2), (4498, "1.0", 2), (4498, "1", 0), (1500, "1.0", 0)]:
+        cfg = compose(
+            [*options, f"data.batch_size={size}", f"+trainer.limit_train_batches={limit}"]
+        )
+        said = data_contradictions(cfg, build(cfg.data))
+        assert said == images // 2 * [
+            f"data.batch_size={size}: a batch of {images} of the 4500 images cannot be shared by "
+            "3 processes (trainer.devices); take another"
+        ]
+
+
+def test_another_number_of_processes_is_another_run() -> None:
+    run, wanted = (compose([*DDP, f"trainer.devices={n}"]) for n in (2, 3))
+    (said,) = refused_changes(run, wanted)
+    assert said.startswith("trainer.devices=3: the run was begun with 2, and has computed with it")
