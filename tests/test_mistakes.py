@@ -66,7 +66,7 @@ COMMAND_LINES: list[tuple[Sequence[str | bytes], list[str]]] = [
     (["-m", "seed=0,1", "hydra.sweep.dir=/proc/x"], ["hydra.sweep.dir=/proc/x"]),
     (
         ["-m", "seed=0,1", "hydra.sweep.subdir=x"],
-        ["hydra.sweep.subdir=x: members are named by what varies"],
+        ["hydra.sweep.subdir=x: members are named"],
     ),
     (["+resume=x"], ["resume=x"]),
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as lightning
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
