@@ -18,6 +18,7 @@ from cnntrain.commands.plan import BASIC_SWEEPER, places
 from cnntrain.config import ConfigError, build, searching, sweep_folder_problem
 from cnntrain.config.hydra_options import as_if_running
 from cnntrain.interruption import Interrupted, interruption
+from cnntrain.sweeps.collect import collect
 from cnntrain.sweeps.member import MemberTask, prepare_processes
 from cnntrain.sweeps.sweep import Launch, Outcome, Sweep, Sweeping
 
@@ -47,6 +48,8 @@ class SweepCommand:
             for text in self.arguments.overrides
             if text.lstrip("+~").startswith("hydra.sweep.subdir")
         ]
+        if cfgs[0].get("search"):
+            problems.append("search: is not connected to -m yet; leave it out")
         problems += [
             f"{key}: there is one for all members; give it one value"
             for key in varied
@@ -149,7 +152,13 @@ def _say(text: str) -> None:
 
 def _end(outcome: Outcome) -> None:
     """The counts, what failed, and the answer."""
+    from rich.console import Console
+
+    from cnntrain.sweeps.tables import ranked_table
+
     failed, unfinished = outcome.failed, outcome.unfinished
+    console = Console()
+    Console(width=max(console.width, 110)).print(ranked_table(collect(outcome.folder.path)))
     for name, error in failed.items():
         _say(f"failed: {name}: {error}")
     counts: dict[str, Any] = {
