@@ -4,6 +4,7 @@ The process is fresh: no device memory, generator or import passes from one memb
 parent has no torch; processes come from a server that has imported it, so that each starts at once.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -49,6 +50,7 @@ class Job:
     logging: dict[str, Any]
     threads: int | None
     cwd: str
+    trial: int | None
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -63,6 +65,7 @@ class MemberTask:
     cwd: str  # where the command was typed
     threads: int | None
     labels: dict[str, dict[str, Any]]  # what varies, of each member by its directory's name
+    trials: dict[str, int]  # the numbers of those that are a search's
 
     def __call__(self, cfg: DictConfig) -> None:
         hydra = HydraConfig.get()
@@ -71,7 +74,8 @@ class MemberTask:
             os.chdir(self.cwd)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for sweep and members
-        choices = {k: v for k, v in hydra.runtime.choices.items() if v and "hydra/" not in str(k)}
+        groups = {k: v for k, v in hydra.runtime.choices.items() if v}
+        choices = {k: v for k, v in groups.items() if not str(k).startswith(("hydra/", "search"))}
         job = Job(
             OmegaConf.to_container(run_only(cfg), resolve=True),  # type: ignore[arg-type]
             directory,
@@ -80,6 +84,7 @@ class MemberTask:
             OmegaConf.to_container(hydra.job_logging, resolve=True),  # type: ignore[arg-type]
             self.threads,
             self.cwd,
+            self.trials.get(directory.name),
             dict(os.environ),
         )
         parent = os.getppid()
@@ -193,17 +198,24 @@ def _member(job: Job, reason: Any) -> None:
 def _train(job: Job) -> None:
     import torch
 
-    from cnntrain.training import train
+    from cnntrain.training import Pruned, train
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    train(
-        OmegaConf.create(job.config),
-        job.directory,
-        resume=True,
-        overrides=job.overrides,
-        labels=job.labels,
-    )
+    callbacks = []
+    if job.trial is not None:
+        from cnntrain.sweeps.pruning import Pruning
+
+        callbacks.append(Pruning(job.directory.parent, job.trial))
+    with contextlib.suppress(Pruned):  # as its result.json says
+        train(
+            OmegaConf.create(job.config),
+            job.directory,
+            resume=True,
+            overrides=job.overrides,
+            labels=job.labels,
+            callbacks=callbacks,
+        )
 
 
 def _write_all_to(log: Path) -> None:

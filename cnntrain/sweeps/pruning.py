@@ -28,8 +28,6 @@ class Pruning(lightning.Callback):
         self.folder, self.number = folder, number
 
     def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        if not trainer.is_global_zero:
-            return
         study = load(self.folder)
         pruner = study.user_attrs["pruner"]
         if problems := check_node("search.pruner", NODES["search.pruner"], dict(pruner)):
@@ -41,17 +39,16 @@ class Pruning(lightning.Callback):
         self.trial = optuna.trial.Trial(study, frozen._trial_id)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        epoch, ends = trainer.current_epoch, False
-        if trainer.is_global_zero:
-            with quietly():
-                ends = self._ends(epoch, module)
-        if trainer.strategy.broadcast(ends):
+        epoch = trainer.current_epoch
+        with quietly():
+            ends = self._ends(epoch, module)
+        if ends and epoch + 1 < trainer.max_epochs:  # else there is nothing left to save
             raise Pruned(f"others did better in epoch {epoch + 1}")
 
     def _ends(self, epoch: int, module: Any) -> bool:
         stage = self.metric.partition("/")[0]
         # Optuna lets the first report of an epoch stand.
-        self.trial.report(module.tallies[stage].metrics(stage)[self.metric], epoch)
+        self.trial.report(module.totals[stage].metrics(stage)[self.metric], epoch)
         decided = self.trial.user_attrs
         if epoch <= decided.get(GOES_ON, -1):
             return False
