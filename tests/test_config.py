@@ -106,7 +106,8 @@ def test_mistake_in_a_file(tmp_path: Path, file: str, old: str, new: str, said: 
 
 
 def test_no_mistake_in_what_ships() -> None:
-    groups = {group: [f.stem for f in (CONF / group).glob("*.yaml")] for group in NODES}
+    nodes = [n for n in NODES if n.partition(".")[0] not in ("search", "sweep")]  # tested elsewhere
+    groups = {group: [f.stem for f in (CONF / group).glob("*.yaml")] for group in nodes}
     groups["experiment"] = [f.stem for f in (CONF / "experiment").glob("*.yaml")]
     groups.pop("loss")
     assert all(groups.values())

@@ -64,7 +64,10 @@ COMMAND_LINES: list[tuple[Sequence[str | bytes], list[str]]] = [
     (["hydra.run.dir=/dev/null/x"], ["hydra.run.dir=/dev/null/x: /dev/null is not a folder"]),
     ([f"hydra.run.dir=a/{'x' * 300}"], ["hydra.run.dir=a/xxx", "too long"]),
     (["-m", "seed=0,1", "hydra.sweep.dir=/proc/x"], ["hydra.sweep.dir=/proc/x"]),
-    (["-m", "seed=0,1", "hydra.sweep.subdir=x"], ["hydra.sweep.subdir=x: runs would share it"]),
+    (
+        ["-m", "seed=0,1", "hydra.sweep.subdir=x"],
+        ["hydra.sweep.subdir=x: members are named"],
+    ),
     (["+resume=x"], ["resume=x"]),
 ]
 
@@ -171,7 +174,6 @@ OPTIONS = [
     (["loss=5"], "loss=5: must name a choice, or a class as loss._target_"),
     (["model.dropout.x=1"], "model.dropout.x=1"),
     (["+trainer.strategy=ddp"], "trainer.strategy=ddp: is decided by the program"),
-    (["+trainer.devices=2"], "trainer.devices=2: "),
     (["trainer.accelerator=mps"], "trainer.accelerator=mps: this machine has no GPU"),
     (["+trainer.min_epochs=50"], "trainer.min_epochs=50: is more than trainer.max_epochs=10"),
     (["+trainer.limit_test_batches=0.01"], "trainer.limit_test_batches=0.01: "),

@@ -1,25 +1,33 @@
 """`-m`: from a command line to a sweep, on the launcher that Hydra has been given."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain.commands.plan import BASIC_SWEEPER, places
-from cnntrain.config import ConfigError, build, searching, sweep_folder_problem
+from cnntrain.config import ConfigError, build, compose_all, searching, sweep_folder_problem
 from cnntrain.config.hydra_options import as_if_running
-from cnntrain.interruption import Interrupted
+from cnntrain.config.resume import run_only
+from cnntrain.interruption import Interrupted, interruption
+from cnntrain.sweeps.collect import collect
 from cnntrain.sweeps.member import MemberTask, prepare_processes
+from cnntrain.sweeps.members import of_the_run
 from cnntrain.sweeps.sweep import Launch, Outcome, Sweep, Sweeping
 
+if TYPE_CHECKING:
+    from cnntrain.sweeps.searching import Searching
+
+RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
@@ -40,51 +48,104 @@ class SweepCommand:
 
     def plan(self, cfgs: Sequence[DictConfig], varied: Sequence[str]) -> list[DictConfig]:
         """The configs that are still to be run; ConfigError for what cannot be a sweep."""
-        problems = [
-            f"{text}: members are named by what varies; leave it out"
-            for text in self.arguments.overrides
-            if text.lstrip("+~").startswith("hydra.sweep.subdir")
-        ]
-        problems += [
-            f"{key}: there is one for all members; give it one value"
-            for key in varied
-            if key.startswith(("sweep.", "search", "resume"))
-        ]
-        if (sweeper := cfgs[0].hydra.sweeper._target_) != BASIC_SWEEPER:
-            problems.append(
-                f"hydra.sweeper._target_={sweeper}: searches are search=<choice> here, by Optuna; "
-                "leave the sweeper as it is"
-            )
-        if problems:
+        cfg, searches = cfgs[0], bool(cfgs[0].get("search"))
+        if problems := [*self._misplaced(cfg, varied), *(_searched(varied) if searches else ())]:
             raise ConfigError(problems)
-        self.launcher = str(cfgs[0].hydra.launcher._target_)
-        if self.launcher == BASIC:
+        # Python's own watcher of processes would tell of what a killed one has left to clean up.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+        if cfg.hydra.launcher._target_ == BASIC:
             prepare_processes()
-        options: Sweep = build(cfgs[0].sweep)
-        self.sweeping = Sweeping(_folder(cfgs[0], options), options, cfgs, varied)
+        options: Sweep = build(cfg.sweep)
+        folder = _folder(cfg, options)
+        self.sweeping: Sweeping | Searching
+        if searches:
+            self.sweeping = self._searching(cfg, folder, options)
+            return [run_only(cfg)]
+        self.sweeping = Sweeping(folder, options, cfgs, varied)
         pending = {member.config_hash for member in self.sweeping.pending}
         return [m.config for m in self.sweeping.members if m.config_hash in pending]
 
+    def _misplaced(self, cfg: DictConfig, varied: Sequence[str]) -> Iterator[str]:
+        for text in self.arguments.overrides:
+            if text.lstrip("+~").startswith("hydra.sweep.subdir"):
+                yield f"{text}: members are named by what varies; leave it out"
+        for key in varied:
+            if key.startswith(("sweep.", "search", "resume")):
+                yield f"{key}: there is one for all members; give it one value"
+        if (sweeper := cfg.hydra.sweeper._target_) != BASIC_SWEEPER:
+            yield (
+                f"hydra.sweeper._target_={sweeper}: searches are search=<choice> here, by Optuna; "
+                "leave the sweeper as it is"
+            )
+
+    def _searching(self, cfg: DictConfig, folder: Path, options: Sweep) -> "Searching":
+        from cnntrain.sweeps.search import problems
+        from cnntrain.sweeps.searching import Searching
+
+        base = of_the_run(cfg.hydra.overrides.task)
+
+        def compose(overrides: Sequence[str]) -> DictConfig:
+            name = self.arguments.config_name or "train"
+            return compose_all(overrides, name=name, command="train", **places(self.arguments))
+
+        if found := problems(cfg.search, lambda more: compose([*base, *more]), base):
+            raise ConfigError(found)
+        options.metric = cfg.search.metric
+        at_once = cfg.search.at_once or _at_once(cfg.hydra.launcher)
+        return Searching(
+            folder,
+            options,
+            cfg.search,
+            seed=cfg.seed,
+            base=base,
+            compose=compose,
+            at_once=at_once,
+        )
+
     def run(self) -> None:
         """Run it and tell how it ended; exit code 1 if not all is completed."""
-        sweeping = self.sweeping
-        total, pending = len(sweeping.members), len(sweeping.pending)
-        already = f", {total - pending} completed before" if pending < total else ""
-        threads = sweeping.options.threads
-        each = f", {threads} thread{'s' * (threads > 1)} each" if threads else ""
-        path = sweeping.folder.path
-        print(f"sweep {path.name}: {total} members{already}{each}; {path}", flush=True)
+        path = self.sweeping.folder.path
+        print(f"sweep {path.name}: {self._size()}; {path}", flush=True)
+        launch = _launch(self.arguments, path)
+        found: list[str] = []
         try:
-            outcome = sweeping.run(_launch(self.arguments, path), _say)
+            if isinstance(self.sweeping, Sweeping):
+                outcome = self.sweeping.run(launch, _say)
+            else:
+                outcome, found = self.sweeping.run(launch, _say)
         except Interrupted as error:
             _say(f"\ninterrupted by {error}; the same command goes on with what is left")
             sys.exit(error.exit_code)
-        _end(outcome)
+        _end(outcome, found)
+
+    def _size(self) -> str:
+        threads = self.sweeping.options.threads
+        each = f", {threads} thread{'s' * (threads > 1)} each" if threads else ""
+        if not isinstance(self.sweeping, Sweeping):
+            return f"{self.sweeping.node.trials} trials, {self.sweeping.at_once} at once{each}"
+        total, pending = len(self.sweeping.members), len(self.sweeping.pending)
+        already = f", {total - pending} completed before" if pending < total else ""
+        return f"{total} members{already}{each}"
+
+
+def _searched(varied: Sequence[str]) -> Iterator[str]:
+    for key in varied:
+        yield f"{key}: has several values; a search varies what is in search.space alone"
+
+
+def _at_once(launcher: DictConfig) -> int:
+    """How many trials go side by side where nobody says: as many as joblib has processes; one in
+    this process; elsewhere a few, as each round learns from those before it."""
+    if launcher._target_ == BASIC:
+        return 1
+    jobs = launcher.get("n_jobs", 4)
+    return jobs if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + jobs)
 
 
 def _folder(cfg: DictConfig, options: Sweep) -> Path:
-    """Where the sweep is; one without a name is called by the time."""
-    name = str(options.name) if options.name is not None else f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    """Where the sweep is; one without a name is called by its search, or by the time."""
+    chosen = options.name if options.name is not None else cfg.hydra.runtime.choices.get("search")
+    name = str(chosen) if chosen is not None else f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     if Path(name).name != name or name.startswith("~") or len(name.encode()) > 200:
         raise ConfigError(
             [
@@ -119,26 +180,47 @@ def _launch(arguments: argparse.Namespace, folder: Path) -> Launch:
             context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
             launcher = Plugins.instance().instantiate_launcher(context, task, cfg)
             callbacks.on_multirun_start(config=cfg, config_name=name)
+            if cfg.hydra.launcher._target_ == RAY:
+                _join_ray(launcher)
             launcher.launch(jobs, initial_job_idx=0)
             callbacks.on_multirun_end(config=cfg, config_name=name)
 
     return launch
 
 
+def _join_ray(launcher: Any) -> None:
+    """Start Ray, or join its cluster, ahead of the launcher.
+
+    That would ask for object memory, which a cluster that runs already refuses; and Ray takes over
+    the signals.
+    """
+    import ray
+
+    options: Any = OmegaConf.to_container(launcher.ray_cfg.init, resolve=True)
+    ray.init(**{"logging_level": "WARNING", **options})
+    interruption.install()
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _end(outcome: Outcome) -> None:
-    """The counts, what failed, and the answer."""
+def _end(outcome: Outcome, found: Sequence[str]) -> None:
+    """The answer, the counts, and what failed."""
+    from rich.console import Console
+
+    from cnntrain.sweeps.tables import ranked_table
+
     failed, unfinished = outcome.failed, outcome.unfinished
+    console = Console()
+    Console(width=max(console.width, 110)).print(ranked_table(collect(outcome.folder.path)))
+    for line in found:
+        _say(line)
     for name, error in failed.items():
         _say(f"failed: {name}: {error}")
-    counts: dict[str, Any] = {
-        "completed": outcome.progress.total - len(failed) - len(unfinished),
-        "failed": len(failed),
-        "unfinished": len(unfinished),
-    }
-    _say(", ".join(f"{number} {what}" for what, number in counts.items() if number))
+    counts = {"failed": len(failed), "unfinished": len(unfinished)}
+    ended = outcome.progress.total - sum(counts.values())
+    shown = [f"{ended} {'ended' if found else 'completed'}"]
+    _say(", ".join([*shown, *(f"{n} {what}" for what, n in counts.items() if n)]))
     if failed or unfinished:
         sys.exit(1)

@@ -191,17 +191,18 @@ def run_directory_problem(directory: str, option: str = "hydra.run.dir") -> str 
             f"{option}={directory}: holds another run already; go on with that one "
             f"(resume={directory}), or give this one its own folder"
         )
-    return _folder_problem(directory, option)
+    return folder_problem(directory, option)
 
 
 def sweep_folder_problem(directory: str, option: str = "hydra.sweep.dir") -> str | None:
     """Why a sweep cannot have this folder, if so: nothing is written to find out."""
     if directory and (Path(directory) / "result.json").exists():
         return f"{option}={directory}: holds a run; give the sweep its own folder"
-    return _folder_problem(directory, option)
+    return folder_problem(directory, option)
 
 
-def _folder_problem(directory: str, option: str) -> str | None:
+def folder_problem(directory: str, option: str) -> str | None:
+    """Why there can be no files in a folder that may not be there yet, if so."""
     if not directory:
         return f"{option}=: must name a folder"
     if directory.startswith("~"):

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -46,6 +47,7 @@ class Node:
     partial: bool = False  # called later, with what is given
     filled: bool = False  # and all of that has to be taken
     unfit: Mapping[str, str] = field(default_factory=dict)  # of that kind, and of no use: why
+    extra: str | None = None  # of the package's extras the one that has to be installed
 
 
 NODES = {
@@ -71,6 +73,19 @@ NODES = {
     ),
     "loss": Node("torch.nn.Module"),
     "trainer": Node("lightning.pytorch.Trainer", TRAINER_GIVEN),
+    "search": Node("cnntrain.sweeps.search.Search", extra="optuna"),
+    "search.sampler": Node(
+        "optuna.samplers.BaseSampler",
+        ("seed",),
+        partial=True,
+        filled=True,
+        unfit={
+            "optuna.samplers.GridSampler": "asks for the space once more; take search/sampler=grid",
+            "optuna.samplers.QMCSampler": "keeps its place in a sequence, and each trial has a "
+            "sampler of its own here; take search/sampler=random",
+        },
+    ),
+    "search.pruner": Node("optuna.pruners.BasePruner"),
     "sweep": Node("cnntrain.sweeps.Sweep"),
 }
 
@@ -86,7 +101,11 @@ class Root:
 
 
 ROOTS = {
-    "train": Root(tuple(NODES), given=("resume",), optional=("sweep",)),
+    "train": Root(
+        tuple(name for name in NODES if "." not in name),
+        given=("resume",),
+        optional=("search", "sweep"),
+    ),
     "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
     "benchmark": Root(
         ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)
@@ -123,7 +142,7 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
         if wrong:
             problems.append(f"{key}: {wrong}")
         elif key != "scheduler" or values not in (None, {}):  # without: a constant learning rate
-            problems += _check_node(key, NODES[key], values)
+            problems += check_node(key, NODES[key], values)
     return problems
 
 
@@ -148,7 +167,10 @@ def _check_seed(value: Any) -> list[str]:
     return []
 
 
-def _check_node(key: str, node: Node, values: Any) -> list[str]:
+def check_node(key: str, node: Node, values: Any) -> list[str]:
+    """As `check`, of one node in plain containers, whose name in NODES is `key`."""
+    if node.extra and find_spec(node.extra) is None:
+        return [f'{key}: needs {node.extra.title()}; pip install "cnntrain[{node.extra}]"']
     if not isinstance(values, dict) or "_target_" not in values:
         return [f"{key}={shown(values)}: must name a choice, or a class as {key}._target_"]
     target, partial = values.pop("_target_"), values.pop("_partial_", False)
@@ -162,6 +184,12 @@ def _check_node(key: str, node: Node, values: Any) -> list[str]:
     except ImportError as error:
         return [f"{named}: cannot be imported: {first_line(error)}"]
     problems = [f"{named}: {why}" for name, why in node.unfit.items() if is_subclass(target, name)]
+    for inner in (name for name in NODES if name.startswith(f"{key}.")):
+        name = inner.removeprefix(f"{key}.")
+        if name in values:
+            problems += check_node(inner, NODES[inner], values.pop(name))
+        else:
+            problems.append(f"{inner}: missing; its file in conf/{key} begins with `defaults:`")
     missing = [name for name in node.given if node.filled and name not in accepted.types]
     if missing and not accepted.open:
         problems.append(f"{named}: must take the parameters {', '.join(missing)}")

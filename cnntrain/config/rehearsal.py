@@ -33,8 +33,8 @@ def rehearsal_problems(cfg: DictConfig, rehearse: Rehearse | None) -> list[str]:
 
 def _wrong_classes(cfg: DictConfig) -> Iterator[str]:
     """Targets that are not what their source promised, or cannot be imported after all."""
-    for key in (key for key in NODES if cfg.get(key)):
-        target = cfg[key]._target_
+    for key in (key for key in NODES if OmegaConf.select(cfg, key)):
+        target = OmegaConf.select(cfg, key)._target_
         try:
             found, kind = load(target), load(NODES[key].kind)
         except ImportError as error:

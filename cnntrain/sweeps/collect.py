@@ -5,12 +5,11 @@ Imports no torch: a report on two hundred runs must not wait for it.
 
 import csv
 import io
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,11 @@ from yaml import YAMLError
 
 from cnntrain.atomic import replacing
 from cnntrain.config import ConfigError, config_hash, flat
-from cnntrain.config.resume import CONFIG, RESULT, Damaged, begun, in_use, recorded, sealed
+from cnntrain.config.resume import CONFIG, Damaged, begun, recorded
 from cnntrain.sweeps.options import varying
+from cnntrain.sweeps.record import METRICS, STATUSES, Member, plain, read_member
 
 SWEEP = "sweep.yaml"
-METRICS = ("val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss")
-STATUSES = ("completed", "running", "pending", "interrupted", "pruned", "failed", "damaged")
-
-
-@dataclass(frozen=True)
-class Member:
-    """A run of a sweep, or one that is planned.
-
-    `values` are those of the options that vary, and the seed; `metrics` losses in nats and
-    accuracies from 0 to 1: of the chosen epoch if it is completed, else of the last.
-    """
-
-    name: str  # of its directory, seen from the folder
-    directory: Path
-    values: dict[str, Any]
-    status: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float | None = None
-    error: str | None = None
-    epochs: int = 0
-    config_hash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +41,9 @@ class Collection:
 
     @property
     def options(self) -> list[str]:
-        """What varies, the seed apart."""
-        return [option for option in self.over if option != "seed"]
+        """What varies, the seed apart; what a search may vary, too."""
+        several = [o for o, values in self.over.items() if len(values) > 1 or self.search]
+        return [option for option in several if option != "seed"]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -89,7 +69,7 @@ def collect(folder: Path, metric: str | None = None) -> Collection:
     if sweep is None:
         return _found(folder, metric, ())
     members = tuple(
-        _member(name, folder / name, dict(planned["values"]))
+        read_member(name, folder / name, dict(planned["values"]))
         for name, planned in sweep["members"].items()
     )
     # A search knows ranges beforehand, not values.
@@ -115,31 +95,6 @@ def write_csv(collection: Collection, path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
-def history(directory: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv, an epoch each, without what is missing or no number.
-
-    A row that is half written, as of a run that is at work, is left out.
-    """
-    rows: list[dict[str, float]] = []
-    try:
-        with (directory / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            row: dict[Any, Any]
-            for row in csv.DictReader(file):
-                numbers = {k: n for k, v in row.items() if (n := _number(v)) is not None and k}
-                if "epoch" in numbers and None not in row.values():
-                    rows.append(numbers)
-    except (OSError, UnicodeDecodeError, csv.Error):
-        pass
-    return rows
-
-
-def plain(value: Any) -> str:
-    """A value as one types it: `true`, `null`, `[6,16,128]`, `0.01`."""
-    return (
-        value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
-    )
-
-
 def _found(folder: Path, metric: str | None, problems: tuple[str, ...]) -> Collection:
     """All runs below a folder, with the options in which their configs differ."""
     directories = sorted(_runs(folder), key=_natural)
@@ -150,7 +105,7 @@ def _found(folder: Path, metric: str | None, problems: tuple[str, ...]) -> Colle
     members: list[Member] = []
     for directory in directories:
         name = directory.relative_to(folder).as_posix()
-        member = _member(name if name != "." else directory.absolute().name, directory, {})
+        member = read_member(name if name != "." else directory.absolute().name, directory, {})
         cfg = recorded(directory / CONFIG)
         configs.append(None if cfg is None else flat(cfg))
         if cfg is None or member.config_hash not in (None, config_hash(cfg)):
@@ -188,44 +143,18 @@ def _runs(folder: Path) -> Iterator[Path]:
 
 
 def _values(members: Sequence[Member], option: str, known: Sequence[Any] = ()) -> list[Any]:
-    """The values of an option, those known before first, each once."""
-    seen = list(known)
-    for member in members:
-        if option in member.values and member.values[option] not in seen:
-            seen.append(member.values[option])
-    return seen
+    """The values of an option, those known before first, each once; 1 is not `true`."""
+    met = [member.values[option] for member in members if option in member.values]
+    found: dict[str, Any] = {}
+    for value in (*known, *met):
+        found.setdefault(plain(value), value)
+    return list(found.values())
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
     """Sorts 2_seed=1 before 10_seed=0."""
     parts = re.split(r"(\d+)", str(path))
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
-
-
-def _member(name: str, directory: Path, values: dict[str, Any]) -> Member:
-    """What a directory says of its run; one that has not begun is pending."""
-    try:
-        result = sealed(directory / RESULT)
-    except FileNotFoundError:
-        status = "running" if in_use(directory) else "pending"
-        if status == "pending" and begun(directory):
-            status = "interrupted"  # before it could say so
-        result = {"status": status}
-    except (Damaged, OSError) as error:
-        return Member(name, directory, values, "damaged", error=str(error).split("; ")[0])
-    status = result["status"]
-    if status == "running" and not in_use(directory):
-        status = "interrupted"  # by what cannot be caught
-    metrics, epochs = result.get("metrics"), result.get("epochs")
-    if metrics is None and (rows := history(directory)):
-        metrics, epochs = {k: v for k, v in rows[-1].items() if k in METRICS}, len(rows)
-    if "seed" not in values and "seed" in result:
-        values["seed"] = result["seed"]
-    seconds = result.get("timings", {}).get("seconds")
-    return Member(
-        name, directory, values, status, metrics or {}, seconds,
-        result.get("error"), epochs or 0, result.get("config_hash"),
-    )  # fmt: skip
 
 
 def _sweep(path: Path) -> dict[str, Any] | None:
@@ -246,13 +175,6 @@ def _sweep(path: Path) -> dict[str, Any] | None:
     if not sound:
         raise Damaged(f"{path}: is damaged; the runs below the folder are shown without it")
     return content
-
-
-def _number(text: Any) -> float | None:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return None
 
 
 def _is_number(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """A sweep's folder: what is compared, over what, and which members there are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,23 @@ class SweepFolder:
     def directory(self, member: str) -> Path:
         return self.path / member
 
-    def extend(self, cfgs: Sequence[DictConfig], members: Sequence[Planned]) -> list[Planned]:
-        """Take the members of a command line in; returns them under the names that they have here.
+    def extend(
+        self, cfgs: Sequence[DictConfig], members: Sequence[Planned], varied: Iterable[str]
+    ) -> list[Planned]:
+        """Take members in that vary in these options; returns them under the names they have here.
 
         Nothing is written before `write`. Raises ConfigError if what does not vary is not what it
         was, with the difference.
         """
+        known, over = self.sheet["members"], self.sheet["over"]
+        keys = list(dict.fromkeys([*over, *varied]))
         base = common(members, cfgs)
+        base["options"] = {k: v for k, v in base["options"].items() if not _within(k, keys)}
         self._refuse_another_base(base["options"])
-        known = self.sheet["members"]
-        keys = list(dict.fromkeys([*self.sheet["over"], *(k for m in members for k in m.values)]))
         for member in known.values():  # what did not vary then has the value that all had
             for key in keys:
-                if key not in member["values"]:
-                    member["values"][key] = self._then(key)
+                if key not in over:
+                    member["values"].setdefault(key, self._then(key))
         names = {member["identity"]: name for name, member in known.items()}
         found = []
         for member in members:
@@ -75,11 +79,9 @@ class SweepFolder:
                 "config_hash": member.config_hash,
                 "identity": member.identity,
             }
-            found.append(
-                Planned(called, member.overrides, member.values, member.config_hash, member.config)
-            )
+            found.append(replace(member, name=called))
         self.sheet["over"] = {key: _values(key, known.values()) for key in keys}
-        self.sheet["base"] = base if not self.sheet["base"] else _both(self.sheet["base"], base)
+        self.sheet["base"] = _both(self.sheet["base"], base) if self.sheet["base"] else base
         return found
 
     def write(self, **facts: Any) -> None:
@@ -137,13 +139,17 @@ def _read(path: Path) -> dict[str, Any]:
     raise ConfigError([f"{path}: is damaged; take another name for the sweep (sweep=<name>)"])
 
 
+def _within(option: str, keys: Iterable[str]) -> bool:
+    """Whether an option is one that varies, or comes with a choice that does."""
+    return any(option == key or option.startswith(f"{key}.") for key in keys)
+
+
 def _values(key: str, members: Any) -> list[Any]:
     """The values that an option has, each once, in the order in which they came."""
     found: list[Any] = []
     for member in members:
-        value = member["values"].get(key)
-        if value not in found:
-            found.append(value)
+        if key in member["values"] and member["values"][key] not in found:
+            found.append(member["values"][key])
     return found
 
 

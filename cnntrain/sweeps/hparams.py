@@ -1,13 +1,13 @@
 """TensorBoard's HParams tab over a sweep's folder: one schema for all members."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnntrain.sweeps.collect import METRICS, plain
+from cnntrain.sweeps.record import METRICS, plain
 
 
-def write_schema(folder: Path, over: dict[str, Sequence[Any]]) -> None:
+def write_schema(folder: Path, over: Mapping[str, Sequence[Any]]) -> None:
     """An event file that lays the tab's columns down: the options that vary, and the metrics.
 
     Each member's own event file has its values. Without a schema TensorBoard would show every

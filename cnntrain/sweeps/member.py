@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
@@ -27,9 +27,10 @@ from cnntrain.config import ConfigError, config_hash
 from cnntrain.config.resume import RESULT, in_use, read_result, run_only, seal
 from cnntrain.interruption import Interrupted, watching
 
-STOP = ".stop"  # in the sweep's folder: no more members are to begin
+STOP = ".stop"  # in the sweep's folder: no more members are to begin,
+LEAVE = "leave"  # and if it says so, those at work are to save and end
 LOG = "train.log"
-PATIENCE = 60  # seconds for the process of a sweep that was killed to save and leave
+LOOK = 0.2  # seconds between two looks at that file
 ENDED = ("completed", "failed", "interrupted", "pruned")
 
 # Where processes can be had from a server that has torch imported; Windows has none.
@@ -49,6 +50,7 @@ class Job:
     logging: dict[str, Any]
     threads: int | None
     cwd: str
+    trial: int | None
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -59,29 +61,40 @@ class MemberTask:
     It returns when the member's result.json says how it ended, and raises no error of the member's.
     """
 
+    driver: int  # the process id of the sweep itself
     cwd: str  # where the command was typed
     threads: int | None
     labels: dict[str, dict[str, Any]]  # what varies, of each member by its directory's name
+    trials: dict[str, int]  # the numbers of those that are a search's
 
     def __call__(self, cfg: DictConfig) -> None:
         hydra = HydraConfig.get()
         directory = Path(hydra.runtime.output_dir)
-        if (directory.parent / STOP).exists():
-            return
-        os.chdir(self.cwd)  # a launcher may have started this anywhere
-        labels = {k: v for k, v in hydra.runtime.choices.items() if v and "hydra/" not in str(k)}
+        if os.getpid() != self.driver:  # a launcher's worker, started who knows where
+            os.chdir(self.cwd)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for sweep and members
+        groups = {k: v for k, v in hydra.runtime.choices.items() if v}
+        choices = {k: v for k, v in groups.items() if not str(k).startswith(("hydra/", "search"))}
         job = Job(
             OmegaConf.to_container(run_only(cfg), resolve=True),  # type: ignore[arg-type]
             directory,
             [*hydra.overrides.task],
-            {**labels, **self.labels.get(directory.name, {})},
+            {**choices, **self.labels.get(directory.name, {})},
             OmegaConf.to_container(hydra.job_logging, resolve=True),  # type: ignore[arg-type]
             self.threads,
             self.cwd,
+            self.trials.get(directory.name),
             dict(os.environ),
         )
-        with _left_alone():
-            _run(job)
+        parent = os.getppid()
+
+        def orphaned() -> bool:
+            return os.getpid() != self.driver and os.getppid() != parent
+
+        _run(job, orphaned)
+        if orphaned():  # else a worker may wait for more for minutes
+            os._exit(1)
 
 
 def prepare_processes() -> None:
@@ -102,14 +115,17 @@ def result_mark(directory: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_ino
 
 
-def _run(job: Job) -> None:
-    """The member from its start to a result.json that says how it ended."""
-    deadline = time.monotonic() + PATIENCE
-    while busy := in_use(job.directory):
-        if time.monotonic() > deadline:
-            logging.getLogger(__name__).warning(busy)
-            return
-        time.sleep(0.1)
+def _run(job: Job, orphaned: Callable[[], bool]) -> None:
+    """The member from its start to a result.json that says how it ended.
+
+    One that another process trains already, of a sweep that was killed or of a job in a cluster's
+    queue, is waited for. `orphaned` tells when this process has nobody left to work for.
+    """
+    stop = job.directory.parent / STOP
+    while not stop.exists() and not orphaned() and in_use(job.directory):
+        time.sleep(LOOK)
+    if stop.exists() or orphaned():
+        return
     prepare_processes()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *STANDARD):
         multiprocessing.set_start_method(
@@ -120,17 +136,19 @@ def _run(job: Job) -> None:
     process = _processes.Process(target=_member, args=(job, sender), name=job.directory.name)
     process.start()
     sender.close()
+    asked = False
+    while process.is_alive():
+        process.join(LOOK)
+        if not asked and (orphaned() or (stop.exists() and stop.read_text() == LEAVE)):
+            process.terminate()  # it saves, and says so in its result.json
+            asked = True
     try:
-        process.join()
-    except BaseException:  # a request to stop: the member saves, and says so in its result.json
-        process.terminate()
-        process.join()
-        raise
-    finally:
-        reason = receiver.recv() if receiver.poll() else _cause_of_death(process.exitcode)
-        result = read_result(job.directory) or {}
-        if result_mark(job.directory) == before or result.get("status") not in ENDED:
-            record_failure(job.directory, job.config, reason)
+        reason = receiver.recv()
+    except EOFError:  # nothing was said
+        reason = _cause_of_death(process.exitcode)
+    result = read_result(job.directory) or {}
+    if result_mark(job.directory) == before or result.get("status") not in ENDED:
+        record_failure(job.directory, job.config, reason)
 
 
 def record_failure(directory: Path, config: Any, reason: str) -> None:
@@ -180,17 +198,24 @@ def _member(job: Job, reason: Any) -> None:
 def _train(job: Job) -> None:
     import torch
 
-    from cnntrain.training import train
+    from cnntrain.training import Pruned, train
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    train(
-        OmegaConf.create(job.config),
-        job.directory,
-        resume=True,
-        overrides=job.overrides,
-        labels=job.labels,
-    )
+    callbacks = []
+    if job.trial is not None:
+        from cnntrain.sweeps.pruning import Pruning
+
+        callbacks.append(Pruning(job.directory.parent, job.trial))
+    with contextlib.suppress(Pruned):  # as its result.json says
+        train(
+            OmegaConf.create(job.config),
+            job.directory,
+            resume=True,
+            overrides=job.overrides,
+            labels=job.labels,
+            callbacks=callbacks,
+        )
 
 
 def _write_all_to(log: Path) -> None:
@@ -211,17 +236,3 @@ def _leave_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _left_alone() -> Iterator[None]:
-    """In a launcher's worker, Ctrl-C is for the member, which saves, and not for its keeper."""
-    worker = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not worker or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Callable[..., Any] | int | None = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -25,6 +25,7 @@ class Planned:
     values: dict[str, Any]  # of the options that vary: {"backend": "im2col", "seed": 0}
     config_hash: str
     config: DictConfig  # of the run
+    trial: int | None = None  # the number of the search's trial that it is
 
     @property
     def identity(self) -> str:
@@ -40,20 +41,27 @@ def planned(cfgs: Sequence[DictConfig], keys: Iterable[str]) -> list[Planned]:
     """
     found: dict[str, Planned] = {}
     for cfg in cfgs:
-        own, typed = run_only(cfg), list(cfg.hydra.overrides.task)
+        own, typed = run_only(cfg), of_the_run(cfg.hydra.overrides.task)
         values = {key: _value(key, typed, cfg) for key in keys}
         member = Planned(name(values), typed, values, config_hash(own), own)
         found.setdefault(member.identity, member)
     return list(found.values())
 
 
-def name(values: dict[str, Any]) -> str:
-    """The directory's name: options in alphabetical order, so that the order typed is no matter.
+def of_the_run(typed: Iterable[str]) -> list[str]:
+    """Overrides without those that say among which others a run is."""
+    return [text for text in typed if not text.lstrip("+~").startswith(("sweep.", "search"))]
 
-    One that is too long or has characters that a shell or a disk might stumble over is shortened,
-    with a hash that makes it unmistakable.
-    """
-    full = ",".join(f"{key}={shown(values[key])}" for key in sorted(values)) or "defaults"
+
+def name(values: dict[str, Any]) -> str:
+    """A member's name: options in alphabetical order, so that the order typed is no matter."""
+    full = ",".join(f"{key}={shown(values[key])}" for key in sorted(values))
+    return directory_name(full or "defaults")
+
+
+def directory_name(full: str) -> str:
+    """One that is too long or has characters that a shell or a disk might stumble over is
+    shortened, with a hash that makes it unmistakable."""
     plain = ODD.sub("_", full)
     if plain == full and len(full) <= LONGEST:
         return full

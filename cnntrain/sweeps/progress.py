@@ -31,6 +31,7 @@ class Progress:
     done: int  # of them those that were completed before
     say: Callable[[str], None]
     ended: Callable[[str, dict[str, Any]], None]  # called with the name and the result of each
+    while_waiting: Callable[[], None]  # called with every look
     waiting: dict[str, Mark] = field(default_factory=dict)  # with the mark of an earlier result
     results: dict[str, dict[str, Any]] = field(default_factory=dict)  # of those that have ended
     started: float = field(default_factory=time.monotonic)
@@ -43,6 +44,7 @@ class Progress:
 
         def watch() -> None:
             while not over.wait(LOOK):
+                self.while_waiting()
                 self.look()
 
         thread = Thread(target=watch, daemon=True)
@@ -74,9 +76,11 @@ class Progress:
         elif status == "failed":
             said = f"failed: {result.get('error')} ({short(self.folder / name / LOG)})"
         else:
-            said = f"{status} after {result.get('epochs', 0)} epochs"
+            epochs = result.get("epochs", 0)
+            said = f"{status} after {epochs} epoch{'s' * (epochs != 1)}"
         width = len(str(self.total))
-        return f"[{self.done:>{width}}/{self.total}] {name}: {said}{self._left()}"
+        left = "" if status == "interrupted" else self._left()
+        return f"[{self.done:>{width}}/{self.total}] {name}: {said}{left}"
 
     def _left(self) -> str:
         remaining = self.total - self.done

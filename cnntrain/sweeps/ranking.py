@@ -10,7 +10,8 @@ from typing import Any
 
 from scipy.stats import ttest_ind
 
-from cnntrain.sweeps.collect import METRICS, Collection, Member, plain
+from cnntrain.sweeps.collect import Collection
+from cnntrain.sweeps.record import METRICS, Member, plain
 
 ALPHA = 0.05
 RULE = (

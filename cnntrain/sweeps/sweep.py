@@ -1,7 +1,7 @@
 """Many runs from one command line, on any of Hydra's launchers."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from cnntrain.interruption import interruption
 from cnntrain.sweeps.collect import collect, write_csv
 from cnntrain.sweeps.folder import SweepFolder
 from cnntrain.sweeps.hparams import cell, write_schema
-from cnntrain.sweeps.member import STOP, MemberTask, record_failure
+from cnntrain.sweeps.member import LEAVE, STOP, MemberTask, record_failure
 from cnntrain.sweeps.members import Planned, planned
 from cnntrain.sweeps.progress import Progress
 
@@ -43,6 +43,12 @@ class Sweep:
     ):
         self.name, self.metric, self.threads, self.fail_fast = name, metric, threads, fail_fast
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What sweep.yaml says of these."""
+        mode = "max" if self.metric.endswith("acc") else "min"
+        return {"metric": self.metric, "mode": mode}
+
 
 class Sweeping:
     """A sweep under way: the members of one command line in the sweep's folder.
@@ -55,7 +61,8 @@ class Sweeping:
         self, folder: Path, options: Sweep, cfgs: Sequence[DictConfig], varied: Iterable[str]
     ):
         self.folder, self.options = SweepFolder(folder), options
-        self.members = self.folder.extend(cfgs, planned(cfgs, varied))
+        keys = list(dict.fromkeys([*self.folder.sheet["over"], *varied]))
+        self.members = self.folder.extend(cfgs, planned(cfgs, keys), keys)
         self.pending = [
             m for m in self.members if not completed(self.folder.directory(m.name), m.config)
         ]
@@ -64,13 +71,14 @@ class Sweeping:
         """Run what is not completed; raises no error of a member's.
 
         Raises ConfigError if another process runs the same sweep, and Interrupted when a signal
-        asks to stop, once members that run in this process have saved.
+        has asked to stop and the members have saved.
         """
         with self.folder.locked():
-            metric = self.options.metric
-            self.folder.write(metric=metric, mode="max" if metric.endswith("acc") else "min")
-            write_schema(self.folder.path, self.folder.sheet["over"])
-            outcome = Outcome(self.folder, self.options, self.members, len(self.pending), say)
+            self.folder.write(**self.options.facts)
+            over = self.folder.sheet["over"]
+            write_schema(self.folder.path, over)
+            total, pending = len(self.members), len(self.pending)
+            outcome = Outcome(self.folder, self.options, over, total, total - pending, say)
             outcome.write()
             if self.pending:
                 outcome.run(self.pending, launch)
@@ -84,14 +92,22 @@ class Outcome:
         self,
         folder: SweepFolder,
         options: Sweep,
-        members: Sequence[Planned],
-        pending: int,
+        columns: Mapping[str, Sequence[Any]],
+        total: int,
+        done: int,
         say: Say,
     ):
-        self.folder, self.options, self.say = folder, options, say
-        total = len(members)
+        """`columns` are the options that vary, with their values; `total` members are to be run in
+        all, of which `done` are."""
+        self.folder, self.options, self.columns, self.say = folder, options, columns, say
         self.progress = Progress(
-            folder.path, options.metric, total, total - pending, say, self._member_ended
+            folder.path,
+            options.metric,
+            total,
+            done,
+            say,
+            self._member_ended,
+            self._look_for_signals,
         )
         self.stop = folder.path / STOP
         self.stop.unlink(missing_ok=True)
@@ -111,9 +127,12 @@ class Outcome:
 
     def run(self, members: Sequence[Planned], launch: Launch) -> None:
         """Run members on a launcher, until each has a result.json or the launcher gives up."""
-        over = self.folder.sheet["over"]
-        labels = {m.name: {k: cell(v, over[k]) for k, v in m.values.items()} for m in members}
-        task = MemberTask(os.getcwd(), self.options.threads, labels)
+        labels = {
+            member.name: {key: cell(v, self.columns[key]) for key, v in member.values.items()}
+            for member in members
+        }
+        trials = {m.name: m.trial for m in members if m.trial is not None}
+        task = MemberTask(os.getpid(), os.getcwd(), self.options.threads, labels, trials)
         jobs = [
             [
                 *member.overrides,
@@ -122,18 +141,18 @@ class Outcome:
             ]
             for member in members
         ]
-        problem = None
-        with interruption.answering("raise"):
-            interruption.check()
+        problem = "its process ended without a word"
+        with interruption.answering("note"):
             with self.progress.watching([member.name for member in members]):
                 try:
                     launch(jobs, task)
                 except Exception as error:  # of the launcher: what it runs raises none
-                    interruption.check()
                     problem = " ".join(f"{type(error).__name__}: {error}".split())
                     self.say(f"the launcher failed: {problem}")
             if not self.stop.exists():
-                self._bury(members, problem or "its process ended without a word")
+                self._bury(members, problem)
+            self.stop.unlink(missing_ok=True)
+            interruption.check()
 
     def write(self) -> None:
         """sweep.csv, a row for each member that the folder has ever had."""
@@ -143,6 +162,11 @@ class Outcome:
         if self.options.fail_fast and result["status"] == "failed":
             self.stop.touch()
         self.write()
+
+    def _look_for_signals(self) -> None:
+        """Pass a request to stop on to the members, wherever they are, by a file that they see."""
+        if interruption.received is not None and not self.stop.exists():
+            self.stop.write_text(LEAVE)
 
     def _bury(self, members: Sequence[Planned], reason: str) -> None:
         """Record what has ended without a word, with its machine or its launcher's process."""

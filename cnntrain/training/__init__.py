@@ -5,7 +5,7 @@ from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.company import ProcessLost
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
-from cnntrain.training.run import Result, train
+from cnntrain.training.run import Pruned, Result, train
 from cnntrain.training.trainer import Trainer
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "NotFinite",
     "OneCycle",
     "ProcessLost",
+    "Pruned",
     "Result",
     "Trainer",
     "WarmupCosine",

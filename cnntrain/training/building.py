@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as lightning
@@ -67,8 +68,9 @@ def build_trainer(
     data: ImageData,
     module: Classifier,
     record: Record | None = None,
+    further: Sequence[lightning.Callback] = (),
 ) -> Trainer:
-    """The trainer of one of a run's processes; rank 0's has a record."""
+    """The trainer of one of a run's processes; rank 0's has a record, and `further` callbacks."""
     callbacks: list[lightning.Callback] = [Finite(directory, *data.split())]
     with blame("trainer"):
         trainer: Trainer = build(
@@ -76,7 +78,7 @@ def build_trainer(
             processes=Processes(place),
             default_root_dir=directory,
             logger=record.tensorboard if record else False,
-            callbacks=[*callbacks, record] if record else callbacks,
+            callbacks=[*callbacks, record, *further] if record else callbacks,
         )
     if trainer.compile_network:
         module.network.compile()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as lightning
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -42,12 +43,17 @@ class Result:
     images_per_second: float  # training images by the time that fitting took, validation included
 
 
+class Pruned(Exception):
+    """A run was ended on purpose, by a callback: others do better. The message says why."""
+
+
 def train(
     cfg: DictConfig,
     directory: Path,
     *,
     resume: bool = False,
     overrides: Sequence[str] | None = None,
+    callbacks: Sequence[lightning.Callback] = (),
     labels: Mapping[str, Any] | None = None,
 ) -> Result:
     """Train, validate every epoch, test once, and leave the whole record in `directory`.
@@ -55,7 +61,8 @@ def train(
     With `resume`, a run that `directory` holds is continued from its last checkpoint, as if it
     had never stopped; a completed one is answered with its result. `overrides` are what was typed
     for the run, for its record. `labels` are for a member of a sweep: options by name that the
-    HParams tab shows beside those of the config, in columns that the sweep lays down.
+    HParams tab shows beside those of the config, in columns that the sweep lays down. `callbacks`
+    come after the run's own and before its checkpoints.
 
     Raises:
         ConfigError: The config cannot be built, the directory holds another run, or the run that
@@ -63,6 +70,7 @@ def train(
         CheckpointError: The checkpoint is no such thing, or of a newer version.
         DataError: The data cannot be had.
         NotFinite: A loss or a gradient is not a number.
+        Pruned: A callback has ended the run.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved.
         ProcessLost: Another process that trains with this one has died.
         OSError: Something cannot be written.
@@ -85,11 +93,14 @@ def train(
             run.write_result("failed", **record.so_far(), error=f"ProcessLost: {why}")
 
         try:
-            content = _run(cfg, place, directory, data, module, record, saved, labels, lost)
+            content = _run(
+                cfg, place, directory, data, module, record, saved, labels, callbacks, lost
+            )
             run.write_result("completed", **content)
         except BaseException as error:
             # A signal may have made another error, somewhere in the libraries.
-            status = "failed" if interruption.received is None else "interrupted"
+            status = "pruned" if isinstance(error, Pruned) else "failed"
+            status = status if interruption.received is None else "interrupted"
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             details = getattr(error, "details", {})
             with contextlib.suppress(OSError):  # the first error is the one to tell
@@ -157,6 +168,7 @@ def _run(
     record: Record,
     saved: tuple[Path, Content] | None,
     labels: Mapping[str, Any] | None,
+    callbacks: Sequence[lightning.Callback],
     lost: Callable[[str], None],
 ) -> dict[str, Any]:
     """The run itself; what result.json says of it."""
@@ -164,7 +176,7 @@ def _run(
     with interruption.answering("raise"):  # a download is ended, and its folder removed
         data.prepare()
     tensorboard = record.tensorboard
-    trainer = build_trainer(cfg, place, directory, data, module, record)
+    trainer = build_trainer(cfg, place, directory, data, module, record, callbacks)
     text = io.StringIO()
     Console(file=text, width=100).print(layer_table(module.network, data.shape))
     log.info(text.getvalue().strip("\n"))

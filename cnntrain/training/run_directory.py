@@ -67,7 +67,7 @@ class RunDirectory:
         self.write_result("running")
 
     def write_result(self, status: str, **content: Any) -> None:
-        """`status` is running, completed, failed or interrupted."""
+        """`status` is running, completed, failed, interrupted or pruned."""
         write_json(self.result, seal({"status": status, **self.facts, **content}))
 
     def _write_environment(self) -> None:

@@ -1,0 +1,99 @@
+"""`cnntrain report`: the ranked table of a folder of runs, and a page with pictures."""
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from cnntrain.commands.app import refuse, short, told
+from cnntrain.config import ConfigError, folder_problem
+from cnntrain.config.overrides import unknown
+from cnntrain.sweeps.collect import Collection, collect
+from cnntrain.sweeps.record import METRICS
+
+OPTIONS = ("metric", "out")
+HELP = f"""\
+Rank the runs of a sweep, or all runs below a folder: a table, and a page with pictures.
+
+cnntrain report FOLDER [option=value ...]
+
+  cnntrain report outputs/sweeps/compare             finished or not
+  cnntrain report outputs metric=val/loss            any folder with runs below it
+
+Members that differ only in the seed are one group: mean, standard deviation, and whether chance
+explains the difference to the best. FOLDER/report/ holds report.html, report.md and report.csv.
+
+== Options ==
+metric: what ranks; by default the sweep's: {", ".join(METRICS)}
+        (accuracies: the highest first; losses: the lowest)
+out:    a folder for the report's files instead of FOLDER/report
+"""
+
+
+def main() -> None:
+    if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
+        print(HELP, end="")
+        sys.exit(0 if sys.argv[1:] else 2)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends as any program's does
+    logging.getLogger("cnntrain.config.resume").setLevel(logging.ERROR)  # the report tells of it
+    try:
+        folder, options = _parsed(sys.argv[1:])
+        collection = collect(folder, options.get("metric"))
+        done = [member for member in collection.members if member.status == "completed"]
+        if done and not any(collection.metric in member.metrics for member in done):
+            known = [m for m in METRICS if any(m in member.metrics for member in done)]
+            raise ConfigError(
+                [f"metric={collection.metric}: no run has it; there is {', '.join(known)}"]
+            )
+    except ConfigError as error:
+        refuse(error)
+    except OSError as error:
+        print(f"cnntrain: {told(error)}", file=sys.stderr)
+        sys.exit(1)
+    _report(collection, Path(options.get("out", folder / "report")))
+
+
+def _report(collection: Collection, out: Path) -> None:
+    """The files first, as whoever reads the table may stop reading; but the table in any case."""
+    from rich.console import Console
+
+    from cnntrain.sweeps.report import write_report
+    from cnntrain.sweeps.tables import ranked_table
+
+    files, problem = [], None
+    try:
+        files = write_report(collection, out)
+    except OSError as error:
+        problem = error
+    console = Console()
+    Console(width=max(console.width, 110)).print(ranked_table(collection))
+    if problem:
+        print(f"cnntrain: {told(problem)}; out=<folder> writes elsewhere", file=sys.stderr)
+        sys.exit(1)
+    print("\n" + "\n".join(short(file) for file in files))
+
+
+def _parsed(arguments: list[str]) -> tuple[Path, dict[str, str]]:
+    """The folder and the options; ConfigError with all that is wrong."""
+    folders, options, problems = [], {}, []
+    for text in arguments:
+        name, equals, value = text.partition("=")
+        if Path(text).is_dir():  # a member's folder has = in its name
+            folders.append(text)
+        elif text.startswith("-"):
+            problems.append(f"{text}: options have no dashes: metric=val/loss")
+        elif not equals or "/" in name:
+            folders.append(text)
+        elif name not in OPTIONS:
+            problems.append(f"{text}: {unknown('report has', 'option', name, OPTIONS)}")
+        else:
+            options[name] = value
+    if len(folders) != 1:
+        given = " ".join(folders) if folders else "no folder"
+        problems.append(f"{given}: give one folder with runs below it")
+    if "out" in options and (problem := folder_problem(options["out"], "out")):
+        problems.append(problem)
+    if problems:
+        raise ConfigError(problems)
+    return Path(folders[0]), options

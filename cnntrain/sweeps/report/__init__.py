@@ -1,0 +1,22 @@
+"""What a folder of runs says, as files: a page with pictures, Markdown, CSV."""
+
+from pathlib import Path
+
+from cnntrain.atomic import replacing
+from cnntrain.sweeps.collect import Collection
+from cnntrain.sweeps.report.page import page
+from cnntrain.sweeps.tables import group_csv, markdown
+
+
+def write_report(collection: Collection, folder: Path) -> list[Path]:
+    """Write report.html, report.md and report.csv; returns their paths. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "report.html": page(collection, folder),
+        "report.md": markdown(collection),
+        "report.csv": group_csv(collection),
+    }
+    for name, content in contents.items():
+        with replacing(folder / name) as file:
+            file.write(content.encode())
+    return [folder / name for name in contents]

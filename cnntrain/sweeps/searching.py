@@ -1,0 +1,81 @@
+"""A search under way: rounds of trials, each a member of the sweep's folder."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cnntrain.config import config_hash
+from cnntrain.config.resume import read_result, run_only
+from cnntrain.sweeps.findings import summary
+from cnntrain.sweeps.folder import SweepFolder
+from cnntrain.sweeps.hparams import write_schema
+from cnntrain.sweeps.members import Planned, directory_name
+from cnntrain.sweeps.study import Asked, Study
+from cnntrain.sweeps.sweep import Launch, Outcome, Say, Sweep
+
+Compose = Callable[[Sequence[str]], DictConfig]
+
+
+class Searching:
+    """The trials of a search in the sweep's folder.
+
+    `node` is the config's node `search`, checked; `base` are the overrides that all trials share
+    and `compose` makes the checked config, with `hydra` in it, of further ones. Making one writes
+    nothing. Raises ConfigError if the folder is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: Sweep,
+        node: DictConfig,
+        *,
+        seed: int,
+        base: Sequence[str],
+        compose: Compose,
+        at_once: int,
+    ):
+        self.folder, self.options, self.node = SweepFolder(folder), options, node
+        self.seed, self.base, self.compose, self.at_once = seed, base, compose, at_once
+
+    def run(self, launch: Launch, say: Say) -> tuple[Outcome, list[str]]:
+        """Run trials until there are as many as wanted; how it ended, and lines on what was found.
+
+        Raises ConfigError if another process runs the same search or it was begun as another one,
+        and Interrupted when a signal has asked to stop and the trials at work have saved.
+        """
+        with self.folder.locked():
+            study = Study(self.folder.path, self.node, seed=self.seed)
+            space = study.search.space
+            columns = {d.option: d.corners for d in space.dimensions}
+            write_schema(self.folder.path, columns)
+            done = sum(
+                trial.state.is_finished() for trial in study.study.get_trials(deepcopy=False)
+            )
+            total = study.search.trials
+            outcome = Outcome(self.folder, self.options, columns, total, done, say)
+            settings: Any = OmegaConf.to_container(self.node, resolve=True)
+            while asked := study.ask(self.at_once):
+                cfgs = [self.compose([*self.base, *trial.overrides]) for trial in asked]
+                trials = [self._planned(*pair) for pair in zip(asked, cfgs, strict=True)]
+                members = self.folder.extend(cfgs, trials, list(columns))
+                self.folder.write(**self.options.facts, search=settings)
+                outcome.write()
+                outcome.run([m for m in members if not self._completed(m)], launch)
+                results = {m.trial: read_result(self.folder.directory(m.name)) for m in members}
+                study.tell({number: r for number, r in results.items() if number is not None})
+                if self.options.fail_fast and outcome.failed:
+                    break
+            return outcome, summary(study, ("python", "train.py", *self.base))
+
+    def _planned(self, trial: Asked, cfg: DictConfig) -> Planned:
+        own, name = run_only(cfg), directory_name(trial.name)
+        overrides = [*self.base, *trial.overrides]
+        return Planned(name, overrides, trial.values, config_hash(own), own, trial.number)
+
+    def _completed(self, member: Planned) -> bool:
+        result = read_result(self.folder.directory(member.name)) or {}
+        ended = result.get("status") in ("completed", "pruned")
+        return ended and result.get("config_hash") == member.config_hash

@@ -1,0 +1,75 @@
+"""Run directories made by writing their files, as fast as a test needs them."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cnntrain.config import compose, config_hash
+from cnntrain.config.resume import run_only, seal
+
+COLUMNS = ["epoch", "step", "lr", "train/loss", "train/acc", "val/loss", "val/acc", "grad_norm"]
+
+
+@cache
+def composed(overrides: tuple[str, ...]) -> DictConfig:
+    return run_only(compose(list(overrides)))
+
+
+def write_run(
+    directory: Path,
+    overrides: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    status: str = "completed",
+    val: Sequence[float] = (0.5, 0.8, 0.9),
+    metrics: Mapping[str, float] | None = None,
+    seconds: float = 10.0,
+    error: str | None = None,
+) -> None:
+    """A run with the validation accuracies `val`, an epoch each, the last one chosen."""
+    cfg = composed(tuple(overrides)).copy()
+    cfg.seed = seed
+    (directory / ".hydra").mkdir(parents=True)
+    (directory / ".hydra/config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    rows = [[i, 10 * i + 10, 0.01, 1 - v, v + 0.01, 1.1 - v, v, 1.0] for i, v in enumerate(val)]
+    with (directory / "metrics.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    content: dict[str, Any] = {"status": status, "config_hash": config_hash(cfg), "seed": seed}
+    if status != "running":
+        last = dict(zip(COLUMNS[3:7], rows[-1][3:7], strict=True)) if rows else {}
+        content |= {"metrics": last, "epochs": len(rows)}
+    if status == "completed":
+        content["metrics"] |= {"test/loss": 1.2 - val[-1], "test/acc": val[-1] - 0.01}
+        content["metrics"] |= metrics or {}
+        content["tested_epoch"] = len(rows) - 1
+        content["timings"] = {"seconds": seconds, "images_per_second": 1000.0}
+    if error:
+        content["error"] = error
+    (directory / "result.json").write_text(json.dumps(seal(content)))
+
+
+def write_sweep(
+    folder: Path,
+    over: Mapping[str, list[Any]],
+    members: Mapping[str, Mapping[str, Any]],
+    *,
+    metric: str = "val/acc",
+    search: Any = None,
+) -> None:
+    """sweep.yaml, as a sweep writes it before its first member starts."""
+    sheet = {
+        "name": folder.name,
+        "metric": metric,
+        "mode": "max" if metric.endswith("acc") else "min",
+        "over": dict(over),
+        "base": {},
+        "members": {n: {"values": dict(v), "config_hash": "0"} for n, v in members.items()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**sheet, "search": search} if search is not None else sheet
+    (folder / "sweep.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)))

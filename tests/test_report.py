@@ -1,0 +1,381 @@
+"""`cnntrain report`: the command as a user meets it, and the page as a browser does."""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from conftest import ROOT, Run
+from omegaconf import OmegaConf
+from run_folders import write_run, write_sweep
+
+from cnntrain.config import config_hash
+from cnntrain.config.resume import seal
+from cnntrain.sweeps.collect import collect
+from cnntrain.sweeps.ranking import rank
+from cnntrain.sweeps.report import write_report
+from cnntrain.sweeps.report.cost import pareto
+from cnntrain.sweeps.report.curves import learning_curves
+from cnntrain.sweeps.report.drawing import apart, in_sight
+from cnntrain.sweeps.report.effects import _means, effects
+from cnntrain.sweeps.report.page import page
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+NAUGHTY = '<script>alert("x")</script> & $x_1$ \\frac'
+
+
+def report(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cnntrain", "report", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+class Page(HTMLParser):
+    """A page taken apart: every element that is opened is closed, in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.ids: list[str] = []
+        self.text: list[str] = []
+        self.drawn: list[str] = []  # in pictures
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if self.open[-1:] == ["text"]:
+            self.drawn.append(data)
+
+    def values(self, tag: str, attribute: str) -> list[str]:
+        return [v for t, name, v in self.attributes if (t, name) == (tag, attribute)]
+
+
+def a_sweep(folder: Path, **given: object) -> None:
+    """Two backends by two models by two seeds; one failed, one is cut, one has not begun."""
+    members = {
+        f"backend={b},model={m},seed={s}": {"backend": b, "model": m, "seed": s}
+        for b in ("native", "im2col")
+        for m in ("shallow", "lenet5")
+        for s in (0, 1)
+    }
+    over = {"backend": ["native", "im2col"], "model": ["shallow", "lenet5"], "seed": [0, 1]}
+    write_sweep(folder, over, members, **given)  # type: ignore[arg-type]
+    for i, (name, values) in enumerate(members.items()):
+        overrides = [f"backend={values['backend']}", f"model={values['model']}"]
+        seed, accuracy = int(str(values["seed"])), 0.8 + 0.01 * i
+        if i == 5:
+            write_run(folder / name, overrides, seed=seed, status="failed", error=NAUGHTY)
+        elif i == 6:
+            write_run(folder / name, overrides, seed=seed, status="interrupted", val=[0.3])
+        elif i != 7:
+            write_run(folder / name, overrides, seed=seed, val=[0.5, accuracy], seconds=5.0 + i)
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    a_sweep(tmp_path)
+    done = report(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = (tmp_path / "report/report.html").read_text()
+    found = Page(text)
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", text)
+    assert not {"link", "img", "iframe", "object"} & found.tags.keys()
+    assert found.values("script", "src") == []
+    assert len(found.ids) == len(set(found.ids))
+    links = found.values("a", "href")
+    assert len(links) == 7 + 1  # every directory that is there, the failed one's twice
+    for link in links:
+        assert (tmp_path / "report" / unquote(link) / "result.json").exists()
+    said = "".join(found.text)
+    for member in collect(tmp_path).members:
+        assert member.name in said
+    assert NAUGHTY in said  # as text: the parser has seen no such element
+    assert found.tags["script"] == 1
+    assert "5 completed" in said
+    assert "1 pending" in said
+    pictures = [v for v in found.values("svg", "aria-label") if v]
+    assert len(pictures) == text.count('role="img"') == 2 + 2 + 1
+    assert found.tags["figcaption"] == len(pictures)
+    inner = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    assert inner
+    assert inner <= set(found.ids)
+
+
+def test_values_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
+    values = [f"{i}{NAUGHTY}" for i in range(3)]
+    short = ["$x_0$", "$x_1$", "\\q$<i>"]
+    members = {f"run{i}": {"model.name": v, "b": v, "c": short[i]} for i, v in enumerate(values)}
+    over = {"model.name": values, "b": values, "c": short}
+    write_sweep(tmp_path / "<b>sweep", over, members)
+    for i in range(3):
+        write_run(tmp_path / f"<b>sweep/run{i}", val=[0.5 + 0.1 * i])
+    write_report(collect(tmp_path / "<b>sweep"), tmp_path / "out")
+    found = Page((tmp_path / "out/report.html").read_text())
+    assert found.tags["b"] == 0
+    assert found.tags["script"] == 1
+    assert "0<script>alert(" in "".join(found.text)
+    # In the pictures, too: a $ or a backslash is no formula.
+    for value in short:
+        assert found.drawn.count(value) >= 2  # on the axis of its panel, and of all options
+    assert found.tags["i"] == 0
+    lines = [x for x in (tmp_path / "out/report.md").read_text().splitlines() if x[:1] == "|"]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert "<script" not in "".join(lines)
+
+
+def test_another_metric(tmp_path: Path) -> None:
+    a_sweep(tmp_path)
+    done = report(tmp_path, "metric=val/loss", f"out={tmp_path / 'else where'}")
+    assert done.returncode == 0, done.stderr
+    assert "best by val/loss is im2col, shallow, 0.2600" in done.stdout
+    assert not (tmp_path / "report").exists()
+    with (tmp_path / "else where/report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == ["1", "2", "3", ""]
+    # Of native and lenet5 the third and fourth: accuracies 0.82 and 0.83, losses 1.1 less that.
+    assert float(rows[1]["val/loss mean"]) == pytest.approx(0.275)
+    assert float(rows[1]["val/loss std"]) == pytest.approx(0.01 / math.sqrt(2))
+    assert float(rows[1]["seconds"]) == pytest.approx(7.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere: is not a folder"),
+        (["FOLDER", "metric=val/los"], "metric=val/los: is no metric; there is val/acc"),
+        (["FOLDER", "metrc=val/acc"], "metrc=val/acc: report has no option 'metrc'; did you mean"),
+        (["FOLDER", "--metric=val/acc"], "options have no dashes"),
+        (["FOLDER", "out="], "out=: must name a folder"),
+        (["FOLDER", "FOLDER"], "give one folder"),
+        (["metric=val/acc"], "no folder: give one folder"),
+        (["FOLDER/empty"], "holds no run, nor sweep.yaml"),
+        (["FOLDER", "metric=train/loss"], "metric=train/loss: no run has it; there is test/acc"),
+    ],
+)
+def test_mistakes(tmp_path: Path, arguments: list[str], said: str) -> None:
+    write_run(tmp_path / "run", val=[0.5])
+    (tmp_path / "empty").mkdir()
+    if "train/loss" in said:
+        write_run_without_training(tmp_path / "run")
+    done = report(*(text.replace("FOLDER", str(tmp_path)) for text in arguments))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "report").exists()
+
+
+def write_run_without_training(directory: Path) -> None:
+    cfg = OmegaConf.load(directory / ".hydra/config.yaml")
+    content = {
+        "status": "completed",
+        "config_hash": config_hash(cfg),  # type: ignore[arg-type]
+        "seed": 0,
+        "metrics": {"test/acc": 0.5},
+    }
+    (directory / "result.json").write_text(json.dumps(seal(content)))
+
+
+def test_help() -> None:
+    done = report("--help")
+    assert done.returncode == 0
+    assert "metric: what ranks" in done.stdout
+    assert report().returncode == 2
+    listed = subprocess.run(
+        [sys.executable, "-m", "cnntrain"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "rank the runs of a sweep or a folder" in listed.stdout
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """The table is shown, and the way out named."""
+    write_run(tmp_path / "run")
+    (tmp_path / "report").touch()
+    done = report(tmp_path)
+    assert done.returncode == 1
+    assert "val/acc, 90.00 %" in done.stdout
+    assert str(tmp_path / "report") in done.stderr
+    assert "out=<folder> writes elsewhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_real_runs(cnntrain: Run, tmp_path: Path) -> None:
+    """Trained, not written by hand: what a run writes is what the report reads."""
+    quick = ["data=fashion_mnist_mini", "trainer.max_epochs=2", "+trainer.limit_train_batches=3"]
+    for backend in ("native", "im2col"):
+        done = cnntrain(*quick, "model=shallow", f"backend={backend}", f"hydra.run.dir={backend}")
+        assert done.returncode == 0, done.stderr
+    collection = collect(tmp_path)
+    assert collection.over == {"backend": ["im2col", "native"]}
+    assert [m.status for m in collection.members] == ["completed"] * 2
+    assert [m.epochs for m in collection.members] == [2, 2]
+    with (tmp_path / "native/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = max(float(row["val/acc"]) for row in rows)
+    native = collection.members[1]
+    assert native.values == {"backend": "native", "seed": 0}
+    assert native.metrics["val/acc"] == best
+    assert report(tmp_path).returncode == 0
+    Page((tmp_path / "report/report.html").read_text())
+
+
+def test_a_search(tmp_path: Path) -> None:
+    """A conditional option, pruned and failed trials, a scale that is declared."""
+    members, statuses = {}, ["completed"] * 6 + ["pruned", "failed"]
+    for i in range(8):
+        values = {"optimizer": "sgd" if i % 2 else "adam", "optimizer.lr": 10.0 ** (-1 - i / 4)}
+        members[f"trial={i}"] = values | ({"optimizer.momentum": 0.1 * i} if i % 2 else {})
+    over: dict[str, list[object]] = {"optimizer": ["adam", "sgd"], "optimizer.lr": []}
+    space = {"optimizer.lr": {"low": 1e-3, "high": 0.1, "log": True}}
+    search = {"space": space, "trials": 8}
+    write_sweep(tmp_path, over | {"optimizer.momentum": []}, members, search=search)
+    for i, (name, status) in enumerate(zip(members, statuses, strict=True)):
+        write_run(tmp_path / name, status=status, val=[0.5, 0.6 + 0.03 * (i % 4)])
+    collection = collect(tmp_path)
+    assert collection.options == ["optimizer", "optimizer.lr", "optimizer.momentum"]
+    text = page(collection, tmp_path / "report")
+    said = "".join(Page(text).text)
+    assert "pruned, at its last epoch" in said
+    assert "the best value so far: 69.00 % since trial 3" in said
+    assert "n/a: the option has no part in it" in said
+    assert "Parallel coordinates of 6 groups; the best, 69.00 %" in text
+
+
+def test_learning_curves_against_numpy(tmp_path: Path) -> None:
+    """The line is the mean over the seeds that got so far: read back from the picture."""
+    curves = [[0.6, 0.62, 0.64], [0.68, 0.7]]  # high enough for all to lie within the picture
+    for seed, curve in enumerate(curves):
+        write_run(tmp_path / f"a{seed}", seed=seed, val=curve, status="interrupted")
+    write_run(tmp_path / "b", ["backend=naive"], val=[0.62, 0.7, 0.9])
+    ranking = rank(collect(tmp_path))
+    assert [group.label for group in ranking.groups] == ["naive", "native"]
+    picture = learning_curves(ranking)[0]
+    # Differences of heights are differences of values, all by the same scale.
+    heights = {g: path_heights(picture.svg, g) for g in (0, 1)}
+    naive, native = [0.62, 0.7, 0.9], [np.mean([0.6, 0.68]), np.mean([0.62, 0.7]), 0.64]
+    scale = (heights[0][0] - heights[0][2]) / (naive[2] - naive[0])
+    for found, values in ((heights[0], naive), (heights[1], native)):
+        for (a, b), (x, y) in zip(pairwise(found), pairwise(values), strict=True):
+            assert a - b == pytest.approx(scale * (y - x), abs=0.01)
+    assert heights[1][0] - heights[0][0] == pytest.approx(scale * (0.62 - native[0]), abs=0.01)
+
+
+def path_heights(svg: str, group: int) -> list[float]:
+    """The y of every point of the line of a group, in the picture's units, downwards."""
+    for part in svg.split(f'<g class="g g{group}">')[1:]:
+        path = re.search(r'd="(M[^z"]*)"', part)
+        if path and "fill: none" in part[: part.index("/>")]:
+            return [float(y) for _, y in re.findall(r"[ML] ([\d.-]+) ([\d.-]+)", path[1])]
+    raise AssertionError("no line")
+
+
+def test_means_are_over_what_values_have_in_common() -> None:
+    """A value whose bad member is missing must not look better for it."""
+    points = [(0.0, "good", 0.9), (0.0, "bad", 0.5), (1.0, "good", 0.88)]
+    assert _means(points) == [(0.0, 0.9), (1.0, 0.88)]
+    assert _means([(0.0, "a", 0.9), (0.0, "a", 0.7), (0.0, "b", 0.1), (1.0, "c", 0.5)]) == [
+        (0.0, pytest.approx((0.9 + 0.7 + 0.1) / 3)),
+        (1.0, 0.5),
+    ]
+
+
+def test_the_pareto_front_by_brute_force() -> None:
+    random = np.random.default_rng(0)
+    for sign in (1, -1):
+        points = {i: (float(x), float(y)) for i, (x, y) in enumerate(random.random((30, 2)))}
+        front = {
+            i
+            for i, (x, y) in points.items()
+            if not any(
+                a <= x and sign * b >= sign * y and (a, b) != (x, y) for a, b in points.values()
+            )
+        }
+        assert set(pareto(points, sign == 1)) == front
+        assert len(front) < 30
+
+
+def test_labels_do_not_overlap() -> None:
+    random = np.random.default_rng(1)
+    heights = [float(h) for h in random.random(12) * 0.3 + 0.7]
+    placed = apart(heights, 0.08, 0.0, 1.0)
+    assert all(b - a >= 0.08 - 1e-6 for a, b in pairwise(sorted(placed)))
+    assert max(placed) <= 1 + 1e-9
+    assert np.argsort(placed).tolist() == np.argsort(heights).tolist()
+    many = apart([0.5] * 5, 0.1, 0.0, 1.0)
+    assert sorted(many) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+    assert apart([0.2, 0.8], 0.1, 0.0, 1.0) == [0.2, 0.8]
+
+
+def test_a_diverged_member_does_not_press_the_others_together() -> None:
+    low, high = in_sight([0.1, 0.90, 0.91, 0.92, 0.93], maximise=True)
+    assert 0.8 < low < 0.90
+    assert 0.93 < high < 0.95
+    low, high = in_sight([2.3, 0.30, 0.29, 0.31], maximise=False)
+    assert low < 0.29
+    assert 0.31 < high < 0.5
+    assert in_sight([0.5], True)[0] < 0.5 < in_sight([0.5], True)[1]
+
+
+@pytest.mark.parametrize("members", [1, 100])
+def test_folders_of_any_size(tmp_path: Path, members: int) -> None:
+    """Twenty-five groups are twelve in colour and the others in grey."""
+    for i in range(members):
+        lr = f"optimizer.lr={0.001 * (1 + i // 4)}"
+        write_run(tmp_path / f"{i}", [lr], seed=i % 4, val=[0.5 + i / 400 + 0.003 * (i % 4)])
+    collection = collect(tmp_path)
+    found = Page(page(collection, tmp_path / "report"))
+    said = "".join(found.text)
+    assert f"{members} completed" in said
+    assert len(set(found.values("a", "href"))) == members
+    assert ("In colour the best 12, grey the other 13" in said) == (members == 100)
+    assert len(effects(rank(collection))) == (members == 100)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_none(tmp_path: Path, value: float) -> None:
+    write_run(tmp_path / "a", val=[0.5, value])
+    write_run(tmp_path / "b", ["backend=naive"], val=[0.5, 0.6])
+    write_report(collect(tmp_path), tmp_path / "report")
+    rows = list(csv.DictReader((tmp_path / "report/report.csv").read_text().splitlines()))
+    assert [(row["backend"], row["n"]) for row in rows] == [("naive", "1"), ("native", "0")]
+
+
+def test_a_sweep_that_has_not_begun(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"seed": [0, 1]}, {"seed=0": {"seed": 0}, "seed=1": {"seed": 1}})
+    done = report(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no completed member has val/acc yet (2 pending)" in done.stdout
+    Page((tmp_path / "report/report.html").read_text())

@@ -1,0 +1,327 @@
+"""A search's study: what it asks, what it is told, and what is left of it after a kill."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from conftest import ROOT
+from filelock import Timeout
+from optuna.trial import TrialState
+from searches import completed, conf, run_all, search, value
+
+from cnntrain.config import ConfigError
+from cnntrain.sweeps.findings import summary
+from cnntrain.sweeps.journal import STUDY, load
+from cnntrain.sweeps.study import Study
+
+Known = list[tuple[int, str, dict[str, Any], float | None]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return conf(tmp_path_factory.mktemp("search"))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    (tmp_path / "mine").mkdir()
+    return tmp_path / "mine"
+
+
+def known(sweep: Path) -> Known:
+    """All that the study knows of its trials that does not depend on when they were run."""
+    trials = load(sweep).get_trials()
+    return [(t.number, t.state.name, t.params, t.value) for t in trials]
+
+
+def search_all(sweep: Path, node: Any, at_once: int = 1) -> Study:
+    study = Study(sweep, node, seed=3)
+    for _ in run_all(study, at_once):
+        pass
+    return study
+
+
+SAMPLERS = {
+    "random": optuna.samplers.RandomSampler,
+    "tpe": lambda seed: optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=10, multivariate=True, constant_liar=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_it_is_optunas_search(sweep: Path, folder: Path, name: str) -> None:
+    """The same parameters as Optuna's own loop, with each trial's seed as it is documented."""
+    study = search_all(sweep, search(folder, f"search/sampler={name}", "search.trials=20"))
+    own = optuna.create_study(direction="maximize")
+    for number in range(20):
+        seed = int(np.random.SeedSequence([3, number]).generate_state(1)[0])
+        own.sampler = SAMPLERS[name](seed=seed)
+        trial = own.ask()
+        trial.suggest_float("optimizer.lr", 5e-4, 5e-2, log=True)
+        trial.suggest_float("optimizer.weight_decay", 1e-6, 1e-2, log=True)
+        trial.suggest_float("model.dropout", 0.0, 0.6, step=0.05)
+        own.tell(trial, value(trial.params))
+    assert [t.params for t in study.study.trials] == [
+        {k: pytest.approx(v, rel=1e-12) for k, v in t.params.items()} for t in own.trials
+    ]
+
+
+def test_it_finds_the_best(sweep: Path, folder: Path) -> None:
+    study = search_all(sweep, search(folder, "search.trials=60"), at_once=4)
+    best = study.study.best_trial
+    assert best.value > 0.97  # of 1 at lr 0.01, dropout 0; a random trial has 0.79 on average
+    counts, first, command, importance = summary(study, ["python", "train.py", "data.crop=1"])
+    assert counts == "search       60 of 60 trials: 60 completed, 0 pruned, 0 failed"
+    assert first == f"best trial   trial={best.number:03}, val/acc {best.value:.2%}"
+    typed = dict(re.findall(r"(\S+)=(\S+)", command))
+    assert command.split()[:3] == ["python", "train.py", "data.crop=1"]
+    assert {k: float(v) for k, v in typed.items() if k in best.params} == best.params
+    assert re.fullmatch(r"importance   optimizer.lr \d+%, .*", importance)
+
+
+def test_a_loss_is_minimised(sweep: Path, folder: Path) -> None:
+    study = search_all(sweep, search(folder, "search.metric=val/loss", "search.trials=12"))
+    losses = [-math.log(value(t.params)) for t in study.study.trials]
+    assert study.study.best_value == min(losses)
+    assert summary(study)[1].endswith(f"val/loss {min(losses):.4f}")
+
+
+def test_names_are_legible(sweep: Path, folder: Path) -> None:
+    space = {"optimizer.lr": {"low": 1e-5, "high": 1e-1, "log": True}, "model.norm": [True]}
+    (asked,) = Study(sweep, search(folder, space=space), seed=0).ask()
+    lr = asked.values["optimizer.lr"]
+    assert asked.name == f"trial=000,model.norm=true,optimizer.lr={float(f'{lr:.3e}')!r}"
+    assert asked.overrides == [f"optimizer.lr={lr!r}", "model.norm=true"]
+
+
+def test_how_a_trial_ended(sweep: Path, folder: Path) -> None:
+    node = search(folder, "search.trials=6")
+    study = Study(sweep, node, seed=0)
+    asked = study.ask(6)
+    assert study.ask(6) == []
+    results: list[dict[str, Any] | None] = [
+        completed(0.5),
+        {"status": "pruned", "metrics": {"val/acc": 0.25}},
+        {"status": "failed", "error": "OSError: no room"},
+        {"status": "failed", "error": "NotFinite: loss", "not_finite": {"epoch": 0}},
+        {"status": "interrupted"},
+        None,
+    ]
+    told = dict(enumerate(results))
+    study.tell(told)
+    study.tell(told)  # again, as after a kill in between
+    states = [t.state.name for t in study.study.trials]
+    assert states == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "RUNNING", "RUNNING"]
+    assert summary(study)[0] == "search       6 of 6 trials: 1 completed, 1 pruned, 2 failed"
+    assert study.ask(6) == []  # not within one command
+
+    again = Study(sweep, node, seed=0)
+    left = again.ask(6)
+    # Interrupted, never begun, and failed for a reason that may be gone: in their own directories.
+    assert [(a.name, a.overrides) for a in left] == [
+        (asked[n].name, asked[n].overrides) for n in (4, 5, 2)
+    ]
+    again.tell({a.number: completed(0.75) for a in left})
+    assert again.ask(6) == []
+    assert summary(again)[0] == "search       6 of 6 trials: 4 completed, 1 pruned, 1 failed"
+    assert Study(sweep, node, seed=0).ask() == []
+    more = Study(sweep, search(folder, "search.trials=8"), seed=0).ask(6)
+    assert [a.name.partition(",")[0] for a in more] == ["trial=007", "trial=008"]
+
+
+def test_trials_are_counted_in_all(sweep: Path, folder: Path) -> None:
+    assert len(search_all(sweep, search(folder, "search.trials=5")).study.trials) == 5
+    study = Study(sweep, search(folder, "search.trials=8"), seed=3)
+    assert sum(len(asked) for asked in run_all(study, 2)) == 3
+    assert Study(sweep, search(folder, "search.trials=2"), seed=3).ask() == []
+
+
+def test_all_combinations_are_enough(sweep: Path, folder: Path) -> None:
+    space = {
+        "optimizer": ["adam", "sgd"],
+        "optimizer.nesterov": {"choices": [True, False], "when": {"optimizer": "sgd"}},
+        "model.dropout": {"low": 0.0, "high": 0.2, "step": 0.1},
+    }
+    for sampler in ("grid", "tpe"):
+        (sweep / sampler).mkdir()
+        node = search(folder, f"search/sampler={sampler}", "search.trials=60", space=space)
+        study = search_all(sweep / sampler, node, at_once=2)
+        tried = {json.dumps(t.params, sort_keys=True) for t in study.study.trials}
+        assert len(tried) == 9
+        if sampler == "grid":
+            assert len(study.study.trials) == 9
+
+
+def test_nothing_is_fixed_before_the_first_trial(sweep: Path, folder: Path) -> None:
+    Study(sweep, search(folder, "search.trials=7"), seed=0)
+    study = search_all(sweep, search(folder, "search.metric=val/loss", "search.trials=3"))
+    assert study.study.best_value == min(t.value for t in study.study.trials)
+    assert len(optuna.get_all_study_names(load(sweep)._storage)) == 1
+
+
+def test_another_search_is_not_mixed_with_it(sweep: Path, folder: Path) -> None:
+    Study(sweep, search(folder), seed=0).ask()
+    other = search(folder, "search.metric=val/loss", "search.space={optimizer.lr:{high:0.2}}")
+    with pytest.raises(ConfigError) as caught:
+        Study(sweep, other, seed=1)
+    assert [problem.partition("; ")[0] for problem in caught.value.problems] == [
+        "search.metric=val/loss: the search was begun with val/acc",
+        "search.space.optimizer.lr.high=0.2: the search was begun with 0.05",
+        "seed=1: the search was begun with 0",
+    ]
+    assert len(Study(sweep, search(folder, "search/sampler=random"), seed=0).ask()) == 1
+
+
+# A search whose members take no time, in a process of its own: it is killed where it may be.
+DRIVER = """
+import json, sys, time
+from pathlib import Path
+from omegaconf import OmegaConf
+from searches import completed, value
+from cnntrain.config.resume import read_result, seal
+from cnntrain.sweeps.study import Study
+
+sweep, at_once = Path(sys.argv[1]), int(sys.argv[2])
+print("begun", flush=True)
+study = Study(sweep, OmegaConf.load(sweep / "search.yaml"), seed=3)
+while asked := study.ask(at_once):
+    for trial in asked:
+        directory = sweep / trial.name
+        directory.mkdir(exist_ok=True)
+        time.sleep(0.005)
+        if not read_result(directory):
+            (directory / "part").write_text(json.dumps(seal(completed(value(trial.values)))))
+            (directory / "part").rename(directory / "result.json")
+            with (sweep / "trained").open("a") as file:
+                file.write(trial.name + "\\n")
+    study.tell({trial.number: read_result(sweep / trial.name) for trial in asked})
+"""
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_killed_at_any_moment(tmp_path: Path, folder: Path, at_once: int) -> None:
+    from omegaconf import OmegaConf
+
+    node = search(folder, "search.trials=21")
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+        OmegaConf.save(node, tmp_path / name / "search.yaml")
+    search_all(tmp_path / "undisturbed", node, at_once)
+    places = [str(ROOT), str(ROOT / "tests"), *sys.path[1:]]
+    sweep, moments, kills = tmp_path / "killed", random.Random(at_once), 0
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(sweep), str(at_once)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        try:
+            process.wait(timeout=moments.uniform(0, 0.12) if kills < 12 else 60)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert process.returncode == 0
+    assert kills >= 3
+    assert known(sweep) == known(tmp_path / "undisturbed")
+    trained = (sweep / "trained").read_text().splitlines()
+    assert len(set(trained)) == len([p for p in sweep.iterdir() if p.is_dir()]) == 21
+
+
+def test_a_last_line_that_was_cut_off(sweep: Path, folder: Path) -> None:
+    """Wherever a journal ends, the search goes on from there to the same trials."""
+    node = search(folder, "search.trials=4")
+    search_all(sweep, node)
+    whole, before = (sweep / STUDY).read_bytes(), known(sweep)
+    lines = [m.end() for m in re.finditer(rb"\n", whole)]
+    cuts = {0, 1, *lines, *(n - 1 for n in lines), *range(50, len(whole), 211)}
+    for cut in sorted(cuts):
+        (sweep / STUDY).write_bytes(whole[:cut])
+        search_all(sweep, node)
+        assert known(sweep) == before, cut
+        assert all(json.loads(line) for line in (sweep / STUDY).read_bytes().splitlines())
+
+
+def test_a_damaged_journal_is_named(sweep: Path, folder: Path) -> None:
+    search_all(sweep, search(folder, "search.trials=2"))
+    lines = (sweep / STUDY).read_bytes().splitlines(keepends=True)
+    for damage in (b"???\n", b"[]\n", b'{"op_code": 6}\n'):
+        (sweep / STUDY).write_bytes(b"".join([*lines[:3], damage, *lines[3:]]))
+        with pytest.raises(ConfigError, match=r"study\.journal: is damaged .*sweep=<name>"):
+            Study(sweep, search(folder), seed=3)
+
+
+def test_two_write_one_after_the_other(sweep: Path) -> None:
+    from cnntrain.sweeps import journal
+
+    journal.storage(sweep)
+    first, second = (journal.Lock(sweep / STUDY) for _ in range(2))
+    first.acquire()
+    second.lock.timeout = 0
+    with pytest.raises(Timeout):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+@pytest.fixture
+def dashboard(sweep: Path) -> Iterator[str]:
+    """The address of optuna-dashboard on the study's file."""
+    pytest.importorskip("optuna_dashboard")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (sweep / STUDY).touch()
+    process = subprocess.Popen(
+        [
+            *[sys.executable, "-c", "from optuna_dashboard._cli import main; main()"],
+            *[str(sweep / STUDY), "--host", "127.0.0.1", "--port", str(port)],
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    yield f"http://127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+def test_optuna_and_its_dashboard_open_the_study(sweep: Path, folder: Path, dashboard: str) -> None:
+    search_all(sweep, search(folder, "search.trials=7"))
+    backend = optuna.storages.journal.JournalFileBackend(str(sweep / STUDY))
+    own = optuna.load_study(
+        study_name="mine", storage=optuna.storages.JournalStorage(backend)
+    )  # as Optuna's documentation says, and nothing of ours
+    assert [t.state for t in own.trials] == [TrialState.COMPLETE] * 7
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"{dashboard}/api/studies", timeout=10) as answer:
+                (study,) = json.load(answer)["study_summaries"]
+                break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert study["study_name"] == "mine"
+    assert study["directions"] == ["maximize"]
+    with urllib.request.urlopen(f"{dashboard}/api/studies/{study['study_id']}?after=0") as answer:
+        content = json.load(answer)
+    assert [t["values"] for t in content["trials"]] == [[t.value] for t in own.trials]

@@ -1,0 +1,147 @@
+"""Trials that are ended early, in real trainings, and decisions that stand after a resume."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+from searches import QUIET, conf, search
+
+from cnntrain.config import ConfigError, compose
+from cnntrain.config.resume import read_result
+from cnntrain.sweeps.findings import summary
+from cnntrain.sweeps.journal import STUDY, load
+from cnntrain.sweeps.pruning import Pruning
+from cnntrain.sweeps.study import Asked, Study
+from cnntrain.training import Pruned, train
+
+SPACE = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+RUN = [*QUIET, "+trainer.limit_train_batches=3", "trainer.max_epochs=4", "scheduler=none"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return conf(tmp_path_factory.mktemp("search"))
+
+
+def begin(folder: Path, sweep: Path, others: float, *overrides: str) -> tuple[Study, Asked]:
+    """A search in which five trials are completed, with this accuracy in each of four epochs."""
+    sweep.mkdir()
+    node = search(folder, *(overrides or ["search.pruner.n_warmup_steps=1"]), space=SPACE)
+    study = Study(sweep, node, seed=0)
+    add_others(study, 5, others)
+    (asked,) = study.ask()
+    return study, asked
+
+
+def add_others(study: Study, count: int, accuracy: float) -> None:
+    import optuna
+
+    for asked in (trial for _ in range(count) for trial in study.ask()):
+        (trial,) = (t for t in study.study.get_trials() if t.number == asked.number)
+        reporting = optuna.trial.Trial(study.study, trial._trial_id)
+        for epoch in range(4):
+            reporting.report(accuracy, epoch)
+        study.tell({asked.number: {"status": "completed", "metrics": {"val/acc": accuracy}}})
+
+
+def run(sweep: Path, asked: Asked, *callbacks: lightning.Callback, resume: bool = False) -> Any:
+    return train(
+        compose([*RUN, *asked.overrides]),
+        sweep / asked.name,
+        resume=resume,
+        callbacks=[Pruning(sweep, asked.number), *callbacks],
+    )
+
+
+def values(directory: Path) -> dict[int, float]:
+    with (directory / "metrics.csv").open() as file:
+        return {int(row["epoch"]): float(row["val/acc"]) for row in csv.DictReader(file)}
+
+
+def test_a_trial_that_is_worse_is_ended(folder: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    study, asked = begin(folder, sweep, 0.999)
+    with pytest.raises(Pruned, match="others did better in epoch 2"):
+        run(sweep, asked)
+    result = read_result(sweep / asked.name)
+    assert result is not None
+    assert (result["status"], result["epochs"]) == ("pruned", 2)  # one was warm-up
+    reported = values(sweep / asked.name)
+    assert list(reported) == [0, 1]
+    assert result["metrics"]["val/acc"] == reported[1]
+    assert not any(name.startswith("test/") for name in result["metrics"])
+
+    # Ended again should its record have been lost, though others have become worse.
+    add_others(study, 20, 0.01)
+    (sweep / asked.name / "result.json").unlink()
+    with pytest.raises(Pruned, match="others did better in epoch 2"):
+        run(sweep, asked, resume=True)
+    assert load(sweep).trials[asked.number].intermediate_values == reported
+
+    study.tell({asked.number: result})
+    trial = study.study.trials[asked.number]
+    assert (trial.state.name, trial.value) == ("PRUNED", reported[1])
+    assert trial.intermediate_values == reported
+    assert summary(study)[0].endswith("5 completed, 1 pruned, 0 failed")
+
+
+@pytest.mark.parametrize(("others", "overrides"), [(0.01, ()), (0.999, ("search/pruner=none",))])
+def test_a_trial_that_goes_on(
+    folder: Path, tmp_path: Path, others: float, overrides: tuple[str, ...]
+) -> None:
+    sweep = tmp_path / "sweep"
+    study, asked = begin(folder, sweep, others, *overrides)
+    result = run(sweep, asked)
+    reported = values(sweep / asked.name)
+    assert load(sweep).trials[asked.number].intermediate_values == reported
+    assert len(reported) == 4
+    study.tell({asked.number: read_result(sweep / asked.name)})
+    assert study.study.trials[asked.number].value == result.metrics["val/acc"]
+    assert result.metrics["val/acc"] == max(reported.values())
+
+
+class Cut(lightning.Callback):
+    """Ends a run between an epoch's report and its checkpoint, as a kill may."""
+
+    def __init__(self, epoch: int):
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise OSError("cut")
+
+
+def test_a_decision_stands(folder: Path, tmp_path: Path) -> None:
+    """Epoch 2 was allowed; by the time that it is computed again, others have become better."""
+    sweep = tmp_path / "sweep"
+    study, asked = begin(folder, sweep, 0.01)
+    with pytest.raises(OSError, match="cut"):
+        run(sweep, asked, Cut(1))
+    before = load(sweep).trials[asked.number].intermediate_values
+    assert list(before) == [0, 1]
+    add_others(study, 8, 0.999)
+    with pytest.raises(Pruned, match="others did better in epoch 3"):
+        run(sweep, asked, resume=True)
+    reported = values(sweep / asked.name)
+    assert list(reported) == [0, 1, 2]
+    trial = load(sweep).trials[asked.number]
+    assert trial.intermediate_values == reported
+    assert {k: reported[k] for k in before} == before
+    steps = [
+        json.loads(line)["step"]
+        for line in (sweep / STUDY).read_text().splitlines()
+        if '"op_code":7' in line and f'"trial_id":{trial._trial_id},' in line
+    ]
+    assert steps == [0, 1, 2]  # each once
+
+
+def test_a_pruner_of_another_kind_is_not_built(folder: Path, tmp_path: Path) -> None:
+    """The study's file says which, and might have been written by anybody."""
+    sweep = tmp_path / "sweep"
+    _, asked = begin(folder, sweep, 0.01)
+    load(sweep).set_user_attr("pruner", {"_target_": "os.system", "command": "false"})
+    with pytest.raises(ConfigError, match=r"os\.system: must be a class derived from optuna"):
+        run(sweep, asked)
