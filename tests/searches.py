@@ -1,32 +1,21 @@
 """Searches for tests: configs with a search in them, trained by an objective that is known."""
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config import CONF, compose
+from cnntrain.config import compose
 
 QUIET = ["data=fashion_mnist_mini", "trainer=cpu", "model=shallow", "trainer.progress_bar=false"]
 
 
-def conf(folder: Path) -> Path:
-    """A copy of conf/ whose root config can be given a search."""
-    copy = Path(shutil.copytree(CONF, folder / "conf"))
-    root = (copy / "train.yaml").read_text()
-    if "- search: null" not in root:
-        (copy / "train.yaml").write_text(
-            root.replace("  - _self_\n", "  - search: null\n  - _self_\n")
-        )
-    return copy
-
-
-def search(folder: Path, *overrides: str, space: dict[str, Any] | None = None) -> DictConfig:
+def search(*overrides: str, space: dict[str, Any] | None = None) -> DictConfig:
     """The node `search` of a checked config."""
-    node = compose(["search=lenet5_lr", *overrides], folder=folder).search
+    cfg = compose(["search=lenet5_lr", *overrides])
+    OmegaConf.resolve(cfg)  # the metric is the sweep's
+    node = cfg.search
     if space is not None:
         node = OmegaConf.merge(OmegaConf.masked_copy(node, [k for k in node if k != "space"]))
         node.space = space

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT
 from filelock import Timeout
 from optuna.trial import TrialState
-from searches import completed, conf, run_all, search, value
+from searches import completed, run_all, search, value
 
 from cnntrain.config import ConfigError
 from cnntrain.sweeps.findings import summary
@@ -29,11 +29,6 @@ from cnntrain.sweeps.journal import STUDY, load
 from cnntrain.sweeps.study import Study
 
 Known = list[tuple[int, str, dict[str, Any], float | None]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return conf(tmp_path_factory.mktemp("search"))
 
 
 @pytest.fixture
@@ -64,9 +59,9 @@ SAMPLERS = {
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_it_is_optunas_search(sweep: Path, folder: Path, name: str) -> None:
+def test_it_is_optunas_search(sweep: Path, name: str) -> None:
     """The same parameters as Optuna's own loop, with each trial's seed as it is documented."""
-    study = search_all(sweep, search(folder, f"search/sampler={name}", "search.trials=20"))
+    study = search_all(sweep, search(f"search/sampler={name}", "search.trials=20"))
     own = optuna.create_study(direction="maximize")
     for number in range(20):
         seed = int(np.random.SeedSequence([3, number]).generate_state(1)[0])
@@ -81,8 +76,8 @@ def test_it_is_optunas_search(sweep: Path, folder: Path, name: str) -> None:
     ]
 
 
-def test_it_finds_the_best(sweep: Path, folder: Path) -> None:
-    study = search_all(sweep, search(folder, "search.trials=60"), at_once=4)
+def test_it_finds_the_best(sweep: Path) -> None:
+    study = search_all(sweep, search("search.trials=60"), at_once=4)
     best = study.study.best_trial
     assert best.value > 0.97  # of 1 at lr 0.01, dropout 0; a random trial has 0.79 on average
     counts, first, command, importance = summary(study, ["python", "train.py", "data.crop=1"])
@@ -94,23 +89,23 @@ def test_it_finds_the_best(sweep: Path, folder: Path) -> None:
     assert re.fullmatch(r"importance   optimizer.lr \d+%, .*", importance)
 
 
-def test_a_loss_is_minimised(sweep: Path, folder: Path) -> None:
-    study = search_all(sweep, search(folder, "search.metric=val/loss", "search.trials=12"))
+def test_a_loss_is_minimised(sweep: Path) -> None:
+    study = search_all(sweep, search("search.metric=val/loss", "search.trials=12"))
     losses = [-math.log(value(t.params)) for t in study.study.trials]
     assert study.study.best_value == min(losses)
     assert summary(study)[1].endswith(f"val/loss {min(losses):.4f}")
 
 
-def test_names_are_legible(sweep: Path, folder: Path) -> None:
+def test_names_are_legible(sweep: Path) -> None:
     space = {"optimizer.lr": {"low": 1e-5, "high": 1e-1, "log": True}, "model.norm": [True]}
-    (asked,) = Study(sweep, search(folder, space=space), seed=0).ask()
+    (asked,) = Study(sweep, search(space=space), seed=0).ask()
     lr = asked.values["optimizer.lr"]
     assert asked.name == f"trial=000,model.norm=true,optimizer.lr={float(f'{lr:.3e}')!r}"
     assert asked.overrides == [f"optimizer.lr={lr!r}", "model.norm=true"]
 
 
-def test_how_a_trial_ended(sweep: Path, folder: Path) -> None:
-    node = search(folder, "search.trials=6")
+def test_how_a_trial_ended(sweep: Path) -> None:
+    node = search("search.trials=6")
     study = Study(sweep, node, seed=0)
     asked = study.ask(6)
     assert study.ask(6) == []
@@ -140,18 +135,18 @@ def test_how_a_trial_ended(sweep: Path, folder: Path) -> None:
     assert again.ask(6) == []
     assert summary(again)[0] == "search       6 of 6 trials: 4 completed, 1 pruned, 1 failed"
     assert Study(sweep, node, seed=0).ask() == []
-    more = Study(sweep, search(folder, "search.trials=8"), seed=0).ask(6)
+    more = Study(sweep, search("search.trials=8"), seed=0).ask(6)
     assert [a.name.partition(",")[0] for a in more] == ["trial=007", "trial=008"]
 
 
-def test_trials_are_counted_in_all(sweep: Path, folder: Path) -> None:
-    assert len(search_all(sweep, search(folder, "search.trials=5")).study.trials) == 5
-    study = Study(sweep, search(folder, "search.trials=8"), seed=3)
+def test_trials_are_counted_in_all(sweep: Path) -> None:
+    assert len(search_all(sweep, search("search.trials=5")).study.trials) == 5
+    study = Study(sweep, search("search.trials=8"), seed=3)
     assert sum(len(asked) for asked in run_all(study, 2)) == 3
-    assert Study(sweep, search(folder, "search.trials=2"), seed=3).ask() == []
+    assert Study(sweep, search("search.trials=2"), seed=3).ask() == []
 
 
-def test_all_combinations_are_enough(sweep: Path, folder: Path) -> None:
+def test_all_combinations_are_enough(sweep: Path) -> None:
     space = {
         "optimizer": ["adam", "sgd"],
         "optimizer.nesterov": {"choices": [True, False], "when": {"optimizer": "sgd"}},
@@ -159,7 +154,7 @@ def test_all_combinations_are_enough(sweep: Path, folder: Path) -> None:
     }
     for sampler in ("grid", "tpe"):
         (sweep / sampler).mkdir()
-        node = search(folder, f"search/sampler={sampler}", "search.trials=60", space=space)
+        node = search(f"search/sampler={sampler}", "search.trials=60", space=space)
         study = search_all(sweep / sampler, node, at_once=2)
         tried = {json.dumps(t.params, sort_keys=True) for t in study.study.trials}
         assert len(tried) == 9
@@ -167,16 +162,16 @@ def test_all_combinations_are_enough(sweep: Path, folder: Path) -> None:
             assert len(study.study.trials) == 9
 
 
-def test_nothing_is_fixed_before_the_first_trial(sweep: Path, folder: Path) -> None:
-    Study(sweep, search(folder, "search.trials=7"), seed=0)
-    study = search_all(sweep, search(folder, "search.metric=val/loss", "search.trials=3"))
+def test_nothing_is_fixed_before_the_first_trial(sweep: Path) -> None:
+    Study(sweep, search("search.trials=7"), seed=0)
+    study = search_all(sweep, search("search.metric=val/loss", "search.trials=3"))
     assert study.study.best_value == min(t.value for t in study.study.trials)
     assert len(optuna.get_all_study_names(load(sweep)._storage)) == 1
 
 
-def test_another_search_is_not_mixed_with_it(sweep: Path, folder: Path) -> None:
-    Study(sweep, search(folder), seed=0).ask()
-    other = search(folder, "search.metric=val/loss", "search.space={optimizer.lr:{high:0.2}}")
+def test_another_search_is_not_mixed_with_it(sweep: Path) -> None:
+    Study(sweep, search(), seed=0).ask()
+    other = search("search.metric=val/loss", "search.space={optimizer.lr:{high:0.2}}")
     with pytest.raises(ConfigError) as caught:
         Study(sweep, other, seed=1)
     assert [problem.partition("; ")[0] for problem in caught.value.problems] == [
@@ -184,7 +179,7 @@ def test_another_search_is_not_mixed_with_it(sweep: Path, folder: Path) -> None:
         "search.space.optimizer.lr.high=0.2: the search was begun with 0.05",
         "seed=1: the search was begun with 0",
     ]
-    assert len(Study(sweep, search(folder, "search/sampler=random"), seed=0).ask()) == 1
+    assert len(Study(sweep, search("search/sampler=random"), seed=0).ask()) == 1
 
 
 # A search whose members take no time, in a process of its own: it is killed where it may be.
@@ -214,10 +209,10 @@ while asked := study.ask(at_once):
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_killed_at_any_moment(tmp_path: Path, folder: Path, at_once: int) -> None:
+def test_killed_at_any_moment(tmp_path: Path, at_once: int) -> None:
     from omegaconf import OmegaConf
 
-    node = search(folder, "search.trials=21")
+    node = search("search.trials=21")
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
         OmegaConf.save(node, tmp_path / name / "search.yaml")
@@ -247,9 +242,9 @@ def test_killed_at_any_moment(tmp_path: Path, folder: Path, at_once: int) -> Non
     assert len(set(trained)) == len([p for p in sweep.iterdir() if p.is_dir()]) == 21
 
 
-def test_a_last_line_that_was_cut_off(sweep: Path, folder: Path) -> None:
+def test_a_last_line_that_was_cut_off(sweep: Path) -> None:
     """Wherever a journal ends, the search goes on from there to the same trials."""
-    node = search(folder, "search.trials=4")
+    node = search("search.trials=4")
     search_all(sweep, node)
     whole, before = (sweep / STUDY).read_bytes(), known(sweep)
     lines = [m.end() for m in re.finditer(rb"\n", whole)]
@@ -261,13 +256,13 @@ def test_a_last_line_that_was_cut_off(sweep: Path, folder: Path) -> None:
         assert all(json.loads(line) for line in (sweep / STUDY).read_bytes().splitlines())
 
 
-def test_a_damaged_journal_is_named(sweep: Path, folder: Path) -> None:
-    search_all(sweep, search(folder, "search.trials=2"))
+def test_a_damaged_journal_is_named(sweep: Path) -> None:
+    search_all(sweep, search("search.trials=2"))
     lines = (sweep / STUDY).read_bytes().splitlines(keepends=True)
     for damage in (b"???\n", b"[]\n", b'{"op_code": 6}\n'):
         (sweep / STUDY).write_bytes(b"".join([*lines[:3], damage, *lines[3:]]))
         with pytest.raises(ConfigError, match=r"study\.journal: is damaged .*sweep=<name>"):
-            Study(sweep, search(folder), seed=3)
+            Study(sweep, search(), seed=3)
 
 
 def test_two_write_one_after_the_other(sweep: Path) -> None:
@@ -304,8 +299,8 @@ def dashboard(sweep: Path) -> Iterator[str]:
     process.wait()
 
 
-def test_optuna_and_its_dashboard_open_the_study(sweep: Path, folder: Path, dashboard: str) -> None:
-    search_all(sweep, search(folder, "search.trials=7"))
+def test_optuna_and_its_dashboard_open_the_study(sweep: Path, dashboard: str) -> None:
+    search_all(sweep, search("search.trials=7"))
     backend = optuna.storages.journal.JournalFileBackend(str(sweep / STUDY))
     own = optuna.load_study(
         study_name="mine", storage=optuna.storages.JournalStorage(backend)

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import pytest
-from searches import QUIET, conf, search
+from searches import QUIET, search
 
 from cnntrain.config import ConfigError, compose
 from cnntrain.config.resume import read_result
@@ -21,15 +21,10 @@ SPACE = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 RUN = [*QUIET, "+trainer.limit_train_batches=3", "trainer.max_epochs=4", "scheduler=none"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return conf(tmp_path_factory.mktemp("search"))
-
-
-def begin(folder: Path, sweep: Path, others: float, *overrides: str) -> tuple[Study, Asked]:
+def begin(sweep: Path, others: float, *overrides: str) -> tuple[Study, Asked]:
     """A search in which five trials are completed, with this accuracy in each of four epochs."""
     sweep.mkdir()
-    node = search(folder, *(overrides or ["search.pruner.n_warmup_steps=1"]), space=SPACE)
+    node = search(*(overrides or ["search.pruner.n_warmup_steps=1"]), space=SPACE)
     study = Study(sweep, node, seed=0)
     add_others(study, 5, others)
     (asked,) = study.ask()
@@ -61,9 +56,9 @@ def values(directory: Path) -> dict[int, float]:
         return {int(row["epoch"]): float(row["val/acc"]) for row in csv.DictReader(file)}
 
 
-def test_a_trial_that_is_worse_is_ended(folder: Path, tmp_path: Path) -> None:
+def test_a_trial_that_is_worse_is_ended(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    study, asked = begin(folder, sweep, 0.999)
+    study, asked = begin(sweep, 0.999)
     with pytest.raises(Pruned, match="others did better in epoch 2"):
         run(sweep, asked)
     result = read_result(sweep / asked.name)
@@ -89,11 +84,9 @@ def test_a_trial_that_is_worse_is_ended(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("others", "overrides"), [(0.01, ()), (0.999, ("search/pruner=none",))])
-def test_a_trial_that_goes_on(
-    folder: Path, tmp_path: Path, others: float, overrides: tuple[str, ...]
-) -> None:
+def test_a_trial_that_goes_on(tmp_path: Path, others: float, overrides: tuple[str, ...]) -> None:
     sweep = tmp_path / "sweep"
-    study, asked = begin(folder, sweep, others, *overrides)
+    study, asked = begin(sweep, others, *overrides)
     result = run(sweep, asked)
     reported = values(sweep / asked.name)
     assert load(sweep).trials[asked.number].intermediate_values == reported
@@ -114,10 +107,10 @@ class Cut(lightning.Callback):
             raise OSError("cut")
 
 
-def test_a_decision_stands(folder: Path, tmp_path: Path) -> None:
+def test_a_decision_stands(tmp_path: Path) -> None:
     """Epoch 2 was allowed; by the time that it is computed again, others have become better."""
     sweep = tmp_path / "sweep"
-    study, asked = begin(folder, sweep, 0.01)
+    study, asked = begin(sweep, 0.01)
     with pytest.raises(OSError, match="cut"):
         run(sweep, asked, Cut(1))
     before = load(sweep).trials[asked.number].intermediate_values
@@ -138,10 +131,10 @@ def test_a_decision_stands(folder: Path, tmp_path: Path) -> None:
     assert steps == [0, 1, 2]  # each once
 
 
-def test_a_pruner_of_another_kind_is_not_built(folder: Path, tmp_path: Path) -> None:
+def test_a_pruner_of_another_kind_is_not_built(tmp_path: Path) -> None:
     """The study's file says which, and might have been written by anybody."""
     sweep = tmp_path / "sweep"
-    _, asked = begin(folder, sweep, 0.01)
+    _, asked = begin(sweep, 0.01)
     load(sweep).set_user_attr("pruner", {"_target_": "os.system", "command": "false"})
     with pytest.raises(ConfigError, match=r"os\.system: must be a class derived from optuna"):
         run(sweep, asked)

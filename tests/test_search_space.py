@@ -4,14 +4,13 @@ import itertools
 import random
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from conftest import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from searches import conf, search
+from searches import search
 
 from cnntrain.config import CONF, ConfigError, compose, flat
 from cnntrain.sweeps.dimension import override
@@ -19,11 +18,6 @@ from cnntrain.sweeps.search import problems
 from cnntrain.sweeps.space import Space
 
 LR = {"low": 1e-4, "high": 1e-1, "log": True}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return conf(tmp_path_factory.mktemp("search"))
 
 
 MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
@@ -122,8 +116,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("space", "said"), REFUSED, ids=lambda v: str(v)[:60])
-def test_values_that_a_run_would_refuse(folder: Path, space: dict, said: list[str]) -> None:
-    found = problems(search(folder, space=space), compose)
+def test_values_that_a_run_would_refuse(space: dict, said: list[str]) -> None:
+    found = problems(search(space=space), compose)
     assert bool(found) == bool(said)
     assert all(part in "\n".join(found) for part in said), found
 
@@ -133,9 +127,9 @@ CHOICES = [f"{g}={file.stem}" for g in GROUPS for file in sorted((CONF / g).glob
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_no_mistake_in_what_ships(folder: Path, choice: str) -> None:
+def test_no_mistake_in_what_ships(choice: str) -> None:
     space = {"model.dropout": {"low": 0.0, "high": 0.4, "step": 0.2}} if "grid" in choice else None
-    assert problems(search(folder, choice, space=space), compose) == []
+    assert problems(search(choice, space=space), compose) == []
 
 
 WRONG = [
@@ -157,28 +151,28 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("overrides", "said"), WRONG, ids=lambda v: str(v)[:60])
-def test_a_search_that_cannot_be(folder: Path, overrides: list[str], said: str) -> None:
+def test_a_search_that_cannot_be(overrides: list[str], said: str) -> None:
     try:
-        found = problems(search(folder, *overrides), compose)
+        found = problems(search(*overrides), compose)
     except ConfigError as error:
         found = error.problems
     assert any(said in problem for problem in found), found
 
 
-def test_what_is_typed_is_not_searched_over(folder: Path) -> None:
-    found = problems(search(folder), compose, ["seed=3", "optimizer.lr=0.1"])
+def test_what_is_typed_is_not_searched_over() -> None:
+    found = problems(search(), compose, ["seed=3", "optimizer.lr=0.1"])
     assert found == ["optimizer.lr=0.1: is searched over, see search.space; leave it out"]
 
 
-def test_without_optuna_one_line_says_so(folder: Path) -> None:
+def test_without_optuna_one_line_says_so() -> None:
     code = (
         "import sys; sys.modules['optuna'] = None\n"
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'optuna' else find(name, *a)\n"
         "from pathlib import Path; from cnntrain.config import CONF, ConfigError, compose\n"
-        f"compose([], folder=Path({str(folder)!r}))\n"
+        "compose([])\n"
         "try:\n"
-        f"    compose(['search=lenet5_lr'], folder=Path({str(folder)!r}))\n"
+        "    compose(['search=lenet5_lr'])\n"
         "except ConfigError as error:\n"
         "    print(error, 'torch' in sys.modules)\n"
     )
@@ -237,7 +231,7 @@ def test_a_value_arrives_as_it_was_chosen() -> None:
         assert (read, type(read)) == (value, type(value))
 
 
-def test_a_run_has_the_values_of_its_trial(folder: Path) -> None:
+def test_a_run_has_the_values_of_its_trial() -> None:
     space = Space(
         {
             "model.channels": [[6, 16, 128], [3, 8, 64]],

@@ -216,8 +216,6 @@ def _end(outcome: Outcome, found: Sequence[str]) -> None:
     Console(width=max(console.width, 110)).print(ranked_table(collect(outcome.folder.path)))
     for line in found:
         _say(line)
-    for name, error in failed.items():
-        _say(f"failed: {name}: {error}")
     counts = {"failed": len(failed), "unfinished": len(unfinished)}
     ended = outcome.progress.total - sum(counts.values())
     shown = [f"{ended} {'ended' if found else 'completed'}"]

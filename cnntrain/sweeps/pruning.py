@@ -42,7 +42,7 @@ class Pruning(lightning.Callback):
         epoch = trainer.current_epoch
         with quietly():
             ends = self._ends(epoch, module)
-        if ends and epoch + 1 < trainer.max_epochs:  # else there is nothing left to save
+        if ends and epoch + 1 != trainer.max_epochs:  # else there is nothing left to save
             raise Pruned(f"others did better in epoch {epoch + 1}")
 
     def _ends(self, epoch: int, module: Any) -> bool:
