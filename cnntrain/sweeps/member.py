@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import site
 import sys
 import threading
 import time
@@ -103,7 +104,14 @@ def prepare_processes() -> None:
         from multiprocessing import forkserver
 
         _processes.set_forkserver_preload(["cnntrain.training"])
+        # It is to import this very code, which need not be what is installed.
+        root, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+        if root not in site.getsitepackages():
+            os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
         forkserver.ensure_running()
+        os.environ.pop("PYTHONPATH", None)
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def result_mark(directory: Path) -> tuple[int, int] | None:
