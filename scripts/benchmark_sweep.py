@@ -9,6 +9,7 @@ as their result.json tells. Machines are shared and noisy: only the ratios mean 
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -38,7 +39,7 @@ def gaps(folder: Path) -> list[float]:
         ended, seconds = file.stat().st_mtime, json.loads(file.read_text())["timings"]["seconds"]
         spans.append((ended - seconds, ended))
     spans.sort()
-    return [after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False)]
+    return [after[0] - before[1] for before, after in itertools.pairwise(spans)]
 
 
 def own(folder: Path) -> list[float]:

@@ -43,7 +43,8 @@ def planned(cfgs: Sequence[DictConfig], keys: Iterable[str]) -> list[Planned]:
     for cfg in cfgs:
         own, typed = run_only(cfg), of_the_run(cfg.hydra.overrides.task)
         values = {key: _value(key, typed, cfg) for key in keys}
-        member = Planned(name(values), typed, values, config_hash(own), own)
+        called = name(values) or directory_name(",".join(sorted(typed)) or "defaults")
+        member = Planned(called, typed, values, config_hash(own), own)
         found.setdefault(member.identity, member)
     return list(found.values())
 
@@ -56,7 +57,7 @@ def of_the_run(typed: Iterable[str]) -> list[str]:
 def name(values: dict[str, Any]) -> str:
     """A member's name: options in alphabetical order, so that the order typed is no matter."""
     full = ",".join(f"{key}={shown(values[key])}" for key in sorted(values))
-    return directory_name(full or "defaults")
+    return directory_name(full) if full else ""
 
 
 def directory_name(full: str) -> str:
