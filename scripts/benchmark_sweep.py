@@ -3,8 +3,8 @@
     python scripts/benchmark_sweep.py --rounds 3 --members 16 --processes 2
 
 In turns, the same command is run one member after another and on joblib's processes. What counts
-is the wall time of the whole command, start-up included. What the sweep adds to a member is measured
-in the sequential ones: the time from the end of one member's training to the start of the next
+is the wall time of the whole command, start-up included. What the sweep adds to a member is taken
+from the sequential ones: the time from the end of one member's training to the start of the next
 one's, as their result.json tells. Machines are shared and noisy: only the ratios mean something.
 """
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,14 @@ from cnntrain.sweeps.hparams import cell, write_schema
 from cnntrain.sweeps.member import LEAVE, STOP, MemberTask, record_failure
 from cnntrain.sweeps.members import Planned, planned
 from cnntrain.sweeps.progress import Progress
+from cnntrain.sweeps.record import read_member
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss", "test/acc", "test/loss"]
 Launch = Callable[[list[list[str]], MemberTask], None]
 Say = Callable[[str], None]
 
 CSV = "sweep.csv"
+FINAL = ("completed", "failed", "pruned")  # what a member is until it is run again
 
 
 class Sweep:
@@ -155,13 +158,25 @@ class Outcome:
             interruption.check()
 
     def write(self) -> None:
-        """sweep.csv, a row for each member that the folder has ever had."""
-        write_csv(collect(self.folder.path), self.folder.path / CSV)
+        """sweep.csv, a row for each member that the folder has ever had, as sweep.yaml names it."""
+        self.collection = collect(self.folder.path)
+        write_csv(self.collection, self.folder.path / CSV)
 
     def _member_ended(self, name: str, result: dict[str, Any]) -> None:
         if self.options.fail_fast and result["status"] == "failed":
             self.stop.touch()
-        self.write()
+        # Members of before are as they were: a thousand need not be read a thousand times.
+        members = tuple(
+            read_member(m.name, m.directory, m.values)
+            if m.name == name or m.status not in FINAL
+            else m
+            for m in self.collection.members
+        )
+        self.collection = replace(self.collection, members=members)
+        try:
+            write_csv(self.collection, self.folder.path / CSV)
+        except OSError as error:  # the members' own records are what counts
+            self.say(f"{CSV}: {error.strerror}")
 
     def _look_for_signals(self) -> None:
         """Pass a request to stop on to the members, wherever they are, by a file that they see."""

@@ -35,7 +35,9 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(path / LOCK)
         try:
-            self.lock.acquire(timeout=0)  # the system releases it however this process ends
+            # The system releases it however this process ends. For a moment it is held by whoever
+            # asks whether it is in use.
+            self.lock.acquire(timeout=1, poll_interval=0.02)
         except Timeout:
             raise ConfigError([str(in_use(path))]) from None
         if not resume and (problem := run_directory_problem(str(path))):
