@@ -13,8 +13,8 @@ import site
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class MemberTask:
         directory = Path(hydra.runtime.output_dir)
         if os.getpid() != self.driver:  # a launcher's worker, started who knows where
             os.chdir(self.cwd)
+            _end_with_launcher()
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for sweep and members
         groups = {k: v for k, v in hydra.runtime.choices.items() if v}
@@ -88,14 +89,7 @@ class MemberTask:
             self.trials.get(directory.name),
             dict(os.environ),
         )
-        parent = os.getppid()
-
-        def orphaned() -> bool:
-            return os.getpid() != self.driver and os.getppid() != parent
-
-        _run(job, orphaned)
-        if orphaned():  # else a worker may wait for more for minutes
-            os._exit(1)
+        _run(job)
 
 
 def prepare_processes() -> None:
@@ -123,16 +117,29 @@ def result_mark(directory: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_ino
 
 
-def _run(job: Job, orphaned: Callable[[], bool]) -> None:
+@cache
+def _end_with_launcher() -> None:
+    """Have a launcher's worker end when what started it is gone: loky's would wait for ever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK)
+        os._exit(1)  # by which the member, if there is one, knows that it is to save and leave
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(job: Job) -> None:
     """The member from its start to a result.json that says how it ended.
 
     One that another process trains already, of a sweep that was killed or of a job in a cluster's
-    queue, is waited for. `orphaned` tells when this process has nobody left to work for.
+    queue, is waited for.
     """
     stop = job.directory.parent / STOP
-    while not stop.exists() and not orphaned() and in_use(job.directory):
+    while not stop.exists() and in_use(job.directory):
         time.sleep(LOOK)
-    if stop.exists() or orphaned():
+    if stop.exists():
         return
     prepare_processes()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *STANDARD):
@@ -147,7 +154,7 @@ def _run(job: Job, orphaned: Callable[[], bool]) -> None:
     asked = False
     while process.is_alive():
         process.join(LOOK)
-        if not asked and (orphaned() or (stop.exists() and stop.read_text() == LEAVE)):
+        if not asked and stop.exists() and stop.read_text() == LEAVE:
             process.terminate()  # it saves, and says so in its result.json
             asked = True
     try:
