@@ -146,7 +146,7 @@ def _folder(cfg: DictConfig, options: Sweep) -> Path:
     """Where the sweep is; one without a name is called by its search, or by the time."""
     chosen = options.name if options.name is not None else cfg.hydra.runtime.choices.get("search")
     name = str(chosen) if chosen is not None else f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    if Path(name).name != name or name.startswith("~") or len(name.encode()) > 200:
+    if Path(name).name != name or name.startswith((".", "~")) or len(name.encode()) > 200:
         raise ConfigError(
             [
                 f"sweep.name={name}: must be a folder's name; hydra.sweep.dir=<folder> puts the "
