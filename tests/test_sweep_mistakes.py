@@ -61,6 +61,24 @@ def test_refused_with_nothing_written(cnntrain: Run, tmp_path: Path, typed: str,
 
 
 @pytest.mark.parametrize(
+    ("launcher", "extra"), [("joblib", "joblib"), ("ray", "ray"), ("submitit_slurm", "slurm")]
+)
+def test_a_launcher_that_is_not_installed(
+    cnntrain: Run, tmp_path: Path, launcher: str, extra: str
+) -> None:
+    hidden = tmp_path / "shadow/hydra_plugins/__init__.py"  # found before the one with plugins
+    hidden.parent.mkdir(parents=True)
+    hidden.touch()
+    path = str(tmp_path / "shadow")
+    done = cnntrain("-m", *TINY, "seed=0,1", f"hydra/launcher={launcher}", PYTHONPATH=path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == [
+        f'  hydra/launcher={launcher}: is not installed; pip install "cnntrain[{extra}]"'
+    ]
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"members": None},
