@@ -67,7 +67,7 @@ def _report(collection: Collection, out: Path) -> None:
     except OSError as error:
         problem = error
     console = Console()
-    Console(width=max(console.width, 110)).print(ranked_table(collection))
+    Console(width=max(console.width, 110)).print(ranked_table(collection), crop=False)
     if problem:
         print(f"cnntrain: {told(problem)}; out=<folder> writes elsewhere", file=sys.stderr)
         sys.exit(1)

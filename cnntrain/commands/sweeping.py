@@ -49,6 +49,8 @@ class SweepCommand:
     def plan(self, cfgs: Sequence[DictConfig], varied: Sequence[str]) -> list[DictConfig]:
         """The configs that are still to be run; ConfigError for what cannot be a sweep."""
         cfg, searches = cfgs[0], bool(cfgs[0].get("search"))
+        if not cfg.get("sweep"):
+            raise ConfigError(["~sweep: says how -m goes about its members; leave it in"])
         if problems := [*self._misplaced(cfg, varied), *(_searched(varied) if searches else ())]:
             raise ConfigError(problems)
         # Python's own watcher of processes would tell of what a killed one has left to clean up.
@@ -70,7 +72,7 @@ class SweepCommand:
             if text.lstrip("+~").startswith("hydra.sweep.subdir"):
                 yield f"{text}: members are named by what varies; leave it out"
         for key in varied:
-            if key.startswith(("sweep.", "search", "resume")):
+            if key.startswith(("sweep.", "search", "resume", "hydra")):
                 yield f"{key}: there is one for all members; give it one value"
         if (sweeper := cfg.hydra.sweeper._target_) != BASIC_SWEEPER:
             yield (
@@ -146,7 +148,8 @@ def _folder(cfg: DictConfig, options: Sweep) -> Path:
     """Where the sweep is; one without a name is called by its search, or by the time."""
     chosen = options.name if options.name is not None else cfg.hydra.runtime.choices.get("search")
     name = str(chosen) if chosen is not None else f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    if Path(name).name != name or name.startswith((".", "~")) or len(name.encode()) > 200:
+    plain = Path(name).name == name and not name.startswith((".", "~"))
+    if not name or not plain or len(name.encode()) > 200:
         raise ConfigError(
             [
                 f"sweep.name={name}: must be a folder's name; hydra.sweep.dir=<folder> puts the "
@@ -213,7 +216,8 @@ def _end(outcome: Outcome, found: Sequence[str]) -> None:
 
     failed, unfinished = outcome.failed, outcome.unfinished
     console = Console()
-    Console(width=max(console.width, 110)).print(ranked_table(collect(outcome.folder.path)))
+    table = ranked_table(collect(outcome.folder.path))
+    Console(width=max(console.width, 110)).print(table, crop=False)
     for line in found:
         _say(line)
     counts = {"failed": len(failed), "unfinished": len(unfinished)}

@@ -22,6 +22,14 @@ from cnntrain.config.signatures import signature
 
 TERSE = (LookupError, ArithmeticError, AttributeError, AssertionError, SystemExit)
 
+# Launchers that Hydra knows once they are installed, and the extras that they come with.
+LAUNCHERS = {
+    "joblib": "joblib",
+    "ray": "ray",
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
+}
+
 Loader = Callable[[Sequence[str]], DictConfig]
 
 
@@ -127,6 +135,8 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
         listed = message.split("Available options in")[1].split("Config search")[0]
         choices = [line.strip() for line in listed.split("\n")[1:] if line.strip()]
         value = str(override.value())
+        if key == "hydra/launcher" and value in LAUNCHERS:
+            return f'{text}: is not installed; pip install "cnntrain[{LAUNCHERS[value]}]"'
         return f"{text}: {unknown(f'{key} has', 'choice', value, choices)}"
     if f"Could not load '{key}/" in message:  # one of several: layers=[3x3,foo]
         name = message.split(f"Could not load '{key}/")[1].split("'")[0]

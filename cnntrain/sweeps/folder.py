@@ -24,14 +24,17 @@ class SweepFolder:
     """A folder that belongs to one sweep, with a directory for each member.
 
     `sheet` is the content of sweep.yaml, for a new sweep without members. Raises ConfigError if
-    that is damaged.
+    that is damaged, or says that the sweep is a search and `search` does not, or the other way.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, search: bool = False):
         self.path = path
         self.sheet: dict[str, Any] = {"name": path.name, "over": {}, "base": {}, "members": {}}
         if (path / SHEET).exists():
-            self.sheet = _read(path / SHEET)
+            self.sheet = {**_read(path / SHEET), "name": path.name}  # it may have been moved
+        if self.sheet["members"] and bool(self.sheet.get("search")) != search:
+            here = "trials of a search" if not search else "a sweep that is no search"
+            raise ConfigError([f"{path}: holds {here}; take another name (sweep=<name>)"])
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -131,12 +134,25 @@ class SweepFolder:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        sheet = OmegaConf.to_container(OmegaConf.load(path))
-        if isinstance(sheet, dict) and {"over", "base", "members"} <= sheet.keys():
+        sheet: Any = OmegaConf.to_container(OmegaConf.load(path))
+        base, members, over = sheet["base"], sheet["members"], sheet["over"]
+        tables = [*(m["values"] for m in members.values())]
+        tables += [base["options"], base["choices"]] if base or members else []
+        if (
+            all(isinstance(values, list) for values in over.values())
+            and all(isinstance(table, dict) for table in tables)
+            and all({"config_hash", "identity"} <= m.keys() for m in members.values())
+        ):
             return {str(k): v for k, v in sheet.items()}
-    except (OSError, YAMLError, ValueError, OmegaConfBaseException):
+    except (OSError, YAMLError, ValueError, TypeError, AttributeError, KeyError,
+            OmegaConfBaseException):  # fmt: skip
         pass
-    raise ConfigError([f"{path}: is damaged; take another name for the sweep (sweep=<name>)"])
+    raise ConfigError(
+        [
+            f"{path}: is damaged; move it away, as the directories of the members tell what is "
+            "completed, or take another name for the sweep (sweep=<name>)"
+        ]
+    )
 
 
 def _within(option: str, keys: Iterable[str]) -> bool:

@@ -4,6 +4,7 @@ A journal rather than SQLite, whose locks do not hold on the network disks of cl
 """
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -55,7 +56,11 @@ def storage(folder: Path) -> JournalStorage:
     """The study's file in a folder, begun if there is none. ConfigError if it is damaged."""
     file = folder.absolute() / STUDY
     try:
-        return JournalStorage(JournalFileBackend(str(file), Lock(file)))
+        found = JournalStorage(JournalFileBackend(str(file), Lock(file)))
+        whole_lines = file.read_bytes().rpartition(b"\n")[0]
+        # Of the last one Optuna would tell only when another stands behind it.
+        json.loads(whole_lines.rpartition(b"\n")[2] or "null")
+        return found
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise ConfigError(
             [f"{file}: is damaged ({one_line(error)}); give the search another name: sweep=<name>"]

@@ -138,8 +138,8 @@ def label(values: dict[str, Any]) -> str:
 
 
 def short(option: str) -> str:
-    """`lr` of `optimizer.lr`."""
-    return option.rpartition(".")[2]
+    """`lr` of `optimizer.lr`, `backend` of `backend._target_`."""
+    return option.removesuffix("._target_").rpartition(".")[2]
 
 
 def text(value: Any) -> str:

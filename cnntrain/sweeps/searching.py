@@ -23,7 +23,7 @@ class Searching:
 
     `node` is the config's node `search`, checked; `base` are the overrides that all trials share
     and `compose` makes the checked config, with `hydra` in it, of further ones. Making one writes
-    nothing. Raises ConfigError if the folder is damaged.
+    nothing. Raises ConfigError if the folder is damaged or no search's.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Searching:
         compose: Compose,
         at_once: int,
     ):
-        self.folder, self.options, self.node = SweepFolder(folder), options, node
+        self.folder, self.options, self.node = SweepFolder(folder, search=True), options, node
         self.seed, self.base, self.compose, self.at_once = seed, base, compose, at_once
 
     def run(self, launch: Launch, say: Say) -> tuple[Outcome, list[str]]:

@@ -39,7 +39,10 @@ def ranked_table(collection: Collection) -> Renderables:
     for title in columns(ranking):
         said = title in words
         table.add_column(
-            title.replace(" %", "\n%"), justify="left" if said else "right", no_wrap=not said
+            title.replace(" %", "\n%"),
+            justify="left" if said else "right",
+            no_wrap=not said,
+            overflow="fold",  # a number that is cut is another number
         )
     for group, row in list(zip(ranking.groups, rows(ranking), strict=True))[:MOST_ROWS]:
         table.add_row(*map(Text, row), style="bold" if group is ranking.best else "")
@@ -48,8 +51,11 @@ def ranked_table(collection: Collection) -> Renderables:
         parts.append(Text(f"and {more} more", style="dim"))
     parts += [Text(), Text(note(ranking), style="dim")]
     failed = [m for m in collection.members if m.status in ("failed", "damaged")]
-    parts += [Text(f"{m.status}: {m.name}: {m.error or 'no reason is recorded'}") for m in failed]
-    parts += [Text(problem) for problem in collection.problems]
+    lines = [f"{m.status}: {m.name}: {m.error or 'no reason is recorded'}" for m in failed]
+    # A line each, however long: printed with crop=False, for who searches or copies it.
+    parts += [
+        Text(line, no_wrap=True, overflow="ignore") for line in [*lines, *collection.problems]
+    ]
     return Renderables(*parts)
 
 

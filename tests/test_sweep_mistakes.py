@@ -1,0 +1,181 @@
+"""What people type, and what becomes of files: told on a line, and nothing lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from cnntrain.config import CONF, ConfigError
+from cnntrain.config import compose as checked
+from cnntrain.sweeps.collect import Collection
+from cnntrain.sweeps.folder import SweepFolder
+from cnntrain.sweeps.journal import STUDY, storage
+from cnntrain.sweeps.ranking import short
+from cnntrain.sweeps.record import Member
+from cnntrain.sweeps.space import Space
+from cnntrain.sweeps.tables import ranked_table
+from cnntrain.training import rehearse
+
+TINY = [
+    "data=fashion_mnist_mini",
+    "model=shallow",
+    "trainer=cpu",
+    "trainer.max_epochs=1",
+    "+trainer.limit_train_batches=1",
+]
+SHEET = {
+    "name": "s",
+    "metric": "val/acc",
+    "mode": "max",
+    "over": {"seed": [0]},
+    "base": {"options": {"optimizer.lr": 0.1}, "choices": {"backend": "native"}},
+    "members": {"seed=0": {"values": {"seed": 0}, "config_hash": "a", "identity": "a"}},
+}
+
+
+def sweep(folder: Path, content: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "sweep.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"it": content}).it))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("sweep=..", "sweep.name=..: must be a folder's name"),
+        ("sweep=", "sweep.name=: must be a folder's name"),
+        ("~sweep", "~sweep: says how -m goes about its members; leave it in"),
+        ("hydra/launcher=basic,joblib", "hydra/launcher: there is one for all members"),
+    ],
+)
+def test_refused_with_nothing_written(cnntrain: Run, tmp_path: Path, typed: str, said: str) -> None:
+    done = cnntrain("-m", *TINY, "seed=0,1", typed)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra"), [("joblib", "joblib"), ("ray", "ray"), ("submitit_slurm", "slurm")]
+)
+def test_a_launcher_that_is_not_installed(
+    cnntrain: Run, tmp_path: Path, launcher: str, extra: str
+) -> None:
+    hidden = tmp_path / "shadow/hydra_plugins/__init__.py"  # found before the one with plugins
+    hidden.parent.mkdir(parents=True)
+    hidden.touch()
+    path = str(tmp_path / "shadow")
+    done = cnntrain("-m", *TINY, "seed=0,1", f"hydra/launcher={launcher}", PYTHONPATH=path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == [
+        f'  hydra/launcher={launcher}: is not installed; pip install "cnntrain[{extra}]"'
+    ]
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"members": None},
+        {"members": {"seed=0": {}}},
+        {"members": {"seed=0": {"values": [], "config_hash": "a", "identity": "a"}}},
+        {"members": {"seed=0": {"values": {}, "config_hash": "a"}}},
+        {"base": None},
+        {"base": {"options": {}}},
+        {"over": []},
+        {"over": {"seed": 0}},
+    ],
+)
+def test_a_damaged_sheet_is_named(tmp_path: Path, wrong: dict[str, object]) -> None:
+    assert SweepFolder(sweep(tmp_path, SHEET)).sheet["members"] == SHEET["members"]
+    with pytest.raises(ConfigError, match=r"sweep\.yaml: is damaged; move it away"):
+        SweepFolder(sweep(tmp_path, {**SHEET, **wrong}))
+
+
+def test_a_damaged_sheet_moved_away_loses_nothing(cnntrain: Run, tmp_path: Path) -> None:
+    command = ["-m", *TINY, "seed=0,1", "sweep=s"]
+    assert cnntrain(*command).returncode == 0
+    folder = tmp_path / "outputs/sweeps/s"
+    before = (folder / "sweep.csv").read_bytes()
+    (folder / "sweep.yaml").write_text("{{{")
+    refused = cnntrain(*command)
+    assert refused.returncode == 2
+    assert "sweep.yaml: is damaged; move it away" in refused.stderr
+    (folder / "sweep.yaml").unlink()
+    again = cnntrain(*command)
+    assert again.returncode == 0, again.stderr
+    assert "2 members, 2 completed before" in again.stdout
+    assert (folder / "sweep.csv").read_bytes() == before
+
+
+def test_a_sweep_that_was_moved_has_its_folders_name(tmp_path: Path) -> None:
+    moved = Path(shutil.move(sweep(tmp_path / "s", SHEET), tmp_path / "moved"))
+    assert SweepFolder(moved).sheet["name"] == "moved"
+
+
+def test_searches_and_other_sweeps_share_no_folder(tmp_path: Path) -> None:
+    grid, search = sweep(tmp_path / "s", SHEET), sweep(tmp_path / "t", SHEET | {"search": {"a": 1}})
+    assert SweepFolder(search, search=True).path == search
+    with pytest.raises(ConfigError, match="holds a sweep that is no search; take another name"):
+        SweepFolder(grid, search=True)
+    with pytest.raises(ConfigError, match="holds trials of a search; take another name"):
+        SweepFolder(search)
+
+
+@pytest.mark.parametrize("lines", ["garbage\n", '{"op_code": 0, "worker_id": "a"', "1\ngarbage\n"])
+def test_a_damaged_study_is_named(tmp_path: Path, lines: str) -> None:
+    (tmp_path / STUDY).write_text(lines)
+    if lines.endswith("\n"):
+        with pytest.raises(ConfigError, match=rf"{STUDY}: is damaged .*sweep=<name>"):
+            storage(tmp_path)
+    else:  # as a kill leaves it: cut off when the next line is written
+        assert storage(tmp_path).get_all_studies() == []
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "search").glob("*.yaml"))])
+def test_a_shipped_space_trains_at_its_corners(name: str) -> None:
+    """An optimizer may refuse a value that a signature takes: momentum 0, if it is Nesterov's."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose("train", [f"search={name}"]).search
+    space = Space(OmegaConf.to_container(node.space, resolve=True))
+    for dimension in space.dimensions:
+        for corner in dimension.corners:
+            for setting in space.settings(dimension):
+                made = {**setting, dimension.option: json.dumps(corner).strip('"')}
+                rehearse(
+                    checked(["data=fashion_mnist_mini", *(f"{o}={v}" for o, v in made.items())])
+                )
+
+
+def test_a_failure_is_one_line_however_long(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    error = "OSError: no space left for " + "word " * 40
+    member = Member("seed=0", Path("s/seed=0"), {"seed": 0}, "failed", error=error)
+    collection = Collection("s", Path("s"), "val/acc", True, {"seed": [0]}, (member,))
+    Console(width=110).print(ranked_table(collection), crop=False)
+    assert f"failed: seed=0: {error}".strip() in [
+        line.strip() for line in capsys.readouterr().out.splitlines()
+    ]
+
+
+def test_a_number_in_the_table_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    values = {f"optimizer.option_{i}": 0.123456 + i for i in range(8)}
+    member = Member("a", Path("s/a"), values, "completed", {"val/acc": 0.5})
+    over = {option: [value, 1.0] for option, value in values.items()}
+    collection = Collection("s", Path("s"), "val/acc", True, over, (member,))
+    Console(width=60).print(ranked_table(collection), crop=False)
+    assert "…" not in capsys.readouterr().out
+
+
+def test_a_class_varies_under_the_name_of_its_node() -> None:
+    assert short("backend._target_") == "backend"
+    assert short("optimizer.lr") == "lr"
+    assert short("seed") == "seed"
