@@ -65,8 +65,9 @@ class SweepFolder:
         known, over = self.sheet["members"], self.sheet["over"]
         keys = list(dict.fromkeys([*over, *varied]))
         base = common(members, cfgs)
-        base["options"] = {k: v for k, v in base["options"].items() if not _within(k, keys)}
-        self._refuse_another_base(base["options"])
+        for part in ("options", "differ"):
+            base[part] = {k: v for k, v in base[part].items() if not _within(k, keys)}
+        self._refuse_another_base(base, keys)
         for member in known.values():  # what did not vary then has the value that all had
             for key in keys:
                 if key not in over:
@@ -99,19 +100,26 @@ class SweepFolder:
         base = self.sheet["base"]
         return base["choices"].get(key, base["options"].get(key))
 
-    def _refuse_another_base(self, options: dict[str, Any]) -> None:
-        before = self.sheet["base"].get("options", {})
+    def _refuse_another_base(self, base: dict[str, Any], keys: Iterable[str]) -> None:
+        """Options that come with a choice which varies, as an experiment's, are no base."""
+        if not self.sheet["base"]:
+            return
+        before, now = self.sheet["base"]["options"], base["options"]
+        differ = {*INCIDENTAL, *self.sheet["base"]["differ"], *base["differ"]}
         different = [
             key
-            for key in sorted(before.keys() & options.keys())
-            if before[key] != options[key] and key not in INCIDENTAL
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key, ...) != now.get(key, ...)
+            and not (key in differ or _within(key, keys) or _of_another_class(key, before, now))
         ]
         if different:
             raise ConfigError(
                 [
-                    f"{key}={shown(options[key])}: the sweep {self.path.name!r} was begun with "
-                    f"{shown(before[key])}; take another name for this one (sweep=<name>), or "
-                    "leave the option as it was"
+                    (f"{key}={shown(now[key])}" if key in now else f"{key} (left out)")
+                    + f": the sweep {self.path.name!r} was begun with"
+                    + (f" {shown(before[key])}" if key in before else "out it")
+                    + "; take another name for this one (sweep=<name>), or leave the option as it "
+                    "was"
                     for key in different[:MOST_SHOWN]
                 ]
             )
@@ -160,6 +168,12 @@ def _within(option: str, keys: Iterable[str]) -> bool:
     return any(option == key or option.startswith(f"{key}.") for key in keys)
 
 
+def _of_another_class(option: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether only one of two classes has an option: it is the class that was changed."""
+    target = f"{option.split('.')[0]}._target_"
+    return (option in before) != (option in now) and before.get(target) != now.get(target)
+
+
 def _values(key: str, members: Any) -> list[Any]:
     """The values that an option has, each once, in the order in which they came."""
     found: list[Any] = []
@@ -171,7 +185,9 @@ def _values(key: str, members: Any) -> list[Any]:
 
 def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """What is common still."""
-    return {
+    both = {
         part: {k: v for k, v in before[part].items() if now[part].get(k, ...) == v}
         for part in ("options", "choices")
     }
+    known = {**before["differ"], **now["differ"], **before["options"], **now["options"]}
+    return {**both, "differ": {k: None for k in known if k not in both["options"]}}

@@ -81,10 +81,12 @@ def shown(value: Any) -> str:
 
 
 def common(members: Sequence[Planned], cfgs: Sequence[DictConfig]) -> dict[str, dict[str, Any]]:
-    """What all members have in common: `options`, and the names of `choices`."""
+    """What all members have in common: `options`, and the names of `choices`; `differ` names the
+    options that they do not."""
     options = [flat(member.config) for member in members]
-    named = [choices(cfg) for cfg in cfgs]
-    return {"options": _shared(options), "choices": _shared(named)}
+    named, shared = [choices(cfg) for cfg in cfgs], _shared(options)
+    differ = {k: None for table in options for k in table if k not in shared}
+    return {"options": shared, "choices": _shared(named), "differ": differ}
 
 
 def choices(cfg: DictConfig) -> dict[str, str]:
