@@ -27,6 +27,7 @@ from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, config_hash
 from cnntrain.config.resume import RESULT, in_use, read_result, run_only, seal
 from cnntrain.interruption import Interrupted, watching
+from cnntrain.sweeps.record import METRICS, history
 
 STOP = ".stop"  # in the sweep's folder: no more members are to begin,
 LEAVE = "leave"  # and if it says so, those at work are to save and end
@@ -170,12 +171,11 @@ def record_failure(directory: Path, config: Any, reason: str) -> None:
     """Write the result.json of a run that could not write it itself."""
     cfg = OmegaConf.create(config)
     facts = {"config_hash": config_hash(cfg), "seed": cfg.seed}
-    so_far = {k: v for k, v in (read_result(directory) or {}).items() if k in ("metrics", "epochs")}
+    rows = history(directory)
+    metrics = {k: v for k, v in rows[-1].items() if k in METRICS} if rows else {}
+    so_far = {"metrics": metrics, "epochs": len(rows)}
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(
-        directory / RESULT,
-        seal({"status": "failed", **facts, "metrics": {}, "epochs": 0, **so_far, "error": reason}),
-    )
+    write_json(directory / RESULT, seal({"status": "failed", **facts, **so_far, "error": reason}))
 
 
 def _cause_of_death(exit_code: int | None) -> str:
