@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, config_hash
 from cnntrain.config.resume import RESULT, in_use, read_result, run_only, seal
-from cnntrain.interruption import Interrupted, watching
+from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.sweeps.record import METRICS, history
 
 STOP = ".stop"  # in the sweep's folder: no more members are to begin,
@@ -140,7 +140,8 @@ def _run(job: Job) -> None:
     stop = job.directory.parent / STOP
     while not stop.exists() and in_use(job.directory):
         time.sleep(LOOK)
-    if stop.exists():
+    # After Ctrl-C a member has left at once, and in this process no other is to begin.
+    if stop.exists() or interruption.received is not None:
         return
     prepare_processes()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *STANDARD):
