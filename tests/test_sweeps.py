@@ -110,7 +110,7 @@ def test_a_damaged_sheet_is_named(tmp_path: Path) -> None:
     extended(tmp_path, ["seed"], ["seed=0"])
     for text in ("", "][", "name: x\n", "a" * 10):
         (tmp_path / "sweep.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=r"sweep\.yaml: is damaged; take another name"):
+        with pytest.raises(ConfigError, match=r"sweep\.yaml: is damaged; .*take another name"):
             SweepFolder(tmp_path)
 
 
