@@ -177,9 +177,11 @@ def test_more_values_extend_it(tmp_path: Path) -> None:
 def test_another_axis_extends_it(tmp_path: Path) -> None:
     """Those that are completed keep their directories, and get the value that all had."""
     run(tmp_path / "s", *COMPARE)
+    run(tmp_path / "s", "model=shallow", "seed=0", "backend=native,im2col")
+    assert [row["backend"] for row in rows(tmp_path / "s")] == [*["native"] * 4, "im2col"]
     more = [*COMPARE, "backend=native,im2col", "optimizer.lr=0.005,0.02"]
     _, launcher, _ = run(tmp_path / "s", *more)
-    assert len(launcher.launched) == 12
+    assert len(launcher.launched) == 11
     found = rows(tmp_path / "s")
     assert list(found[0])[:5] == ["status", "model", "seed", "backend", "optimizer.lr"]
     assert len({tuple(row.values())[1:5] for row in found}) == 16
