@@ -66,6 +66,7 @@ class MemberTask:
     driver: int  # the process id of the sweep itself
     cwd: str  # where the command was typed
     threads: int | None
+    fail_fast: bool
     labels: dict[str, dict[str, Any]]  # what varies, of each member by its directory's name
     trials: dict[str, int]  # the numbers of those that are a search's
 
@@ -91,6 +92,9 @@ class MemberTask:
             dict(os.environ),
         )
         _run(job)
+        # Said here, not when the sweep has looked: by then the next member would have begun.
+        if self.fail_fast and (read_result(directory) or {}).get("status") == "failed":
+            (directory.parent / STOP).touch()
 
 
 def prepare_processes() -> None:

@@ -30,7 +30,7 @@ class Progress:
     total: int  # members in all
     done: int  # of them those that were completed before
     say: Callable[[str], None]
-    ended: Callable[[str, dict[str, Any]], None]  # called with the name and the result of each
+    ended: Callable[[str], None]  # called with the name of each that has
     while_waiting: Callable[[], None]  # called with every look
     waiting: dict[str, Mark] = field(default_factory=dict)  # with the mark of an earlier result
     results: dict[str, dict[str, Any]] = field(default_factory=dict)  # of those that have ended
@@ -66,7 +66,7 @@ class Progress:
                 self.results[name] = result
                 self.done += 1
                 self.say(self._line(name, result))
-                self.ended(name, result)
+                self.ended(name)
 
     def _line(self, name: str, result: dict[str, Any]) -> str:
         status = result["status"]

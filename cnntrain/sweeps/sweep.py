@@ -114,6 +114,7 @@ class Outcome:
         )
         self.stop = folder.path / STOP
         self.stop.unlink(missing_ok=True)
+        self.passed_on = False
 
     @property
     def failed(self) -> dict[str, str]:
@@ -135,7 +136,10 @@ class Outcome:
             for member in members
         }
         trials = {m.name: m.trial for m in members if m.trial is not None}
-        task = MemberTask(os.getpid(), os.getcwd(), self.options.threads, labels, trials)
+        options = self.options
+        task = MemberTask(
+            os.getpid(), os.getcwd(), options.threads, options.fail_fast, labels, trials
+        )
         jobs = [
             [
                 *member.overrides,
@@ -162,9 +166,7 @@ class Outcome:
         self.collection = collect(self.folder.path)
         write_csv(self.collection, self.folder.path / CSV)
 
-    def _member_ended(self, name: str, result: dict[str, Any]) -> None:
-        if self.options.fail_fast and result["status"] == "failed":
-            self.stop.touch()
+    def _member_ended(self, name: str) -> None:
         # Members of before are as they were: a thousand need not be read a thousand times.
         members = tuple(
             read_member(m.name, m.directory, m.values)
@@ -180,8 +182,9 @@ class Outcome:
 
     def _look_for_signals(self) -> None:
         """Pass a request to stop on to the members, wherever they are, by a file that they see."""
-        if interruption.received is not None and not self.stop.exists():
+        if interruption.received is not None and not self.passed_on:
             self.stop.write_text(LEAVE)
+            self.passed_on = True
 
     def _bury(self, members: Sequence[Planned], reason: str) -> None:
         """Record what has ended without a word, with its machine or its launcher's process."""
