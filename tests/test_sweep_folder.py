@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,12 @@ def test_odd_and_long_names_get_a_hash(value: str) -> None:
     assert name({"data.root": value, "seed": 0}) == name({"seed": 0, "data.root": value})
 
 
+def test_members_that_are_the_same_run_are_one() -> None:
+    assert names(["optimizer.lr=0.005,0.005,5e-3"]) == ["optimizer.lr=0.005"]
+    asked_for = ["trainer.checkpoint_every_n_steps=5,7"]  # numbers no different, and yet both
+    assert len(names(asked_for)) == 2
+
+
 def test_the_sheet(tmp_path: Path) -> None:
     """sweep.yaml says what is compared before the first member starts."""
     under_way = sweeping(tmp_path / "s", *COMPARE, metric="test/loss")
@@ -207,6 +214,14 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_what_belongs_to_a_choice_is_another_member(tmp_path: Path) -> None:
+    run(tmp_path / "s", "backend=native,im2col")
+    with pytest.raises(ConfigError) as caught:
+        sweeping(tmp_path / "s", "backend=im2col", "+backend.max_column_mib=2")
+    said = "backend=im2col: was begun with backend.max_column_mib=null, and now it is 2;"
+    assert caught.value.problems[0].startswith(said)
+
+
 @pytest.mark.parametrize("option", ["+trainer.limit_train_batches=3", "+optimizer.amsgrad=true"])
 def test_an_option_that_came_or_went_is_another_base(tmp_path: Path, option: str) -> None:
     """Also where no member is one of before."""
@@ -253,13 +268,6 @@ def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
     assert launcher.launched == []
 
 
-def test_a_damaged_sheet_is_named(tmp_path: Path) -> None:
-    run(tmp_path / "s", *COMPARE)
-    (tmp_path / "s/sweep.yaml").write_text("name: s\nmembers: [")
-    with pytest.raises(ConfigError, match=r"sweep\.yaml: is damaged; .*sweep=<name>"):
-        sweeping(tmp_path / "s", *COMPARE)
-
-
 def test_a_launcher_that_breaks(tmp_path: Path) -> None:
     """What has begun and said nothing is recorded; what has not begun is unfinished."""
     under_way = sweeping(tmp_path / "s", *COMPARE)
@@ -295,6 +303,11 @@ def test_a_line_for_each_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert re.fullmatch(
         r"\[ 5/12\] b: failed: OSError: no room \(.*b/train\.log\); 0:02:55 left", said[1]
     )
-    assert said[2:] == ["[ 6/12] c: interrupted after 3 epochs"]
+    assert said[2:] == ["[ 5/12] c: interrupted after 3 epochs"]
+    assert list(progress.waiting) == ["c", "d"]
+    shutil.rmtree(tmp_path / "c")
+    write_run(tmp_path / "c", seconds=7.4)  # started again, as by a cluster that had preempted it
+    progress.look()
+    assert said[3] == "[ 6/12] c: val/loss 0.2000, 7 s; 0:02:00 left"
     assert list(progress.waiting) == ["d"]
     assert formatted("val/acc", 0.912) == "91.20%"

@@ -2,29 +2,17 @@
 was left alone. Real processes; what is ended is found by the locks that it holds."""
 
 import contextlib
-import csv
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
-from tensorboard.context import RequestContext
-from tensorboard.plugins import base_plugin
-from tensorboard.plugins.hparams import backend_context, get_experiment, list_session_groups
-from tensorboard.plugins.hparams.api_pb2 import (
-    GetExperimentRequest,
-    ListSessionGroupsRequest,
-    Status,
-)
+from sweep_commands import completed, end, hparams, numbers, rows, start, wait_until
 
 from cnntrain.config.resume import read_result
 from cnntrain.sweeps.record import METRICS, history
@@ -35,71 +23,7 @@ TINY = ["data=fashion_mnist_mini", "trainer=cpu", "data.batch_size=32"]
 TINY += ["+trainer.limit_train_batches=4"]
 FOUR = [*TINY, "backend=native,im2col", "seed=0,1", "trainer.max_epochs=6"]  # with dropout
 MEMBERS = [f"backend={b},seed={s}" for b in ("native", "im2col") for s in (0, 1)]
-BY_ONE = ["search=lenet5_lr", *TINY, "trainer.max_epochs=1", "search.trials=12"]
-
-Start = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture(scope="module")
-def start() -> Iterator[Start]:
-    """Starts `python train.py -m` in a folder, in a process group of its own; ends what is left."""
-    started = []
-
-    def run(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), "-m", *words],
-            cwd=folder,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # A shell's background jobs ignore SIGINT, and so would what the tests start in one.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def end(process: subprocess.Popen[str], code: int = 0) -> list[str]:
-    """The lines that it printed until it ended, with this exit code and without a traceback."""
-    said, wrong = process.communicate(timeout=300)
-    assert process.returncode == code, said + wrong
-    assert "Traceback" not in said + wrong
-    return said.splitlines()
-
-
-def wait_until(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
-    while not true():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def rows(folder: Path) -> dict[str, dict[str, str]]:
-    with (folder / "sweep.csv").open(newline="") as file:
-        return {row["directory"]: row for row in csv.DictReader(file)}
-
-
-def numbers(folder: Path) -> dict[str, dict[str, str]]:
-    """sweep.csv without the times."""
-    return {name: {**row, "seconds": ""} for name, row in rows(folder).items()}
-
-
-def files(folder: Path) -> dict[str, tuple[int, int]]:
-    """The result.json of each completed member: which file, written when."""
-    return {
-        file.parent.name: (file.stat().st_ino, file.stat().st_mtime_ns)
-        for file in folder.glob("*/result.json")
-        if (read_result(file.parent) or {}).get("status") == "completed"
-    }
+SEARCH = ["search=lenet5_lr", *TINY, "trainer.max_epochs=1", "search.trials=12"]
 
 
 def training(member: Path) -> bool:
@@ -118,7 +42,7 @@ def holder(member: Path) -> int | None:
 
 
 @pytest.fixture(scope="module")
-def calm(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed sweep of four."""
     folder = tmp_path_factory.mktemp("calm")
     lines = end(start(folder, *FOUR, "sweep=s"))
@@ -127,7 +51,7 @@ def calm(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "outputs/sweeps/s"
 
 
-def test_everything_is_killed_at_once(start: Start, calm: Path, tmp_path: Path) -> None:
+def test_everything_is_killed_at_once(calm: Path, tmp_path: Path) -> None:
     """As when the machine loses power: sweep and members, in the middle of three trainings."""
     folder, done, cut = tmp_path / "outputs/sweeps/s", dict[str, Any](), 0
     for name in (MEMBERS[0], MEMBERS[1], MEMBERS[3]):
@@ -136,18 +60,18 @@ def test_everything_is_killed_at_once(start: Start, calm: Path, tmp_path: Path) 
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         cut += (read_result(folder / name) or {}).get("status") == "running"
-        assert done.items() <= files(folder).items()
-        done = files(folder)
+        assert done.items() <= completed(folder).items()
+        done = completed(folder)
     assert cut >= 2  # else the tests look too late
     lines = end(start(tmp_path, *FOUR, "sweep=s"))
     assert lines[0].startswith(f"sweep s: 4 members, {len(done)} completed before")
     assert lines[-1] == "4 completed"
-    assert done.items() <= files(folder).items()
+    assert done.items() <= completed(folder).items()
     assert numbers(folder) == numbers(calm)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
-def test_a_member_is_killed(start: Start, calm: Path, tmp_path: Path) -> None:
+def test_a_member_is_killed(calm: Path, tmp_path: Path) -> None:
     """Its sweep goes on, and the next one with it from where it was."""
     folder, name = tmp_path / "outputs/sweeps/s", MEMBERS[1]
     process = start(tmp_path, *FOUR, "sweep=s")
@@ -163,16 +87,16 @@ def test_a_member_is_killed(start: Start, calm: Path, tmp_path: Path) -> None:
     assert lines[-1] == "3 completed, 1 failed"
     assert (rows(folder)[name]["status"], rows(folder)[name]["error"]) == ("failed", error)
     assert int(rows(folder)[name]["epochs"]) >= 1
-    done = files(folder)
+    done = completed(folder)
     assert len(done) == 3
     lines = end(start(tmp_path, *FOUR, "sweep=s"))
     assert sum(line.startswith("[") for line in lines) == 1
     assert (folder / name / "train.log").read_text().count("epoch 1/6 ") == 1  # not begun anew
-    assert done.items() <= files(folder).items()
+    assert done.items() <= completed(folder).items()
     assert numbers(folder) == numbers(calm)
 
 
-def test_interrupted_and_completed(start: Start, calm: Path, tmp_path: Path) -> None:
+def test_interrupted_and_completed(calm: Path, tmp_path: Path) -> None:
     """Ctrl-C is for the whole group, SIGTERM comes to the sweep alone; both save what is begun."""
     folder = tmp_path / "outputs/sweeps/s"
     for name, signum, code in ((MEMBERS[0], "SIGINT", 130), (MEMBERS[2], "SIGTERM", 143)):
@@ -192,7 +116,7 @@ def test_interrupted_and_completed(start: Start, calm: Path, tmp_path: Path) -> 
     assert numbers(folder) == numbers(calm)
 
 
-def test_threads_are_the_sweeps(start: Start, calm: Path, tmp_path: Path) -> None:
+def test_threads_are_the_sweeps(calm: Path, tmp_path: Path) -> None:
     """Not the environment's, by which sums would have other roundings."""
     typed = [*TINY, "backend=im2col", "seed=1,0", "trainer.max_epochs=6", "sweep=s"]
     end(start(tmp_path, *typed, OMP_NUM_THREADS="2", MKL_NUM_THREADS="2"))
@@ -203,42 +127,7 @@ def test_threads_are_the_sweeps(start: Start, calm: Path, tmp_path: Path) -> Non
         }
 
 
-def hparams(folder: Path) -> tuple[dict[str, int], list[str], dict[str, dict[str, Any]]]:
-    """The HParams tab as TensorBoard makes it: columns and their types, metrics, and each member
-    with its values under both."""
-    events = plugin_event_multiplexer.EventMultiplexer()
-    events.AddRunsFromDirectory(str(folder))
-    events.Reload()
-    provider = data_provider.MultiplexerDataProvider(events, str(folder))
-    context = backend_context.Context(base_plugin.TBContext(data_provider=provider))
-    asked = RequestContext()
-    experiment = get_experiment.Handler(asked, context, "", GetExperimentRequest()).run()
-    metrics = [info.name.tag for info in experiment.metric_infos]
-    request = ListSessionGroupsRequest(
-        slice_size=100, include_metrics=True, allowed_statuses=[Status.Value("STATUS_SUCCESS")]
-    )
-    for info in experiment.hparam_infos:  # each column filtered as the tab does by itself
-        column = request.col_params.add()
-        column.hparam = info.name
-        if info.HasField("domain_discrete"):
-            column.filter_discrete.CopyFrom(info.domain_discrete)
-        elif info.HasField("domain_interval"):
-            column.filter_interval.CopyFrom(info.domain_interval)
-    for tag in metrics:
-        request.col_params.add().metric.tag = tag
-    groups = list_session_groups.Handler(asked, context, "", request).run().session_groups
-    members = {}
-    for group in groups:
-        values = {info.name: group.hparams[info.name] for info in experiment.hparam_infos}
-        (session,) = group.sessions
-        members[session.name] = {
-            **{key: getattr(v, v.WhichOneof("kind")) for key, v in values.items()},
-            **{metric.name.tag: metric.value for metric in group.metric_values},
-        }
-    return {info.name: info.type for info in experiment.hparam_infos}, metrics, members
-
-
-def test_hparams_of_an_extended_sweep(start: Start, calm: Path, tmp_path: Path) -> None:
+def test_hparams_of_an_extended_sweep(calm: Path, tmp_path: Path) -> None:
     """Also those that were completed before an option varied have its value, under one schema."""
     folder = Path(shutil.copytree(calm, tmp_path / "outputs/sweeps/s"))
     more = ["optimizer.lr=0.005,0.02", "trainer.gradient_clip_val=null,1.0"]
@@ -260,6 +149,14 @@ def test_hparams_of_an_extended_sweep(start: Start, calm: Path, tmp_path: Path) 
         assert {k: shown[k] for k in METRICS} == pytest.approx({k: last[k] for k in METRICS})
 
 
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_launcher_makes_no_difference(launcher: str, calm: Path, tmp_path: Path) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    lines = end(start(tmp_path, *FOUR, "sweep=s", f"hydra/launcher={launcher}"))
+    assert lines[-1] == "4 completed"
+    assert numbers(tmp_path / "outputs/sweeps/s") == numbers(calm)
+
+
 @pytest.fixture
 def cluster() -> Iterator[str]:
     """The address of two Ray nodes on this machine, with a place for one member each."""
@@ -272,7 +169,7 @@ def cluster() -> Iterator[str]:
     nodes.shutdown()
 
 
-def test_on_two_nodes_of_ray(start: Start, calm: Path, cluster: str, tmp_path: Path) -> None:
+def test_on_two_nodes_of_ray(calm: Path, cluster: str, tmp_path: Path) -> None:
     """That members are on both: a node has one place, and two train at the same time."""
     ray = ["hydra/launcher=ray", f"hydra.launcher.ray.init.address='{cluster}'"]
     process = start(tmp_path, *FOUR, "sweep=s", *ray)
@@ -298,22 +195,22 @@ def ancestors(process: int) -> Iterator[str]:
         process = int(state.split()[1])
 
 
-def test_a_search_in_parallel_is_killed(start: Start, tmp_path: Path) -> None:
+def test_a_search_in_parallel_is_killed(tmp_path: Path) -> None:
     """Two trials at a time, all killed at once, then the sweep alone: as many trials as wanted."""
     optuna = pytest.importorskip("optuna", reason="needs optuna")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
     folder = tmp_path / "outputs/sweeps/lenet5_lr"
-    typed = [*BY_ONE, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    typed = [*SEARCH, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = dict[str, Any]()
     for least, kill in ((3, os.killpg), (7, os.kill)):
         process = start(tmp_path, *typed)
-        wait_until(process, lambda least=least: len(files(folder)) >= least)
+        wait_until(process, lambda least=least: len(completed(folder)) >= least)
         kill(process.pid, signal.SIGKILL)
         process.communicate()
-        assert done.items() <= files(folder).items()
-        done = files(folder)
+        assert done.items() <= completed(folder).items()
+        done = completed(folder)
     assert end(start(tmp_path, *typed))[-1] == "12 ended"
-    assert done.items() <= files(folder).items()
+    assert done.items() <= completed(folder).items()
     assert Counter(row["status"] for row in rows(folder).values()) == {"completed": 12}
     study = optuna.load_study(
         study_name=None,

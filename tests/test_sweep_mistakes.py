@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import ROOT, Run
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -43,21 +45,45 @@ def sweep(folder: Path, content: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [
-        ("sweep=..", "sweep.name=..: must be a folder's name"),
-        ("sweep=", "sweep.name=: must be a folder's name"),
-        ("~sweep", "~sweep: says how -m goes about its members; leave it in"),
-        ("hydra/launcher=basic,joblib", "hydra/launcher: there is one for all members"),
-    ],
-)
-def test_refused_with_nothing_written(cnntrain: Run, tmp_path: Path, typed: str, said: str) -> None:
-    done = cnntrain("-m", *TINY, "seed=0,1", typed)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+MISTAKES = [
+    (["sweep=x"], "sweep.name=x: is an option of a sweep; add -m"),
+    (["search=lenet5_lr"], "search=lenet5_lr: is an option of a sweep; add -m"),
+    (["-m", "sweep=a/b"], "sweep.name=a/b: must be a folder's name"),
+    (["-m", "sweep=.."], "sweep.name=..: must be a folder's name"),
+    (["-m", "sweep.metric=val/auc"], "sweep.metric=val/auc: input should be 'val/acc'"),
+    (["-m", "sweep.fail_fast=maybe"], "sweep.fail_fast=maybe: input should be a valid boolean"),
+    (["-m", "sweep.threads=0"], "sweep.threads=0: input should be greater than 0"),
+    (["-m", "sweep=a,b"], "sweep.name: there is one for all members; give it one value"),
+    (["-m", "sweep.nmae=x"], "did you mean 'name'?"),
+    (["-m", "search=lenet5"], "did you mean 'lenet5_lr'?"),
+    (["-m", "search=lenet5_lr", "seed=0,1"], "seed: has several values; a search varies"),
+    (["-m", "search=lenet5_lr", "optimizer.lr=0.1"], "optimizer.lr=0.1: is searched over"),
+    (["-m", "search=lenet5_lr", "sweep.metric=test/acc"], "has no test left; take val/acc"),
+    (["-m", "seed=0,1", "hydra/launcher=joblb"], "hydra/launcher=joblb: "),
+    (["-m", "hydra.sweep.dir=/proc/x"], "hydra.sweep.dir=/proc/x: "),
+    (["-m", "resume=x"], "resume=x: continues one run; leave out -m"),
+    (["-m", "sweep="], "sweep.name=: must be a folder's name"),
+    (["-m", "~sweep"], "~sweep: says how -m goes about its members; leave it in"),
+    (["-m", "hydra/launcher=basic,joblib"], "hydra/launcher: there is one for all members"),
+]
+
+
+@pytest.mark.parametrize(("typed", "said"), MISTAKES, ids=[m[1][:40] for m in MISTAKES])
+def test_refused_with_nothing_written(
+    cnntrain: Run, tmp_path: Path, typed: list[str], said: str
+) -> None:
+    done = cnntrain("data=fashion_mnist_mini", *typed)
+    assert done.returncode == 2, done.stdout
+    head, line = done.stderr.splitlines()
+    assert head == "cnntrain: this cannot be run as asked"
+    assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_do_not_wait_for_torch() -> None:
+    code = "import sys, cnntrain.commands.train; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(
@@ -89,12 +115,19 @@ def test_a_launcher_that_is_not_installed(
         {"base": {"options": {}}},
         {"over": []},
         {"over": {"seed": 0}},
+        "",
+        "][",
+        "name: s\nmembers: [",
     ],
 )
-def test_a_damaged_sheet_is_named(tmp_path: Path, wrong: dict[str, object]) -> None:
+def test_a_damaged_sheet_is_named(tmp_path: Path, wrong: dict[str, object] | str) -> None:
     assert SweepFolder(sweep(tmp_path, SHEET)).sheet["members"] == SHEET["members"]
-    with pytest.raises(ConfigError, match=r"sweep\.yaml: is damaged; move it away"):
-        SweepFolder(sweep(tmp_path, {**SHEET, **wrong}))
+    if isinstance(wrong, str):
+        (tmp_path / "sweep.yaml").write_text(wrong)
+    else:
+        sweep(tmp_path, {**SHEET, **wrong})
+    with pytest.raises(ConfigError, match=r"sweep\.yaml: is damaged; move it away.*sweep=<name>"):
+        SweepFolder(tmp_path)
 
 
 def test_a_damaged_sheet_moved_away_loses_nothing(cnntrain: Run, tmp_path: Path) -> None:

@@ -1,95 +1,36 @@
-"""Sweeps as a user starts them: killed, interrupted, on every launcher, and read by TensorBoard."""
+"""Sweeps as a user starts them: killed, failing, searching, and read by TensorBoard."""
 
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ROOT
-from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
-from tensorboard.context import RequestContext
-from tensorboard.plugins import base_plugin
-from tensorboard.plugins.hparams import backend_context, get_experiment, list_session_groups
-from tensorboard.plugins.hparams.api_pb2 import (
-    GetExperimentRequest,
-    ListSessionGroupsRequest,
-    Status,
-)
+from sweep_commands import completed, end, hparams, numbers, rows, start, wait_until
 
 from cnntrain.config.resume import read_result
+from cnntrain.sweeps.record import METRICS
 
 SMALL = ["data=fashion_mnist_mini", "trainer=cpu", "+trainer.limit_train_batches=6"]
-TWELVE = ["backend=native,im2col", "model=shallow,lenet5", "seed=0,1,2", "trainer.max_epochs=3"]
-FOUR = ["backend=native,im2col", "seed=0,1", "trainer.max_epochs=2"]
-LONG = ["trainer.max_epochs=400", "data.batch_size=16"]
-
-
-def start(folder: Path, *arguments: str, **how: Any) -> subprocess.Popen[str]:
-    """`python train.py -m ...`, the leader of a process group."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, *arguments]
-    # A shell's background jobs ignore SIGINT, and so would what the tests start in one.
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes, **heard, **how)
-
-
-def sweep(folder: Path, *arguments: str, code: int = 0, **how: Any) -> str:
-    process = start(folder, *arguments, **how)
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == code, out + err
-    assert "Traceback" not in err
-    return out
-
-
-def rows(folder: Path) -> dict[str, dict[str, str]]:
-    """sweep.csv by the members' directories."""
-    with (folder / "sweep.csv").open(newline="") as file:
-        return {row["directory"]: row for row in csv.DictReader(file)}
-
-
-def numbers(folder: Path) -> dict[str, dict[str, str]]:
-    """What sweep.csv says but for the time that it took."""
-    found = rows(folder)
-    return {name: {k: v for k, v in row.items() if k != "seconds"} for name, row in found.items()}
-
-
-def completed(folder: Path) -> dict[Path, int]:
-    """The result.json of each completed member, with the number of its file."""
-    files = folder.glob("*/result.json")
-    return {
-        f: f.stat().st_ino
-        for f in files
-        if (read_result(f.parent) or {}).get("status") == "completed"
-    }
-
-
-def wait_until(condition: Any, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+TWELVE = [*SMALL, "backend=native,im2col", "model=shallow,lenet5", "seed=0,1,2"]
+TWELVE += ["trainer.max_epochs=3", "sweep=calm"]
+LONG = [*SMALL, "trainer.max_epochs=400", "data.batch_size=16"]
 
 
 @pytest.fixture(scope="module")
-def twelve(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """An undisturbed sweep of twelve, and what it printed."""
     folder = tmp_path_factory.mktemp("twelve")
-    return folder / "outputs/sweeps/calm", sweep(folder, *TWELVE, "sweep=calm")
+    return folder / "outputs/sweeps/calm", end(start(folder, *TWELVE))
 
 
 @pytest.mark.xdist_group("twelve")
-def test_a_line_a_member_and_an_answer(twelve: tuple[Path, str]) -> None:
-    folder, out = twelve
-    lines = out.splitlines()
+def test_a_line_a_member_and_an_answer(twelve: tuple[Path, list[str]]) -> None:
+    folder, lines = twelve
     assert lines[0] == "sweep calm: 12 members, 1 thread each; outputs/sweeps/calm"
     for number, line in enumerate(lines[1:13], 1):
         assert line.startswith(f"[{number:>2}/12] backend=")
@@ -97,7 +38,7 @@ def test_a_line_a_member_and_an_answer(twelve: tuple[Path, str]) -> None:
         assert ("left" in line) == (number < 12)
     assert lines[13].startswith("calm: best by val/acc is ")
     assert lines[-1] == "12 completed"
-    assert "|" not in out  # a bar's ends
+    assert not any("|" in line for line in lines)  # a bar's ends
     found = rows(folder)
     assert len(found) == 12
     for name, row in found.items():
@@ -108,39 +49,39 @@ def test_a_line_a_member_and_an_answer(twelve: tuple[Path, str]) -> None:
 
 
 @pytest.mark.xdist_group("twelve")
-def test_killed_three_times(twelve: tuple[Path, str], tmp_path: Path) -> None:
+def test_killed_three_times(twelve: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder = tmp_path / "outputs/sweeps/calm"
-    before: dict[Path, int] = {}
+    before = completed(folder)
     for least in (2, 5, 9):
-        process = start(tmp_path, *TWELVE, "sweep=calm")
-        wait_until(lambda least=least: len(completed(folder)) >= least, process)
+        process = start(tmp_path, *TWELVE)
+        wait_until(process, lambda least=least: len(completed(folder)) >= least)
         if least > 2:  # within a training, too
             begun = len(list(folder.glob("*/checkpoints")))
-            wait_until(lambda n=begun: len(list(folder.glob("*/checkpoints"))) > n, process)
+            wait_until(process, lambda n=begun: len(list(folder.glob("*/checkpoints"))) > n)
         process.kill()
         process.communicate()
         now = completed(folder)
         assert before.items() <= now.items()  # none of them was run again
         before = now
-    out = sweep(tmp_path, *reversed(TWELVE), "sweep=calm")
-    assert f"12 members, {len(before)} completed before" in out.splitlines()[0]
+    lines = end(start(tmp_path, *reversed(TWELVE)))
+    assert f"12 members, {len(before)} completed before" in lines[0]
     assert before.items() <= completed(folder).items()
     assert numbers(folder) == numbers(twelve[0])
     assert Counter(row["status"] for row in rows(folder).values()) == {"completed": 12}
 
 
 @pytest.mark.xdist_group("twelve")
-def test_nothing_is_left_to_do(twelve: tuple[Path, str]) -> None:
+def test_nothing_is_left_to_do(twelve: tuple[Path, list[str]]) -> None:
     folder = twelve[0]
     before, table = completed(folder), numbers(folder)
-    out = sweep(folder.parents[2], *TWELVE, "sweep=calm")
-    assert out.startswith("sweep calm: 12 members, 12 completed before")
+    lines = end(start(folder.parents[2], *TWELVE))
+    assert lines[0].startswith("sweep calm: 12 members, 12 completed before")
     assert completed(folder) == before
     assert numbers(folder) == table
 
 
 @pytest.mark.xdist_group("twelve")
-def test_a_member_is_the_run_alone(twelve: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_member_is_the_run_alone(twelve: tuple[Path, list[str]], tmp_path: Path) -> None:
     options = [*SMALL, "backend=im2col", "model=lenet5", "seed=2", "trainer.max_epochs=3"]
     command = [sys.executable, str(ROOT / "train.py"), *options, "hydra.run.dir=run"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=200)
@@ -152,104 +93,64 @@ def test_a_member_is_the_run_alone(twelve: tuple[Path, str], tmp_path: Path) -> 
 
 
 @pytest.mark.xdist_group("twelve")
-def test_hparams_show_every_member(twelve: tuple[Path, str]) -> None:
-    """Read as the tab itself reads them, through TensorBoard's own backend."""
-    folder = twelve[0]
-    events = plugin_event_multiplexer.EventMultiplexer()
-    events.AddRunsFromDirectory(str(folder))
-    events.Reload()
-    provider = data_provider.MultiplexerDataProvider(events, str(folder))
-    context = backend_context.Context(
-        base_plugin.TBContext(logdir=str(folder), data_provider=provider)
-    )
-    asked = RequestContext()
-    experiment = get_experiment.Handler(asked, context, "", GetExperimentRequest()).run()
-    assert [column.name for column in experiment.hparam_infos] == ["backend", "model", "seed"]
-    metrics = [metric.name.tag for metric in experiment.metric_infos]
-    assert metrics[:2] == ["val/acc", "val/loss"]
-    assert "test/acc" in metrics
-    request = ListSessionGroupsRequest(
-        slice_size=100, include_metrics=True, allowed_statuses=[Status.Value("STATUS_SUCCESS")]
-    )
-    for tag in metrics:
-        request.col_params.add().metric.tag = tag
-    groups = list_session_groups.Handler(asked, context, "", request).run().session_groups
-    assert len(groups) == 12
-    for group in groups:
-        shown = {name: group.hparams[name] for name in ("backend", "model", "seed")}
-        member = ",".join(
-            f"{k}={v.string_value or int(v.number_value)}" for k, v in sorted(shown.items())
-        )
-        result = read_result(folder / member)
-        assert result is not None
-        values = {metric.name.tag: metric.value for metric in group.metric_values}
-        assert values["test/acc"] == pytest.approx(result["metrics"]["test/acc"])
-        assert values["test/loss"] == pytest.approx(result["metrics"]["test/loss"])
-        assert set(values) == set(metrics)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("four")
-    sweep(folder, *FOUR, "sweep=four")
-    return folder / "outputs/sweeps/four"
-
-
-@pytest.fixture
-def cluster() -> Iterator[str]:
-    """Two Ray nodes with a place for one member each; the address."""
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="hydra-ray-launcher is missing")
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes.add_node(num_cpus=1)
-    yield nodes.address
-    nodes.shutdown()
-
-
-@pytest.mark.xdist_group("four")
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_a_launcher_makes_no_difference(launcher: str, four: Path, tmp_path: Path) -> None:
-    plugin = launcher.partition("_")[0]
-    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
-    out = sweep(tmp_path, *FOUR, "sweep=four", f"hydra/launcher={launcher}")
-    assert out.splitlines()[-1] == "4 completed"
-    assert numbers(tmp_path / "outputs/sweeps/four") == numbers(four)
-
-
-@pytest.mark.xdist_group("four")
-def test_ray_makes_no_difference(cluster: str, four: Path, tmp_path: Path) -> None:
-    options = ["hydra/launcher=ray", f"+hydra.launcher.ray.init.address='{cluster}'"]
-    out = sweep(tmp_path, *FOUR, "sweep=four", *options)
-    assert out.splitlines()[-1] == "4 completed"
-    assert numbers(tmp_path / "outputs/sweeps/four") == numbers(four)
+def test_hparams_show_every_member(twelve: tuple[Path, list[str]]) -> None:
+    columns, metrics, members = hparams(twelve[0])
+    assert list(columns) == ["backend", "model", "seed"]
+    assert metrics == list(METRICS)
+    assert set(members) == set(rows(twelve[0]))
+    for name, row in rows(twelve[0]).items():
+        assert {k: str(members[name][k]) for k in ("backend", "model")} == {
+            k: row[k] for k in ("backend", "model")
+        }
+        assert members[name]["seed"] == int(row["seed"])
+        for metric in ("test/acc", "test/loss"):
+            assert members[name][metric] == pytest.approx(float(row[metric]))
 
 
 @pytest.mark.parametrize(
-    ("signum", "whole", "code"), [("INT", True, 130), ("TERM", False, 143), ("TERM", True, 143)]
+    ("signum", "whole", "code"), [("INT", True, 130), ("TERM", True, 143), ("TERM", False, 143)]
 )
 def test_a_signal_saves_all_members(signum: str, whole: bool, code: int, tmp_path: Path) -> None:
-    parallel = ["hydra/launcher=joblib"] if whole else []
-    process = start(tmp_path, "seed=0,1,2", *LONG, "sweep=cut", *parallel)
-    folder, at_work = tmp_path / "outputs/sweeps/cut", 2 if whole else 1
-    wait_until(lambda: len(list(folder.glob("*/checkpoints/last.ckpt"))) == at_work, process)
+    """Two train side by side; the signal is for the whole process group, or the sweep alone."""
+    typed = ["seed=0,1,2", *LONG, "sweep=cut", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process, folder = start(tmp_path, *typed), tmp_path / "outputs/sweeps/cut"
+    wait_until(process, lambda: len(list(folder.glob("*/checkpoints/last.ckpt"))) == 2)
     if not whole:
-        busy = start(tmp_path, "seed=0,1", *LONG, "sweep=cut")
+        busy = start(tmp_path, *typed)
         _, said = busy.communicate(timeout=100)
         assert busy.returncode == 2
         assert "sweep.name=cut: another process is running this sweep" in said
     (os.killpg if whole else os.kill)(process.pid, getattr(signal, f"SIG{signum}"))
-    out, said = process.communicate(timeout=100)
-    assert process.returncode == code, out + said
-    assert out.splitlines()[-1] == (
-        f"interrupted by SIG{signum}; the same command goes on with what is left"
-    )
-    assert "Traceback" not in said
+    lines = end(process, code)
+    assert lines[-1] == f"interrupted by SIG{signum}; the same command goes on with what is left"
     statuses = Counter(row["status"] for row in rows(folder).values())
-    assert statuses == {"interrupted": at_work, "pending": 3 - at_work}
+    assert statuses == {"interrupted": 2, "pending": 1}
     for name, row in rows(folder).items():
         result = read_result(folder / name) or {"epochs": 0}
         assert int(row["epochs"]) == result["epochs"]
+
+
+def test_a_member_at_work_is_waited_for(tmp_path: Path) -> None:
+    """As by a job that is left in a cluster's queue by a sweep that was killed."""
+    folder, typed = tmp_path / "outputs/sweeps/s", [*SMALL, "trainer.max_epochs=40"]
+    command = [*typed, "seed=1", f"hydra.run.dir='{folder / 'seed=1'}'"]
+    alone = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    wait_until(alone, (folder / "seed=1/metrics.csv").exists)
+    sweep = start(tmp_path, *typed, "seed=0,1", "sweep=s", "hydra/launcher=joblib")
+    wait_until(sweep, (folder / "sweep.csv").exists)
+    assert rows(folder)["seed=1"]["status"] == "running"
+    lines = end(sweep)
+    assert alone.wait() == 0
+    assert lines[-1] == "2 completed"
+    assert sum(line.startswith("[") for line in lines) == 2
+    assert {row["status"] for row in rows(folder).values()} == {"completed"}
+    assert (folder / "seed=1/train.log").read_text().count("epoch  1/40 ") == 1
+
+
+DIVERGING = [*SMALL, "model.norm=false", "model.activation=relu", "optimizer=sgd"]
+DIVERGING += ["trainer.max_epochs=1"]
 
 
 def test_what_fails_is_told_and_retried(tmp_path: Path) -> None:
@@ -263,15 +164,13 @@ def test_what_fails_is_told_and_retried(tmp_path: Path) -> None:
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
         "        return super().forward(x)\n"
     )
-    recipe = ["model.norm=false", "model.activation=relu", "optimizer=sgd", "trainer.max_epochs=1"]
     varied = ["optimizer.lr=1e20,0.01", "backend._target_=mypkg.Dies,cnntrain.conv.NativeConv2d"]
-    folder = tmp_path / "outputs/sweeps/bad"
+    typed, folder = [*DIVERGING, *varied, "sweep=bad"], tmp_path / "outputs/sweeps/bad"
     # Rehearsed without the file, which comes when the first member has begun.
-    process = start(tmp_path, *recipe, *varied, "sweep=bad")
-    wait_until((folder / "sweep.yaml").exists, process)
+    process = start(tmp_path, *typed)
+    wait_until(process, (folder / "sweep.yaml").exists)
     (tmp_path / "die").touch()
-    out, said = process.communicate(timeout=200)
-    assert process.returncode == 1, out + said
+    lines = end(process, 1)
     found = {(r["optimizer.lr"], r["backend._target_"]): r for r in rows(folder).values()}
     killed = found["0.01", "mypkg.Dies"]
     assert killed["status"] == "failed"
@@ -279,47 +178,37 @@ def test_what_fails_is_told_and_retried(tmp_path: Path) -> None:
     diverged = found["1e+20", "cnntrain.conv.NativeConv2d"]
     assert diverged["error"].startswith("NotFinite: epoch 1/1, batch 2")
     assert found["0.01", "cnntrain.conv.NativeConv2d"]["status"] == "completed"
-    assert sum("failed: its process was ended by SIGKILL" in line for line in out.splitlines()) >= 1
-    assert out.splitlines()[-1] == "1 completed, 3 failed"
+    assert sum("failed: its process was ended by SIGKILL" in line for line in lines) >= 1
+    assert lines[-1] == "1 completed, 3 failed"
     (tmp_path / "die").unlink()
-    out = sweep(tmp_path, *recipe, *varied, "sweep=bad", code=1)
-    assert out.splitlines()[-1] == "2 completed, 2 failed"
+    assert end(start(tmp_path, *typed), 1)[-1] == "2 completed, 2 failed"
 
 
 def test_fail_fast(tmp_path: Path) -> None:
-    recipe = ["model.norm=false", "model.activation=relu", "optimizer=sgd", "trainer.max_epochs=1"]
-    out = sweep(
-        tmp_path,
-        *recipe,
-        "optimizer.lr=1e20,0.01,0.02",
-        "sweep=bad",
-        "sweep.fail_fast=true",
-        code=1,
-    )
-    assert out.splitlines()[-1] == "0 completed, 1 failed, 2 unfinished"
+    typed = [*DIVERGING, "optimizer.lr=1e20,0.01,0.02", "sweep=bad", "sweep.fail_fast=true"]
+    assert end(start(tmp_path, *typed), 1)[-1] == "0 completed, 1 failed, 2 unfinished"
     statuses = Counter(row["status"] for row in rows(tmp_path / "outputs/sweeps/bad").values())
     assert statuses == {"failed": 1, "pending": 2}
 
 
 def test_another_base_leaves_all_as_it_is(tmp_path: Path) -> None:
-    sweep(tmp_path, "seed=0,1", "trainer.max_epochs=1", "sweep=base")
+    end(start(tmp_path, *SMALL, "seed=0,1", "trainer.max_epochs=1", "sweep=base"))
     folder = tmp_path / "outputs/sweeps/base"
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    process = start(tmp_path, "seed=0,1,2", "trainer.max_epochs=2", "sweep=base")
+    process = start(tmp_path, *SMALL, "seed=0,1,2", "trainer.max_epochs=2", "sweep=base")
     _, said = process.communicate(timeout=100)
     assert process.returncode == 2
     assert "trainer.max_epochs=2: the sweep 'base' was begun with 1; take another name" in said
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-SEARCH = ["search=lenet5_lr", "trainer.max_epochs=2"]
+SEARCH = [*SMALL, "search=lenet5_lr", "trainer.max_epochs=2"]
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("searched")
-    out = sweep(folder, *SEARCH, "search.trials=20")
-    assert out.splitlines()[-1] == "20 ended"
+    assert end(start(folder, *SEARCH, "search.trials=20"))[-1] == "20 ended"
     return folder / "outputs/sweeps/lenet5_lr"
 
 
@@ -333,12 +222,12 @@ def test_a_search_killed_in_the_middle(searched: Path, tmp_path: Path) -> None:
     process = start(tmp_path, *SEARCH, "search.trials=20")
     ended = ("completed", "pruned")
     wait_until(
-        lambda: sum((read_result(f) or {}).get("status") in ended for f in folder.glob("t*")) > 8,
         process,
+        lambda: sum((read_result(f) or {}).get("status") in ended for f in folder.glob("t*")) > 8,
     )
     process.kill()
     process.communicate()
-    sweep(tmp_path, *SEARCH, "search.trials=20")
+    end(start(tmp_path, *SEARCH, "search.trials=20"))
     assert numbers(folder) == numbers(searched)
     assert len(rows(folder)) == 20
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -355,7 +244,7 @@ def test_a_search_killed_in_the_middle(searched: Path, tmp_path: Path) -> None:
 
 @pytest.mark.xdist_group("search")
 def test_a_search_is_made_longer(searched: Path) -> None:
-    out = sweep(searched.parents[2], *SEARCH, "search.trials=20")
-    assert "[" not in out.splitlines()[1]  # nothing was run
-    sweep(searched.parents[2], *SEARCH, "search.trials=22", "hydra/launcher=joblib")
+    folder = searched.parents[2]
+    assert "[" not in end(start(folder, *SEARCH, "search.trials=20"))[1]  # nothing was run
+    end(start(folder, *SEARCH, "search.trials=22", "hydra/launcher=joblib"))
     assert len(rows(searched)) == 22

@@ -30,19 +30,35 @@ def begun(directory: Path) -> bool:
     return any((directory / name).exists() for name in (RESULT, CHECKPOINTS, CONFIG))
 
 
-def in_use(directory: Path) -> str | None:
-    """The line that says so if a process is training there."""
-    if not (directory / LOCK).exists():
-        return None
+def at_work(directory: Path) -> bool:
+    """Whether a process is training there, as far as can be seen."""
     try:
-        with FileLock(directory / LOCK, timeout=0):
-            return None
-    except Timeout:
-        return (
-            f"hydra.run.dir={directory}: another process is training there; wait for it or end it"
-        )
+        return _locked(directory)
+    except OSError:
+        return False
+
+
+def in_use(directory: Path) -> str | None:
+    """The line that says so if a process is training there, or that one cannot know."""
+    try:
+        if _locked(directory):
+            return (
+                f"hydra.run.dir={directory}: another process is training there; wait for it or "
+                "end it"
+            )
     except OSError as error:
         return f"{directory / LOCK}: cannot be written: {error.strerror}"
+    return None
+
+
+def _locked(directory: Path) -> bool:
+    if not (directory / LOCK).exists():
+        return False
+    try:
+        with FileLock(directory / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -25,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, config_hash
-from cnntrain.config.resume import RESULT, in_use, read_result, run_only, seal
+from cnntrain.config.resume import RESULT, at_work, completed, read_result, run_only, seal
 from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.sweeps.record import METRICS, history
 
@@ -77,7 +78,7 @@ class MemberTask:
             os.chdir(self.cwd)
             _end_with_launcher()
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for sweep and members
+                signal.signal(signal.SIGINT, _begin_no_other)
         groups = {k: v for k, v in hydra.runtime.choices.items() if v}
         choices = {k: v for k, v in groups.items() if not str(k).startswith(("hydra/", "search"))}
         job = Job(
@@ -95,6 +96,11 @@ class MemberTask:
         # Said here, not when the sweep has looked: by then the next member would have begun.
         if self.fail_fast and (read_result(directory) or {}).get("status") == "failed":
             (directory.parent / STOP).touch()
+
+
+def _begin_no_other(signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C is for the sweep and its members; a launcher's worker waits for its own to save."""
+    interruption.received = signum
 
 
 def prepare_processes() -> None:
@@ -142,10 +148,12 @@ def _run(job: Job) -> None:
     queue, is waited for.
     """
     stop = job.directory.parent / STOP
-    while not stop.exists() and in_use(job.directory):
+    while not stop.exists() and at_work(job.directory):
         time.sleep(LOOK)
     # After Ctrl-C a member has left at once, and in this process no other is to begin.
     if stop.exists() or interruption.received is not None:
+        return
+    if completed(job.directory, OmegaConf.create(job.config)):  # by the one that was waited for
         return
     prepare_processes()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *STANDARD):

@@ -32,8 +32,8 @@ class Progress:
     say: Callable[[str], None]
     ended: Callable[[str], None]  # called with the name of each that has
     while_waiting: Callable[[], None]  # called with every look
-    waiting: dict[str, Mark] = field(default_factory=dict)  # with the mark of an earlier result
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # of those that have ended
+    waiting: dict[str, Mark] = field(default_factory=dict)  # with the mark of the result before
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # the last that each has had
     started: float = field(default_factory=time.monotonic)
 
     @contextlib.contextmanager
@@ -58,15 +58,18 @@ class Progress:
 
     def look(self) -> None:
         for name, before in list(self.waiting.items()):
-            if result_mark(self.folder / name) == before:
+            mark = result_mark(self.folder / name)
+            result = read_result(self.folder / name) if mark != before else None
+            if result is None or result["status"] not in ENDED:
                 continue
-            result = read_result(self.folder / name)
-            if result is not None and result["status"] in ENDED:
+            self.results[name] = result
+            if result["status"] == "interrupted":  # a cluster may start it again
+                self.waiting[name] = mark
+            else:
                 del self.waiting[name]
-                self.results[name] = result
                 self.done += 1
-                self.say(self._line(name, result))
-                self.ended(name)
+            self.say(self._line(name, result))
+            self.ended(name)
 
     def _line(self, name: str, result: dict[str, Any]) -> str:
         status = result["status"]
@@ -86,7 +89,8 @@ class Progress:
         remaining = self.total - self.done
         if remaining <= 0:
             return ""
-        each = (time.monotonic() - self.started) / len(self.results)
+        ended = len([name for name in self.results if name not in self.waiting])
+        each = (time.monotonic() - self.started) / ended
         return f"; {timedelta(seconds=round(each * remaining))} left"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnntrain.config.resume import RESULT, Damaged, begun, in_use, sealed
+from cnntrain.config.resume import RESULT, Damaged, at_work, begun, sealed
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss")
 STATUSES = ("completed", "running", "pending", "interrupted", "pruned", "failed", "damaged")
@@ -36,14 +36,14 @@ def read_member(name: str, directory: Path, values: dict[str, Any]) -> Member:
     try:
         result = sealed(directory / RESULT)
     except FileNotFoundError:
-        status = "running" if in_use(directory) else "pending"
+        status = "running" if at_work(directory) else "pending"
         if status == "pending" and begun(directory):
             status = "interrupted"  # before it could say so
         result = {"status": status}
     except (Damaged, OSError) as error:
         return Member(name, directory, values, "damaged", error=str(error).split("; ")[0])
     status = result["status"]
-    if status == "running" and not in_use(directory):
+    if status == "running" and not at_work(directory):
         status = "interrupted"  # by what cannot be caught
     metrics, epochs = result.get("metrics"), result.get("epochs")
     if metrics is None and (rows := history(directory)):

@@ -1,6 +1,7 @@
 """Many runs from one command line, on any of Hydra's launchers."""
 
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,14 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from cnntrain.config import quoted
-from cnntrain.config.resume import completed, in_use
+from cnntrain.config.resume import at_work, completed
 from cnntrain.interruption import interruption
 from cnntrain.sweeps.collect import collect, write_csv
 from cnntrain.sweeps.folder import SweepFolder
 from cnntrain.sweeps.hparams import cell, write_schema
 from cnntrain.sweeps.member import LEAVE, STOP, MemberTask, record_failure
 from cnntrain.sweeps.members import Planned, planned
-from cnntrain.sweeps.progress import Progress
+from cnntrain.sweeps.progress import LOOK, Progress
 from cnntrain.sweeps.record import read_member
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss", "test/acc", "test/loss"]
@@ -125,9 +126,7 @@ class Outcome:
     @property
     def unfinished(self) -> list[str]:
         """Members that have not come to their end: interrupted, not begun, or run elsewhere."""
-        found = self.progress.results.items()
-        interrupted = [name for name, r in found if r["status"] == "interrupted"]
-        return [*interrupted, *self.progress.waiting]
+        return [*self.progress.waiting]
 
     def run(self, members: Sequence[Planned], launch: Launch) -> None:
         """Run members on a launcher, until each has a result.json or the launcher gives up."""
@@ -156,6 +155,7 @@ class Outcome:
                 except Exception as error:  # of the launcher: what it runs raises none
                     problem = " ".join(f"{type(error).__name__}: {error}".split())
                     self.say(f"the launcher failed: {problem}")
+                self._wait_for_those_at_work()
             if not self.stop.exists():
                 self._bury(members, problem)
             self.stop.unlink(missing_ok=True)
@@ -186,13 +186,16 @@ class Outcome:
             self.stop.write_text(LEAVE)
             self.passed_on = True
 
+    def _wait_for_those_at_work(self) -> None:
+        """A launcher that gives up, as one whose workers a signal has ended, leaves some."""
+        while any(at_work(self.folder.directory(name)) for name in [*self.progress.waiting]):
+            time.sleep(LOOK)
+
     def _bury(self, members: Sequence[Planned], reason: str) -> None:
         """Record what has ended without a word, with its machine or its launcher's process."""
         for member in members:
-            directory = self.folder.directory(member.name)
-            if member.name in self.progress.waiting and directory.exists():
-                if busy := in_use(directory):
-                    self.say(f"{member.name}: {busy}")
-                else:
-                    record_failure(directory, member.config, reason)
+            directory, name = self.folder.directory(member.name), member.name
+            silent = name in self.progress.waiting and name not in self.progress.results
+            if silent and directory.exists():
+                record_failure(directory, member.config, reason)
         self.progress.look()

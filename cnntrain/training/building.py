@@ -95,6 +95,7 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
     warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*`srun` command is available .* but is not used.*")
     # What is logged, and what is tested, is of all processes already, each image once.
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
     warnings.filterwarnings("ignore", ".*it is recommended to use `Trainer.devices=1.*")
