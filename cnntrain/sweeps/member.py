@@ -148,19 +148,30 @@ def _run(job: Job) -> None:
     queue, is waited for.
     """
     stop = job.directory.parent / STOP
-    while not stop.exists() and at_work(job.directory):
-        time.sleep(LOOK)
-    # After Ctrl-C a member has left at once, and in this process no other is to begin.
-    if stop.exists() or interruption.received is not None:
-        return
-    if completed(job.directory, OmegaConf.create(job.config)):  # by the one that was waited for
-        return
+    while True:
+        while not stop.exists() and at_work(job.directory):
+            time.sleep(LOOK)
+        # After Ctrl-C a member has left at once, and in this process no other is to begin.
+        if stop.exists() or interruption.received is not None:
+            return
+        if completed(job.directory, OmegaConf.create(job.config)):  # by the one waited for
+            return
+        before = result_mark(job.directory)
+        reason = _in_a_process(job, stop)
+        if not at_work(job.directory):  # else another one was faster
+            break
+    result = read_result(job.directory) or {}
+    if result_mark(job.directory) == before or result.get("status") not in ENDED:
+        record_failure(job.directory, job.config, reason)
+
+
+def _in_a_process(job: Job, stop: Path) -> str:
+    """Train in a process of its own, which a file `stop` may ask to leave; what it died of."""
     prepare_processes()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *STANDARD):
         multiprocessing.set_start_method(
             METHOD, force=True
         )  # loky's is its own, unknown to a child
-    before = result_mark(job.directory)
     receiver, sender = _processes.Pipe(duplex=False)
     process = _processes.Process(target=_member, args=(job, sender), name=job.directory.name)
     process.start()
@@ -172,12 +183,9 @@ def _run(job: Job) -> None:
             process.terminate()  # it saves, and says so in its result.json
             asked = True
     try:
-        reason = receiver.recv()
+        return str(receiver.recv())
     except EOFError:  # nothing was said
-        reason = _cause_of_death(process.exitcode)
-    result = read_result(job.directory) or {}
-    if result_mark(job.directory) == before or result.get("status") not in ENDED:
-        record_failure(job.directory, job.config, reason)
+        return _cause_of_death(process.exitcode)
 
 
 def record_failure(directory: Path, config: Any, reason: str) -> None:
