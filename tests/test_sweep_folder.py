@@ -242,8 +242,9 @@ def test_an_option_that_came_or_went_is_another_base(tmp_path: Path, option: str
 
 def test_what_varies_with_a_choice_is_no_base(tmp_path: Path) -> None:
     """A choice brings options of its own, an experiment those of anything."""
-    for called, epochs in {"short": 2, "long": 20}.items():
+    for called, epochs in {"short": 2, "long": 20, "augmented": 20}.items():
         recipe = f"# @package _global_\ntrainer:\n  max_epochs: {epochs}\n"
+        recipe += "data:\n  crop: 2\n" if called == "augmented" else ""
         recipe += "  limit_train_batches: 3\n" if called == "short" else ""
         (tmp_path / "experiment").mkdir(exist_ok=True)
         (tmp_path / f"experiment/{called}.yaml").write_text(recipe)
@@ -258,6 +259,9 @@ def test_what_varies_with_a_choice_is_no_base(tmp_path: Path) -> None:
     assert pending("experiment=short,long", "optimizer=sgd", "seed=0,1") == 4
     assert pending("experiment=long", "optimizer=adamw", "seed=0") == 1
     assert pending("experiment=short", "optimizer=adamw", "seed=3") == 1
+    assert pending("experiment=augmented", "optimizer=sgd", "seed=0") == 1
+    with pytest.raises(ConfigError, match=r"data\.crop=1: the sweep 's' was begun with several"):
+        pending("experiment=short", "optimizer=adamw", "seed=4", "data.crop=1")
     with pytest.raises(ConfigError, match=r"loss\.label_smoothing=0\.1: the sweep 's' was begun"):
         pending("experiment=short", "optimizer=adamw", "loss.label_smoothing=0.1")
 

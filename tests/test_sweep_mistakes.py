@@ -34,7 +34,12 @@ SHEET = {
     "metric": "val/acc",
     "mode": "max",
     "over": {"seed": [0]},
-    "base": {"options": {"optimizer.lr": 0.1}, "choices": {"backend": "native"}},
+    "base": {
+        "options": {"optimizer.lr": 0.1},
+        "choices": {"backend": "native"},
+        "differ": {},
+        "typed": {},
+    },
     "members": {"seed=0": {"values": {"seed": 0}, "config_hash": "a", "identity": "a"}},
 }
 

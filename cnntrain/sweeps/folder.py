@@ -17,6 +17,7 @@ from cnntrain.config.resume import CONFIG, LOCK, run_only
 from cnntrain.sweeps.members import Planned, common, shown
 
 SHEET = "sweep.yaml"
+BASE = ("options", "choices", "differ", "typed")  # what is told of the config that all share
 MOST_SHOWN = 8  # differences of an option each
 
 
@@ -65,7 +66,7 @@ class SweepFolder:
         known, over = self.sheet["members"], self.sheet["over"]
         keys = list(dict.fromkeys([*over, *varied]))
         base = common(members, cfgs)
-        for part in ("options", "differ"):
+        for part in ("options", "differ", "typed"):
             base[part] = {k: v for k, v in base[part].items() if not _within(k, keys)}
         self._refuse_another_base(base, keys)
         for member in known.values():  # what did not vary then has the value that all had
@@ -102,24 +103,28 @@ class SweepFolder:
 
     def _refuse_another_base(self, base: dict[str, Any], keys: Iterable[str]) -> None:
         """Options that come with a choice which varies, as an experiment's, are no base."""
-        if not self.sheet["base"]:
+        if not (begun := self.sheet["base"]):
             return
-        before, now = self.sheet["base"]["options"], base["options"]
-        differ = {*INCIDENTAL, *self.sheet["base"]["differ"], *base["differ"]}
-        different = [
-            key
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key, ...) != now.get(key, ...)
-            and not (key in differ or _within(key, keys) or _of_another_class(key, before, now))
-        ]
+        before, now = begun["options"], base["options"]
+        differ, typed = begun["differ"] | base["differ"], begun["typed"] | base["typed"]
+        anything = "experiment" in keys  # may have set any option, but for those typed
+
+        def another(key: str) -> bool:
+            if key in INCIDENTAL or _within(key, keys):
+                return False
+            if key in differ:
+                return (key in begun["typed"]) != (key in base["typed"])
+            if before.get(key, ...) == now.get(key, ...) or _of_another_class(key, before, now):
+                return False
+            return not anything or _within(key, typed)
+
+        different = [key for key in sorted(before | now | differ) if another(key)]
         if different:
             raise ConfigError(
                 [
-                    (f"{key}={shown(now[key])}" if key in now else f"{key} (left out)")
-                    + f": the sweep {self.path.name!r} was begun with"
-                    + (f" {shown(before[key])}" if key in before else "out it")
-                    + "; take another name for this one (sweep=<name>), or leave the option as it "
-                    "was"
+                    f"{_told(key, base)}: the sweep {self.path.name!r} was begun "
+                    f"{_was(key, begun)}; take another name for this one (sweep=<name>), or leave "
+                    "the option as it was"
                     for key in different[:MOST_SHOWN]
                 ]
             )
@@ -145,7 +150,7 @@ def _read(path: Path) -> dict[str, Any]:
         sheet: Any = OmegaConf.to_container(OmegaConf.load(path))
         base, members, over = sheet["base"], sheet["members"], sheet["over"]
         tables = [*(m["values"] for m in members.values())]
-        tables += [base["options"], base["choices"]] if base or members else []
+        tables += [base[part] for part in BASE] if base or members else []
         if (
             all(isinstance(values, list) for values in over.values())
             and all(isinstance(table, dict) for table in tables)
@@ -166,6 +171,18 @@ def _read(path: Path) -> dict[str, Any]:
 def _within(option: str, keys: Iterable[str]) -> bool:
     """Whether an option is one that varies, or comes with a choice that does."""
     return any(option == key or option.startswith(f"{key}.") for key in keys)
+
+
+def _told(option: str, base: dict[str, Any]) -> str:
+    if option in base["options"]:
+        return f"{option}={shown(base['options'][option])}"
+    return f"{option} (several values)" if option in base["differ"] else f"{option} (left out)"
+
+
+def _was(option: str, base: dict[str, Any]) -> str:
+    if option in base["options"]:
+        return f"with {shown(base['options'][option])}"
+    return "with several values of it" if option in base["differ"] else "without it"
 
 
 def _of_another_class(option: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -190,4 +207,6 @@ def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         for part in ("options", "choices")
     }
     known = {**before["differ"], **now["differ"], **before["options"], **now["options"]}
-    return {**both, "differ": {k: None for k in known if k not in both["options"]}}
+    typed = {**before["typed"], **now["typed"]}
+    differ = {k: None for k in known if k not in both["options"]}
+    return {**both, "differ": differ, "typed": typed}

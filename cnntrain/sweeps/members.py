@@ -82,11 +82,13 @@ def shown(value: Any) -> str:
 
 def common(members: Sequence[Planned], cfgs: Sequence[DictConfig]) -> dict[str, dict[str, Any]]:
     """What all members have in common: `options`, and the names of `choices`; `differ` names the
-    options that they do not."""
+    options that they do not, `typed` those that were typed."""
     options = [flat(member.config) for member in members]
     named, shared = [choices(cfg) for cfg in cfgs], _shared(options)
     differ = {k: None for table in options for k in table if k not in shared}
-    return {"options": shared, "choices": _shared(named), "differ": differ}
+    parsed = OverridesParser.create().parse_overrides(members[0].overrides)
+    typed = {override.key_or_group: None for override in parsed}
+    return {"options": shared, "choices": _shared(named), "differ": differ, "typed": typed}
 
 
 def choices(cfg: DictConfig) -> dict[str, str]:
