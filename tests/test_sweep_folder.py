@@ -260,10 +260,36 @@ def test_what_varies_with_a_choice_is_no_base(tmp_path: Path) -> None:
     assert pending("experiment=long", "optimizer=adamw", "seed=0") == 1
     assert pending("experiment=short", "optimizer=adamw", "seed=3") == 1
     assert pending("experiment=augmented", "optimizer=sgd", "seed=0") == 1
-    with pytest.raises(ConfigError, match=r"data\.crop=1: the sweep 's' was begun with several"):
-        pending("experiment=short", "optimizer=adamw", "seed=4", "data.crop=1")
     with pytest.raises(ConfigError, match=r"loss\.label_smoothing=0\.1: the sweep 's' was begun"):
         pending("experiment=short", "optimizer=adamw", "loss.label_smoothing=0.1")
+    with pytest.raises(ConfigError, match=r"data\.crop=1: the sweep 's' was begun without it"):
+        pending("experiment=short", "optimizer=adamw", "seed=4", "data.crop=1")
+
+
+def test_where_experiments_vary_what_was_typed_is_the_base(tmp_path: Path) -> None:
+    """What a new one of them sets is its own, whatever those before it left as it was."""
+    for called, crop in {"plain": 0, "light": 1, "heavy": 2}.items():
+        (tmp_path / "experiment").mkdir(exist_ok=True)
+        recipe = f"# @package _global_\ndata:\n  crop: {crop}\n"
+        (tmp_path / f"experiment/{called}.yaml").write_text(recipe)
+    mine = ["--config-dir", str(tmp_path), "data=fashion_mnist_mini", "loss.label_smoothing=0.1"]
+    run(tmp_path / "s", *mine, "experiment=plain", "seed=0,1")
+    for called in ("plain,light", "heavy"):
+        _, launcher, _ = run(tmp_path / "s", *mine, f"experiment={called}", "seed=0")
+        assert len(launcher.launched) == 1
+    assert [row["experiment"] for row in rows(tmp_path / "s")] == ["plain"] * 2 + ["light", "heavy"]
+    folder, another, typed = mine[:2], ["experiment=light", "seed=7"], mine[2:]
+    for changed, said in {
+        ("data=fashion_mnist", typed[1]): "data=fashion_mnist: {} with fashion_mnist_mini",
+        (typed[0], "loss.label_smoothing=0.2"): "loss.label_smoothing=0.2: {} with 0.1",
+        (typed[0],): "loss.label_smoothing=0.0: {} with 0.1",
+        (*typed, "data.crop=2"): "data.crop=2: {} without it",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            sweeping(tmp_path / "s", *folder, *another, *changed)
+        (problem,) = caught.value.problems
+        assert problem.startswith(said.format("the sweep 's' was begun") + "; ")
+    assert len(sweeping(tmp_path / "s", *mine, *another, "optimizer=adam").pending) == 1
 
 
 def test_what_changes_no_number_may_change(tmp_path: Path) -> None:

@@ -102,29 +102,29 @@ class SweepFolder:
         return base["choices"].get(key, base["options"].get(key))
 
     def _refuse_another_base(self, base: dict[str, Any], keys: Iterable[str]) -> None:
-        """Options that come with a choice which varies, as an experiment's, are no base."""
+        """Options that come with a choice which varies are no base. An experiment may bring any:
+        where it varies, the base is what was typed."""
         if not (begun := self.sheet["base"]):
             return
         before, now = begun["options"], base["options"]
-        differ, typed = begun["differ"] | base["differ"], begun["typed"] | base["typed"]
-        anything = "experiment" in keys  # may have set any option, but for those typed
-
-        def another(key: str) -> bool:
-            if key in INCIDENTAL or _within(key, keys):
-                return False
-            if key in differ:
-                return (key in begun["typed"]) != (key in base["typed"])
-            if before.get(key, ...) == now.get(key, ...) or _of_another_class(key, before, now):
-                return False
-            return not anything or _within(key, typed)
-
-        different = [key for key in sorted(before | now | differ) if another(key)]
+        differ = {*INCIDENTAL, *begun["differ"], *base["differ"]}
+        if "experiment" in keys:
+            typed, differ = begun["typed"] | base["typed"], {*INCIDENTAL}
+            before, now = (_only(typed, b["options"] | b["choices"]) for b in (begun, base))
+        different = [
+            key
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key, ...) != now.get(key, ...)
+            and not (key in differ or _within(key, keys) or _of_another_class(key, before, now))
+        ]
         if different:
             raise ConfigError(
                 [
-                    f"{_told(key, base)}: the sweep {self.path.name!r} was begun "
-                    f"{_was(key, begun)}; take another name for this one (sweep=<name>), or leave "
-                    "the option as it was"
+                    (f"{key}={shown(now[key])}" if key in now else f"{key} (left out)")
+                    + f": the sweep {self.path.name!r} was begun with"
+                    + (f" {shown(before[key])}" if key in before else "out it")
+                    + "; take another name for this one (sweep=<name>), or leave the option as it "
+                    "was"
                     for key in different[:MOST_SHOWN]
                 ]
             )
@@ -173,16 +173,8 @@ def _within(option: str, keys: Iterable[str]) -> bool:
     return any(option == key or option.startswith(f"{key}.") for key in keys)
 
 
-def _told(option: str, base: dict[str, Any]) -> str:
-    if option in base["options"]:
-        return f"{option}={shown(base['options'][option])}"
-    return f"{option} (several values)" if option in base["differ"] else f"{option} (left out)"
-
-
-def _was(option: str, base: dict[str, Any]) -> str:
-    if option in base["options"]:
-        return f"with {shown(base['options'][option])}"
-    return "with several values of it" if option in base["differ"] else "without it"
+def _only(keys: Iterable[str], table: dict[str, Any]) -> dict[str, Any]:
+    return {key: table[key] for key in keys if key in table}
 
 
 def _of_another_class(option: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -207,6 +199,5 @@ def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         for part in ("options", "choices")
     }
     known = {**before["differ"], **now["differ"], **before["options"], **now["options"]}
-    typed = {**before["typed"], **now["typed"]}
     differ = {k: None for k in known if k not in both["options"]}
-    return {**both, "differ": differ, "typed": typed}
+    return {**both, "differ": differ, "typed": before["typed"] | now["typed"]}

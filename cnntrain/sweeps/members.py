@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config import INCIDENTAL, config_hash, flat
+from cnntrain.config.overrides import key_of
 from cnntrain.config.resume import run_only
 
 LONGEST = 120  # characters of a directory's name: paths of 255 bytes are the limit of most systems
@@ -82,12 +83,11 @@ def shown(value: Any) -> str:
 
 def common(members: Sequence[Planned], cfgs: Sequence[DictConfig]) -> dict[str, dict[str, Any]]:
     """What all members have in common: `options`, and the names of `choices`; `differ` names the
-    options that they do not, `typed` those that were typed."""
+    options that they do not, `typed` what was typed for them."""
     options = [flat(member.config) for member in members]
     named, shared = [choices(cfg) for cfg in cfgs], _shared(options)
     differ = {k: None for table in options for k in table if k not in shared}
-    parsed = OverridesParser.create().parse_overrides(members[0].overrides)
-    typed = {override.key_or_group: None for override in parsed}
+    typed = {key_of(text): None for text in members[0].overrides}
     return {"options": shared, "choices": _shared(named), "differ": differ, "typed": typed}
 
 
