@@ -22,7 +22,7 @@ from cnntrain.config.resume import seal
 from cnntrain.sweeps.collect import Collection, collect, write_csv
 from cnntrain.sweeps.ranking import DIFFERS, NOISE, TIE, UNKNOWN, compare, label, rank
 from cnntrain.sweeps.record import history
-from cnntrain.sweeps.tables import group_csv, markdown, ranked_table
+from cnntrain.sweeps.tables import group_csv, markdown, print_ranked
 
 NATIVE, IM2COL, NAIVE = [0.90, 0.92, 0.91], [0.91, 0.93, 0.905], [0.80, 0.81, 0.83]
 
@@ -350,5 +350,5 @@ def test_a_forged_seal(tmp_path: Path) -> None:
 def shown(collection: Collection) -> str:
     """The table of the terminal, its lines joined."""
     out = io.StringIO()
-    Console(file=out, width=400).print(ranked_table(collection))
+    print_ranked(collection, Console(file=out, width=400))
     return out.getvalue()

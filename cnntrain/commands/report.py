@@ -59,15 +59,14 @@ def _report(collection: Collection, out: Path) -> None:
     from rich.console import Console
 
     from cnntrain.sweeps.report import write_report
-    from cnntrain.sweeps.tables import ranked_table
+    from cnntrain.sweeps.tables import print_ranked
 
     files, problem = [], None
     try:
         files = write_report(collection, out)
     except OSError as error:
         problem = error
-    console = Console()
-    Console(width=max(console.width, 110)).print(ranked_table(collection), crop=False)
+    print_ranked(collection, Console())
     if problem:
         print(f"cnntrain: {told(problem)}; out=<folder> writes elsewhere", file=sys.stderr)
         sys.exit(1)

@@ -212,12 +212,10 @@ def _end(outcome: Outcome, found: Sequence[str]) -> None:
     """The answer, the counts, and what failed."""
     from rich.console import Console
 
-    from cnntrain.sweeps.tables import ranked_table
+    from cnntrain.sweeps.tables import print_ranked
 
     failed, unfinished = outcome.failed, outcome.unfinished
-    console = Console()
-    table = ranked_table(collect(outcome.folder.path))
-    Console(width=max(console.width, 110)).print(table, crop=False)
+    print_ranked(collect(outcome.folder.path), Console())
     for line in found:
         _say(line)
     counts = {"failed": len(failed), "unfinished": len(unfinished)}

@@ -5,8 +5,7 @@ import io
 from collections import Counter
 
 from rich import box
-from rich.console import Group as Renderables
-from rich.console import RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -26,37 +25,61 @@ from cnntrain.sweeps.ranking import (
 from cnntrain.sweeps.record import METRICS, plain
 
 MOST_ROWS = 30  # on the terminal
+LEAST_WIDTH = 110  # characters, of a terminal that is narrower or none
+DISPENSABLE = ("train/acc", "train/loss", "val/loss", "seconds", "val/acc")  # the first one first
 SHOWN = ("val/acc", "test/acc", "train/acc", "val/loss")  # beside the metric that ranks
 FEW_SEEDS = "n = 1 in every row: nothing tells a difference from chance; add seeds (seed=0,1,2)."
 OF_THE_TEST = "Ranked on the test set: what is chosen by it has no unbiased test accuracy any more."
 
 
-def ranked_table(collection: Collection) -> Renderables:
+def print_ranked(collection: Collection, console: Console) -> None:
     """The groups, best first, the rule by which they are told apart, and what failed."""
+    console.width = max(console.width, LEAST_WIDTH)
     ranking = rank(collection)
-    words = [*_titles(collection.options), "n", "verdict"]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for title in columns(ranking):
-        said = title in words
-        table.add_column(
-            title.replace(" %", "\n%"),
-            justify="left" if said else "right",
-            no_wrap=not said,
-            overflow="fold",  # a number that is cut is another number
-        )
-    for group, row in list(zip(ranking.groups, rows(ranking), strict=True))[:MOST_ROWS]:
-        table.add_row(*map(Text, row), style="bold" if group is ranking.best else "")
-    parts: list[RenderableType] = [Text(headline(ranking)), Text(), table]
+    table, left_out = _table(ranking, console.width)
+    console.print(Text(headline(ranking)), Text(), table, sep="\n", crop=False)
     if (more := len(ranking.groups) - MOST_ROWS) > 0:
-        parts.append(Text(f"and {more} more", style="dim"))
-    parts += [Text(), Text(note(ranking), style="dim")]
+        console.print(Text(f"and {more} more", style="dim"))
+    if left_out:
+        missing = f"No room for {', '.join(left_out)}: a wider terminal or the report shows them."
+        console.print(Text(missing, style="dim"))
+    console.print(Text(), Text(note(ranking), style="dim"), sep="\n")
     failed = [m for m in collection.members if m.status in ("failed", "damaged")]
     lines = [f"{m.status}: {m.name}: {m.error or 'no reason is recorded'}" for m in failed]
-    # A line each, however long: printed with crop=False, for who searches or copies it.
-    parts += [
-        Text(line, no_wrap=True, overflow="ignore") for line in [*lines, *collection.problems]
+    for line in [*lines, *collection.problems]:  # a line each, for who searches or copies it
+        console.print(Text(line), no_wrap=True, overflow="ignore", crop=False)
+
+
+def _table(ranking: Ranking, width: int) -> tuple[Table, list[str]]:
+    """A line for each group, and what is left out so that it has so many characters.
+
+    With more options than have room it is longer than that: in narrower columns, cells of several
+    lines, nobody could read it.
+    """
+    body = rows(ranking)[:MOST_ROWS]
+    shown = [
+        (title.removesuffix(" %"), ["%" if title.endswith(" %") else "", *cells])
+        for title, *cells in zip(columns(ranking), *body, strict=True)
     ]
-    return Renderables(*parts)
+
+    def needed() -> int:
+        return sum(max(map(len, (title, *cells))) + 2 for title, cells in shown) - 2
+
+    options = _titles(ranking.collection.options)
+    left_out = []
+    for name in DISPENSABLE:
+        of_it = name in dict(shown) and name not in (ranking.collection.metric, *options)
+        if of_it and needed() > width:
+            shown = [(title, cells) for title, cells in shown if title != name]
+            left_out.append(name)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.width = needed()
+    for title, (unit, *_) in shown:
+        left = title in (*options, "n", "verdict")
+        table.add_column(f"{title}\n{unit}", justify="left" if left else "right", no_wrap=True)
+    for group, *row in zip(ranking.groups, *(cells[1:] for _, cells in shown), strict=False):
+        table.add_row(*map(Text, row), style="bold" if group is ranking.best else "")
+    return table, left_out
 
 
 def headline(ranking: Ranking) -> str:
