@@ -3,10 +3,7 @@
 import csv
 import io
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,21 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from cnntrain.config import ConfigError, compose
+from cnntrain.config import ConfigError
 from cnntrain.lab.benchmark import Report, benchmark, draw, report_tables, timing
-from cnntrain.lab.benchmark.contenders import choice, contenders
-from cnntrain.lab.benchmark.layers import layer, layer_sets, layers_of
+from cnntrain.lab.benchmark.layers import layer, layer_sets
 from cnntrain.lab.benchmark.measure import Case, Measured
 from cnntrain.lab.benchmark.memory import Memory, measure_memory
 from cnntrain.lab.benchmark.report import Row, Spread
-from cnntrain.lab.benchmark.tables import number, speedup_lines, times
+from cnntrain.lab.benchmark.tables import speedup_lines
 from cnntrain.lab.benchmark.timing import Subject, Times, take_turns
-from cnntrain.models import LeNet5
 
 MIB = 2**20
 SMALL = {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "size": 8}
@@ -45,49 +39,6 @@ def shown(report: Report) -> str:
     console = Console(width=110, file=io.StringIO(), record=True)
     console.print(report_tables(report))
     return console.export_text()
-
-
-# What is timed.
-
-
-def test_layers_of_lenet5() -> None:
-    """Three convolutions; MACs by hand: 25*1*6*28*28, 25*6*16*10*10, 25*16*128*1*1."""
-    found = layers_of(LeNet5().train(), (1, 28, 28))
-    assert [layer.shape for layer in found] == [
-        "1->6 5x5 p2 on 28x28",
-        "6->16 5x5 on 14x14",
-        "16->128 5x5 on 5x5",
-    ]
-    assert [layer.macs for layer in found] == [117_600, 240_000, 51_200]
-    assert found[0].name == "features.0"
-
-
-def test_the_set_lenet5_is_the_model_s() -> None:
-    (mine,) = layer_sets(choice("layers", "lenet5"), (1, 28, 28))
-    theirs = layers_of(LeNet5(), (1, 28, 28))
-    assert [(x.options, x.size) for x in mine.layers] == [(x.options, x.size) for x in theirs]
-
-
-def test_layers_keep_everything_that_a_network_asks_for() -> None:
-    network = nn.Sequential(
-        nn.Conv2d(4, 6, (3, 5), stride=(1, 2), padding=(0, 1), dilation=2, groups=2, bias=False),
-        nn.Conv2d(6, 6, 3, padding="same", padding_mode="circular"),
-        nn.Conv2d(6, 6, 3, padding="same", padding_mode="circular"),
-    ).train()
-    (found,) = layer_sets({"mine": network}, (4, 20, 30))
-    first, second = found.layers
-    expected = network[0](torch.zeros(1, 4, 20, 30)).shape[1:]
-    assert first.shape == "4->6 3x5 s1x2 p0x1 d2 g2 no bias on 20x30"
-    assert first.out_shape == tuple(expected)
-    assert first.macs == 3 * 5 * (4 // 2) * 6 * expected[1] * expected[2]
-    assert (first.count, second.count) == (1, 2)  # equal layers are listed once
-    assert (first.name, second.name) == ("0", "1")
-    assert second.shape == f"6->6 3x3 same circular on {expected[1]}x{expected[2]}"
-    made = nn.Conv2d(**dict(first.options))
-    assert made.weight.shape == network[0].weight.shape
-    assert made.bias is None
-    assert all(module.training for module in network.modules())
-    assert not network[0]._forward_pre_hooks
 
 
 @pytest.mark.parametrize(
@@ -116,14 +67,6 @@ def test_a_wrong_shape_is_named(changed: dict[str, Any], said: str) -> None:
     assert "\n" not in problem
 
 
-def test_an_incomplete_shape_and_one_without_quotes() -> None:
-    with pytest.raises(ConfigError, match=r"^shape: has no out_channels, kernel_size; an example:"):
-        layer({"in_channels": 2, "size": 8})
-    # What `shape={in_channels: 2, size: 8}` comes to where a shell expands the braces.
-    with pytest.raises(ConfigError, match=r"^shape=size:8: must be a mapping, in quotes: shape='{"):
-        layer("size:8")
-
-
 def test_a_wrong_set_is_named() -> None:
     wrong = {
         "a": {"layer": []},
@@ -142,83 +85,6 @@ def test_a_wrong_set_is_named() -> None:
     assert d.startswith("layers.d[1]: in_channels must be divisible")
     assert e == "model: e has no nn.Conv2d to time"
     assert f.startswith("in_shape=[1, 8, 2]: ")
-
-
-# Who is timed.
-
-
-def test_contenders_of_every_kind() -> None:
-    class Mine(nn.Conv2d):
-        pass
-
-    limited = {"_target_": "cnntrain.conv.Im2colConv2d", "max_column_mib": 8}
-    found = contenders(["im2col", "torch.nn.Conv2d", limited, "unfold", "seven_loops", Mine])
-    assert list(found) == [
-        "im2col", "Conv2d", "Im2colConv2d(max_column_mib=8)", "unfold", "seven_loops", "Mine",
-    ]  # fmt: skip
-    made = [make(2, 4, kernel_size=3) for make in found.values()]
-    assert type(made[0]).__name__ == "Im2colConv2d"
-    assert type(made[2]).__name__ == "Im2colConv2d"
-    assert made[2].algorithm.max_column_mib == 8
-    assert type(made[5]) is Mine
-
-
-@pytest.mark.parametrize(
-    ("entries", "said"),
-    [
-        (["im2coll"], "backends=[im2coll]: there is no choice 'im2coll'; did you mean 'im2col'?"),
-        (["unfolld"], "backends=[unfolld]: there is no choice 'unfolld'; did you mean 'unfold'?"),
-        (["nowhere.Conv"], "backends._target_=nowhere.Conv: cannot be imported"),
-        (["torch.nn.Linear"], "backends._target_=torch.nn.Linear: must be a class derived from"),
-        (
-            ["os.system"],
-            "backends._target_=os.system: must be a class derived from torch.nn.Conv2d",
-        ),
-        ([{"max_column_mib": 8}], "backends={'max_column_mib': 8}: must have a _target_"),
-        (
-            [{"_target_": "cnntrain.conv.Im2colConv2d", "max_colum_mib": 8}],
-            "backends.max_colum_mib=8: cnntrain.conv.Im2colConv2d has no option 'max_colum_mib'; "
-            "did you mean 'max_column_mib'?",
-        ),
-        (["native", "native"], "backends: native is there twice"),
-        ([], "backends=[]: must name at least one"),
-    ],
-)
-def test_a_wrong_contender_is_named(entries: list[Any], said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        contenders(entries)
-    assert any(problem.startswith(said) for problem in caught.value.problems), caught.value
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"unfoldNd is a package of its own: pip install unfoldNd"
-    ):
-        contenders(["unfoldNd"])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"padding": (1, 2), "stride": (2, 1), "dilation": (1, 2)},
-        {"groups": 2, "bias": False},
-        {"groups": 4, "padding": 1},
-    ],
-)
-@pytest.mark.parametrize("peer", ["unfold", "unfoldNd", "seven_loops"])
-def test_peers_are_convolutions(peer: str, options: dict[str, Any]) -> None:
-    if peer == "unfoldNd":
-        pytest.importorskip("unfoldNd")
-    torch.manual_seed(0)
-    native = nn.Conv2d(4, 8, (3, 2), **options).double()
-    mine = contenders([peer])[peer](4, 8, (3, 2), **options).double()
-    mine.load_state_dict(native.state_dict())
-    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
-    torch.testing.assert_close(mine(x), native(x).detach() if peer == "seven_loops" else native(x))
-
-
-# What is measured.
 
 
 class Allocates(torch.autograd.Function):
@@ -416,9 +282,6 @@ def test_turns_are_shuffled_and_one_that_raises_leaves() -> None:
     assert rounds == {"ac", "ca"}
 
 
-# The whole.
-
-
 class Wrong(nn.Conv2d):
     """Its output is a tenth too large, as are its gradients."""
 
@@ -596,129 +459,3 @@ def test_on_a_gpu() -> None:
         assert found["output_error"] < 1e-2
         assert found["total_extra_bytes"] >= found["forward_extra_bytes"] >= 0
     assert report.meta["gpu"]
-
-
-# The command.
-
-WRONG = [
-    (["rounds=0"], "rounds=0: input should be greater than 0"),
-    (["threads=0"], "threads=0: input should be greater than 0"),
-    (["batch_sizes=[0]"], "batch_sizes=[0]: input should be greater than 0"),
-    (["dtypes=[float31]"], "input should be 'float32', 'float64', 'bfloat16' or 'float16'"),
-    (["device=gpu"], "device=gpu: input should be 'cpu' or 'cuda'"),
-    (["in_shape=[1,28]"], "in_shape=[1, 28]: has too few values"),
-    (["layers=3x4"], "layers=3x4: layers has no choice '3x4'; did you mean '3x3'?"),
-    (["model=lenet"], "model=lenet: model has no choice 'lenet'; did you mean 'lenet5'?"),
-    (["model=lenet5", "model.drop=1"], "model.drop=1: model has no option 'drop'"),
-    (["backend=im2col"], "backend=im2col: there is no option 'backend'; did you mean 'backends'?"),
-    (["+directory=x"], "directory: there is no option 'directory'"),
-]
-
-
-@pytest.mark.parametrize(("overrides", "said"), WRONG)
-def test_a_wrong_option_is_answered_before_anything_starts(overrides: list[str], said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        compose(overrides, name="benchmark")
-    assert said in "\n".join(caught.value.problems)
-
-
-def test_presets() -> None:
-    cfg = compose(["benchmark=layers"], name="benchmark")
-    assert list(cfg.layers) == ["lenet5", "3x3", "stride2", "1x1", "depthwise"]
-    assert list(cfg.backends) == ["native", "im2col", "unfold", "unfoldNd"]
-    found = layer_sets(cfg.layers, (1, 28, 28))
-    assert [s.batch_sizes for s in found] == [(64, 128, 512), *[(32, 128)] * 4]
-    assert [x.shape for s in found[1:] for x in s.layers] == [
-        "32->64 3x3 p1 on 16x16",
-        "64->64 3x3 p1 on 32x32",
-        "128->128 3x3 p1 on 8x8",
-        "64->128 3x3 s2 p1 on 32x32",
-        "64->256 1x1 on 16x16",
-        "64->64 3x3 p1 g64 on 32x32",
-    ]
-    cfg = compose(["benchmark=layers", "layers=[1x1,3x3]", "rounds=3"], name="benchmark")
-    assert list(cfg.layers) == ["1x1", "3x3"]
-
-
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cnntrain", "benchmark", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_the_command(tmp_path: Path) -> None:
-    """A model, a set and a shape at once, on a class of the user's own."""
-    (tmp_path / "mypkg.py").write_text("from torch import nn\n\n\nclass My(nn.Conv2d): pass\n")
-    shape = "shape={in_channels: 4, out_channels: 6, kernel_size: [3, 1], stride: 2, size: [9, 8]}"
-    done = run(
-        tmp_path, "model=shallow", "layers=[1x1]", shape, "backends=[native,im2col,mypkg.My]",
-        "batch_sizes=[2]", "threads=1", "rounds=2", "min_turn_ms=0", "hydra.run.dir=run",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    content = json.loads((tmp_path / "run/results.json").read_text())
-    found = {(r["set"], r["shape"], r["backend"]) for r in content["rows"]}
-    shapes = [
-        ("1x1", "64->256 1x1 on 16x16"),
-        ("shallow", "1->16 3x3 on 28x28"),
-        ("shape", "4->6 3x1 s2 on 9x8"),
-    ]
-    assert found == {(*s, b) for s in shapes for b in ("native", "im2col", "My")}
-    assert content["meta"]["rounds"] == 2
-    with Image.open(tmp_path / "run/benchmark.png") as image:
-        image.verify()
-    lines = done.stdout.splitlines()
-    assert max(map(len, lines)) <= 110
-    assert "1x1, batch 2, float32" in lines
-    assert any(line.startswith("1->16 3x3 on 28x28") for line in lines)
-    assert lines[-3:] == ["run/results.csv", "run/results.json", "run/benchmark.png"]
-    again = run(tmp_path, "layers=1x1", "hydra.run.dir=run")
-    assert again.returncode == 2
-    assert "hydra.run.dir=run: holds another run already" in again.stderr
-
-
-def test_seed_table(tmp_path: Path) -> None:
-    done = run(tmp_path, "benchmark=seed_table", "rounds=3")
-    assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.glob("outputs/benchmark/*/results.json")
-    content = json.loads(file.read_text())
-    rows = {(r["set"], r["backend"]): r for r in content["rows"]}
-    assert len(rows) == 2 * 4
-    for (name, _), found in rows.items():
-        first = name == "1x1x3x3 input"
-        assert found["shape"] == ("1->16 3x3 on 3x3" if first else "3->7 3x3 s2 on 14x14")
-        assert found["batch_size"] == (1 if first else 10)
-        assert found["macs_per_image"] == (9 * 16 if first else 9 * 3 * 7 * 6 * 6)
-        assert (found["rounds"], found["passes"]) == (3, 1)
-        assert found["forward_ms"] > 0
-        assert found["backward_ms"] is None
-        assert found["output_error"] < 2e-6
-        assert found["problem"] == ""
-
-
-def test_mistakes_are_one_line_each_and_exit_2(tmp_path: Path) -> None:
-    wrong = "{in_channels: 4, out_channels: 6, kernel_size: 3, size: 2}"
-    done = run(tmp_path, f"shape={wrong}")
-    assert (done.returncode, done.stdout) == (2, "")
-    first, second = done.stderr.splitlines()
-    assert first == "cnntrain: this cannot be run as asked"
-    assert second.startswith("  shape: Calculated padded input size per channel: (2 x 2)")
-
-
-def test_help_tells_the_options() -> None:
-    done = run(ROOT, "--help")
-    assert done.returncode == 0
-    assert "layers: 1x1, 3x3, depthwise, lenet5, stride2" in done.stdout
-    assert "memory_format: contiguous" in done.stdout
-
-
-def test_numbers_for_people() -> None:
-    assert [number(v) for v in (1234.5, 12.345, 1.2345, 0.59, 0.012345, 0)] == [
-        "1234", "12.3", "1.23", "0.590", "0.0123", "0",
-    ]  # fmt: skip
-    assert [times(v) for v in (0.886, 9.876, 12.34)] == ["0.89", "9.88", "12.3"]

@@ -1,8 +1,7 @@
-"""Runs collected and ranked: numbers against NumPy, SciPy and by hand, statuses, damaged files."""
+"""Runs ranked: numbers against NumPy, SciPy and by hand."""
 
 import csv
 import io
-import json
 import logging
 import math
 import subprocess
@@ -12,14 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from filelock import FileLock
 from rich.console import Console
-from run_folders import write_run, write_sweep
+from run_folders import write_run
 
-from cnntrain.config import ConfigError
-from cnntrain.config.choices import choice, defaults
-from cnntrain.config.resume import seal
-from cnntrain.sweeps.collect import Collection, collect, write_csv
+from cnntrain.sweeps.collect import Collection, collect
 from cnntrain.sweeps.ranking import DIFFERS, NOISE, TIE, UNKNOWN, compare, label, rank
 from cnntrain.sweeps.record import history
 from cnntrain.sweeps.tables import group_csv, markdown, print_ranked
@@ -147,63 +142,6 @@ def test_all_failed(tmp_path: Path) -> None:
     )
 
 
-def test_choices_as_one_types_them(tmp_path: Path) -> None:
-    """What only one of the choices has, or has as its default, is no option that varies."""
-    write_run(tmp_path / "a", ["model=lenet5", "optimizer=adam", "scheduler=none"])
-    write_run(tmp_path / "b", ["model=shallow", "optimizer=sgd"])
-    write_run(tmp_path / "c", ["model=shallow", "optimizer=sgd", "optimizer.lr=0.3"])
-    write_run(tmp_path / "d", ["trainer.checkpoint_every_n_steps=7", "+optimizer.amsgrad=true"])
-    values = {member.name: member.values for member in collect(tmp_path).members}
-    common = {"seed": 0}
-    assert values["a"] == common | {
-        "model": "lenet5", "optimizer": "adam", "scheduler": "none", "optimizer.lr": 0.005,
-    }  # fmt: skip
-    assert values["b"]["optimizer.lr"] == 0.05
-    assert values["c"]["optimizer.lr"] == 0.3
-    assert values["d"]["optimizer.amsgrad"] is True
-    assert values["d"]["scheduler"] == "one_cycle"
-    assert set().union(*values.values()) == {
-        "model", "optimizer", "optimizer.lr", "optimizer.amsgrad", "scheduler", "seed",
-    }  # fmt: skip
-
-
-def test_names_of_choices() -> None:
-    assert choice("backend", {"_target_": "cnntrain.conv.Im2colConv2d"}) == "im2col"
-    assert choice("backend", {"_target_": "mypkg.MyConv2d"}) == "mypkg.MyConv2d"
-    assert choice("scheduler", None) == choice("scheduler", {}) == "none"
-    assert choice("loss", {"_target_": "torch.nn.CrossEntropyLoss"}) == "torch.nn.CrossEntropyLoss"
-    trainer = {**defaults("trainer", "auto"), "accelerator": "gpu"}
-    assert choice("trainer", trainer) == "gpu"
-    assert defaults("trainer", "cpu")["max_epochs"] == 10  # of the file that it is based on
-
-
-def test_statuses(tmp_path: Path) -> None:
-    names = ["done", "none", "running", "killed", "cut", "begun"]
-    members = {f"backend={n}": {"backend": n, "seed": 0} for n in names}
-    write_sweep(tmp_path, {"backend": names, "seed": [0]}, members)
-    write_run(tmp_path / "backend=done")
-    write_run(tmp_path / "backend=running", status="running", val=[0.1, 0.2])
-    write_run(tmp_path / "backend=killed", status="running", val=[0.1, 0.3, 0.4])
-    (tmp_path / "backend=killed/.lock").touch()
-    with (tmp_path / "backend=killed/metrics.csv").open("a") as file:
-        file.write("3,40,0.0")  # half a row
-    write_run(tmp_path / "backend=cut", status="interrupted")
-    (tmp_path / "backend=begun/.hydra").mkdir(parents=True)
-    (tmp_path / "backend=begun/.hydra/config.yaml").touch()
-    with FileLock(tmp_path / "backend=running/.lock"):
-        found = {m.values["backend"]: m for m in collect(tmp_path).members}
-    assert {name: member.status for name, member in found.items()} == {
-        "done": "completed",
-        "none": "pending",
-        "running": "running",
-        "killed": "interrupted",
-        "cut": "interrupted",
-        "begun": "interrupted",
-    }
-    assert (found["killed"].epochs, found["killed"].metrics["val/acc"]) == (3, 0.4)
-    assert found["none"].metrics == {}
-
-
 def test_damaged_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     a_comparison(tmp_path)
     result, config = tmp_path / "native_0/result.json", tmp_path / "naive_1/.hydra/config.yaml"
@@ -226,61 +164,6 @@ def test_damaged_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     groups = {g.values.get("backend"): g.n for g in rank(collection).groups}
     assert groups == {"im2col": 3, "native": 2, "naive": 1}
     assert history(tmp_path / "im2col_0") == []
-
-
-@pytest.mark.parametrize(
-    "sheet",
-    ["", "[]", "name: a", "name: a\nmetric: val/lss\nover: {}\nmembers: {}",
-     "name: a\nmetric: val/acc\nover: {seed: 1}\nmembers: {}",
-     "name: a\nmetric: val/acc\nover: {}\nmembers: {m: {values: 3}}", "\x00"],
-)  # fmt: skip
-def test_a_damaged_sheet_hides_no_run(tmp_path: Path, sheet: str) -> None:
-    write_run(tmp_path / "run")
-    (tmp_path / "sweep.yaml").write_text(sheet)
-    collection = collect(tmp_path)
-    assert [member.status for member in collection.members] == ["completed"]
-    assert collection.problems[0].startswith(f"{tmp_path / 'sweep.yaml'}: is damaged")
-
-
-def test_folders_that_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for folder, said in {
-        tmp_path / "nowhere": "is not a folder",
-        tmp_path / "file": "is not a folder",
-        tmp_path: "holds no run",
-    }.items():
-        with pytest.raises(ConfigError, match=said):
-            collect(folder)
-    with pytest.raises(ConfigError, match="metric=acc: is no metric; there is val/acc, val/loss"):
-        collect(tmp_path, "acc")
-
-
-def test_a_run_itself(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", seed=3)
-    (member,) = collect(tmp_path / "run").members
-    assert (member.name, member.values, member.seconds) == ("run", {"seed": 3}, 10.0)
-
-
-def test_values_each_once_in_their_order(tmp_path: Path) -> None:
-    members = {f"m{i}": {"x": x} for i, x in enumerate([3, 1, True, "1", None, 3])}
-    write_sweep(tmp_path, {"x": [3, 0]}, members)
-    assert [repr(x) for x in collect(tmp_path).over["x"]] == ["3", "0", "1", "True", "None"]
-
-
-def test_a_row_for_each_member(tmp_path: Path) -> None:
-    names = [f"backend={b},seed={s}" for b in ("native", "im2col") for s in (0, 1)]
-    members = {n: dict(part.split("=") for part in n.split(",")) for n in names}
-    write_sweep(tmp_path, {"backend": ["native", "im2col"], "seed": ["0", "1"]}, members)
-    write_run(tmp_path / names[0], val=[0.7512345678901234])
-    write_run(tmp_path / names[1], status="failed", error='a "quoted", thing')
-    write_csv(collect(tmp_path), tmp_path / "sweep.csv")
-    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
-    assert [row["directory"] for row in rows] == names
-    assert [row["status"] for row in rows] == ["completed", "failed", "pending", "pending"]
-    assert float(rows[0]["val/acc"]) == 0.7512345678901234
-    assert (rows[0]["backend"], rows[0]["seed"], rows[0]["seconds"]) == ("native", "0", "10.0")
-    assert rows[1]["error"] == 'a "quoted", thing'
-    assert rows[3]["val/acc"] == rows[3]["seconds"] == ""
 
 
 def test_the_table_s_forms_agree(tmp_path: Path) -> None:
@@ -333,18 +216,6 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (done.stdout, done.stderr) == ("False\n", "")
-
-
-def test_a_forged_seal(tmp_path: Path) -> None:
-    """Whatever is in a result, it is the run's only with its checksum."""
-    write_run(tmp_path / "a")
-    content = json.loads((tmp_path / "a/result.json").read_text())
-    content["status"] = "failed"
-    (tmp_path / "a/result.json").write_text(json.dumps(content))
-    assert collect(tmp_path).members[0].status == "damaged"
-    del content["sha256"]
-    (tmp_path / "a/result.json").write_text(json.dumps(seal(content)))
-    assert collect(tmp_path).members[0].status == "failed"
 
 
 def shown(collection: Collection) -> str:

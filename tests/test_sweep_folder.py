@@ -1,128 +1,17 @@
-"""A sweep's plan and its folder: names, what extends it, what it refuses; nothing is trained."""
+"""A sweep's folder: its sheet, what is run in it, what extends it; nothing is trained."""
 
-import csv
 import json
 import re
 import shutil
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.utils import get_args_parser
-from omegaconf import OmegaConf
 from run_folders import write_run
+from sweeps_of_records import COMPARE, rows, run, sheet, sweeping
 
-from cnntrain.commands.plan import plan
-from cnntrain.config import ConfigError
 from cnntrain.config.resume import seal
-from cnntrain.sweeps.members import Planned, directory_name, name, planned, shown
 from cnntrain.sweeps.progress import Progress, formatted
-from cnntrain.sweeps.sweep import Outcome, Sweep, Sweeping
-
-COMPARE = ["model=shallow,lenet5", "seed=0,1"]
-
-
-def asked(*typed: str) -> Any:
-    """What a command line with -m asks for."""
-    return plan(get_args_parser().parse_intermixed_args(["-m", *typed]), "train")
-
-
-def sweeping(folder: Path, *typed: str, **options: Any) -> Sweeping:
-    found = asked(*typed)
-    return Sweeping(folder, Sweep(**options), found.cfgs, found.varied)
-
-
-class Launcher:
-    """In a real one's place: each job is a record that says how it ended, or does nothing."""
-
-    def __init__(self, of: Sweeping, *, failing: tuple[str, ...] = (), silent: bool = False):
-        self.members = {member.name: member for member in of.pending}
-        self.of, self.failing, self.silent, self.launched = of, failing, silent, list[str]()
-
-    def __call__(self, jobs: list[list[str]], task: Any) -> None:
-        for *_, directory in jobs:
-            called = re.fullmatch(r"hydra\.sweep\.subdir='?([^']+)'?", directory)
-            assert called is not None
-            self.launched.append(called[1])
-            if not self.silent:
-                self.record(self.members[called[1]])
-
-    def record(self, member: Planned) -> None:
-        directory = self.of.folder.directory(member.name)
-        failed = member.name in self.failing
-        typed = [text for text in member.overrides if not text.startswith("seed=")]
-        write_run(
-            directory,
-            typed,
-            seed=member.config.seed,
-            status="failed" if failed else "completed",
-            error="OSError: no room" if failed else None,
-        )
-        content = json.loads((directory / "result.json").read_text())
-        assert content["config_hash"] == member.config_hash
-
-
-def run(folder: Path, *typed: str, **how: Any) -> tuple[Outcome, Launcher, list[str]]:
-    """The sweep on a launcher of records; with what it said."""
-    under_way = sweeping(folder, *typed)
-    launcher, said = Launcher(under_way, **how), list[str]()
-    return under_way.run(launcher, said.append), launcher, said
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "sweep.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def sheet(folder: Path) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(folder / "sweep.yaml"))
-
-
-def names(typed: list[str]) -> list[str]:
-    found = asked(*typed)
-    return [member.name for member in planned(found.cfgs, found.varied)]
-
-
-def test_names_whatever_the_order() -> None:
-    typed = ["seed=1,0", "model=shallow,lenet5", "optimizer.lr=0.01"]
-    found = {frozenset(names([*order])) for order in permutations(typed)}
-    assert found == {
-        frozenset(
-            f"model={model},seed={seed}" for model in ("shallow", "lenet5") for seed in (0, 1)
-        )
-    }
-
-
-def test_names_of_values() -> None:
-    """As they are typed; one that means the same is the same member."""
-    assert names(["optimizer.lr=1e-2,0.1"]) == ["optimizer.lr=0.01", "optimizer.lr=0.1"]
-    assert names(["model.norm=true,false,True"]) == ["model.norm=true", "model.norm=false"]
-    assert names(["trainer.gradient_clip_val=null,1.0"]) == [
-        "trainer.gradient_clip_val=null",
-        "trainer.gradient_clip_val=1.0",
-    ]
-    assert names(["model.channels=[6,16,120],[4,8,9]"])[0] == "model.channels=[6,16,120]"
-    assert names(["optimizer.betas=[0.9,0.99],[0.8,0.9]"])[1] == "optimizer.betas=[0.8,0.9]"
-    assert names(["seed=3"]) == ["seed=3"]
-    assert names([]) == ["defaults"]
-    assert shown({"a": [True, None], "b": "x"}) == "{a:[true,null],b:x}"
-
-
-@pytest.mark.parametrize("value", ["a/b", "../up", "a b", "ä", "x" * 300, "a:b", "$HOME", "a'b\n"])
-def test_odd_and_long_names_get_a_hash(value: str) -> None:
-    called, other = directory_name(f"data.root={value}"), directory_name(f"data.root={value}_")
-    assert re.fullmatch(r"data\.root=[A-Za-z0-9_.=-]*-[0-9a-f]{8}", called)
-    assert len(called) <= 120
-    assert called != other
-    assert called == directory_name(f"data.root={value}")  # the same tomorrow
-    assert name({"data.root": value, "seed": 0}) == name({"seed": 0, "data.root": value})
-
-
-def test_members_that_are_the_same_run_are_one() -> None:
-    assert names(["optimizer.lr=0.005,0.005,5e-3"]) == ["optimizer.lr=0.005"]
-    asked_for = ["trainer.checkpoint_every_n_steps=5,7"]  # numbers no different, and yet both
-    assert len(names(asked_for)) == 2
 
 
 def test_the_sheet(tmp_path: Path) -> None:
@@ -198,103 +87,6 @@ def test_another_axis_extends_it(tmp_path: Path) -> None:
         row["directory"] for row in found
     }
     _, launcher, _ = run(tmp_path / "s", *more)
-    assert launcher.launched == []
-
-
-def test_another_base_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "s", *COMPARE, "data.crop=1")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(ConfigError) as caught:
-        sweeping(tmp_path / "s", *COMPARE, "seed=5,6", "optimizer=sgd", "trainer.max_epochs=3")
-    said = [problem.partition("; ")[0] for problem in caught.value.problems]
-    assert "data.crop=0: the sweep 's' was begun with 1" in said
-    assert "trainer.max_epochs=3: the sweep 's' was begun with 10" in said
-    assert any(line.startswith("optimizer._target_=torch.optim.SGD: ") for line in said)
-    assert all("sweep=<name>" in problem for problem in caught.value.problems)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-
-
-def test_what_belongs_to_a_choice_is_another_member(tmp_path: Path) -> None:
-    run(tmp_path / "s", "backend=native,im2col")
-    with pytest.raises(ConfigError) as caught:
-        sweeping(tmp_path / "s", "backend=im2col", "+backend.max_column_mib=2")
-    said = "backend=im2col: was begun with backend.max_column_mib=null, and now it is 2;"
-    assert caught.value.problems[0].startswith(said)
-
-
-@pytest.mark.parametrize("option", ["+trainer.limit_train_batches=3", "+optimizer.amsgrad=true"])
-def test_an_option_that_came_or_went_is_another_base(tmp_path: Path, option: str) -> None:
-    """Also where no member is one of before."""
-    run(tmp_path / "without", *COMPARE)
-    key, value = option.strip("+").split("=")
-    with pytest.raises(ConfigError) as caught:
-        sweeping(tmp_path / "without", "model=shallow,lenet5", "seed=7", option)
-    assert [problem.partition("; ")[0] for problem in caught.value.problems] == [
-        f"{key}={value}: the sweep 'without' was begun without it"
-    ]
-    run(tmp_path / "with", *COMPARE, option)
-    with pytest.raises(ConfigError) as caught:
-        sweeping(tmp_path / "with", "model=shallow,lenet5", "seed=7")
-    assert [problem.partition("; ")[0] for problem in caught.value.problems] == [
-        f"{key} (left out): the sweep 'with' was begun with {value}"
-    ]
-
-
-def test_what_varies_with_a_choice_is_no_base(tmp_path: Path) -> None:
-    """A choice brings options of its own, an experiment those of anything."""
-    for called, epochs in {"short": 2, "long": 20, "augmented": 20}.items():
-        recipe = f"# @package _global_\ntrainer:\n  max_epochs: {epochs}\n"
-        recipe += "data:\n  crop: 2\n" if called == "augmented" else ""
-        recipe += "  limit_train_batches: 3\n" if called == "short" else ""
-        (tmp_path / "experiment").mkdir(exist_ok=True)
-        (tmp_path / f"experiment/{called}.yaml").write_text(recipe)
-    mine = ["--config-dir", str(tmp_path)]
-
-    def pending(*typed: str) -> int:
-        under_way = sweeping(tmp_path / "s", *mine, *typed)
-        under_way.folder.write(**under_way.options.facts)
-        return len(under_way.pending)
-
-    assert pending("experiment=short", "optimizer=adam,sgd") == 2
-    assert pending("experiment=short,long", "optimizer=sgd", "seed=0,1") == 4
-    assert pending("experiment=long", "optimizer=adamw", "seed=0") == 1
-    assert pending("experiment=short", "optimizer=adamw", "seed=3") == 1
-    assert pending("experiment=augmented", "optimizer=sgd", "seed=0") == 1
-    with pytest.raises(ConfigError, match=r"loss\.label_smoothing=0\.1: the sweep 's' was begun"):
-        pending("experiment=short", "optimizer=adamw", "loss.label_smoothing=0.1")
-    with pytest.raises(ConfigError, match=r"data\.crop=1: the sweep 's' was begun without it"):
-        pending("experiment=short", "optimizer=adamw", "seed=4", "data.crop=1")
-
-
-def test_where_experiments_vary_what_was_typed_is_the_base(tmp_path: Path) -> None:
-    """What a new one of them sets is its own, whatever those before it left as it was."""
-    for called, crop in {"plain": 0, "light": 1, "heavy": 2}.items():
-        (tmp_path / "experiment").mkdir(exist_ok=True)
-        recipe = f"# @package _global_\ndata:\n  crop: {crop}\n"
-        (tmp_path / f"experiment/{called}.yaml").write_text(recipe)
-    mine = ["--config-dir", str(tmp_path), "data=fashion_mnist_mini", "loss.label_smoothing=0.1"]
-    run(tmp_path / "s", *mine, "experiment=plain", "seed=0,1")
-    for called in ("plain,light", "heavy"):
-        _, launcher, _ = run(tmp_path / "s", *mine, f"experiment={called}", "seed=0")
-        assert len(launcher.launched) == 1
-    assert [row["experiment"] for row in rows(tmp_path / "s")] == ["plain"] * 2 + ["light", "heavy"]
-    folder, another, typed = mine[:2], ["experiment=light", "seed=7"], mine[2:]
-    for changed, said in {
-        ("data=fashion_mnist", typed[1]): "data=fashion_mnist: {} with fashion_mnist_mini",
-        (typed[0], "loss.label_smoothing=0.2"): "loss.label_smoothing=0.2: {} with 0.1",
-        (typed[0],): "loss.label_smoothing=0.0: {} with 0.1",
-        (*typed, "data.crop=2"): "data.crop=2: {} without it",
-    }.items():
-        with pytest.raises(ConfigError) as caught:
-            sweeping(tmp_path / "s", *folder, *another, *changed)
-        (problem,) = caught.value.problems
-        assert problem.startswith(said.format("the sweep 's' was begun") + "; ")
-    assert len(sweeping(tmp_path / "s", *mine, *another, "optimizer=adam").pending) == 1
-
-
-def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
-    run(tmp_path / "s", *COMPARE)
-    _, launcher, _ = run(tmp_path / "s", *COMPARE, "trainer.checkpoint_every_n_steps=5")
     assert launcher.launched == []
 
 
