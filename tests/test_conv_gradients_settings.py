@@ -145,7 +145,7 @@ def test_bitwise_the_same_in_this_process_and_in_another():
         assert bits() == first
     finally:
         torch.use_deterministic_algorithms(False)
-    code = "import torch, conftest, test_conv_gradients as t; print(t.bits())"
+    code = "import torch, conftest, test_conv_gradients_settings as t; print(t.bits())"
     other = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
