@@ -169,6 +169,10 @@ def test_run_directory_is_the_whole_record(tmp_path: Path) -> None:
         "environment.json",
         "events.out",
         "metrics.csv",
+        "projector/images.png",
+        "projector/points.tsv",
+        "projector/words.tsv",
+        "projector_config.pbtxt",
         "result.json",
     }
     assert len(list(directory.glob("events*"))) == 1

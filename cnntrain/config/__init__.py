@@ -40,6 +40,7 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 # saved: a run may go on with others, and equal runs may differ in them.
 INCIDENTAL = (
     "resume",
+    "tensorboard",
     "data.root",
     "trainer.accelerator",
     "trainer.progress_bar",
@@ -47,6 +48,11 @@ INCIDENTAL = (
     "trainer.checkpoint_every_n_minutes",
     "trainer.checkpoint_every_n_epochs",
 )
+
+
+def incidental(option: str) -> bool:
+    """Whether an option, or the node that it is in, is one of INCIDENTAL."""
+    return option in INCIDENTAL or option.partition(".")[0] in INCIDENTAL
 
 
 LONGEST_PATH = 3900  # bytes: of the 4096 that systems take, what files below may need is left
@@ -246,6 +252,6 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
 
 def config_hash(cfg: DictConfig) -> str:
     """Names a config by what decides the result, whatever the order of the options."""
-    options = {key: value for key, value in flat(cfg).items() if key not in INCIDENTAL}
+    options = {key: value for key, value in flat(cfg).items() if not incidental(key)}
     content = json.dumps(options, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

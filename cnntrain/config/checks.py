@@ -73,6 +73,7 @@ NODES = {
     ),
     "loss": Node("torch.nn.Module"),
     "trainer": Node("lightning.pytorch.Trainer", TRAINER_GIVEN),
+    "tensorboard": Node("cnntrain.training.Insights", ("board", "data")),
     "search": Node("cnntrain.sweeps.search.Search", extra="optuna"),
     "search.sampler": Node(
         "optuna.samplers.BaseSampler",
@@ -104,7 +105,7 @@ ROOTS = {
     "train": Root(
         tuple(name for name in NODES if "." not in name),
         given=("resume",),
-        optional=("search", "sweep"),
+        optional=("tensorboard", "search", "sweep"),
     ),
     "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
     "benchmark": Root(

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cnntrain.config import INCIDENTAL, ConfigError, compose, config_hash, flat
+from cnntrain.config import ConfigError, compose, config_hash, flat, incidental
 from cnntrain.config.signatures import signature
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def refused_changes(run: DictConfig, wanted: DictConfig) -> list[str]:
     for key in sorted(old.keys() | new.keys()):
         node = key.split(".")[0]
         other = old.get(f"{node}._target_") != new.get(f"{node}._target_")
-        if old.get(key) == new.get(key) or key in INCIDENTAL or (other and "_target_" not in key):
+        if old.get(key) == new.get(key) or incidental(key) or (other and "_target_" not in key):
             continue
         value = f"{key}={_shown(new.get(key))}"
         if key != "trainer.max_epochs":

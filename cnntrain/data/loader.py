@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from time import perf_counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,6 +81,7 @@ class Loader:
         self.seed = seed
         self.epoch = 0
         self.start = 0
+        self.seconds = 0.0  # that making batches has taken in all, so far
         self.augment = augment or Augment()
         self.device = torch.device(device)
         home = self.device if fits(images.nbytes, self.device) else torch.device("cpu")
@@ -118,7 +120,14 @@ class Loader:
         # A generator reads the epoch at the first batch: Lightning makes the first epoch's
         # iterator before it sets the epoch.
         start, self.start = self.start, 0
-        yield from self.batches(self.epoch, start)
+        batches = self.batches(self.epoch, start)
+        while True:
+            begun = perf_counter()
+            batch = next(batches, None)
+            self.seconds += perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
 
     def size(self, batch: int) -> int:
         """How many images are in a batch, of all processes."""
@@ -133,6 +142,10 @@ class Loader:
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """One batch of any epoch, as iterating yields it."""
         return next(self.batches(epoch, index))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows of `images` (B,), normalised and not augmented, (B, C, H, W)."""
+        return self._normalise(send(self.images[indices.to(self.images.device)], self.device))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of any epoch from the batch `start` on, as iterating yields them."""

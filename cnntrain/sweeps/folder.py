@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cnntrain.atomic import replacing
-from cnntrain.config import INCIDENTAL, ConfigError, flat
+from cnntrain.config import ConfigError, flat, incidental
 from cnntrain.config.resume import CONFIG, LOCK, run_only
 from cnntrain.sweeps.members import Planned, common, shown
 
@@ -107,15 +107,20 @@ class SweepFolder:
         if not (begun := self.sheet["base"]):
             return
         before, now = begun["options"], base["options"]
-        differ = {*INCIDENTAL, *begun["differ"], *base["differ"]}
+        differ = {*begun["differ"], *base["differ"]}
         if "experiment" in keys:
-            typed, differ = begun["typed"] | base["typed"], {*INCIDENTAL}
+            typed, differ = begun["typed"] | base["typed"], set()
             before, now = (_only(typed, b["options"] | b["choices"]) for b in (begun, base))
         different = [
             key
             for key in sorted(before.keys() | now.keys())
             if before.get(key, ...) != now.get(key, ...)
-            and not (key in differ or _within(key, keys) or _of_another_class(key, before, now))
+            and not (
+                key in differ
+                or incidental(key)
+                or _within(key, keys)
+                or _of_another_class(key, before, now)
+            )
         ]
         if different:
             raise ConfigError(

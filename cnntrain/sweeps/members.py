@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config import INCIDENTAL, config_hash, flat
+from cnntrain.config import config_hash, flat, incidental
 from cnntrain.config.overrides import key_of
 from cnntrain.config.resume import run_only
 
@@ -31,8 +31,8 @@ class Planned:
     @property
     def identity(self) -> str:
         """Equal for members that are the same run, whatever they are called."""
-        incidental = {k: v for k, v in self.values.items() if k in INCIDENTAL}
-        return f"{self.config_hash} {incidental}" if incidental else self.config_hash
+        extra = {k: v for k, v in self.values.items() if incidental(k)}
+        return f"{self.config_hash} {extra}" if extra else self.config_hash
 
 
 def planned(cfgs: Sequence[DictConfig], keys: Iterable[str]) -> list[Planned]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnntrain.config import INCIDENTAL
+from cnntrain.config import incidental
 from cnntrain.config.choices import choice, defaults
 
 Flat = Mapping[str, Any]  # every option by its full name
@@ -23,7 +23,7 @@ def varying(configs: Sequence[Flat]) -> list[dict[str, Any]]:
     differing = [
         name
         for name in names
-        if name not in (*INCIDENTAL, "seed")
+        if not (incidental(name) or name == "seed")
         and not name.endswith("._partial_")
         and len({_key(config.get(name, ABSENT)) for config in configs}) > 1
     ]

@@ -4,6 +4,7 @@ from cnntrain.training.building import rehearse
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.company import ProcessLost
 from cnntrain.training.diagnosis import NotFinite
+from cnntrain.training.insights import Insights
 from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
 from cnntrain.training.run import Pruned, Result, train
 from cnntrain.training.trainer import Trainer
@@ -11,6 +12,7 @@ from cnntrain.training.trainer import Trainer
 __all__ = [
     "CheckpointError",
     "CrossEntropy",
+    "Insights",
     "NotFinite",
     "OneCycle",
     "ProcessLost",

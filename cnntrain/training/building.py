@@ -34,6 +34,9 @@ def rehearse(cfg: DictConfig) -> None:
         if loss.ndim:
             raise ValueError("must give one number for a batch")
         loss.backward()
+    if "tensorboard" in cfg:
+        with blame("tensorboard"):
+            build(cfg.tensorboard)
     with blame("trainer"):
         trainer = build(cfg.trainer, default_root_dir=Path(), logger=False)
     batches = -(-(data.train_size - data.val_size) // data.batch_size)
@@ -72,13 +75,14 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of one of a run's processes; rank 0's has a record, and `further` callbacks."""
     callbacks: list[lightning.Callback] = [Finite(directory, *data.split())]
+    callbacks += [record, record.insights] if record else []
     with blame("trainer"):
         trainer: Trainer = build(
             cfg.trainer,
             processes=Processes(place),
             default_root_dir=directory,
             logger=record.tensorboard if record else False,
-            callbacks=[*callbacks, record, *further] if record else callbacks,
+            callbacks=[*callbacks, *further],
         )
     if trainer.compile_network:
         module.network.compile()

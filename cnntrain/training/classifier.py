@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cnntrain.config import blame
 from cnntrain.training.distributed import alone, gathered, summed
+from cnntrain.training.outcome import Answers, Outcome
 
 Stage = Literal["train", "val", "test"]
 
@@ -66,7 +67,7 @@ class Classifier(lightning.LightningModule):
 
     With several processes, each sees its part of a batch, and what they train is the mean loss
     over the whole batch. `tallies` are then those of this process, `totals`, as of the end of an
-    evaluation, those of all; else they are the same.
+    evaluation, those of all; else they are the same. `outcome` is of the last evaluation.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Classifier(lightning.LightningModule):
         self.seed = seed
         self.tallies: dict[Stage, Tally] = {}
         self.totals = self.tallies
+        self.answers: Answers = []  # of the evaluation that is going on, by this process
+        self.outcome: Outcome | None = None
         self.last_loss: Tensor | None = None  # of this process's part of the last batch
         self.step_loss: Tensor | None = None  # of all of it, and the norm, where they are logged
         self.grad_norm: Tensor | None = None
@@ -130,10 +133,10 @@ class Classifier(lightning.LightningModule):
         self.tallies["train"] = Tally(self.device)
 
     def on_validation_epoch_start(self) -> None:
-        self.tallies["val"] = Tally(self.device)
+        self.tallies["val"], self.answers = Tally(self.device), []
 
     def on_test_epoch_start(self) -> None:
-        self.tallies["test"] = Tally(self.device)
+        self.tallies["test"], self.answers = Tally(self.device), []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.reseed(self.current_epoch, batch_idx)
@@ -170,6 +173,8 @@ class Classifier(lightning.LightningModule):
         logits = self.network(images)
         loss = self.loss(logits, labels)
         self.tallies[stage].add(loss, logits, labels)
+        if stage != "train":
+            self.answers.append((logits.detach(), labels))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -195,6 +200,7 @@ class Classifier(lightning.LightningModule):
 
     def _add_up(self) -> None:
         # Every epoch ends with a validation, and only then are they asked for.
+        self.outcome = Outcome.of(self.answers)
         if not alone():
             self.totals = {stage: tally.total() for stage, tally in self.tallies.items()}
 

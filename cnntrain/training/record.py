@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as lightning
 
 from cnntrain.atomic import replacing
+from cnntrain.training.insights import Insights
 from cnntrain.training.tensorboard import METRICS, TensorBoard
 from cnntrain.training.trainer import Trainer
 
@@ -24,14 +25,18 @@ class Record(lightning.Callback):
     In TensorBoard an epoch's metrics stand over the epoch, a step's over the step.
     """
 
-    def __init__(self, directory: Path, tensorboard: TensorBoard):
+    def __init__(self, directory: Path, tensorboard: TensorBoard, insights: Insights):
         self.file, self.tensorboard = directory / "metrics.csv", tensorboard
+        self.insights = insights
         self.epochs: list[dict[str, Any]] = []  # the rows written
         self.images = 0  # trained on, over all epochs
         self.logged = 0  # the last step logged: accumulation has several batches to a step
         # Seconds; what processes before this one took counts as well.
         self.in_all, self.in_epoch, self.in_training = 0.0, 0.0, 0.0
+        self.in_data = 0.0  # of the epoch's training, making batches
         self.clock: float | None = None  # when the seconds were last added up
+        self.data_clock = 0.0  # and those of the loader
+        self.loader: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         self._count()
@@ -39,14 +44,15 @@ class Record(lightning.Callback):
             "epochs": self.epochs,
             "images": self.images,
             "logged": self.logged,
-            "seconds": [self.in_all, self.in_epoch, self.in_training],
+            "seconds": [self.in_all, self.in_epoch, self.in_training, self.in_data],
             "tensorboard": self.tensorboard.position,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs, self.images = state["epochs"], state["images"]
         self.logged = state["logged"]
-        self.in_all, self.in_epoch, self.in_training = state["seconds"]
+        seconds = [*state["seconds"], 0.0]  # earlier versions did not look at the loader
+        self.in_all, self.in_epoch, self.in_training, self.in_data = seconds[:4]
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.clock = time.perf_counter()
@@ -57,9 +63,13 @@ class Record(lightning.Callback):
         with replacing(self.file) as file:
             file.write(text.getvalue().encode())
 
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.loader = trainer.train_dataloader
+        self.data_clock = self.loader.seconds
+
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         self._count()
-        self.in_epoch = self.in_training = 0.0
+        self.in_epoch = self.in_training = self.in_data = 0.0
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         module.tallies["train"].metrics("train")  # waits for the device: the time is honest
@@ -71,6 +81,9 @@ class Record(lightning.Callback):
         now = time.perf_counter()
         passed = now - (self.clock if self.clock is not None else now)
         self.in_all, self.in_epoch, self.clock = self.in_all + passed, self.in_epoch + passed, now
+        if self.loader is not None:
+            seconds = self.loader.seconds
+            self.in_data, self.data_clock = self.in_data + seconds - self.data_clock, seconds
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -99,9 +112,12 @@ class Record(lightning.Callback):
         with self.file.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
         self._count()
-        speed = train.images / (self.in_training or self.in_epoch)
+        seconds = self.in_training or self.in_epoch
+        speed = train.images / seconds
         metrics = {name: row[name] for name in METRICS if name in row}
-        self.tensorboard.log_metrics({**metrics, "images_per_second": speed}, row["epoch"])
+        if self.insights.speed:
+            metrics |= {"images_per_second": speed, "data_share": self.in_data / seconds}
+        self.tensorboard.log_metrics(metrics, row["epoch"])
         self.tensorboard.experiment.flush()  # to be seen now, by whoever is watching
 
         width = len(str(trainer.max_epochs))

@@ -13,7 +13,7 @@ import lightning.pytorch as lightning
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from cnntrain.config import ConfigError, config_hash
+from cnntrain.config import ConfigError, blame, build, config_hash
 from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruption, watching
@@ -25,6 +25,7 @@ from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.company import company
 from cnntrain.training.distributed import cores_shared
+from cnntrain.training.insights import Insights
 from cnntrain.training.record import Record
 from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS, TensorBoard
@@ -86,7 +87,8 @@ def train(
             _check(*saved, cfg, module)
         facts = {"config_hash": config_hash(cfg), "seed": cfg.seed}
         run.begin(cfg, facts, overrides)
-        record = Record(directory, TensorBoard(directory))
+        tensorboard = TensorBoard(directory)
+        record = Record(directory, tensorboard, _insights(cfg, tensorboard, data))
         interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
 
         def lost(why: str) -> None:
@@ -136,6 +138,13 @@ def _place(cfg: DictConfig) -> Place:
     """Where this process stands among those that train together."""
     nodes = cfg.trainer.get("num_nodes", 1)
     return launched() or Place(world=cfg.trainer.get("devices", 1) * nodes, nodes=nodes)
+
+
+def _insights(cfg: DictConfig, tensorboard: TensorBoard, data: ImageData) -> Insights:
+    if "tensorboard" not in cfg:  # of a run that an earlier version has begun
+        return Insights(board=tensorboard, data=data)
+    with blame("tensorboard"):
+        return build(cfg.tensorboard, board=tensorboard, data=data)
 
 
 def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) -> None:
@@ -190,6 +199,7 @@ def _run(
         before = content["callbacks"]["Record"]["seconds"][0]
     else:
         tensorboard.begin(cfg, labels)
+        record.insights.begin(cfg, module.network)
     trainer.checkpoints.facts = {
         "config": OmegaConf.to_container(cfg, resolve=True),
         "config_hash": config_hash(cfg),

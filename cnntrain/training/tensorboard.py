@@ -2,23 +2,34 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from google.protobuf.text_format import MessageToString
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.graph_pb2 import GraphDef
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.versions_pb2 import VersionDef
 from tensorboard.compat.tensorflow_stub.errors import DataLossError
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from cnntrain.config import flat
+from cnntrain.models import Node
+from cnntrain.pictures import Picture, grid, png
 
 log = logging.getLogger(__name__)
 
 METRICS = ["train/loss", "train/acc", "val/loss", "val/acc"]
+BUCKETS = 64  # of a histogram
 FRAME = 16  # bytes of a record beside its content: length, two checksums
 
 
@@ -72,6 +83,72 @@ class TensorBoard(TensorBoardLogger):
         for file in old:
             file.unlink()
 
+    def picture(self, tag: str, picture: Picture, step: int) -> None:
+        """Not `add_image`, whose PNG takes longer than the picture."""
+        height, width, _ = picture.shape
+        image = Summary.Image(height=height, width=width, colorspace=3)
+        image.encoded_image_string = png(picture)
+        value = Summary.Value(tag=tag, image=image)
+        self.experiment._get_file_writer().add_summary(Summary(value=[value]), step)
+
+    def graph(self, nodes: Sequence[Node]) -> None:
+        """Not `add_graph`, which follows a convolution into what it computes with."""
+        graph = GraphDef(versions=VersionDef(producer=22))
+        for node in nodes:
+            made = graph.node.add(name=node.name, op=node.kind, input=node.inputs)
+            shape = made.attr["_output_shapes"].list.shape.add()
+            for size in (-1, *node.shape):
+                shape.dim.add(size=size)
+        event = Event(graph_def=graph.SerializeToString())
+        self.experiment._get_file_writer().add_event(event)
+
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
+        """Not `add_histogram`, which counts on the CPU, in float64."""
+        values = values.detach().float().flatten()
+        low, high = float(values.min()), float(values.max())
+        high = high if high > low else low + 1e-6
+        counts = torch.histc(values, BUCKETS, low, high)
+        limits = torch.linspace(low, high, BUCKETS + 1)[1:]
+        self.experiment.add_histogram_raw(
+            tag,
+            min=low,
+            max=high,
+            num=values.numel(),
+            sum=float(values.sum()),
+            sum_squares=float(values.square().sum()),
+            bucket_limits=limits.tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+    def embed(
+        self,
+        points: Tensor,
+        header: Sequence[str],
+        about: Sequence[Sequence[str]],
+        images: Tensor,
+    ) -> None:
+        """Give the projector `points`, (N, D) with a picture each, uint8 (N, 3, H, W), and words.
+
+        It reads files of its own. Not `add_embedding`, which names their folder by the step.
+        """
+        folder = self.directory / "projector"
+        folder.mkdir(exist_ok=True)
+        digits = 5 - math.ceil(math.log10(float(points.abs().max()) or 1))
+        numbers = points.double().cpu().numpy().round(digits).tolist()
+        for name, rows in [("points", numbers), ("words", [header, *about])]:
+            lines = ("\t".join(map(str, row)) + "\n" for row in rows)
+            (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
+        sprite = grid(images, math.ceil(math.sqrt(len(images))), size=1, gap=0)
+        (folder / "images.png").write_bytes(png(sprite))
+        config = ProjectorConfig()
+        embedding = config.embeddings.add(tensor_name="penultimate layer, test images")
+        embedding.tensor_path = f"{folder.name}/points.tsv"
+        embedding.metadata_path = f"{folder.name}/words.tsv"
+        embedding.sprite.image_path = f"{folder.name}/images.png"
+        embedding.sprite.single_image_dim.extend([images.shape[3], images.shape[2]])
+        (self.directory / "projector_config.pbtxt").write_text(MessageToString(config))
+
     @property
     def position(self) -> int:
         """How much of the stream is written: bytes of records, heads of files left out."""
@@ -104,7 +181,8 @@ def records(path: Path) -> Iterator[bytes]:
 
 def options(cfg: DictConfig) -> dict[str, Any]:
     """The config as one flat table for HParams, `true` as one would type it, not as 1."""
-    found = {k: v for k, v in flat(cfg).items() if not k.endswith("._partial_")}
+    left_out = ("._partial_", "tensorboard.")  # what is shown changes nothing
+    found = {k: v for k, v in flat(cfg).items() if not any(part in k for part in left_out)}
     plain = {
         k: isinstance(v, str | float | int) and v not in (True, False) for k, v in found.items()
     }

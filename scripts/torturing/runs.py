@@ -124,7 +124,9 @@ def record(directory: Path) -> dict[str, Any]:
     last, best = (
         checkpoint_file.read(directory / f"checkpoints/{n}.ckpt") for n in ("last", "best")
     )
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    everything = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    events = EventAccumulator(str(directory), size_guidance=everything).Reload()
+    tags = events.Tags()
     other = ("callbacks", "config", "versions")  # seconds, and where and how often it is saved
     return {
         "last.ckpt": {name: value for name, value in last.items() if name not in other},
@@ -132,8 +134,24 @@ def record(directory: Path) -> dict[str, Any]:
         "metrics.csv": (directory / "metrics.csv").read_bytes(),
         "scalars": {
             tag: [(event.step, event.value) for event in events.Scalars(tag)]
-            for tag in events.Tags()["scalars"]
-            if tag != "images_per_second"
+            for tag in tags["scalars"]
+            if tag not in ("images_per_second", "data_share")
+        },
+        "images": {
+            tag: [(image.step, image.encoded_image_string) for image in events.Images(tag)]
+            for tag in tags["images"]
+        },
+        "histograms": {
+            tag: [(event.step, event.histogram_value) for event in events.Histograms(tag)]
+            for tag in tags["histograms"]
+        },
+        "curves": {
+            tag: [
+                (event.step, event.tensor_proto.SerializeToString())
+                for event in events.Tensors(tag)
+            ]
+            for tag in tags["tensors"]
+            if not tag.endswith("text_summary")
         },
         "result": facts(directory),
     }

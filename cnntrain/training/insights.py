@@ -1,0 +1,294 @@
+"""What TensorBoard shows of a run beside its scalars: what goes in, what is learned, what fails."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from cnntrain import pictures
+from cnntrain.data import ImageData
+from cnntrain.models import layer_graph
+from cnntrain.training.outcome import Outcome
+from cnntrain.training.run_directory import environment
+from cnntrain.training.tensorboard import TensorBoard
+
+BATCH = 32  # training images that are shown
+EXAMPLES = 4  # images whose feature maps are shown
+CHANNELS = 16  # feature maps shown of each convolution, of each image
+MISTAKES = 32
+POINTS, NUMBERS = 2000, 1_000_000  # in the projector, and in all points together
+SPRITE = 64  # pixels: the largest side of an image in the projector
+CURVES = 100  # classes beyond which there are no curves of each
+
+
+class Insights(lightning.Callback):
+    """Writes to a run's TensorBoard what its network sees, learns and takes for what.
+
+    All over epochs, of the validation images and of the weights that were validated; the test set
+    is seen once, at the end, with its confusion and its mistakes.
+
+    Args:
+        speed: Training images/s, and the share of that time that making the batches takes.
+        text: The config and the environment.
+        graph: The network, layer by layer.
+        batch: Images of the first training batch, as they were augmented.
+        kernels: The weights of the first convolution.
+        features: What each convolution makes of some images.
+        histograms: Weights, and the gradients of an epoch's last step.
+        classes: The accuracy of each class.
+        confusion: Which class is taken for which.
+        mistakes: The wrong answers that were given with the most confidence.
+        pr_curves: Precision and recall of each class.
+        embedding: What the last layer is given of at most 2,000 images, with a picture of each.
+        charts: Custom scalars: training and validation in one chart.
+        every_n_epochs: How often pictures, histograms and curves are written, and at the last
+            epoch; None: after 1, 2, 4, 8, ... epochs, as TensorBoard keeps ten pictures of a kind.
+    """
+
+    def __init__(
+        self,
+        *,
+        speed: bool = True,
+        text: bool = True,
+        graph: bool = True,
+        batch: bool = True,
+        kernels: bool = True,
+        features: bool = True,
+        histograms: bool = True,
+        classes: bool = True,
+        confusion: bool = True,
+        mistakes: bool = True,
+        pr_curves: bool = True,
+        embedding: bool = True,
+        charts: bool = True,
+        every_n_epochs: PositiveInt | None = None,
+        board: TensorBoard | None = None,
+        data: ImageData | None = None,
+    ):
+        self.speed, self.text, self.graph, self.batch = speed, text, graph, batch
+        self.kernels, self.features, self.histograms = kernels, features, histograms
+        self.classes, self.confusion, self.mistakes = classes, confusion, mistakes
+        self.pr_curves, self.embedding, self.charts = pr_curves, embedding, charts
+        self.every_n_epochs = every_n_epochs
+        if board and data:  # else it is only checked that it can be made
+            self.board, self.data = board, data
+
+    @property
+    def writer(self) -> Any:
+        return self.board.experiment
+
+    def begin(self, cfg: DictConfig, network: nn.Module) -> None:
+        """What there is to see before the first step."""
+        if self.text:
+            self.writer.add_text("config", _code(OmegaConf.to_yaml(cfg, resolve=True)), 0)
+            here = environment()
+            here["git"].pop("diff")  # as long as one likes; environment.json has it
+            self.writer.add_text("environment", _code(OmegaConf.to_yaml(here)), 0)
+        if self.charts:
+            self.writer.add_custom_scalars(self._layout())
+        if self.graph:
+            self.board.graph(layer_graph(network, self.data.shape))
+
+    def _layout(self) -> dict[str, dict[str, list[Any]]]:
+        """Charts with several curves; the curves by regular expressions."""
+        charts = {
+            "training and validation": {
+                "loss": ["Multiline", ["^(train|val)/loss$"]],
+                "accuracy": ["Multiline", ["^(train|val)/acc$"]],
+            }
+        }
+        if self.classes:
+            charts["classes"] = {"validation accuracy": ["Multiline", ["^class_acc/"]]}
+        return charts
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.batch and trainer.current_epoch == batch_idx == 0:
+            images, labels = (part[:BATCH].cpu() for part in batch)
+            names = [self.data.classes[label] for label in labels]
+            self.board.picture("train/batch", pictures.captioned(self._seen(images), names), 0)
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        # Here and not at the epoch's end: a run that is interrupted has no gradient afterwards.
+        last = trainer.fit_loop.epoch_loop.batch_idx == trainer.num_training_batches - 1
+        if self.histograms and last and self._due(trainer):
+            for name, parameter in module.network.named_parameters():
+                if parameter.grad is not None:
+                    self.board.histogram(f"gradients/{name}", parameter.grad, trainer.current_epoch)
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        # Now, as a moving average of the weights is in its place only during validation.
+        if not self._due(trainer):
+            return
+        epoch, network = trainer.current_epoch, module.network
+        if self.histograms:
+            for name, parameter in network.named_parameters():
+                self.board.histogram(f"weights/{name}", parameter, epoch)
+        if self.kernels:
+            name, first = next(_convolutions(network), (None, None))
+            if first is not None:
+                self.board.picture(f"kernels/{name}", _kernels(first.weight.detach()), epoch)
+        if self.features:
+            loader: Any = trainer.val_dataloaders
+            rows = self._examples(loader.labels)
+            seen = pictures.in_colour(loader.images[rows])
+            for name, maps in _feature_maps(network, loader.rows(rows), seen):
+                self.board.picture(f"features/{name}", maps, epoch)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        epoch, outcome = trainer.current_epoch, module.outcome
+        names, counts = self.data.classes, outcome.confusion
+        if self.classes and len(names) <= CURVES:
+            for name, row, right in zip(names, counts, counts.diagonal(), strict=True):
+                if row.sum():
+                    self.writer.add_scalar(f"class_acc/{name}", float(right / row.sum()), epoch)
+        if not self._due(trainer):
+            return
+        self._show(outcome, trainer.val_dataloaders, "val", epoch)
+        if self.pr_curves and len(names) <= CURVES:
+            for k, name in enumerate(names):
+                scores = outcome.probabilities[:, k]
+                self.writer.add_pr_curve(f"pr/{name}", outcome.labels == k, scores, epoch)
+
+    def on_test_end(self, trainer: Any, module: Any) -> None:
+        epoch = max(trainer.current_epoch - 1, 0)
+        self._show(module.outcome, trainer.test_dataloaders, "test", epoch)
+        if self.embedding:
+            self._embed(module.network, trainer.test_dataloaders, module.outcome, epoch)
+
+    def _due(self, trainer: Any) -> bool:
+        done, every = trainer.current_epoch + 1, self.every_n_epochs
+        due = done % every == 0 if every else done & (done - 1) == 0
+        return due or done == trainer.max_epochs
+
+    def _show(self, outcome: Outcome, loader: Any, stage: str, epoch: int) -> None:
+        """What was taken for what."""
+        names = self.data.classes
+        if self.confusion:
+            picture = pictures.confusion(outcome.confusion, names)
+            self.board.picture(f"{stage}/confusion", picture, epoch)
+        wrong = outcome.mistakes(MISTAKES)
+        if self.mistakes and len(wrong):
+            tiles = pictures.in_colour(loader.images[wrong.to(loader.images.device)])
+            picture = pictures.captioned(tiles, captions(outcome, wrong, names))
+            self.board.picture(f"{stage}/mistakes", picture, epoch)
+
+    def _embed(self, network: nn.Module, loader: Any, outcome: Outcome, epoch: int) -> None:
+        features = _penultimate(network, loader.rows(torch.arange(1)))
+        count = min(POINTS, NUMBERS // features.shape[1], len(outcome.labels))
+        batches = torch.arange(count).split(loader.batch_size)
+        points = torch.cat([_penultimate(network, loader.rows(rows)) for rows in batches])
+        images = pictures.in_colour(loader.images[:count]).cpu()
+        step = -(-max(images.shape[2:]) // SPRITE)
+        images = images[:, :, ::step, ::step]
+        names = self.data.classes
+        answers = zip(outcome.labels[:count].tolist(), outcome.predicted.tolist(), strict=False)
+        about = [(names[true], names[answer]) for true, answer in answers]
+        self.board.embed(points, ("class", "predicted"), about, images)
+
+    def _examples(self, labels: Tensor) -> Tensor:
+        """The first image of each of the first classes."""
+        return torch.stack([(labels == k).nonzero()[0, 0] for k in range(EXAMPLES)])
+
+    def _seen(self, images: Tensor) -> Tensor:
+        return pictures.pixels(images, self.data.mean, self.data.std)
+
+
+def captions(outcome: Outcome, images: Tensor, names: Sequence[str]) -> list[str]:
+    """What each of these images was taken for, with what confidence, and what it is."""
+    answers, labels = outcome.predicted.tolist(), outcome.labels.tolist()
+    return [
+        f"{names[answers[i]]} {outcome.probabilities[i].max():.0%}\nis {names[labels[i]]}"
+        for i in images.tolist()
+    ]
+
+
+def _code(text: str) -> str:
+    """As it stands, in Markdown."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)
+
+
+@contextmanager
+def _watching(layers: Sequence[nn.Module], look: Callable[..., None]) -> Iterator[None]:
+    """`look` is called after each of these layers with it, its inputs and its output."""
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _convolutions(network: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            yield name, layer
+
+
+def _kernels(weight: Tensor) -> pictures.Picture:
+    """A tile for each kernel (out, in, H, W), in colour where it sees three channels, else one for
+    each of its channels; at most 64 rows and 16 columns."""
+    channels = weight.shape[1]
+    if channels == 3:
+        low, high = weight.amin(), weight.amax()
+        tiles = ((weight - low) / (high - low).clamp(min=1e-12) * 255).to(torch.uint8)
+        return pictures.grid(tiles, 16)
+    tiles = pictures.signed(weight[:64, :16])
+    return pictures.grid(tiles.flatten(0, 1), 16 if channels == 1 else min(channels, 16))
+
+
+def _feature_maps(
+    network: nn.Module, images: Tensor, seen: Tensor
+) -> list[tuple[str, pictures.Picture]]:
+    """Of each convolution a picture: a row for each image (N, C, H, W), a tile for each channel.
+
+    `seen` are the images as one sees them, (N, 3, H, W), uint8.
+    """
+    seen = seen.float()
+    names: dict[nn.Module, str] = {layer: name for name, layer in _convolutions(network)}
+    made: list[tuple[str, pictures.Picture]] = []
+
+    def draw(layer: nn.Module, _: Any, maps: Tensor) -> None:
+        if maps.shape[2:] == (1, 1):  # all channels, as one strip of colours
+            strip = maps.reshape(len(maps), 1, -1).expand(-1, 4, -1)
+            made.append((names[layer], pictures.grid(pictures.signed(strip.float()), 1, 900)))
+            return
+        tiles = pictures.signed(maps[:, :CHANNELS].float())  # (N, C, 3, H, W)
+        first = F.interpolate(seen, tiles.shape[3:], mode="area").to(torch.uint8)
+        tiles = torch.cat([first[:, None], tiles], 1)
+        made.append((names[layer], pictures.grid(tiles.flatten(0, 1), tiles.shape[1])))
+
+    with _evaluating(network), _watching(list(names), draw):
+        network.forward(images)  # not as it may be compiled
+    return made
+
+
+def _penultimate(network: nn.Module, images: Tensor) -> Tensor:
+    """What the last layer with parameters is given, of each image a vector (N, features)."""
+    given: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
+        given[:] = [inputs[0]]
+
+    layers = [layer for layer in network.modules() if list(layer.parameters(recurse=False))]
+    with _evaluating(network), _watching(layers, keep):
+        network.forward(images)
+    return (given[0].mean((2, 3)) if given[0].ndim == 4 else given[0]).float()
