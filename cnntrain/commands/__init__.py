@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a network from a config",
     "verify": "prove that a backend is a convolution, check by check",
     "benchmark": "time backends side by side on the layers of a model",
+    "evaluate": "say how good a trained network is, on any backend",
     "report": "rank the runs of a sweep or a folder: table, page with pictures",
 }
 

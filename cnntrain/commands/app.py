@@ -1,12 +1,13 @@
 """The way from a command line to a checked config, for every command that has one."""
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -122,6 +123,41 @@ def told(error: OSError) -> str:
     return f"{files}: {error.strerror}" if files else str(error.strerror or error)
 
 
+def paths_quoted(*options: str) -> None:
+    """Let these options have any path for a value, typed as the shell has it: no character of it
+    means anything to Hydra."""
+    for i, text in enumerate(sys.argv[1:], start=1):
+        name, equals, value = text.partition("=")
+        plain = equals and value not in ("", "null", "???") and value[0] not in "'\"["
+        if name in options and plain and "${" not in value:
+            sys.argv[i] = f"{name}={config.quoted(value)}"
+
+
+@contextlib.contextmanager
+def telling_errors() -> Iterator[None]:
+    """What is the matter with files or data, said on one line; exit code 1."""
+    try:
+        yield
+    except OSError as error:
+        said = told(error)
+    except RuntimeError as error:
+        from cnntrain.data import DataError
+
+        if not isinstance(error, DataError):
+            raise
+        said = str(error)
+    except Exception as error:
+        from cnntrain.training import CheckpointError
+
+        if not isinstance(error, CheckpointError):
+            raise
+        said = str(error)
+    else:
+        return
+    print(f"cnntrain: {said}", file=sys.stderr)
+    sys.exit(1)
+
+
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
     # A thread that writes, TensorBoard's: its error is raised again where it is given work.
     if not issubclass(ended.exc_type, OSError):
@@ -173,6 +209,9 @@ def _check(
     from cnntrain.config.hydra_options import hydra_problems
     from cnntrain.config.rehearsal import rehearsal_problems
 
+    required = config.ROOTS[name].required
+    if missing := [key for key in required if OmegaConf.is_missing(cfgs[0], key)]:
+        raise config.ConfigError([f"{key}: has to be given, {key}=..." for key in missing])
     if sweep and one:
         raise config.ConfigError([f"-m: {name} takes one {one}; start it once for each"])
     if sweep and (place := launched()):
@@ -211,6 +250,7 @@ def _different(cfgs: list[DictConfig]) -> list[DictConfig]:
         with open_dict(own):
             own.pop("hydra", None)
         like = own.copy()
-        like.seed = 0
+        if "seed" in like:
+            like.seed = 0
         found[OmegaConf.to_yaml(like)] = own
     return list(found.values())

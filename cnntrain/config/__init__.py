@@ -24,8 +24,9 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain.config.checks import NODES as NODES
-from cnntrain.config.checks import ROOTS, check
+from cnntrain.config.checks import ROOTS as ROOTS
 from cnntrain.config.checks import Root as Root
+from cnntrain.config.checks import check
 from cnntrain.config.contradictions import contradictions
 from cnntrain.config.overrides import first_line as first_line
 from cnntrain.config.overrides import load_all, misplaced, one_line

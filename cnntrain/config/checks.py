@@ -93,12 +93,14 @@ NODES = {
 
 @dataclass(frozen=True)
 class Root:
-    """What a command's root config conf/<command>.yaml may hold, `seed` apart."""
+    """What a command's root config conf/<command>.yaml may hold."""
 
     nodes: tuple[str, ...]
     target: str | None = None  # the function whose parameters are the other options
     given: tuple[str, ...] = ()  # what the command itself makes of the config, parameters or not
     optional: tuple[str, ...] = ()  # nodes that need not be there
+    required: tuple[str, ...] = ()  # options without a default; `start` asks for them
+    seeded: bool = True  # it draws random numbers
 
 
 ROOTS = {
@@ -108,6 +110,14 @@ ROOTS = {
         optional=("tensorboard", "search", "sweep"),
     ),
     "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
+    "evaluate": Root(
+        ("backend",),
+        "cnntrain.inference.evaluate",
+        ("backend",),
+        optional=("backend",),
+        required=("run",),
+        seeded=False,
+    ),
     "benchmark": Root(
         ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)
     ),
@@ -117,10 +127,11 @@ ROOTS = {
 def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
     """Every key and type of every node against the signature of its target: one line a problem."""
     options = signature(root.target).types if root.target else {}
-    names = [*root.nodes, "seed", *(name for name in options if name not in root.given)]
+    names = [*root.nodes, *(name for name in options if name not in root.given)]
+    names += ["seed"] * (root.seeded and "seed" not in names)
     problems = []
     for key in map(str, cfg):
-        if key in root.nodes:
+        if key in root.nodes or (key in root.required and OmegaConf.is_missing(cfg, key)):
             continue
         if key not in names and key not in root.given:
             problems.append(f"{key}: {unknown('there is', 'option', key, names)}")
@@ -133,7 +144,7 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
             problems.append(f"{key}={shown(value)}: {wrong}")
         elif key == "seed":
             problems += _check_seed(value)
-    if "seed" not in cfg and not problems:  # else it is mistyped, as has been said
+    if root.seeded and "seed" not in cfg and not problems:  # else it is mistyped, as has been said
         problems += _check_seed(None)
     for key in root.nodes:
         if key not in cfg:

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as lightning
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from cnntrain.config import blame, build
 from cnntrain.data import ImageData
@@ -47,14 +48,11 @@ def rehearse(cfg: DictConfig) -> None:
 
 def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
     """The data set, not yet read, and the network with all that trains it."""
-    _quieten_lightning()
+    quieten_lightning()
     lightning.seed_everything(cfg.seed, verbose=False)
     with blame("data"):
         data = build(cfg.data)
-    with blame("model"):
-        network = build(
-            cfg.model, conv=build(cfg.backend), in_shape=data.shape, num_classes=data.num_classes
-        )
+    network = build_network(cfg, data)
     with blame("loss"):
         loss = build(cfg.loss)
     with blame("optimizer"):
@@ -62,6 +60,14 @@ def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
         optimizer(params=network.parameters())  # refuses now what it would refuse after the data
     scheduler = build(cfg.scheduler) if cfg.scheduler else None
     return data, Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
+
+
+def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
+    """The network of a run, its weights newly drawn."""
+    with blame("model"):
+        return build(
+            cfg.model, conv=build(cfg.backend), in_shape=data.shape, num_classes=data.num_classes
+        )
 
 
 def build_trainer(
@@ -89,7 +95,7 @@ def build_trainer(
     return trainer
 
 
-def _quieten_lightning() -> None:
+def quieten_lightning() -> None:
     """Leave out what Lightning says of itself, and warnings about what is meant to be so."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

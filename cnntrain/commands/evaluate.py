@@ -1,0 +1,70 @@
+"""`cnntrain evaluate`: how good a trained network is."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from cnntrain.commands.app import paths_quoted, short, start, telling_errors
+
+if TYPE_CHECKING:
+    from cnntrain.inference import Evaluation, Trained
+
+
+def main() -> None:
+    paths_quoted("run", "checkpoint", "root", "hydra.run.dir")
+    loaded: list[Trained] = []  # while everything is checked, and only once
+    start(
+        "evaluate",
+        lambda cfg: _evaluate(cfg, loaded[-1]),
+        rehearse=lambda cfg: loaded.append(load(cfg)),
+        one="run",
+    )
+
+
+def load(cfg: DictConfig) -> "Trained":
+    """The network that the options name."""
+    from cnntrain.inference import load_trained
+
+    with telling_errors():
+        return load_trained(
+            cfg.run, cfg.checkpoint, backend=cfg.get("backend"), device=cfg.device, root=cfg.root
+        )
+
+
+def _evaluate(cfg: DictConfig, trained: "Trained") -> None:
+    from cnntrain.inference import evaluate_trained
+
+    with telling_errors():
+        found = evaluate_trained(trained, split=cfg.split, tta=cfg.tta, precision=cfg.precision)
+        _show(found)
+        files = found.write(Path(HydraConfig.get().runtime.output_dir))
+    print("\n" + "\n".join(short(file) for file in files))
+
+
+def _show(found: "Evaluation") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    trained, outcome = found.trained, found.outcome
+    flip = ", with the mirror images" if found.tta else ""
+    print(
+        f"{found.split} accuracy   {found.accuracy:.2%}   (loss {found.loss:.4f}, "
+        f"calibration error {outcome.calibration_error:.2%})\n"
+        f"{len(found.images):,} images{flip}, weights of epoch {trained.epoch + 1} "
+        f"({short(trained.checkpoint)}), on {trained.backend}\n"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("class")
+    for title in ("images", "precision", "recall", "F1", "taken for most often"):
+        table.add_column(title, justify="left" if "taken" in title else "right")
+    confusion, names = outcome.confusion.clone(), trained.data.classes
+    confusion.fill_diagonal_(0)
+    for row, wrong in zip(found.classes, confusion, strict=True):
+        most: Any = wrong.argmax()
+        other = f"{names[most]} ({wrong[most]})" if wrong[most] else ""
+        shares = [f"{row[measure]:.1%}" for measure in ("precision", "recall", "f1")]
+        table.add_row(row["class"], f"{row['images']:,}", *shares, other)
+    Console().print(table)

@@ -1,0 +1,191 @@
+"""How good a trained network is: `cnntrain evaluate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as lightning
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor, nn
+
+from cnntrain import pictures
+from cnntrain.atomic import write_json
+from cnntrain.config import ConfigError, blame, build
+from cnntrain.data import Loader
+from cnntrain.inference.trained import Device, Trained, load_trained
+from cnntrain.training.building import quieten_lightning
+from cnntrain.training.classifier import Classifier
+from cnntrain.training.insights import captions
+from cnntrain.training.outcome import Outcome
+from cnntrain.training.trainer import Precision
+
+MISTAKES = 40  # the worst, shown and listed
+
+
+class Flipped(nn.Module):
+    """The mean of a network's answers to images and to their mirror images, (N, C, H, W).
+
+    The answers are probabilities; their logarithms come out, so that softmax gives them back.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        here = self.network(images).float().log_softmax(1)
+        mirrored = self.network(images.flip(-1)).float().log_softmax(1)
+        return torch.stack([here, mirrored]).logsumexp(0) - torch.log(here.new_tensor(2.0))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out; `loss` in nats, `accuracy` from 0 to 1."""
+
+    trained: Trained
+    split: str
+    tta: str | None
+    loss: float
+    accuracy: float
+    outcome: Outcome
+    images: Tensor  # uint8 (N, C, H, W), as they are stored
+    positions: Tensor  # of each in the data set's own files (N,)
+
+    @property
+    def classes(self) -> list[dict[str, Any]]:
+        """Of each class its name, number of images, precision, recall and F1."""
+        measures = {name: values.tolist() for name, values in self.outcome.per_class.items()}
+        counts = self.outcome.confusion.sum(1).tolist()
+        return [
+            {"class": name, "images": counts[i]} | {m: v[i] for m, v in measures.items()}
+            for i, name in enumerate(self.trained.data.classes)
+        ]
+
+    @property
+    def mistakes(self) -> list[dict[str, Any]]:
+        """The wrong answers given with the most confidence."""
+        names, outcome = self.trained.data.classes, self.outcome
+        return [
+            {
+                "index": int(self.positions[i]),
+                "class": names[int(outcome.labels[i])],
+                "predicted": names[int(outcome.predicted[i])],
+                "probability": float(outcome.probabilities[i].max()),
+            }
+            for i in outcome.mistakes(MISTAKES).tolist()
+        ]
+
+    def write(self, folder: Path) -> list[Path]:
+        """evaluation.json, confusion.png and mistakes.png, if any were made; the files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        trained, names = self.trained, self.trained.data.classes
+        write_json(
+            folder / "evaluation.json",
+            {
+                "run": str(trained.run),
+                "checkpoint": str(trained.checkpoint),
+                "epoch": trained.epoch,
+                "backend": trained.cfg.backend._target_,
+                "split": self.split,
+                "tta": self.tta,
+                "images": len(self.images),
+                "accuracy": self.accuracy,
+                "loss": self.loss,
+                "calibration_error": self.outcome.calibration_error,
+                "classes": self.classes,
+                "confusion": self.outcome.confusion.tolist(),
+                "mistakes": self.mistakes,
+            },
+        )
+        drawn = {"confusion.png": pictures.confusion(self.outcome.confusion, names)}
+        wrong = self.outcome.mistakes(MISTAKES)
+        if len(wrong):
+            tiles = pictures.in_colour(self.images[wrong])
+            drawn["mistakes.png"] = pictures.captioned(tiles, captions(self.outcome, wrong, names))
+        for name, picture in drawn.items():
+            Image.fromarray(picture).save(folder / name)
+        return [folder / name for name in ("evaluation.json", *drawn)]
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    checkpoint: str = "best",
+    split: Literal["test", "val"] = "test",
+    backend: DictConfig | None = None,
+    tta: Literal["flip"] | None = None,
+    precision: Precision | None = None,
+    device: Device = "auto",
+    root: str | None = None,
+) -> Evaluation:
+    """Show a run's network all images of a split, and add up what it says.
+
+    Args:
+        run: The run's folder.
+        checkpoint: best, last, or a file.
+        split: The test set, or the part of the training set that the run validated with.
+        backend: A node of a config; None: the run's own.
+        tta: flip: the mean of the answers to an image and to its mirror image.
+        precision: As `trainer.precision`; None: the run's own.
+        device: cpu, cuda, or auto: a GPU where there is one.
+        root: The data set's folder, where that is not the one that the run had.
+
+    Raises:
+        ConfigError, CheckpointError: As `load_trained`.
+        DataError: The data cannot be had.
+    """
+    trained = load_trained(run, checkpoint, backend=backend, device=device, root=root)
+    return evaluate_trained(trained, split=split, tta=tta, precision=precision)
+
+
+def evaluate_trained(
+    trained: Trained,
+    *,
+    split: Literal["test", "val"] = "test",
+    tta: Literal["flip"] | None = None,
+    precision: Precision | None = None,
+) -> Evaluation:
+    """As `evaluate`, of a network that is loaded."""
+    quieten_lightning()
+    cfg, data, device = trained.cfg, trained.data, trained.device
+    with blame("loss"):
+        loss = build(cfg.loss)
+    network = Flipped(trained.network) if tta == "flip" else trained.network
+    module = Classifier(network, loss, torch.optim.SGD)
+    trainer = lightning.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        precision=checked_precision(precision or cfg.trainer.get("precision", 32), device),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader: Loader = data.test_loader(device) if split == "test" else data.val_loader(device)
+    trainer.test(module, loader, verbose=False)
+    totals = module.totals["test"].metrics("test")
+    assert module.outcome
+    positions = torch.arange(len(loader.labels))
+    if split == "val":
+        positions = torch.from_numpy(data.split()[1])
+    return Evaluation(
+        trained,
+        split,
+        tta,
+        totals["test/loss"],
+        totals["test/acc"],
+        module.outcome,
+        loader.images.cpu(),
+        positions,
+    )
+
+
+def checked_precision(precision: Any, device: torch.device) -> Any:
+    """ConfigError for what the device cannot compute with: nothing falls back in silence."""
+    if str(precision) == "16-mixed" and device.type == "cpu":
+        raise ConfigError(
+            ["precision=16-mixed: the CPU has no float16 to speak of; add precision=32"]
+        )
+    return precision

@@ -1,0 +1,126 @@
+"""What a run has left: its network with the weights of a checkpoint, and what it was trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from cnntrain.config import ConfigError, blame, build
+from cnntrain.config.resume import CHECKPOINTS, begun
+from cnntrain.data import ImageData
+from cnntrain.training.building import build_network
+from cnntrain.training.checkpoint_file import (
+    BEST,
+    LAST,
+    CheckpointError,
+    Content,
+    DamagedError,
+    read,
+)
+from cnntrain.training.checkpoints import shape_differences
+
+Device = Literal["auto", "cpu", "cuda"]
+NAMED = {"best": BEST, "last": LAST}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network that is ready to be asked."""
+
+    run: Path
+    checkpoint: Path
+    epoch: int  # whose weights these are, from 0
+    cfg: DictConfig  # of the run; its backend may be another one
+    data: ImageData  # not read
+    network: nn.Module  # in evaluation, on `device`
+    device: torch.device
+
+    @property
+    def backend(self) -> str:
+        """The class of the convolutions."""
+        target: str = self.cfg.backend._target_
+        return target.rpartition(".")[2]
+
+
+def load_trained(
+    run: str | Path,
+    checkpoint: str = "best",
+    *,
+    backend: DictConfig | None = None,
+    device: Device = "auto",
+    root: str | None = None,
+) -> Trained:
+    """The network of the run in the folder `run`, on `backend`, whatever it was trained on.
+
+    `checkpoint` is best, last, or a file. `root` is the data set's folder where that is not the
+    one that the run had.
+
+    Raises:
+        ConfigError: There is no such run or checkpoint, or the network cannot be built.
+        CheckpointError: The checkpoint cannot be used.
+    """
+    folder = Path(run)
+    path = _checkpoint(folder, checkpoint)
+    content = read(path)
+    cfg = _config(path, content)
+    with open_dict(cfg):
+        if backend is not None:
+            cfg.backend = backend
+        if root is not None:
+            if "root" not in cfg.data:
+                raise ConfigError([f"root={root}: the data set of this run has no folder"])
+            cfg.data.root = root
+    with blame("data"):
+        data = build(cfg.data)
+    network = build_network(cfg, data)
+    weights = {
+        name.removeprefix("network."): tensor
+        for name, tensor in content["state_dict"].items()
+        if name.startswith("network.")
+    }
+    if different := shape_differences(weights, network.state_dict()):
+        raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
+    network.load_state_dict(weights)
+    where = _device(device)
+    return Trained(folder, path, content["epoch"], cfg, data, network.eval().to(where), where)
+
+
+def _checkpoint(folder: Path, checkpoint: str) -> Path:
+    """The file; ConfigError if there is none."""
+    if not begun(folder):
+        home = "; ~ is not expanded there" if str(folder).startswith("~") else ""
+        raise ConfigError([f"run={folder}: holds no run; name the folder of one{home}"])
+    if checkpoint not in NAMED:
+        if not Path(checkpoint).is_file():
+            raise ConfigError([f"checkpoint={checkpoint}: is no file; take best, last, or a path"])
+        return Path(checkpoint)
+    path = folder / CHECKPOINTS / NAMED[checkpoint]
+    if not path.exists():
+        others = sorted((folder / CHECKPOINTS).glob("*.ckpt"))
+        there = ", ".join(map(str, others)) or "none: the run was not saved yet"
+        raise ConfigError([f"checkpoint={checkpoint}: {path} is missing; there is {there}"])
+    return path
+
+
+def _config(path: Path, content: Content) -> DictConfig:
+    """Of the run that has written a checkpoint. It is no other one than that of its folder."""
+    try:
+        cfg = OmegaConf.create(content["config"])
+        content["state_dict"], content["epoch"], cfg.model, cfg.data, cfg.backend
+    except (KeyError, ValueError, AttributeError):
+        raise DamagedError(f"{path}: has no weights or no config in it") from None
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def _device(device: Device) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            ["device=cuda: this machine has no GPU that PyTorch can use; take device=cpu or auto"]
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
