@@ -12,6 +12,7 @@ COMMANDS = {
     "verify": "prove that a backend is a convolution, check by check",
     "benchmark": "time backends side by side on the layers of a model",
     "evaluate": "say how good a trained network is, on any backend",
+    "predict": "say what is on pictures of any size",
     "report": "rank the runs of a sweep or a folder: table, page with pictures",
 }
 

@@ -123,14 +123,17 @@ def told(error: OSError) -> str:
     return f"{files}: {error.strerror}" if files else str(error.strerror or error)
 
 
-def paths_quoted(*options: str) -> None:
+def paths_quoted(*options: str, several: Sequence[str] = ()) -> None:
     """Let these options have any path for a value, typed as the shell has it: no character of it
-    means anything to Hydra."""
+    means anything to Hydra. Those in `several` have paths with commas between them."""
     for i, text in enumerate(sys.argv[1:], start=1):
         name, equals, value = text.partition("=")
         plain = equals and value not in ("", "null", "???") and value[0] not in "'\"["
         if name in options and plain and "${" not in value:
             sys.argv[i] = f"{name}={config.quoted(value)}"
+        elif name in several and plain:
+            values = [value] if os.path.exists(value) else value.split(",")
+            sys.argv[i] = f"{name}=[{','.join(map(config.quoted, values))}]"
 
 
 @contextlib.contextmanager

@@ -118,6 +118,14 @@ ROOTS = {
         required=("run",),
         seeded=False,
     ),
+    "predict": Root(
+        ("backend",),
+        "cnntrain.inference.predict",
+        ("backend", "json"),
+        optional=("backend",),
+        required=("run", "images"),
+        seeded=False,
+    ),
     "benchmark": Root(
         ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)
     ),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cnntrain.data.augment import Augment
 from cnntrain.data.idx import DataError
-from cnntrain.data.loader import Loader
+from cnntrain.data.loader import Loader, Normalise
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -68,6 +68,11 @@ class ImageData(ABC):
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def normalised(self, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Images of one's own, uint8 (B, C, H, W), as loaders yield theirs."""
+        device = torch.device(device)
+        return Normalise(self.mean, self.std, device)(images.to(device))
 
     @abstractmethod
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:

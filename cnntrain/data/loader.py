@@ -21,6 +21,30 @@ from cnntrain.data.augment import Augment
 ORDER, AUGMENT = 0, 1
 
 
+class Normalise:
+    """Makes uint8 images (B, C, H, W) on `device` float32: (x / 255 - mean) / std.
+
+    `mean` and `std` are of the pixels scaled to 0..1; one number, or one per channel.
+    """
+
+    def __init__(
+        self, mean: float | Sequence[float], std: float | Sequence[float], device: torch.device
+    ) -> None:
+        # That is scale * x + shift.
+        m = torch.tensor(mean, dtype=torch.float64).reshape(-1, 1, 1)
+        s = torch.tensor(std, dtype=torch.float64).reshape(-1, 1, 1)
+        scale = 1 / (255 * s)
+        self.scale = scale.to(device, torch.float32)  # (1 or C, 1, 1)
+        self.shift = (-m / s).to(device, torch.float32)
+        self.same_scale = scale.item() if scale.numel() == 1 else None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.same_scale is not None:
+            # Converts, scales and shifts in one pass over the memory.
+            return torch.add(self.shift, images, alpha=self.same_scale)
+        return images.to(torch.float32).mul_(self.scale).add_(self.shift)
+
+
 class Loader:
     """Iterates over labelled images in memory; one iteration is one epoch.
 
@@ -87,13 +111,7 @@ class Loader:
         home = self.device if fits(images.nbytes, self.device) else torch.device("cpu")
         self.images = images.to(home)  # (N, C, H, W)
         self.labels = labels.to(home)  # (N,)
-        # (x / 255 - mean) / std = scale * x + shift
-        m = torch.tensor(mean, dtype=torch.float64).reshape(-1, 1, 1)
-        s = torch.tensor(std, dtype=torch.float64).reshape(-1, 1, 1)
-        scale = 1 / (255 * s)
-        self._scale = scale.to(self.device, torch.float32)  # (1 or C, 1, 1)
-        self._shift = (-m / s).to(self.device, torch.float32)
-        self._same_scale = scale.item() if scale.numel() == 1 else None
+        self.normalise = Normalise(mean, std, self.device)
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -145,7 +163,7 @@ class Loader:
 
     def rows(self, indices: Tensor) -> Tensor:
         """These rows of `images` (B,), normalised and not augmented, (B, C, H, W)."""
-        return self._normalise(send(self.images[indices.to(self.images.device)], self.device))
+        return self.normalise(send(self.images[indices.to(self.images.device)], self.device))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of any epoch from the batch `start` on, as iterating yields them."""
@@ -174,7 +192,7 @@ class Loader:
             drawn_here = next(parameters)
             if drawn_here is not None:
                 images = self.augment.apply(images, drawn_here)
-            yield self._normalise(images), target
+            yield self.normalise(images), target
 
     def _parts(self, epoch: Tensor) -> Sequence[Tensor]:
         """This process's part of every batch of an epoch: (..., N) in pieces of (..., B)."""
@@ -188,13 +206,6 @@ class Loader:
         if not self.shuffle:
             return None
         return torch.randperm(len(self.images), generator=self._generator(epoch, ORDER))
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) to float32 scale * images + shift."""
-        if self._same_scale is not None:
-            # Converts, scales and shifts in one pass over the memory.
-            return torch.add(self._shift, images, alpha=self._same_scale)
-        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
         """A generator on the CPU that (seed, epoch) determine. SeedSequence mixes: seed 0 of

@@ -1,6 +1,15 @@
 """A finished run put to use: evaluated, shown pictures, exported."""
 
 from cnntrain.inference.evaluation import Evaluation, evaluate, evaluate_trained
+from cnntrain.inference.prediction import Prediction, predict
 from cnntrain.inference.trained import Trained, load_trained
 
-__all__ = ["Evaluation", "Trained", "evaluate", "evaluate_trained", "load_trained"]
+__all__ = [
+    "Evaluation",
+    "Prediction",
+    "Trained",
+    "evaluate",
+    "evaluate_trained",
+    "load_trained",
+    "predict",
+]

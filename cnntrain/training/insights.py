@@ -216,7 +216,8 @@ def _code(text: str) -> str:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients, with a batch normalisation that learns nothing."""
     training = network.training
     network.eval()
     try:
@@ -276,7 +277,7 @@ def _feature_maps(
         tiles = torch.cat([first[:, None], tiles], 1)
         made.append((names[layer], pictures.grid(tiles.flatten(0, 1), tiles.shape[1])))
 
-    with _evaluating(network), _watching(list(names), draw):
+    with evaluating(network), _watching(list(names), draw):
         network.forward(images)  # not as it may be compiled
     return made
 
@@ -289,6 +290,6 @@ def _penultimate(network: nn.Module, images: Tensor) -> Tensor:
         given[:] = [inputs[0]]
 
     layers = [layer for layer in network.modules() if list(layer.parameters(recurse=False))]
-    with _evaluating(network), _watching(layers, keep):
+    with evaluating(network), _watching(layers, keep):
         network.forward(images)
     return (given[0].mean((2, 3)) if given[0].ndim == 4 else given[0]).float()

@@ -1,0 +1,75 @@
+"""`cnntrain predict`: what is on pictures, a line for each."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from cnntrain.commands.app import paths_quoted, short, start, telling_errors
+from cnntrain.config import ConfigError
+
+if TYPE_CHECKING:
+    from cnntrain.inference import Prediction, Trained
+
+SHOWN = 40  # lines for people
+
+
+def main() -> None:
+    paths_quoted("run", "checkpoint", "hydra.run.dir", several=["images"])
+    loaded: list[tuple[Trained, list[Path]]] = []
+    start(
+        "predict",
+        lambda cfg: _predict(cfg, *loaded[-1]),
+        rehearse=lambda cfg: loaded.append(_load(cfg)),
+        one="run",
+    )
+
+
+def _load(cfg: DictConfig) -> "tuple[Trained, list[Path]]":
+    from cnntrain.inference import load_trained
+    from cnntrain.inference.prediction import files
+
+    if not isinstance(cfg.json, bool):
+        raise ConfigError([f"json={cfg.json}: input should be true or false"])
+    found = files(cfg.images)
+    with telling_errors():
+        backend = cfg.get("backend")
+        return load_trained(cfg.run, cfg.checkpoint, backend=backend, device=cfg.device), found
+
+
+def _predict(cfg: DictConfig, trained: "Trained", files: list[Path]) -> None:
+    from cnntrain.inference.prediction import draw, predictions
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    lines, grid = folder / "predictions.jsonl", folder / "predictions.png"
+    found: list[Prediction] = []  # those that are drawn
+    count = failed = 0
+    with telling_errors(), lines.open("w", encoding="utf-8") as stream:
+        options = {"top": cfg.top, "invert": cfg.invert, "max_pixels": cfg.max_pixels}
+        for one in predictions(trained, files, **options):
+            stream.write(one.json() + "\n")
+            count, failed = count + 1, failed + bool(one.error)
+            if cfg.json:
+                print(one.json())
+            elif not one.error and count - failed <= SHOWN:
+                print(_line(one))
+            if one.error:
+                print(f"cnntrain: {one.name}: {one.error}", file=sys.stderr)
+            else:
+                found.append(one) if len(found) < 100 else None
+        if found:
+            draw(found, grid)
+    if not cfg.json:
+        more = count - failed - SHOWN
+        print(f"... and {more:,} more" if more > 0 else "")
+        print("\n".join(short(file) for file in (lines, grid) if file.exists()))
+    if failed:
+        print(f"cnntrain: {failed} of {count} could not be read", file=sys.stderr)
+        sys.exit(1)
+
+
+def _line(one: "Prediction") -> str:
+    answers = "".join(f"{f'{name} {share:.1%}':24}" for name, share in one.classes)
+    return f"{one.name:32} {answers}".rstrip()

@@ -1,0 +1,132 @@
+"""Pictures from files, of any size and kind, as a network was trained on them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cnntrain.data.idx import GZIP_MAGIC, DataError, parse_idx, read_bytes
+
+PICTURES = (".png", ".jpg", ".jpeg")
+IDX = (".idx", "-ubyte", ".idx.gz", "-ubyte.gz")
+LARGEST_IDX = 2**32  # bytes
+
+
+class Unreadable(Exception):
+    """A file that holds no picture that can be used; the message says why, without its name."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One of them: `index` is its place in an idx file."""
+
+    file: Path
+    index: int | None
+    pixels: np.ndarray  # uint8 (C, H, W), as the network is to see it
+
+    @property
+    def name(self) -> str:
+        return str(self.file) if self.index is None else f"{self.file}[{self.index}]"
+
+
+def picture_files(path: Path) -> list[Path]:
+    """The file itself, or of a folder, and of those in it, all PNG, JPEG and idx files by their
+    names, sorted; none of files of labels."""
+    if not path.is_dir():
+        return [path]
+    found = []
+    for file in sorted(path.rglob("*")):
+        name = file.name.lower()
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        labels = "idx1" in name or "labels" in name
+        if name.endswith(PICTURES) or (name.endswith(IDX) and not labels):
+            found += [file] if file.is_file() and not hidden else []
+    return found
+
+
+def read_pictures(
+    file: Path, shape: tuple[int, int, int], *, invert: bool, max_pixels: int
+) -> Iterator[Picture]:
+    """All pictures in a PNG, JPEG or idx file, each `fitted`.
+
+    Raises:
+        Unreadable: It is damaged, of another kind, or beyond `max_pixels`.
+    """
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(4)
+        if head.startswith(GZIP_MAGIC) or head[:3] == b"\0\0\x08":
+            for index, pixels in enumerate(_idx(file, max_pixels)):
+                yield Picture(file, index, fitted(Image.fromarray(pixels), shape, invert))
+        else:
+            yield Picture(file, None, fitted(_opened(file, max_pixels), shape, invert))
+    except (UnidentifiedImageError, OSError) as error:
+        strange = isinstance(error, UnidentifiedImageError)
+        why = "is neither PNG, JPEG nor idx" if strange else (error.strerror or str(error))
+        raise Unreadable(why) from error
+    except (DataError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        said = str(error).removeprefix(f"{file}: ").split("\n")[0]
+        raise Unreadable(said or "does not fit into the memory") from error
+
+
+def _idx(file: Path, max_pixels: int) -> np.ndarray:
+    """uint8 (N, H, W)."""
+    if file.stat().st_size > LARGEST_IDX:
+        raise Unreadable(f"is larger than {LARGEST_IDX:,} bytes")
+    content = read_bytes(file, limit=LARGEST_IDX)
+    if len(content) > LARGEST_IDX:
+        raise Unreadable(f"is larger than {LARGEST_IDX:,} bytes when unpacked")
+    found = parse_idx(content, file)
+    if found.ndim != 3:
+        what = "labels" if found.ndim == 1 else f"an array of {found.ndim} dimensions"
+        raise Unreadable(f"holds {what}, not images (N, H, W)")
+    if found.shape[1] * found.shape[2] == 0:
+        raise Unreadable("holds images without a pixel")
+    _limit(found.shape[2], found.shape[1], max_pixels)
+    return found
+
+
+def _opened(file: Path, max_pixels: int) -> Image.Image:
+    # Pillow's own limit warns of what may be, and has no say here: ours is known before decoding.
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(file, formats=["PNG", "JPEG"])
+        _limit(*image.size, max_pixels)
+        image.load()
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+    return ImageOps.exif_transpose(image)
+
+
+def _limit(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise Unreadable(f"has {width:,} x {height:,} pixels, more than max_pixels={max_pixels:,}")
+
+
+def fitted(image: Image.Image, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
+    """A picture as large as possible in the middle of a black one of `shape`, (C, H, W), uint8.
+
+    Sixteen bits become eight, colour becomes grey (ITU-R 601) where C is 1. With `invert`, what is
+    dark becomes light first: of ink on paper, light strokes on black. What is transparent becomes
+    black either way. A grey picture of this very size stays as it is, bit for bit.
+    """
+    channels, height, width = shape
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        paper = (255, 255, 255) if invert else (0, 0, 0)
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*paper, 255)), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    if invert:
+        image = ImageOps.invert(image)
+    scale = min(width / image.width, height / image.height)
+    size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BILINEAR)  # of an area, where it is smaller
+    whole = Image.new(image.mode, (width, height))
+    whole.paste(image, ((width - size[0]) // 2, (height - size[1]) // 2))
+    pixels = np.asarray(whole)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
