@@ -74,6 +74,8 @@ class SweepCommand:
         for key in varied:
             if key.startswith(("sweep.", "search", "resume", "hydra")):
                 yield f"{key}: there is one for all members; give it one value"
+        if cfg.get("profile"):
+            yield "profile=true: is of one run; leave out -m"
         if (sweeper := cfg.hydra.sweeper._target_) != BASIC_SWEEPER:
             yield (
                 f"hydra.sweeper._target_={sweeper}: searches are search=<choice> here, by Optuna; "

@@ -40,6 +40,8 @@ def main() -> None:
         from cnntrain.training.follow import follow
 
         follow(place)
+    # PyTorch's profiler else writes about itself to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # A sweep has more options than its name, which is what one types.
     sys.argv[1:] = [re.sub("^sweep=", "sweep.name=", text) for text in sys.argv[1:]]
     with watching("leave"):
@@ -76,15 +78,23 @@ class Resumed:
 
 def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     from cnntrain.data import DataError
-    from cnntrain.training import CheckpointError, NotFinite, ProcessLost, train
+    from cnntrain.training import CheckpointError, NotFinite, ProcessLost, Profile, train
 
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     again = f"resume={shlex.quote(short(directory))}"
-    typed = [text for text in hydra.overrides.task if not _is(text, "resume")]
+    how = ("resume", "profile")  # of this process, not of the run
+    typed = [text for text in hydra.overrides.task if not any(_is(text, key) for key in how)]
     run = resumed or Resumed(cfg, typed)
+    callbacks = [Profile(directory)] if cfg.get("profile") else []
     try:
-        result = train(run.cfg, directory, resume=resumed is not None, overrides=run.overrides)
+        result = train(
+            run.cfg,
+            directory,
+            resume=resumed is not None,
+            overrides=run.overrides,
+            callbacks=callbacks,
+        )
     except Interrupted as error:
         _leave(error, f"; go on with {again}")
     except NotFinite as error:
@@ -121,7 +131,8 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         return None
     overrides = [text for text in arguments.overrides if text not in given]
     hydra = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
-    own = [text for text in overrides if text not in hydra]
+    profile = [text for text in overrides if _is(text, "profile")]
+    own = [text for text in overrides if text not in [*hydra, *profile]]
     files: dict[str, Any] = {"name": arguments.config_name or "train"} | places(arguments)
     if arguments.multirun:
         raise ConfigError([f"{given[-1]}: continues one run; leave out -m"])
@@ -158,7 +169,7 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         _show(result["metrics"], result["timings"]["seconds"], directory)
         sys.exit(0)
     # Hydra is told nothing but where the run is.
-    others = [text for text in hydra if not _is(text, "hydra.run.dir")]
+    others = [*profile, *(text for text in hydra if not _is(text, "hydra.run.dir"))]
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
     sys.argv[1:] = [*flags, *others, f"hydra.run.dir={quoted(str(directory))}"]
     before = overrides_given(directory) if own and chosen != "auto" else []

@@ -106,7 +106,7 @@ class Root:
 ROOTS = {
     "train": Root(
         tuple(name for name in NODES if "." not in name),
-        given=("resume",),
+        given=("profile", "resume"),
         optional=("tensorboard", "search", "sweep"),
     ),
     "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),

@@ -16,7 +16,13 @@ LENGTHS = ("T_max", "T_0", "total_iters", "step_size", "milestones")
 
 def contradictions(cfg: DictConfig) -> list[str]:
     """What a checked config of a run contradicts itself in: one line a problem."""
-    return [*_device(cfg), *_processes(cfg), *_trainer(cfg), *_lengths(cfg)]
+    return [*_profile(cfg), *_device(cfg), *_processes(cfg), *_trainer(cfg), *_lengths(cfg)]
+
+
+def _profile(cfg: DictConfig) -> list[str]:
+    if isinstance(cfg.get("profile", False), bool):
+        return []
+    return [f"profile={shown(cfg.profile)}: must be true or false"]
 
 
 def _device(cfg: DictConfig) -> list[str]:

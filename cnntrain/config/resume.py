@@ -22,7 +22,13 @@ log = logging.getLogger(__name__)
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 RESULT, LOCK, CHECKPOINTS = "result.json", ".lock", "checkpoints"
-NOT_OF_THE_RUN = ("resume", "sweep", "search", "hydra")  # how it is started, and among which others
+NOT_OF_THE_RUN = (
+    "profile",
+    "resume",
+    "sweep",
+    "search",
+    "hydra",
+)  # how it is started, and among which others
 
 
 def begun(directory: Path) -> bool:

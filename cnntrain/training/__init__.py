@@ -6,6 +6,7 @@ from cnntrain.training.company import ProcessLost
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.insights import Insights
 from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
+from cnntrain.training.profile import Profile
 from cnntrain.training.run import Pruned, Result, train
 from cnntrain.training.trainer import Trainer
 
@@ -16,6 +17,7 @@ __all__ = [
     "NotFinite",
     "OneCycle",
     "ProcessLost",
+    "Profile",
     "Pruned",
     "Result",
     "Trainer",
