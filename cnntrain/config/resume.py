@@ -22,13 +22,8 @@ log = logging.getLogger(__name__)
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 RESULT, LOCK, CHECKPOINTS = "result.json", ".lock", "checkpoints"
-NOT_OF_THE_RUN = (
-    "profile",
-    "resume",
-    "sweep",
-    "search",
-    "hydra",
-)  # how it is started, and among which others
+# How it is started, and among which others.
+NOT_OF_THE_RUN = ("profile", "resume", "sweep", "search", "hydra")
 
 
 def begun(directory: Path) -> bool:

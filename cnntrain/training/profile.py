@@ -1,6 +1,7 @@
 """Where the time of a training step goes: a trace for the browser and a table of operators."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ class Profile(lightning.Callback):
         profiler.export_chrome_trace(str(trace))
         averages = profiler.key_averages()
         table.write_text(averages.table(sort_by=self.by, row_limit=100))
-        log.info(f"{STEPS} batches: {trace}, {table}; most of the time went to")
+        where = os.path.relpath(self.folder)
+        log.info(f"{STEPS} batches, in {where}: {trace.name}, {table.name}; most of it went to")
         log.info(_costliest(averages, "cuda" in self.by))
 
 

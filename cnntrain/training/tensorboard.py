@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from cnntrain.atomic import replacing
 from cnntrain.config import flat
 from cnntrain.models import Node
 from cnntrain.pictures import Picture, grid, png
@@ -134,6 +135,8 @@ class TensorBoard(TensorBoardLogger):
         """
         folder = self.directory / "projector"
         folder.mkdir(exist_ok=True)
+        pointer = self.directory / "projector_config.pbtxt"
+        pointer.unlink(missing_ok=True)  # one that names a damaged file ends the whole projector
         digits = 5 - math.ceil(math.log10(float(points.abs().max()) or 1))
         numbers = points.double().cpu().numpy().round(digits).tolist()
         for name, rows in [("points", numbers), ("words", [header, *about])]:
@@ -147,7 +150,8 @@ class TensorBoard(TensorBoardLogger):
         embedding.metadata_path = f"{folder.name}/words.tsv"
         embedding.sprite.image_path = f"{folder.name}/images.png"
         embedding.sprite.single_image_dim.extend([images.shape[3], images.shape[2]])
-        (self.directory / "projector_config.pbtxt").write_text(MessageToString(config))
+        with replacing(pointer) as file:
+            file.write(MessageToString(config).encode())
 
     @property
     def position(self) -> int:

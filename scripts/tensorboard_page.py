@@ -1,0 +1,368 @@
+"""TensorBoard's pages in a real browser: opened, read and looked at.
+
+Needs Chromium and its driver (Debian: chromium, chromium-driver) and selenium.
+"""
+
+import io
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--enable-unsafe-swiftshader",  # WebGL without a GPU: the projector, the charts of Time Series
+]
+
+# All elements that are visible, through shadow roots and frames of the same origin. `place` is
+# where an element lies in the window, the frames around it included.
+WALK = """
+function* walk(root) {
+  if (root.shadowRoot) yield* walk(root.shadowRoot);
+  for (const e of root.querySelectorAll('*')) {
+    if (!e.checkVisibility()) continue;
+    yield e;
+    if (e.shadowRoot) yield* walk(e.shadowRoot);
+    if (e.tagName === 'IFRAME' && e.contentDocument) yield* walk(e.contentDocument);
+  }
+}
+function all(path, root = document) {  // 'a >>> b': every b that is in an a or in its shadow
+  let found = [root];
+  for (const selector of path.split('>>>').map(s => s.trim()))
+    found = [...new Set(found.flatMap(r => [...walk(r)].filter(e => e.matches(selector))))];
+  return found;
+}
+function drawn(path) { return (path.getAttribute('d') || '').split(/[ML]/).length - 1; }
+function text(e) {  // of an element, slots and shadows left out
+  return e.textContent.replace(/\\s+/g, ' ').trim();
+}
+function place(e) {
+  const r = e.getBoundingClientRect();
+  let x = r.x, y = r.y;
+  for (let w = e.ownerDocument.defaultView; w.frameElement; w = w.parent) {
+    const f = w.frameElement.getBoundingClientRect();
+    x += f.x; y += f.y;
+  }
+  return [x, y, r.width, r.height];
+}
+"""
+
+
+class Server:
+    """A TensorBoard on a port of its own choice."""
+
+    def __init__(self, logdir: Path, *options: str):
+        self.logdir, self.options = logdir, options
+
+    def __enter__(self) -> str:
+        script = "from tensorboard.main import run_main; run_main()"
+        where = ["--logdir", str(self.logdir), "--host", "127.0.0.1", "--port", "0"]
+        self.log = tempfile.TemporaryFile("w+")  # not a pipe, which would have to be emptied
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, *where, *self.options], stderr=self.log
+        )
+        try:
+            return wait(self.address, "TensorBoard has no address")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def address(self) -> str | None:
+        self.log.seek(0)
+        said = self.log.read()
+        if self.process.poll() is not None:
+            raise RuntimeError(said)
+        found = re.search(r"at (http://127\.0\.0\.1:\d+/)", said)
+        return found.group(1) if found else None
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+        self.log.close()
+
+
+def wait(look: Callable[[], Any], fault: str, seconds: float = 30) -> Any:
+    """What `look` gives, as soon as it is something; AssertionError after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        if found := look():
+            return found
+        if time.monotonic() > end:
+            raise AssertionError(f"{fault}; found {found!r}")
+        time.sleep(0.1)
+
+
+def either(tags: set[str]) -> str:
+    """A regular expression for these tags. TensorBoard reads it in JavaScript."""
+    return "|".join(f"^{re.escape(tag)}$" for tag in sorted(tags))
+
+
+class Board:
+    """TensorBoard's page in Chromium."""
+
+    def __init__(
+        self, address: str, shots: Path | None = None, size: tuple[int, int] = (1400, 900)
+    ):
+        self.address, self.shots, self.size = address, shots, size
+
+    def __enter__(self) -> "Board":
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        options = Options()
+        for flag in [*FLAGS, f"--user-data-dir={self.profile.name}"]:
+            options.add_argument(flag)
+        self.chrome = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+        width, height = self.size  # of the page; --window-size has the window's frame in it
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.chrome.quit()
+        self.profile.cleanup()
+
+    def open(self, tab: str, tags: str = "", query: str = "") -> None:
+        """A tab, with the tags alone that the regular expression matches.
+
+        A filter also opens the section that has them: of others the first three are open.
+        """
+        self.tab = tab
+        self.chrome.get("about:blank")  # or nothing is loaded where only the fragment differs
+        angular = tab == "timeseries"
+        if tags:
+            tags = f"tagFilter={quote(tags, safe='')}"
+        query = "&".join(filter(None, [query, tags if angular else ""]))
+        fragment = "&".join(filter(None, [tab, tags if not angular else ""]))
+        self.chrome.get(f"{self.address}{'?' + query if query else ''}#{fragment}")
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        return self.chrome.execute_script(WALK + script, *arguments)
+
+    def texts(self, selector: str) -> list[str]:
+        return self.js("return all(arguments[0]).map(text)", selector)
+
+    def wait(self, script: str, *arguments: Any) -> Any:
+        return wait(lambda: self.js(script, *arguments), f"{self.tab}: {script} {arguments}")
+
+    def wait_cards(self, kind: str, measure: str, wanted: dict[str, Any]) -> None:
+        """Until there is a card for each of these tags and `measure` of it is as wanted.
+
+        A card may be seen twice: once in a section of those that the filter lets pass.
+        """
+        script = f"""return all('{kind}').map(card => [
+            all('.heading-label.name', card).map(text)[0], {measure}])"""
+
+        def seen() -> dict[str, Any]:
+            return dict(self.js(script)[::-1])
+
+        try:
+            wait(lambda: {k: v for k, v in seen().items() if k in wanted} == wanted, "")
+        except AssertionError:
+            raise AssertionError(f"{self.tab}: {seen()}, not {wanted}") from None
+
+    def wait_texts(self, selector: str, wanted: set[str]) -> None:
+        """Until all of these texts stand there."""
+
+        def missing() -> set[str]:
+            return wanted - set(self.texts(selector))
+
+        try:
+            wait(lambda: not missing(), "")
+        except AssertionError:
+            raise AssertionError(
+                f"{self.tab}: no {sorted(missing())} among {self.texts(selector)}"
+            ) from None
+
+    def shot(self) -> np.ndarray:
+        """The window's pixels (height, width, 3); a file, too."""
+        png = self.chrome.get_screenshot_as_png()
+        if self.shots:
+            (self.shots / f"{self.tab}.png").write_bytes(png)
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+    def drawn(self, place: list[float]) -> tuple[int, int]:
+        """How many pixels there have a colour, and how many another one than most have."""
+        x, y, width, height = map(round, place)
+        part = self.shot()[max(y, 0) : y + height, max(x, 0) : x + width].reshape(-1, 3).astype(int)
+        _, counts = np.unique(part, axis=0, return_counts=True)
+        coloured = part.max(1) - part.min(1) > 25
+        return int(coloured.sum()), len(part) - int(counts.max())
+
+    def errors(self) -> list[str]:
+        """What the browser has to complain about since this was last asked."""
+        return [e["message"] for e in self.chrome.get_log("browser") if e["level"] == "SEVERE"]
+
+    # The tabs. Each waits until what it is asked for is shown; AssertionError if it never is.
+
+    def tabs(self, wanted: set[str]) -> None:
+        """The tabs that have something to show. The projector's comes some seconds late."""
+
+        def active() -> set[str]:
+            return set(
+                self.js(
+                    "return fetch('data/plugins_listing').then(r => r.json()).then("
+                    "  p => Object.keys(p).filter(k => p[k].enabled))"
+                )
+            )
+
+        self.tab = "tabs"
+        self.chrome.get(self.address)
+        wait(lambda: wanted <= active(), f"not all of {sorted(wanted)}")
+
+    def scalars(self, tags: set[str], points: int) -> None:
+        """A line for each tag, with so many points."""
+        self.open("scalars", either(tags))
+        self.wait_cards(
+            "tf-scalar-card",
+            "all('.line-plot:not(.ghost) >>> path.line', card).map(drawn).filter(n => n)",
+            {tag: [points] for tag in tags},
+        )
+
+    def timeseries(self, tag: str) -> None:
+        self.open("timeseries", either({tag}))
+        self.wait_texts("scalar-card tb-truncated-path", {tag})
+        where = self.wait("return all('scalar-card .series-view canvas').map(place)[0]")
+        # The canvas is drawn by a worker, through WebGL: so it is looked at. All else is grey.
+        wait(lambda: self.drawn(where)[0] > 100, "timeseries: no line has been drawn")
+
+    def custom_scalars(self, charts: dict[str, int]) -> None:
+        """Charts by their title, with how many lines each has."""
+        self.open("custom_scalars")
+        self.wait_cards(
+            "tf-custom-scalar-multi-line-chart-card",
+            "all('.line-plot:not(.ghost) >>> path.line', card).filter(p => drawn(p) > 1).length",
+            charts,
+        )
+
+    def images(self, sizes: dict[str, tuple[int, int]]) -> None:
+        """Images by their tag, each loaded and of this size."""
+        self.open("images", either(set(sizes)))
+        self.wait_cards(
+            "tf-image-loader",
+            """all('img', card).filter(i => i.complete && i.naturalWidth)
+                 .flatMap(i => [i.naturalWidth, i.naturalHeight])""",
+            {tag: list(size) for tag, size in sizes.items()},
+        )
+
+    def histograms(self, tags: set[str], steps: int) -> None:
+        self.open("histograms", either(tags))
+        self.wait_cards(
+            "tf-histogram-loader",
+            "all('g.histogram path.outline', card).filter(p => drawn(p) > 2).length",
+            dict.fromkeys(tags, steps),
+        )
+
+    def distributions(self, tags: set[str]) -> None:
+        self.open("distributions", either(tags))
+        self.wait_cards(  # eight areas between nine quantiles
+            "tf-distribution-loader",
+            "all('path.area', card).filter(p => drawn(p) > 2).length",
+            dict.fromkeys(tags, 8),
+        )
+
+    def graphs(self, names: list[str], wanted: set[str]) -> None:
+        """Opens nodes by their full names, one after the other; `wanted` must then be there."""
+        self.open("graphs")
+        for name in names:
+            self.wait(
+                """const name = n => n.__data__?.node.name, called = arguments[0];
+                   const find = () => all('g.nodes > g.node').find(n => name(n) === called);
+                   const node = find(), open = () => find().classList.contains('expanded');
+                   if (node && !open())  // its shape listens, not itself; it may be too early
+                     node.querySelector('.nodecolortarget').dispatchEvent(
+                       new MouseEvent('dblclick', {bubbles: true, view: window}));
+                   return node && open()""",
+                name,
+            )
+
+        def seen() -> set[str]:
+            return set(self.js("return all('g.nodes > g.node').map(n => n.__data__?.node.name)"))
+
+        try:
+            wait(lambda: wanted <= seen(), "")
+        except AssertionError:
+            raise AssertionError(f"graphs: {sorted(wanted)} not all in {sorted(seen())}") from None
+        time.sleep(1)  # it glides there; for the picture only
+
+    def text(self, tag: str, cells: set[str]) -> None:
+        """Cells of a table in Markdown, which TensorBoard puts into a cell of its own."""
+        self.open("text", either({tag}))
+        self.wait_texts("tf-text-loader >>> .heading-label.name", {tag})
+        self.wait_texts("tf-text-loader >>> table table th, table table td", cells)
+
+    def pr_curves(self, tag: str) -> None:
+        self.open("pr_curves", either({tag}))
+        self.wait_texts("tf-pr-curve-card >>> .heading-label.name", {tag})
+        self.wait(
+            """return all('tf-pr-curve-card >>> .line-plot:not(.ghost) >>> path.line')
+                 .some(p => drawn(p) > 20)"""
+        )
+
+    def projector(self, points: int, dimensions: int, columns: set[str]) -> None:
+        self.tabs({"projector"})  # a page shows the tabs that were active when it was loaded
+        self.open("projector")
+        self.wait_texts(".numDataPoints", {str(points)})
+        self.wait_texts(".dim", {str(dimensions)})
+        # The sprite is a texture, there is no <img>.
+        sprite = self.wait(
+            """const p = all('vz-projector')[0], s = p?.dataSet?.spriteAndMetadataInfo;
+               const i = s?.spriteImage;
+               return i?.complete && i.naturalWidth && {
+                 size: [i.naturalWidth, i.naturalHeight], one: s.spriteMetadata.singleImageDim,
+                 columns: Object.keys(p.dataSet.points[0].metadata)}"""
+        )
+        rows, across = (
+            whole // one for whole, one in zip(sprite["size"], sprite["one"], strict=True)
+        )
+        assert rows * across >= points, sprite
+        assert columns <= set(sprite["columns"]), sprite
+        # Behind a dialogue, which darkens all, components are computed.
+        self.wait(
+            """return all('#total-variance').some(e => /\\d%/.test(text(e)))
+                 && !all('iron-overlay-backdrop, .notify-msg').length"""
+        )
+        where = self.js("return all('#scatter').map(place)[0]")
+        enough = 0.02 * where[2] * where[3]  # without them: axes and icons
+        wait(lambda: self.drawn(where)[1] > enough, "projector: nothing has been drawn")
+
+    def hparams(self, rows: list[dict[str, str]]) -> None:
+        """Rows of the table view; only the columns that are asked for."""
+        self.open("hparams")
+
+        def table() -> list[dict[str, str]]:
+            names = self.texts("#sessionGroupsTable .table-header")
+            cells = self.texts("#sessionGroupsTable > vaadin-grid-cell-content")
+            cells = cells[cells.index("Trial ID") + len(names) :] if names else []
+            step = len(names) or 1
+            return [
+                dict(zip(names, cells[i : i + step], strict=False))
+                for i in range(0, len(cells), step)
+            ]
+
+        def fits() -> bool:
+            found = table()
+            return len(found) == len(rows) and all(
+                any(row.items() <= other.items() for other in found) for row in rows
+            )
+
+        try:
+            wait(fits, "")
+        except AssertionError:
+            raise AssertionError(f"hparams: {table()}, not {rows}") from None
