@@ -13,6 +13,7 @@ COMMANDS = {
     "benchmark": "time backends side by side on the layers of a model",
     "evaluate": "say how good a trained network is, on any backend",
     "predict": "say what is on pictures of any size",
+    "export": "write a trained network as ONNX or as a program of torch.export",
     "report": "rank the runs of a sweep or a folder: table, page with pictures",
 }
 

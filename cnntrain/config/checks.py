@@ -126,6 +126,13 @@ ROOTS = {
         required=("run", "images"),
         seeded=False,
     ),
+    "export": Root(
+        (),
+        "cnntrain.inference.export",
+        ("folder",),
+        required=("run", "format"),
+        seeded=False,
+    ),
     "benchmark": Root(
         ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)
     ),

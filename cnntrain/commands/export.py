@@ -1,0 +1,53 @@
+"""`cnntrain export`: a trained network as a file that other programs run."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from cnntrain.commands.app import paths_quoted, short, start, telling_errors
+
+if TYPE_CHECKING:
+    from cnntrain.inference import Trained
+
+
+def main() -> None:
+    paths_quoted("run", "checkpoint", "root", "hydra.run.dir")
+    loaded: list[Trained] = []
+    start(
+        "export",
+        lambda cfg: _export(cfg, loaded[-1]),
+        rehearse=lambda cfg: loaded.append(_load(cfg)),
+        one="run",
+    )
+
+
+def _load(cfg: DictConfig) -> "Trained":
+    from cnntrain.inference import load_trained
+    from cnntrain.inference.exporting import check_installed
+
+    check_installed(cfg.format)
+    with telling_errors():
+        return load_trained(cfg.run, cfg.checkpoint, device="cpu", root=cfg.root)
+
+
+def _export(cfg: DictConfig, trained: "Trained") -> None:
+    from cnntrain.inference.exporting import Mismatch, export_trained
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with telling_errors():
+        try:
+            found = export_trained(trained, cfg.format, folder)
+        except Mismatch as error:
+            print(f"cnntrain: {error}", file=sys.stderr)
+            sys.exit(1)
+    print(
+        f"loaded again and compared with {trained.backend} on {found.images} real images, in "
+        "batches of several sizes:\n"
+        f"largest difference of a logit   {found.error:.1e}   (the largest logit is "
+        f"{found.largest:.3g})\n"
+        f"same answer                     {found.answers} of {found.images}\n\n"
+        f"{short(found.file)}   ({found.file.stat().st_size:,} bytes)"
+    )
