@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "say how good a trained network is, on any backend",
     "predict": "say what is on pictures of any size",
     "export": "write a trained network as ONNX or as a program of torch.export",
+    "lesson": "show what a convolution is, in numbers and pictures",
     "report": "rank the runs of a sweep or a folder: table, page with pictures",
 }
 

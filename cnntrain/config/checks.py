@@ -154,7 +154,7 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
         value, wrong = _resolved(cfg, key)
         wrong = wrong or _unfit_value(value)
         if key in options and key not in (*root.given, "seed"):
-            wrong = wrong or _mismatch(options[key](), value)
+            wrong = wrong or mismatch(options[key](), value)
         if wrong:
             problems.append(f"{key}={shown(value)}: {wrong}")
         elif key == "seed":
@@ -234,13 +234,13 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
             names = [n for n in accepted.types if n not in node.given]
             problems.append(f"{option}: {unknown(f'{target} has', 'option', name, names)}")
         elif wrong := _unfit_value(value) or (
-            _mismatch(accepted.types[name](), value) if name in accepted.types else None
+            mismatch(accepted.types[name](), value) if name in accepted.types else None
         ):
             problems.append(f"{option}: {wrong}")
     return problems
 
 
-def _mismatch(kind: Any, value: Any) -> str | None:
+def mismatch(kind: Any, value: Any) -> str | None:
     """What keeps a plain value from being of a type, in pydantic's words."""
     from pydantic import TypeAdapter, ValidationError
     from pydantic.errors import PydanticSchemaGenerationError

@@ -16,10 +16,15 @@ from cnntrain.models.choices import (
 
 
 class Shallow(nn.Module):
-    """Convolution 3x3, activation, 2x2 pooling, one fully connected layer.
+    """Convolution, activation, 2x2 pooling, one fully connected layer.
 
-    Images (N, *in_shape), at least 4x4, in, logits (N, num_classes) out; ValueError if the images
-    are smaller. `conv` is called like `nn.Conv2d`.
+    Images (N, *in_shape) in, logits (N, num_classes) out; ValueError if the images are too small:
+    with the defaults they must be 4x4. Without `pooling`, None, every pixel of the feature maps is
+    connected. `conv` is called like `nn.Conv2d`.
+
+    With `one_output` the fully connected layer makes a single number, for two classes: its sigmoid
+    is the probability of the second. As logits these are 0 and that number, of which softmax makes
+    the same.
     """
 
     def __init__(
@@ -29,17 +34,25 @@ class Shallow(nn.Module):
         *,
         conv: Callable[..., nn.Conv2d] = nn.Conv2d,
         channels: PositiveInt = 16,
+        kernel_size: PositiveInt = 3,
         activation: Activation = "relu",
-        pooling: Pooling = "max",
+        pooling: Pooling | None = "max",
+        one_output: bool = False,
     ):
         super().__init__()
+        if one_output and num_classes != 2:
+            raise ValueError(f"model.one_output=true: is for two classes, not {num_classes}")
+        pool = [choose("pooling", pooling, POOLINGS)(2)] if pooling else []
         self.features = nn.Sequential(
-            conv(in_shape[0], channels, 3),  # (N, 16, 26, 26)
+            conv(in_shape[0], channels, kernel_size),  # (N, 16, 26, 26)
             choose("activation", activation, ACTIVATIONS)(),
-            choose("pooling", pooling, POOLINGS)(2),  # (N, 16, 13, 13)
+            *pool,  # (N, 16, 13, 13)
             nn.Flatten(),
         )
-        self.classifier = nn.Linear(flat_features(self.features, in_shape), num_classes)
+        self.one_output = one_output
+        outputs = 1 if one_output else num_classes
+        self.classifier = nn.Linear(flat_features(self.features, in_shape), outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images))
+        logits = self.classifier(self.features(images))
+        return nn.functional.pad(logits, (1, 0)) if self.one_output else logits

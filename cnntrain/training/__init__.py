@@ -5,7 +5,7 @@ from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.company import ProcessLost
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.insights import Insights
-from cnntrain.training.objective import CrossEntropy, OneCycle, WarmupCosine
+from cnntrain.training.objective import CrossEntropy, HalfSquaredError, OneCycle, WarmupCosine
 from cnntrain.training.profile import Profile
 from cnntrain.training.run import Pruned, Result, train
 from cnntrain.training.trainer import Trainer
@@ -13,6 +13,7 @@ from cnntrain.training.trainer import Trainer
 __all__ = [
     "CheckpointError",
     "CrossEntropy",
+    "HalfSquaredError",
     "Insights",
     "NotFinite",
     "OneCycle",

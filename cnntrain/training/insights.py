@@ -194,8 +194,8 @@ class Insights(lightning.Callback):
         self.board.embed(points, ("class", "predicted"), about, images)
 
     def _examples(self, labels: Tensor) -> Tensor:
-        """The first image of each of the first classes."""
-        return torch.stack([(labels == k).nonzero()[0, 0] for k in range(EXAMPLES)])
+        """The first image of each of the first classes that there are."""
+        return torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:EXAMPLES]])
 
     def _seen(self, images: Tensor) -> Tensor:
         return pictures.pixels(images, self.data.mean, self.data.std)

@@ -26,6 +26,20 @@ class CrossEntropy(nn.CrossEntropyLoss):
         return nn.functional.cross_entropy(input, target, label_smoothing=smoothing)
 
 
+class HalfSquaredError(nn.Module):
+    """(p - y)^2 / 2 of the probability p of the second of two classes, mean over the batch.
+
+    Logits (N, 2) and labels (N,); ValueError for another number of classes. The probability is
+    that of softmax, which for logits 0 and z is the sigmoid of z.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if input.shape[1] != 2:
+            raise ValueError(f"is for two classes, not {input.shape[1]}")
+        error = input.softmax(1)[:, 1] - target
+        return error.square().mean() / 2
+
+
 class OneCycle(OneCycleLR):
     """The one-cycle schedule of Smith and Topin (arXiv:1708.07120), a step being a batch's update.
 

@@ -1,0 +1,93 @@
+"""`cnntrain lesson`: what a convolution is, in numbers and a picture."""
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cnntrain.commands.app import refuse, short, telling_errors
+from cnntrain.config import ConfigError, folder_problem
+from cnntrain.config.checks import mismatch
+from cnntrain.config.overrides import shown, unknown
+from cnntrain.config.signatures import signature
+
+LESSONS = {
+    "patterns": "a kernel finds what looks like it",
+    "activations": "relu, leaky_relu, sigmoid, tanh and their derivatives",
+    "window": "every number of an im2col, for a convolution of your own",
+    "cost": "the MACs of a model's layers, and the time that they take",
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "--help", "-h"):
+        print(
+            "cnntrain lesson NAME [option=value ...]     (cnntrain lesson NAME --help tells more)\n"
+        )
+        for lesson, what in LESSONS.items():
+            print(f"  {lesson:14}{what}")
+        sys.exit(0 if name else 2)
+    try:
+        if name not in LESSONS:
+            raise ConfigError([f"{name}: {unknown('there is', 'lesson', name, [*LESSONS])}"])
+        if {"--help", "-h"} & set(sys.argv[2:]):
+            _help(name)
+            return
+        out, options = _parsed(name, sys.argv[2:])
+        _teach(name, out, options)
+    except ConfigError as error:
+        refuse(error)
+
+
+def _teach(name: str, out: Path, options: dict[str, Any]) -> None:
+    from cnntrain.lab import lessons
+
+    lesson = getattr(lessons, name)(**options)
+    print(lesson.text)
+    file = out / f"{name}.png"
+    with telling_errors():
+        lesson.write(file)
+    print(f"\n{short(file)}")
+
+
+def _help(name: str) -> None:
+    from cnntrain.lab import lessons
+
+    function = getattr(lessons, name)
+    options = [
+        f"{option}={'null' if p.default is None else shown(p.default)}"
+        for option, p in inspect.signature(function).parameters.items()
+    ]
+    print(f"cnntrain lesson {name} [option=value ...]\n")
+    print(inspect.getdoc(function))
+    print("\nOptions as they stand now: " + " ".join([*options, "out=outputs/lessons"]))
+
+
+def _parsed(name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
+    """The folder for the picture, and the options; ConfigError with all that is wrong."""
+    types = signature(f"cnntrain.lab.lessons.{name}.{name}").types
+    options: dict[str, Any] = {}
+    problems = []
+    for text in arguments:
+        option, equals, value = text.partition("=")
+        if text.startswith("-"):
+            problems.append(f"{text}: options have no dashes: option=value")
+        elif not equals or option not in (*types, "out"):
+            known = [*types, "out"]
+            problems.append(f"{text}: {unknown(f'{name} has', 'option', option, known)}")
+        elif option == "out":
+            options["out"] = value
+            problems += [problem] if (problem := folder_problem(value, "out")) else []
+        else:
+            try:
+                options[option] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                options[option] = value
+            if wrong := mismatch(types[option](), options[option]):
+                problems.append(f"{text}: {wrong}")
+    if problems:
+        raise ConfigError(problems)
+    return Path(options.pop("out", "outputs/lessons")), options

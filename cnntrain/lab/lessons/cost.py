@@ -1,0 +1,164 @@
+"""Where a network's work is, and where its time goes."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from cnntrain.config import ConfigError, blame, build, compose
+from cnntrain.conv import BACKENDS
+from cnntrain.lab.lessons.lesson import Lesson
+from cnntrain.models import Layer, summarise
+
+IMAGE = (1, 28, 28)  # (C, H, W)
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
+
+
+def cost(
+    *,
+    model: str = "lenet5",
+    backends: list[str] | None = None,
+    batch_size: PositiveInt = 128,
+    rounds: PositiveInt = 20,
+    threads: PositiveInt | None = None,
+) -> Lesson:
+    """MACs of every layer of a model against measured time on each backend.
+
+    A multiply-accumulate is one product and one sum. How long a layer takes is not how many of
+    them it has: the same MACs cost more as loops than as one matrix product, and layers that have
+    none, such as pooling, take their time too. Times are of the forward on the CPU, medians.
+
+    Args:
+        model: A choice of conf/model, or for a torchvision network its name, such as resnet18.
+        backends: Which; by default all.
+        batch_size: Images in a batch.
+        rounds: Turns of each backend.
+        threads: Of PyTorch; by default its own choice.
+    """
+    names = list(BACKENDS) if backends is None else backends
+    if unknown := [name for name in names if name not in BACKENDS] or names == []:
+        raise ConfigError([f"backends={unknown or names}: choose from {', '.join(BACKENDS)}"])
+    networks = {name: _network(model, name) for name in names}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        times = layer_times(networks, batch_size, rounds)
+    finally:
+        torch.set_num_threads(before)
+    layers = summarise(networks[names[0]], IMAGE)
+    text = "\n".join(_lines(model, layers, times, batch_size))
+    return Lesson(text, lambda: _draw(model, layers, times))
+
+
+def _network(model: str, backend: str) -> nn.Module:
+    """In evaluation; ConfigError if there is none of this name."""
+    try:
+        cfg = compose([f"model={model}"])
+    except ConfigError as error:
+        if model not in torchvision.models.list_models(module=torchvision.models):
+            raise error from None
+        cfg = compose(["model=torchvision", f"model.name={model}", "model.small_images=true"])
+    with blame("model"):
+        conv = BACKENDS[backend]
+        return build(cfg.model, conv=conv, in_shape=IMAGE, num_classes=10).eval()
+
+
+def layer_times(
+    networks: dict[str, nn.Module], batch_size: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds that each layer's forward takes, by backend: medians, backends in turns."""
+    images = torch.randn(batch_size, *IMAGE, generator=torch.Generator().manual_seed(0))
+    found: dict[str, list[list[float]]] = {name: [] for name in networks}
+    for turn in range(rounds + 1):
+        for name, network in networks.items():
+            taken = _timed(network, images)
+            if turn:  # the first one warms up
+                found[name].append(taken)
+    return {
+        name: [statistics.median(layer) for layer in zip(*turns, strict=True)]
+        for name, turns in found.items()
+    }
+
+
+def _timed(network: nn.Module, images: Tensor) -> list[float]:
+    """Seconds of each layer's forward, in the order in which the images meet them."""
+    begun: list[float] = []
+    taken: list[float] = []
+
+    def begin(*_: Any) -> None:
+        begun.append(time.perf_counter())
+
+    def end(*_: Any) -> None:
+        taken.append(time.perf_counter() - begun.pop())
+
+    leaves = [module for module in network.modules() if not list(module.children())]
+    hooks = [leaf.register_forward_pre_hook(begin) for leaf in leaves]
+    hooks += [leaf.register_forward_hook(end) for leaf in leaves]
+    try:
+        with torch.no_grad():
+            network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return taken
+
+
+def _lines(
+    model: str, layers: Sequence[Layer], times: dict[str, list[float]], batch_size: int
+) -> list[str]:
+    total = sum(layer.macs for layer in layers) or 1
+    kinds = [_kind(layer) for layer in layers]
+    wide = max(len(layer.name) + len(kind) + 2 for layer, kind in zip(layers, kinds, strict=True))
+    lines = [
+        f"{model}, a batch of {batch_size}, forward, {torch.get_num_threads()} threads; in ms",
+        "",
+        f"{'layer':{wide}}{'MACs/image':>14}{'share':>8}"
+        + "".join(f"{name:>12}{'GMAC/s':>8}" for name in times),
+    ]
+    for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+        row = f"{layer.name + '  ' + kind:{wide}}"
+        row += f"{layer.macs:>14,}{layer.macs / total:>8.1%}" if layer.macs else " " * 22
+        for taken in times.values():
+            rate = layer.macs * batch_size / taken[i] / 1e9
+            row += f"{taken[i] * 1000:12.3f}" + (f"{rate:8.1f}" if layer.macs else " " * 8)
+        lines.append(row.rstrip())
+    row = f"{'total':{wide}}{sum(layer.macs for layer in layers):>14,}{'':8}"
+    for taken in times.values():
+        row += f"{sum(taken) * 1000:12.3f}{total * batch_size / sum(taken) / 1e9:8.1f}"
+    return [*lines, "", row]
+
+
+def _draw(model: str, layers: Sequence[Layer], times: dict[str, list[float]]) -> Figure:
+    """Shares of the MACs and of each backend's time, a group of bars for each layer."""
+    total = sum(layer.macs for layer in layers) or 1
+    shares = {"MACs": [layer.macs / total for layer in layers]}
+    shares |= {f"time, {name}": [t / sum(taken) for t in taken] for name, taken in times.items()}
+    shown = sorted(range(len(layers)), key=lambda i: -max(share[i] for share in shares.values()))
+    shown = sorted(shown[:16])  # of a deep network those that matter most
+    figure = Figure(figsize=(9, 0.9 + 0.42 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    tall = 0.8 / len(shares)
+    for number, (name, share) in enumerate(shares.items()):
+        colour = "#555555" if name == "MACs" else COLOURS[(number - 1) % len(COLOURS)]
+        places = [row + number * tall for row in range(len(shown))]
+        axes.barh(places, [100 * share[i] for i in shown], tall, color=colour, label=name)
+    axes.set_yticks([row + 0.4 - tall / 2 for row in range(len(shown))])
+    axes.set_yticklabels([f"{layers[i].name}  {_kind(layers[i])}" for i in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the whole")
+    axes.set_title(f"{model}: where the work is, and where the time goes", fontsize=11)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def _kind(layer: Layer) -> str:
+    """The class of a layer; of a convolution not its backend, as there are several."""
+    return "Conv2d" if layer.kind.endswith("Conv2d") else layer.kind

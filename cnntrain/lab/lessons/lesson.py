@@ -1,0 +1,61 @@
+"""What a lesson leaves: text, and a picture."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, SOFT = "#333333", "#bbbbbb"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """`text` is for the terminal; `draw` makes the picture that belongs to it."""
+
+    text: str
+    draw: Callable[[], Figure]
+
+    def write(self, file: Path) -> None:
+        """The picture, as PNG."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.draw().savefig(file, dpi=110)
+
+
+def matrix(rows: Sequence[Sequence[float]], width: int | None = None) -> list[str]:
+    """Numbers in columns, a line a row; `width` is that of a column, by default what it takes."""
+    cells = [[plain(number) for number in row] for row in rows]
+    width = width or max((len(cell) for row in cells for cell in row), default=1)
+    return [" ".join(cell.rjust(width) for cell in row) for row in cells]
+
+
+def plain(number: float) -> str:
+    """3 and not 3.0; else two decimals."""
+    return str(int(number)) if number == int(number) else f"{number:.2f}"
+
+
+def show_matrix(
+    axes: Axes,
+    values: Sequence[Sequence[float]],
+    title: str,
+    *,
+    colours: str = "RdBu_r",
+    largest: float | None = None,
+    texts: bool = True,
+    size: float = 9,
+) -> None:
+    """A matrix as coloured cells, red above zero and blue below, with its numbers in them."""
+    biggest = largest or max((abs(v) for row in values for v in row), default=0) or 1
+    axes.imshow(values, cmap=colours, vmin=-1.6 * biggest, vmax=1.6 * biggest)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if texts:
+                axes.text(x, y, plain(value), ha="center", va="center", fontsize=size, color=INK)
+    axes.set_title(title, fontsize=10, color=INK)
+    axes.set_xticks([x - 0.5 for x in range(len(values[0]) + 1)], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(len(values) + 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
