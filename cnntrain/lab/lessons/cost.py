@@ -153,7 +153,7 @@ def _draw(model: str, layers: Sequence[Layer], times: dict[str, list[float]]) ->
     axes.invert_yaxis()
     axes.set_xlabel("% of the whole")
     axes.set_title(f"{model}: where the work is, and where the time goes", fontsize=11)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure

@@ -5,23 +5,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from cnntrain.config import ConfigError
 from cnntrain.conv import Im2colConv2d
 from cnntrain.conv.geometry import Amounts, Geometry, pad, padded, padding_amounts
-from cnntrain.lab.lessons.lesson import Lesson, matrix, plain, show_matrix
+from cnntrain.lab.lessons.lesson import Lesson, matrix, plain
+from cnntrain.lab.lessons.sheet import Sheet
 
 Positive = PositiveInt | tuple[PositiveInt, PositiveInt]
 Padding = NonNegativeInt | tuple[NonNegativeInt, NonNegativeInt] | Literal["same", "valid"]
 Mode = Literal["zeros", "reflect", "replicate", "circular"]
 
 MOST_COLUMNS, MOST_ROWS, MOST_PIXELS = 36, 36, 300  # that a finger can follow
-MARK = "#E69F00"
 
 
 @dataclass(frozen=True)
@@ -267,57 +265,35 @@ def _titled(name: str, number: int, count: int, what: str) -> str:
 
 
 def _draw(example: Example, position: int) -> Figure:
+    """All in cells of one size: images and kernels, then for each group the product."""
     groups, rows, count = example.columns.shape
-    of_group = example.products.shape[1]
-    across = rows + 2 * count + 4
-    tall = [max(example.padded.shape[1], example.output.shape[1]) + 2, *[rows + 2] * groups]
-    cell = min(0.34, 15 / across)
-    figure = Figure(figsize=(max(7.5, across * cell), sum(tall) * 0.34 + 0.6), layout="constrained")
-    figure.suptitle("   ".join(formula(example)), fontsize=9)
-    parts = figure.subfigures(1 + groups, 1, height_ratios=tall, squeeze=False)[:, 0]
-
-    images = [("input, padded", image) for image in example.padded]
-    kernels = [("kernel", image) for image in example.weight.flatten(0, 1)]
-    outputs = [("output", image) for image in example.output]
-    shown = [*images, *kernels, *outputs]
-    widths = [image.shape[1] + 1 for _, image in shown]
-    top = parts[0].subplots(1, len(shown), width_ratios=widths, squeeze=False)[0]
-    for axes, (name, image) in zip(top, shown, strict=True):
-        show_matrix(axes, image.tolist(), name)
-    for axes in top[: len(images)]:
-        _grey_padding(axes, example)
-        for y, x in example.taps(position):
-            _mark(axes, x, y)
-    width = example.output.shape[2]
-    for axes in top[-len(outputs) :]:
-        _mark(axes, position % width, position // width)
-
-    ratios = [rows, count, count]
-    for group, part in enumerate(parts[1:]):
-        axes = part.subplots(1, 3, width_ratios=ratios)
-        weights = example.weight.reshape(groups, of_group, rows)[group]
+    of_group, width = example.products.shape[1], example.output.shape[2]
+    here = (position // width, position % width)
+    sheet = Sheet(across=max(24.0, rows + 2 * count + 12.0))
+    for image in example.padded:
+        sheet.put(image, "input, padded", example.taps(position), _inside(example))
+    for kernel in example.weight.flatten(0, 1):
+        sheet.put(kernel, "kernel")
+    for image in example.output:
+        sheet.put(image, "output", [here])
+    weights = example.weight.reshape(groups, of_group, rows)
+    for group in range(groups):
         named = f" of group {group}" if groups > 1 else ""
-        show_matrix(axes[0], weights.tolist(), f"kernels{named}, a row each   ×")
-        show_matrix(axes[1], example.columns[group].tolist(), "columns, one for each window   =")
-        show_matrix(axes[2], example.products[group].tolist(), "product")
-        for y in range(rows):
-            _mark(axes[1], position, y)
-        for y in range(of_group):
-            _mark(axes[2], position, y)
-    return figure
+        column, product = ([(y, position) for y in range(n)] for n in (rows, of_group))
+        sheet.line()
+        sheet.put(weights[group], f"kernels{named}, a row each")
+        sheet.say("×")
+        sheet.put(example.columns[group], "columns, one for each window", column)
+        sheet.say("=")
+        sheet.put(example.products[group], "product", product)
+    return sheet.figure("\n".join(formula(example)))
 
 
-def _mark(axes: Axes, x: int, y: int) -> None:
-    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=2.5))
-
-
-def _grey_padding(axes: Axes, example: Example) -> None:
+def _inside(example: Example) -> set[tuple[int, int]]:
+    """(row, column) of what is no padding."""
     left, _, top, _ = example.amounts
     height, width = example.input.shape[1:]
-    for y in range(example.padded.shape[1]):
-        for x in range(example.padded.shape[2]):
-            if not (top <= y < top + height and left <= x < left + width):
-                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color="#999999", alpha=0.45))
+    return {(top + y, left + x) for y in range(height) for x in range(width)}
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
