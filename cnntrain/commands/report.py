@@ -59,6 +59,7 @@ def _report(collection: Collection, out: Path) -> None:
     from rich.console import Console
 
     from cnntrain.sweeps.report import write_report
+    from cnntrain.sweeps.switches import print_switches
     from cnntrain.sweeps.tables import print_ranked
 
     files, problem = [], None
@@ -66,7 +67,9 @@ def _report(collection: Collection, out: Path) -> None:
         files = write_report(collection, out)
     except OSError as error:
         problem = error
-    print_ranked(collection, Console())
+    console = Console()
+    print_ranked(collection, console)
+    print_switches(collection, console)
     if problem:
         print(f"cnntrain: {told(problem)}; out=<folder> writes elsewhere", file=sys.stderr)
         sys.exit(1)

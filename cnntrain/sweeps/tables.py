@@ -147,13 +147,13 @@ def markdown(collection: Collection) -> str:
     """The ranked table as Markdown."""
     ranking = rank(collection)
     lines = [columns(ranking), ["---"] * len(columns(ranking)), *rows(ranking)]
-    table = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines)
     failed = [
-        f"- {m.status}: `{m.name}`: {_escaped(m.error or 'no reason is recorded')}"
+        f"- {m.status}: `{m.name}`: {escaped(m.error or 'no reason is recorded')}"
         for m in collection.members
         if m.status in ("failed", "damaged")
     ]
-    parts = [f"# {collection.name}", _escaped(headline(ranking)), table, note(ranking)]
+    parts = [f"# {collection.name}", escaped(headline(ranking)), table, note(ranking)]
     parts += ["\n".join(failed)] if failed else []
     return "\n\n".join([*parts, *collection.problems]) + "\n"
 
@@ -255,5 +255,5 @@ def _titles(options: list[str]) -> list[str]:
     return [last if shorts.count(last) == 1 else o for last, o in zip(shorts, options, strict=True)]
 
 
-def _escaped(cell: str) -> str:
+def escaped(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

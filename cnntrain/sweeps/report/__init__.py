@@ -4,7 +4,9 @@ from pathlib import Path
 
 from cnntrain.atomic import replacing
 from cnntrain.sweeps.collect import Collection
+from cnntrain.sweeps.ranking import rank
 from cnntrain.sweeps.report.page import page
+from cnntrain.sweeps.switches import switches_markdown
 from cnntrain.sweeps.tables import group_csv, markdown
 
 
@@ -13,7 +15,9 @@ def write_report(collection: Collection, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "report.html": page(collection, folder),
-        "report.md": markdown(collection),
+        "report.md": "\n".join(
+            filter(None, [markdown(collection), switches_markdown(rank(collection))])
+        ),
         "report.csv": group_csv(collection),
     }
     for name, content in contents.items():

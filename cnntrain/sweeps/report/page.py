@@ -19,6 +19,7 @@ from cnntrain.sweeps.report.cost import cost
 from cnntrain.sweeps.report.curves import learning_curves, search_history
 from cnntrain.sweeps.report.drawing import THEME, Picture, is_number, look
 from cnntrain.sweeps.report.effects import MOST_PANELS, effects
+from cnntrain.sweeps.switches import COLUMNS, of_pairs, switches
 from cnntrain.sweeps.tables import columns, difference, duration, note, number, rows, unit, value
 
 MOST_PAIRS = 16  # groups in the table of pairs
@@ -118,7 +119,20 @@ def _effects(ranking: Ranking) -> str:
     )
     if (more := len(ranking.collection.options) - MOST_PANELS) > 0:
         said += f" {more} more options are in the tables."
-    return f'<p class="note">{said}</p>{_figures(pictures, "small")}'
+    return f'{_switches(ranking)}<p class="note">{said}</p>{_figures(pictures, "small")}'
+
+
+def _switches(ranking: Ranking) -> str:
+    """What each option with two values brings."""
+    metric, found = ranking.collection.metric, switches(ranking)
+    if not found:
+        return ""
+    head = [(title, i > 1) for i, title in enumerate(COLUMNS)]
+    body = []
+    for switch in found:
+        cells = zip(switch.row(metric), head, strict=True)
+        body.append(f"<tr>{''.join(_cell(text, right) for text, (_, right) in cells)}</tr>")
+    return f'{_table(head, body)}<p class="note">{escape(of_pairs(metric))}</p>'
 
 
 def _pairs(ranking: Ranking) -> str:
