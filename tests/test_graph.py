@@ -1,0 +1,79 @@
+"""A network as a graph of layers."""
+
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cnntrain.conv import BACKENDS
+from cnntrain.models import LeNet5, Node, TorchVision, layer_graph, summarise
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_in_their_order_on_every_backend(backend: str) -> None:
+    network = LeNet5(conv=BACKENDS[backend])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nodes = layer_graph(network, (1, 28, 28))
+    layers = summarise(network, (1, 28, 28))
+    assert [node.kind for node in nodes] == ["input", *(layer.kind for layer in layers), "output"]
+    assert [node.shape for node in nodes[1:-1]] == [layer.shape for layer in layers]
+    assert nodes[1].name == f"features/0.{BACKENDS[backend].__name__}"
+    for before, node in pairwise(nodes):  # a chain
+        assert node.inputs == (before.name,)
+
+
+def test_shortcuts_are_seen() -> None:
+    network = TorchVision(name="resnet18", small_images=True)
+    nodes = {node.name: node for node in layer_graph(network, (1, 28, 28))}
+    added = nodes["network/layer1/0/add_"]
+    assert set(added.inputs) == {"network/layer1/0/bn2.BatchNorm2d", "network/maxpool.Identity"}
+    assert set(nodes["network/layer2/0/add_"].inputs) == {
+        "network/layer2/0/bn2.BatchNorm2d",
+        "network/layer2/0/downsample/1.BatchNorm2d",
+    }
+    reached, edge = set(), ["logits"]
+    while edge:  # backwards, from the end to the images
+        name = edge.pop()
+        reached.add(name)
+        edge += [i for i in nodes[name].inputs if i not in reached]
+    assert "images" in reached
+    assert len(reached) == len(nodes)
+
+
+class Odd(nn.Module):
+    """A layer that is used twice, keyword arguments, lists, functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        twice = [self.conv(images), self.conv(input=images * 2)]
+        return torch.cat(twice, dim=1).flatten(1)
+
+
+def test_what_is_used_twice_has_two_nodes() -> None:
+    nodes = layer_graph(Odd(), (1, 4, 4))
+    assert nodes == [
+        Node("images", "input", (), (1, 4, 4)),
+        Node("conv.Conv2d", "Conv2d", ("images",), (1, 4, 4)),
+        Node("mul", "mul", ("images",), (1, 4, 4)),
+        Node("conv.Conv2d_2", "Conv2d", ("mul",), (1, 4, 4)),
+        Node("cat", "cat", ("conv.Conv2d", "conv.Conv2d_2"), (2, 4, 4)),
+        Node("flatten", "flatten", ("cat",), (32,)),
+        Node("logits", "output", ("flatten",), (32,)),
+    ]
+
+
+def test_nothing_is_left_behind() -> None:
+    network = LeNet5().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state = torch.get_rng_state()
+    layer_graph(network, (1, 28, 28))
+    assert network.training
+    assert all((before[name] == tensor).all() for name, tensor in network.state_dict().items())
+    assert (torch.get_rng_state() == state).all()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())

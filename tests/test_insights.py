@@ -1,0 +1,302 @@
+"""What TensorBoard is given beside scalars: each number against one computed otherwise."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf, open_dict
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.graph_pb2 import GraphDef
+from tensorboard.util.tensor_util import make_ndarray
+from test_training import load
+
+from cnntrain.config import ConfigError, build, compose, config_hash
+from cnntrain.config.resume import read_result
+from cnntrain.interruption import Interrupted, interruption
+from cnntrain.pictures import GAP
+from cnntrain.training import train
+from cnntrain.training.checkpoints import Checkpoints
+
+OPTIONS = [
+    "data=fashion_mnist_mini",
+    "data.batch_size=100",
+    "data.crop=2",
+    "trainer=cpu",
+    "trainer.max_epochs=5",
+    "trainer.test_checkpoint=last",
+    "trainer.progress_bar=false",
+    "+trainer.limit_train_batches=8",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("insights") / "run"
+    train(compose(OPTIONS), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def events(run: Path) -> EventAccumulator:
+    return read(run)
+
+
+def read(directory: Path) -> EventAccumulator:
+    kept = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    return EventAccumulator(str(directory), size_guidance=kept).Reload()
+
+
+def picture(events: EventAccumulator, tag: str, step: int = 4) -> np.ndarray:
+    (found,) = (image for image in events.Images(tag) if image.step == step)
+    return np.asarray(Image.open(io.BytesIO(found.encoded_image_string)))
+
+
+@pytest.fixture(scope="module")
+def answers(run: Path) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The network with the last weights, its probabilities for the validation images, labels."""
+    cfg = compose(OPTIONS)
+    network = load(cfg, run / "checkpoints/last.ckpt", in_shape=(1, 28, 28), num_classes=10)
+    images, labels = zip(*build(cfg.data).val_loader(), strict=True)
+    with torch.no_grad():
+        return network, network(torch.cat(images)).softmax(1), torch.cat(labels)
+
+
+def test_pictures_after_1_2_4_epochs_and_the_last(events: EventAccumulator) -> None:
+    steps = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
+    several = [0, 1, 3, 4]
+    assert steps == {
+        "train/batch": [0],
+        "kernels/features.0": several,
+        "features/features.0": several,
+        "features/features.4": several,
+        "features/features.8": several,
+        "val/confusion": several,
+        "val/mistakes": several,
+        "test/confusion": [4],
+        "test/mistakes": [4],
+    }
+
+
+def test_each_class_has_its_accuracy(events: EventAccumulator, answers: Any) -> None:
+    _, shares, labels = answers
+    for k, name in enumerate(build(compose(OPTIONS).data).classes):
+        (*_, last) = events.Scalars(f"class_acc/{name}")
+        right = (shares[labels == k].argmax(1) == k).double().mean().item()
+        assert last.step == 4
+        assert last.value == pytest.approx(right, abs=1e-6)
+
+
+def test_precision_and_recall_of_each_class(events: EventAccumulator, answers: Any) -> None:
+    _, shares, labels = answers
+    (*_, last) = events.Tensors("pr/Sneaker")
+    true, wrong, _, missed, precision, recall = make_ndarray(last.tensor_proto)
+    for i in (0, 30, 63, 100):
+        said = shares[:, 7] >= i / 126
+        hits = int((said & (labels == 7)).sum())
+        assert true[i] == hits
+        assert wrong[i] == int(said.sum()) - hits
+        assert missed[i] == int((labels == 7).sum()) - hits
+        assert precision[i] == pytest.approx(hits / max(int(said.sum()), 1e-7), abs=1e-6)
+        assert recall[i] == pytest.approx(hits / int((labels == 7).sum()), abs=1e-6)
+
+
+def test_histograms_hold_every_number(events: EventAccumulator, answers: Any) -> None:
+    network, *_ = answers
+    for name, parameter in network.named_parameters():
+        for kind in ("weights", "gradients"):
+            assert [e.step for e in events.Histograms(f"{kind}/{name}")] == [0, 1, 3, 4]
+        (*_, last) = events.Histograms(f"weights/{name}")
+        found, values = last.histogram_value, parameter.detach().numpy()
+        assert sum(found.bucket) == found.num == values.size
+        assert found.min == pytest.approx(values.min(), abs=1e-6)
+        assert found.max == pytest.approx(values.max(), abs=1e-6)
+        assert found.sum == pytest.approx(values.sum(), abs=1e-3)
+        middle = found.bucket_limit[31]
+        assert sum(found.bucket[:32]) == pytest.approx((values <= middle).sum(), abs=1)
+
+
+def test_kernels_are_the_weights(events: EventAccumulator, answers: Any) -> None:
+    network, *_ = answers
+    weight = network.features[0].weight.detach()[:, 0]  # (6, 5, 5)
+    shown = picture(events, "kernels/features.0").astype(int)
+    side, cell = 55, 59  # five pixels of eleven, and the gap
+    assert shown.shape == (cell, 6 * cell, 3)
+    largest = weight.abs().max()
+    for k in range(6):
+        for y in range(5):
+            for x in range(5):
+                red, _, blue = shown[y * 11 + 5, k * cell + x * 11 + 5]
+                value = (weight[k, y, x] / largest).item()
+                if abs(value) > 0.05:
+                    assert (red > blue) == (value > 0)
+    assert (shown[:side, side : side + 4] == 255).all()
+
+
+def test_feature_maps_are_what_a_convolution_makes(
+    events: EventAccumulator, answers: Any, run: Path
+) -> None:
+    network, *_ = answers
+    loader = build(compose(OPTIONS).data).val_loader()
+    rows = [int((loader.labels == k).nonzero()[0]) for k in range(4)]
+    images, _ = next(iter(loader))
+    with torch.no_grad():
+        maps = network.features[0](images[rows])  # (4, 6, 28, 28)
+    shown = picture(events, "features/features.0").astype(int)
+    cell = 2 * 28 + 4
+    assert shown.shape == (4 * cell, 7 * cell, 3)
+    raw = loader.images[rows, 0].numpy()
+    assert (shown[0:56:2, 0:56:2, 0] == raw[0]).all()  # the image first
+    share = (maps / maps.abs().max()).numpy()
+    for i, c in [(0, 0), (1, 3), (3, 5)]:
+        tile = shown[i * cell : i * cell + 56 : 2, (c + 1) * cell : (c + 1) * cell + 56 : 2]
+        clear = np.abs(share[i, c]) > 0.05
+        assert ((tile[..., 0] > tile[..., 2]) == (share[i, c] > 0))[clear].all()
+
+
+def test_the_batch_is_shown_as_it_was_augmented(events: EventAccumulator) -> None:
+    data = build(compose(OPTIONS).data)
+    images, _ = data.train_loader(0).batch(0, 0)
+    raw = ((images * 0.3530 + 0.2860) * 255).round().numpy()
+    shown = picture(events, "train/batch", 0)
+    cell_w = shown.shape[1] // 8
+    x = (cell_w - 84) // 2
+    assert (shown[GAP : GAP + 84 : 3, x : x + 84 : 3, 0] == raw[0, 0]).all()
+
+
+def test_the_projector_has_the_penultimate_layer(run: Path, answers: Any) -> None:
+    network, *_ = answers
+    images, labels = next(iter(build(compose(OPTIONS).data).test_loader()))
+    with torch.no_grad():
+        hidden = network.classifier[2](network.classifier[0](network.features(images)))
+        predicted = network(images).argmax(1)
+    points = np.loadtxt(run / "projector/points.tsv", delimiter="\t")
+    assert np.abs(points - hidden.numpy()).max() < 1e-4
+    with (run / "projector/words.tsv").open(newline="") as file:
+        words = list(csv.DictReader(file, delimiter="\t"))
+    names = build(compose(OPTIONS).data).classes
+    assert [row["class"] for row in words] == [names[k] for k in labels]
+    assert [row["predicted"] for row in words] == [names[k] for k in predicted]
+    sprite = np.asarray(Image.open(run / "projector/images.png"))
+    assert sprite.shape == (32 * 28, 32 * 28, 3)
+    raw = build(compose(OPTIONS).data).test_loader().images[33, 0].numpy()
+    assert (sprite[28:56, 28:56, 0] == raw).all()
+
+
+def test_config_environment_graph_and_charts(events: EventAccumulator, run: Path) -> None:
+    (config,) = events.Tensors("config/text_summary")
+    text = make_ndarray(config.tensor_proto).item().decode()
+    shown = OmegaConf.create("\n".join(line[4:] for line in text.splitlines()))
+    assert shown == OmegaConf.load(run / ".hydra/config.yaml")
+    (environment,) = events.Tensors("environment/text_summary")
+    assert torch.__version__.split("+")[0] in make_ndarray(environment.tensor_proto).item().decode()
+    graph = events.Graph()
+    assert isinstance(graph, GraphDef)
+    assert [node.name for node in graph.node][:2] == ["images", "features/0.NativeConv2d"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_how_much_of_the_time_data_takes(events: EventAccumulator) -> None:
+    shares = [event.value for event in events.Scalars("data_share")]
+    assert len(shares) == 5
+    assert all(0 < share < 1 for share in shares)
+
+
+EVERYTHING = {
+    "speed": ["scalars images_per_second", "scalars data_share"],
+    "text": ["tensors config/text_summary", "tensors environment/text_summary"],
+    "graph": [],
+    "batch": ["images train/batch"],
+    "kernels": ["images kernels/features.0"],
+    "features": ["images features/features.0"],
+    "histograms": ["histograms weights/features.0.bias", "histograms gradients/features.0.bias"],
+    "classes": ["scalars class_acc/Bag"],
+    "confusion": ["images val/confusion", "images test/confusion"],
+    "mistakes": ["images val/mistakes", "images test/mistakes"],
+    "pr_curves": ["tensors pr/Bag"],
+    "embedding": [],
+    "charts": ["tensors custom_scalars__config__"],
+}
+
+
+def tags(directory: Path) -> set[str]:
+    found = read(directory).Tags()
+    return {
+        f"{kind} {tag}" for kind, known in found.items() if isinstance(known, list) for tag in known
+    }
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_each_can_be_switched_off(name: str, run: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS, "trainer.max_epochs=1", f"tensorboard.{name}=false"]
+    result = train(compose(options), tmp_path / "run")
+    missing, there = set(EVERYTHING[name]), tags(tmp_path / "run")
+    others = {tag for other, known in EVERYTHING.items() if other != name for tag in known}
+    assert not missing & there
+    assert missing < tags(run) or not missing
+    assert others <= there
+    assert read(tmp_path / "run").Tags()["graph"] == (name != "graph")
+    assert (tmp_path / "run/projector_config.pbtxt").exists() == (name != "embedding")
+    assert result.metrics["val/acc"] > 0.2
+
+
+def test_scalars_alone(tmp_path: Path) -> None:
+    options = [*OPTIONS, "trainer.max_epochs=1", "tensorboard=scalars"]
+    train(compose(options), tmp_path / "run")
+    found = read(tmp_path / "run").Tags()
+    assert found["images"] == found["histograms"] == []
+    assert {"train/loss", "val/acc", "images_per_second", "data_share"} <= set(found["scalars"])
+
+
+def test_what_is_shown_changes_nothing(tmp_path: Path, run: Path) -> None:
+    shown, not_shown = compose(OPTIONS), compose([*OPTIONS, "tensorboard=scalars"])
+    assert config_hash(shown) == config_hash(not_shown)
+    train(not_shown, tmp_path / "run")
+    first, second = (json.loads((d / "result.json").read_text()) for d in (run, tmp_path / "run"))
+    assert first["metrics"] == second["metrics"]
+
+
+def test_a_run_of_an_earlier_version_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config knows nothing of what is shown, nor does its checkpoint of the loader's time."""
+    cfg = compose([*OPTIONS, "trainer.max_epochs=2"])
+    with open_dict(cfg):
+        del cfg["tensorboard"]
+    hook = Checkpoints.on_train_epoch_end
+
+    def interrupted(self: Any, trainer: Any, module: Any) -> None:
+        interruption.received = 15 if trainer.current_epoch == 0 else None
+        hook(self, trainer, module)
+
+    monkeypatch.setattr(Checkpoints, "on_train_epoch_end", interrupted)
+    with pytest.raises(Interrupted):
+        train(cfg, tmp_path / "run")
+    train(cfg, tmp_path / "run", resume=True)
+    result = read_result(tmp_path / "run")
+    assert result
+    assert result["status"] == "completed"
+    assert "images kernels/features.0" in tags(tmp_path / "run")
+
+
+def test_other_kinds_of_networks_and_data(tmp_path: Path) -> None:
+    """Two classes, one channel, feature maps that are a pixel; a network without a linear layer."""
+    train(compose(["experiment=shallow_by_hand", "trainer.max_epochs=2"]), tmp_path / "signs")
+    assert "images features/features.0" in tags(tmp_path / "signs")
+    squeeze = ["model=torchvision", "model.name=squeezenet1_1", "model.small_images=true"]
+    few = ["trainer.max_epochs=1", "+trainer.limit_train_batches=1", "data.eval_batch_size=100"]
+    train(compose([*OPTIONS[:-1], *squeeze, *few, "data.val_size=100"]), tmp_path / "squeeze")
+    points = np.loadtxt(tmp_path / "squeeze/projector/points.tsv", delimiter="\t")
+    assert points.shape == (1000, 512)
+
+
+def test_mistyped_options_are_refused() -> None:
+    with pytest.raises(ConfigError, match="tensorboard has no option 'kernls'; did you mean 'ker"):
+        compose([*OPTIONS, "tensorboard.kernls=false"])
+    with pytest.raises(ConfigError, match=r"tensorboard.every_n_epochs=0: input should be greater"):
+        compose([*OPTIONS, "tensorboard.every_n_epochs=0"])

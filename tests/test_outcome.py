@@ -1,0 +1,85 @@
+"""What answers are worth, against sums written out."""
+
+import numpy as np
+import pytest
+import torch
+
+from cnntrain.training import outcome as module
+from cnntrain.training.outcome import Outcome
+
+
+@pytest.fixture
+def answers() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = (40, 40, 7)
+    return [
+        (torch.randn(n, 4, generator=generator) * 2, torch.randint(0, 4, (n,), generator=generator))
+        for n in sizes
+    ]
+
+
+def joined(answers: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    logits = np.concatenate([part[0].double().numpy() for part in answers])
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return shares, np.concatenate([part[1].numpy() for part in answers])
+
+
+def test_confusion_precision_recall_f1(answers) -> None:
+    found = Outcome.of(answers)
+    shares, labels = joined(answers)
+    predicted = shares.argmax(1)
+    counts = np.zeros((4, 4), int)
+    for label, answer in zip(labels, predicted, strict=True):
+        counts[label, answer] += 1
+    assert (found.confusion.numpy() == counts).all()
+    for k in range(4):
+        right = counts[k, k]
+        precision, recall = right / counts[:, k].sum(), right / counts[k].sum()
+        assert found.per_class["precision"][k] == pytest.approx(precision)
+        assert found.per_class["recall"][k] == pytest.approx(recall)
+        f1 = 2 * precision * recall / (precision + recall)
+        assert found.per_class["f1"][k] == pytest.approx(f1)
+
+
+def test_a_class_that_is_never_answered_has_zeros() -> None:
+    found = Outcome.of([(torch.tensor([[9.0, 0, 0], [9.0, 0, 0]]), torch.tensor([0, 1]))])
+    assert found.per_class["precision"].tolist() == [0.5, 0, 0]
+    assert found.per_class["recall"].tolist() == [1, 0, 0]
+
+
+def test_calibration_error(answers) -> None:
+    shares, labels = joined(answers)
+    confidence, right = shares.max(1), shares.argmax(1) == labels
+    error = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert Outcome.of(answers).calibration_error == pytest.approx(error, abs=1e-6)
+
+
+def test_mistakes_are_the_most_confident_first(answers) -> None:
+    shares, labels = joined(answers)
+    wrong = [i for i in range(len(labels)) if shares[i].argmax() != labels[i]]
+    wrong.sort(key=lambda i: -shares[i].max())
+    assert Outcome.of(answers).mistakes(10).tolist() == wrong[:10]
+    assert Outcome.of(answers).mistakes(1000).tolist() == wrong
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+def test_several_processes_are_as_one(answers, world: int, monkeypatch) -> None:
+    """The last batch has fewer images than nine processes."""
+    parts = [
+        [
+            (logits[rank::world], labels[rank::world])
+            for logits, labels in answers
+            if len(labels[rank::world])
+        ]
+        for rank in range(world)
+    ]
+    whole = Outcome.of(answers)
+    monkeypatch.setattr(module, "alone", lambda: False)
+    monkeypatch.setattr(module, "gathered", lambda mine: parts)
+    shared = Outcome.of(parts[0])
+    assert (shared.labels == whole.labels).all()
+    torch.testing.assert_close(shared.probabilities, whole.probabilities)
