@@ -1,0 +1,54 @@
+"""A run that is finished, for what is done with one."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnntrain.config import build, compose
+from cnntrain.training import train
+
+OPTIONS = [
+    "data=fashion_mnist_mini",
+    "backend=im2col",
+    "trainer=cpu",
+    "trainer.max_epochs=2",
+    "trainer.progress_bar=false",
+    "tensorboard=scalars",
+]
+
+
+def finished(directory: Path, *options: str) -> Path:
+    train(compose([*OPTIONS, *options]), directory)
+    return directory
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`cnntrain <arguments>` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "cnntrain", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def plain_network(run: Path, checkpoint: str = "best", *options: str) -> nn.Module:
+    """The run's network on nn.Conv2d, loaded by PyTorch's own means."""
+    cfg = compose([*OPTIONS, *options])
+    network = build(cfg.model, conv=nn.Conv2d, in_shape=(1, 28, 28), num_classes=10)
+    state = torch.load(run / f"checkpoints/{checkpoint}.ckpt", weights_only=True)["state_dict"]
+    network.load_state_dict({name.removeprefix("network."): t for name, t in state.items()})
+    return network.eval()
+
+
+def answers(network: nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits in float64 and labels."""
+    images, labels = zip(*loader, strict=True)
+    with torch.no_grad():
+        logits = torch.cat([network(batch) for batch in images])
+    return logits.double(), torch.cat(labels)

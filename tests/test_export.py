@@ -1,0 +1,154 @@
+"""`cnntrain export`: files that other programs run, and that compute the same."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from finished_runs import command, finished, plain_network
+from torch import Tensor, nn
+
+from cnntrain.config import ConfigError
+from cnntrain.data import FashionMNISTMini
+from cnntrain.inference import Mismatch, export, exporting
+
+BACKENDS = ["native", "im2col", "naive"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("export")
+    few = "+trainer.limit_train_batches=10"
+    return {name: finished(folder / name, f"backend={name}", few) for name in BACKENDS}
+
+
+def images(count: int) -> Tensor:
+    return FashionMNISTMini().test_loader().rows(torch.arange(count))
+
+
+def facts(file: Path) -> dict[str, str]:
+    session = onnxruntime.InferenceSession(str(file))
+    return session.get_modelmeta().custom_metadata_map
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_it_computes_the_same_for_any_batch(
+    runs: dict[str, Path], backend: str, format: str, tmp_path: Path
+) -> None:
+    found = export(runs[backend], format, folder=tmp_path)
+    assert found.file == tmp_path / ("best.onnx" if format == "onnx" else "best.pt2")
+    assert found.error < 1e-4
+    assert found.images == found.answers == 256
+    assert [file.name for file in tmp_path.iterdir()] == [found.file.name]
+    network = plain_network(runs[backend])
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(str(found.file))
+
+        def run(batch: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
+    else:
+        run = torch.export.load(str(found.file)).module()
+    for size in (1, 3, 500):
+        with torch.no_grad():
+            wanted = network(images(size))
+        torch.testing.assert_close(run(images(size)), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_the_file_says_what_it_takes_and_gives(
+    runs: dict[str, Path], format: str, tmp_path: Path
+) -> None:
+    file = export(runs["im2col"], format, checkpoint="last", folder=tmp_path).file
+    if format == "onnx":
+        said = facts(file)
+        said = {k: json.loads(v) if v[0] == "[" or v.isdigit() else v for k, v in said.items()}
+    else:
+        extra = {"cnntrain.json": ""}
+        torch.export.load(str(file), extra_files=extra)
+        said = json.loads(extra["cnntrain.json"])
+    assert said["classes"] == list(FashionMNISTMini.classes)
+    assert (said["mean"], said["std"], said["shape"]) == ([0.2860], [0.3530], [1, 28, 28])
+    assert said["trained_on"] == "cnntrain.conv.Im2colConv2d"
+    raw = FashionMNISTMini().read("test")[0][:5]
+    by_hand = (raw / 255 - np.array(said["mean"])) / np.array(said["std"])
+    assert np.abs(by_hand - images(5).numpy()).max() < 1e-6
+
+
+def test_other_networks(tmp_path: Path) -> None:
+    """Depthwise convolutions, squeeze and excitation; a single output."""
+    mobile = ["model=torchvision", "model.name=mobilenet_v3_small", "model.small_images=true"]
+    few = ["+trainer.limit_train_batches=1", "trainer.max_epochs=1"]
+    for name, options in {
+        "mobile": [*mobile, *few],
+        "signs": ["experiment=shallow_by_hand", "data=two_signs"],
+    }.items():
+        run = finished(tmp_path / name, *options, "trainer.max_epochs=1")
+        for format in ("onnx", "torch"):
+            found = export(run, format)
+            assert found.error <= 1e-4 * max(1, found.largest)
+
+
+class Doubled(nn.Conv2d):
+    """No convolution."""
+
+    def _conv_forward(self, *arguments: Tensor) -> Tensor:
+        return 2 * super()._conv_forward(*arguments)
+
+
+def test_a_mismatch_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
+    few = ["backend._target_=test_export.Doubled", "+trainer.limit_train_batches=2"]
+    run = finished(tmp_path / "run", *few, "model.norm=false")
+    for format in ("onnx", "torch"):
+        with pytest.raises(Mismatch, match=r"logits of 1 images differ by [\d.e-]+ from those of"):
+            export(run, format)
+    assert not list((run / "export").iterdir())
+    (tmp_path / "test_export.py").write_text(
+        "from torch import nn\n\n\nclass Doubled(nn.Conv2d):\n"
+        "    def _conv_forward(self, *a):\n        return 2 * super()._conv_forward(*a)\n"
+    )
+    done = command("export", f"run={run}", "format=torch", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "best.pt2: logits of 1 images differ by" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_that_is_there_stays_until_the_new_one_is_good(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = export(runs["native"], "torch", folder=tmp_path).file
+    before = file.read_bytes()
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    with pytest.raises(Mismatch):
+        export(runs["native"], "torch", folder=tmp_path)
+    assert file.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_not_installed(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else 1)
+    with pytest.raises(
+        ConfigError, match=r'format=onnx: needs onnxscript; pip install "cnntrain\['
+    ):
+        export(runs["native"], "onnx")
+
+
+def test_command(runs: dict[str, Path], tmp_path: Path) -> None:
+    done = command(
+        "export", f"run={runs['im2col']}", "format=onnx", "checkpoint=last", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert "compared with Im2colConv2d on 256 real images" in done.stdout
+    assert "same answer                     256 of 256" in done.stdout
+    assert (runs["im2col"] / "export/last.onnx").exists()
+    for arguments, said in {
+        (): "run: has to be given, run=...",
+        (f"run={runs['native']}",): "format: has to be given, format=...",
+        (f"run={runs['native']}", "format=onx"): "format=onx: input should be 'onnx' or 'torch'",
+    }.items():
+        done = command("export", *arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert said in done.stderr

@@ -1,0 +1,230 @@
+"""`cnntrain predict`: pictures of every size and kind, and files that are none."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from finished_runs import command, finished, plain_network
+from PIL import Image
+from test_data_idx import idx_bytes
+
+from cnntrain.config import ConfigError
+from cnntrain.data import FashionMNISTMini
+from cnntrain.inference import predict
+from cnntrain.inference.images import Unreadable, fitted, picture_files, read_pictures
+
+SHAPE = (1, 28, 28)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("predict") / "run", "model=shallow")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return FashionMNISTMini().read("test")[0][:, 0]  # (N, 28, 28)
+
+
+def one(file: Path, **options: object) -> np.ndarray:
+    given = {"invert": False, "max_pixels": 10**6, **options}
+    (picture,) = read_pictures(file, SHAPE, **given)
+    return picture.pixels
+
+
+def test_a_grey_picture_of_the_right_size_stays_as_it_is(tmp_path: Path, pixels) -> None:
+    Image.fromarray(pixels[0]).save(tmp_path / "a.png")
+    assert (one(tmp_path / "a.png") == pixels[0]).all()
+    assert (one(tmp_path / "a.png", invert=True) == 255 - pixels[0]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_every_mode_of_png(mode: str, tmp_path: Path) -> None:
+    black_and_white = np.zeros((28, 28), np.uint8)
+    black_and_white[4:20, 10:15] = 255
+    image = Image.fromarray(black_and_white)
+    if mode == "I;16":
+        image = Image.fromarray(black_and_white.astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "a.png")
+    assert (one(tmp_path / "a.png") == black_and_white).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_every_mode_of_jpeg(mode: str, tmp_path: Path) -> None:
+    image = Image.new("L", (280, 280), 200)
+    image.convert(mode).save(tmp_path / "a.jpg", quality=95)
+    assert np.abs(one(tmp_path / "a.jpg").astype(int) - 200).max() <= 3
+
+
+def test_colours_become_grey_by_their_brightness(tmp_path: Path) -> None:
+    Image.new("RGB", (28, 28), (10, 200, 60)).save(tmp_path / "a.png")
+    grey = 0.299 * 10 + 0.587 * 200 + 0.114 * 60
+    assert np.abs(one(tmp_path / "a.png") - grey).max() <= 1
+
+
+def test_colours_stay_for_a_network_that_sees_them() -> None:
+    found = fitted(Image.new("RGB", (8, 8), (10, 200, 60)), (3, 4, 4), False)
+    assert found.shape == (3, 4, 4)
+    assert found[:, 2, 2].tolist() == [10, 200, 60]
+
+
+def test_other_shapes_stand_in_the_middle_of_black(tmp_path: Path) -> None:
+    Image.new("L", (560, 280), 255).save(tmp_path / "wide.png")
+    wide = one(tmp_path / "wide.png")[0]
+    assert (wide[7:21] == 255).all()
+    assert (wide[:7] == 0).all()
+    assert (wide[21:] == 0).all()
+    Image.new("L", (1, 300), 255).save(tmp_path / "line.png")
+    assert (one(tmp_path / "line.png")[0] == 255).sum() == 28
+    Image.new("L", (7, 7), 0).save(tmp_path / "ink.png")
+    assert (one(tmp_path / "ink.png", invert=True) == 255).all()
+
+
+def test_smaller_is_averaged_not_picked(tmp_path: Path) -> None:
+    stripes = np.zeros((280, 280), np.uint8)
+    stripes[:, ::2] = 200
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    assert np.abs(one(tmp_path / "a.png")[0, 5:-5, 5:-5].astype(int) - 100).max() <= 3
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_what_is_transparent_is_background(invert: bool, tmp_path: Path) -> None:
+    image = Image.new("RGBA", (28, 28), (255, 255, 255, 0) if not invert else (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255) if invert else (255, 255, 255, 255), (10, 10, 18, 18))
+    image.save(tmp_path / "a.png")
+    found = one(tmp_path / "a.png", invert=invert)[0]
+    assert (found[10:18, 10:18] == 255).all()
+    assert found.sum() == 64 * 255
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    upright = np.zeros((28, 28), np.uint8)
+    upright[:14] = 255
+    image = Image.fromarray(np.rot90(upright))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / "a.jpg", exif=exif, quality=100)
+    found = one(tmp_path / "a.jpg")[0]
+    assert found[:12].min() > 240
+    assert found[16:].max() < 15
+
+
+def test_idx_files_of_any_size(tmp_path: Path, pixels) -> None:
+    (tmp_path / "a").write_bytes(idx_bytes(pixels[:3]))
+    (tmp_path / "b.gz").write_bytes(gzip.compress(idx_bytes(np.full((2, 5, 9), 77, np.uint8))))
+    small = list(read_pictures(tmp_path / "a", SHAPE, invert=False, max_pixels=10**6))
+    assert [picture.name for picture in small] == [f"{tmp_path}/a[{i}]" for i in range(3)]
+    assert (np.stack([picture.pixels[0] for picture in small]) == pixels[:3]).all()
+    large = list(read_pictures(tmp_path / "b.gz", SHAPE, invert=False, max_pixels=10**6))
+    assert large[1].pixels[0, 14, 14] == 77
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is neither PNG, JPEG nor idx"),
+        (b"hello", "is neither PNG, JPEG nor idx"),
+        (b"GIF89a\1\0\1\0\0\0\0", "is neither PNG, JPEG nor idx"),
+        (b"\0\0\x08\x01\0\0\0\x02\1\2", "holds labels, not images"),
+        (b"\0\0\x08\x04" + b"\0\0\0\1" * 4 + b"\7", "holds an array of 4 dimensions"),
+        (b"\0\0\x08\x03\0\0\0\x02", "idx header of 3 dimensions in 8 bytes"),
+        (b"\0\0\x08\x03" + b"\0\0\0\2" * 3 + b"\7", "the header 2x2x2 calls for 8"),
+        (b"\0\0\x08\x03\0\0\0\1\0\0\x08\0\0\0\x08\0" + bytes(2048 * 2048), "has 2,048 x 2,048 pix"),
+        (b"\0\0\x08\x03\0\0\0\2\0\0\0\0\0\0\0\5", "holds images without a pixel"),
+        (gzip.compress(b"hello"), "not an idx file"),
+        (gzip.compress(b"hello" * 99)[:-9], "damaged gzip file"),
+    ],
+)
+def test_what_cannot_be_read(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(Unreadable, match=said):
+        one(tmp_path / "a")
+
+
+def test_damaged_pictures_and_those_that_are_too_large(tmp_path: Path, pixels) -> None:
+    for suffix in ("png", "jpg"):
+        file = tmp_path / f"a.{suffix}"
+        Image.fromarray(pixels[0]).resize((200, 200)).save(file)
+        whole = file.read_bytes()
+        for cut in (20, len(whole) // 2, len(whole) - 30):
+            file.write_bytes(whole[:cut])
+            with pytest.raises(Unreadable):
+                one(file)
+    Image.new("1", (5000, 3000)).save(tmp_path / "bomb.png")
+    with pytest.raises(
+        Unreadable, match="has 5,000 x 3,000 pixels, more than max_pixels=1,000,000"
+    ):
+        one(tmp_path / "bomb.png")
+    assert one(tmp_path / "bomb.png", max_pixels=15_000_000).shape == SHAPE
+
+
+def test_folders(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpeg", "sub/c.jpg", "x-images-idx3-ubyte.gz", "d.idx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    for name in ("notes.txt", ".hidden.png", "x-labels-idx1-ubyte.gz"):
+        (tmp_path / name).write_bytes(b"")
+    found = [str(file.relative_to(tmp_path)) for file in picture_files(tmp_path)]
+    assert found == ["a.jpeg", "b.PNG", "d.idx", "sub/c.jpg", "x-images-idx3-ubyte.gz"]
+
+
+def test_probabilities_are_the_networks(run: Path, tmp_path: Path, pixels) -> None:
+    (tmp_path / "some.idx").write_bytes(idx_bytes(pixels[:300]))
+    found = list(predict(run, str(tmp_path / "some.idx"), top=4))
+    images = FashionMNISTMini().normalised(torch.from_numpy(pixels[:300, None]))
+    with torch.no_grad():
+        shares = plain_network(run, "best", "model=shallow")(images).softmax(1)
+    names = FashionMNISTMini.classes
+    for prediction, row in zip(found, shares, strict=True):
+        best = row.sort(descending=True)
+        assert [p for _, p in prediction.classes] == pytest.approx(
+            best.values[:4].tolist(), abs=1e-5
+        )
+        assert prediction.classes[0][0] == names[int(best.indices[0])]
+
+
+def test_command(run: Path, tmp_path: Path, pixels) -> None:
+    (tmp_path / "my, pictures").mkdir()
+    Image.fromarray(pixels[0]).save(tmp_path / "my, pictures/one.png")
+    Image.fromarray(pixels[2]).resize((333, 111)).save(tmp_path / "photo.jpg")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    done = command("predict", f"run={run}", "images=photo.png,broken.png", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "images=photo.png: there is no such file" in done.stderr
+    where = "hydra.run.dir=out"
+    images = "images=photo.jpg,broken.png"
+    done = command("predict", f"run={run}", images, "top=2", where, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "cnntrain: broken.png: is neither PNG, JPEG nor idx",
+        "cnntrain: 1 of 2 could not be read",
+    ]
+    assert done.stdout.splitlines()[0].startswith("photo.jpg  ")
+    lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
+    assert [line["image"] for line in lines] == ["photo.jpg", "broken.png"]
+    assert len(lines[0]["predictions"]) == 2
+    assert lines[1]["error"] == "is neither PNG, JPEG nor idx"
+    assert np.asarray(Image.open(tmp_path / "out/predictions.png")).shape[2] == 3
+    done = command("predict", f"run={run}", "images=my, pictures", "json=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (line,) = map(json.loads, done.stdout.splitlines())
+    assert line["image"] == "my, pictures/one.png"
+    shares = [answer["probability"] for answer in line["predictions"]]
+    assert shares == sorted(shares, reverse=True)
+    assert len(list((run / "predict").iterdir())) == 1
+
+
+def test_what_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty: no PNG, JPEG or idx file is in it"):
+        predict(run, str(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match="images=: there is no such file"):
+        predict(run, [""])
+    done = command("predict", f"run={run}", "images=empty", "top=0", "json=2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "top=0: input should be greater than 0" in done.stderr
