@@ -3,6 +3,7 @@
 from matplotlib.figure import Figure
 from torch import Tensor, tensor
 
+from cnntrain.config import ConfigError
 from cnntrain.conv import BACKENDS
 from cnntrain.lab.lessons.lesson import Lesson, matrix, plain, show_matrix
 
@@ -18,7 +19,10 @@ IMAGES = {
 
 
 def responses(backend: str = "native") -> dict[tuple[str, str], Tensor]:
-    """What each kernel makes of each image (image, kernel): (5, 5)."""
+    """What each kernel makes of each image (image, kernel): (5, 5). ConfigError for a backend that
+    there is not."""
+    if backend not in BACKENDS:
+        raise ConfigError([f"backend={backend}: choose from {', '.join(BACKENDS)}"])
     conv = BACKENDS[backend](1, len(KERNELS), 3, bias=False)
     conv.weight.data = tensor(list(KERNELS.values())).float()[:, None]  # (3, 1, 3, 3)
     found: dict[tuple[str, str], Tensor] = {}

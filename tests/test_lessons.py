@@ -1,0 +1,372 @@
+"""The lessons: every number against one derived by other means."""
+
+import csv
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from finished_runs import command
+from PIL import Image
+
+from cnntrain.config import ConfigError, compose
+from cnntrain.conv import BACKENDS
+from cnntrain.data import Strokes, TwoSigns
+from cnntrain.lab.lessons import activations, cost, patterns, window
+from cnntrain.lab.lessons.activations import curve
+from cnntrain.lab.lessons.patterns import responses
+from cnntrain.lab.lessons.window import worked_out
+from cnntrain.training import train
+from cnntrain.training.building import build_run
+
+# The network of experiment=shallow_by_hand in NumPy, its gradients derived on paper.
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def by_hand(
+    images: np.ndarray, labels: np.ndarray, weights: dict[str, np.ndarray], lr: float, epochs: int
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The loss before each step, and the weights after the last.
+
+    images (N, 6, 6); kernel (3, 3), bias (), fully connected (4,), its bias ().
+    """
+    w, b, v, c = (weights[name].copy() for name in ("w", "b", "v", "c"))
+    losses = []
+    for _ in range(epochs):
+        loss, dw, db, dv, dc = 0.0, np.zeros_like(w), 0.0, np.zeros_like(v), 0.0
+        for x, y in zip(images, labels, strict=True):
+            # forward
+            z = np.zeros((4, 4))  # a window slides over the image
+            for i, j in product(range(4), range(4)):
+                z[i, j] = (x[i : i + 3, j : j + 3] * w).sum() + b
+            a = sigmoid(z)
+            pooled, where = np.zeros((2, 2)), {}
+            for i, j in product(range(2), range(2)):
+                block = a[2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+                di, dj = divmod(int(block.argmax()), 2)
+                where[i, j] = 2 * i + di, 2 * j + dj
+                pooled[i, j] = block.max()
+            s = (pooled.ravel() * v).sum() + c
+            p = sigmoid(s)
+            loss += (p - y) ** 2 / 2 / len(images)
+            # backward: the chain rule, from the loss to the kernel
+            ds = (p - y) * p * (1 - p) / len(images)
+            dv += ds * pooled.ravel()
+            dc += ds
+            dpooled = (ds * v).reshape(2, 2)
+            da = np.zeros((4, 4))  # unpooled: only the largest of each block had a say
+            for place, (i, j) in where.items():
+                da[i, j] = dpooled[place]
+            dz = da * a * (1 - a)
+            for i, j in product(range(4), range(4)):
+                dw += dz[i, j] * x[i : i + 3, j : j + 3]
+            db += dz.sum()
+        losses.append(loss)
+        w, b, v, c = w - lr * dw, b - lr * db, v - lr * dv, c - lr * dc
+    return losses, {"w": w, "b": b, "v": v, "c": c}
+
+
+def start(cfg) -> dict[str, np.ndarray]:
+    """The weights that a run starts from."""
+    state = build_run(cfg)[1].network.state_dict()
+    return {
+        "w": state["features.0.weight"][0, 0].double().numpy(),
+        "b": state["features.0.bias"][0].double().numpy(),
+        "v": state["classifier.weight"][0].double().numpy(),
+        "c": state["classifier.bias"][0].double().numpy(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "lr"),
+    [
+        *((backend, [], 0.01) for backend in BACKENDS),
+        # A step size with which much is learned, another start, more epochs.
+        ("im2col", ["optimizer.lr=2", "seed=3", "trainer.max_epochs=150"], 2.0),
+    ],
+)
+def test_shallow_by_hand(backend: str, options: list[str], lr: float, tmp_path: Path) -> None:
+    cfg = compose([f"backend={backend}", *options, "experiment=shallow_by_hand"])
+    result = train(cfg, tmp_path / "run")
+    images, labels = TwoSigns().read("test")
+    epochs = cfg.trainer.max_epochs
+    losses, weights = by_hand(images[:, 0] / 255, labels, start(cfg), lr, epochs)
+    rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
+    found = [float(row["train/loss"]) for row in rows]
+    assert len(found) == epochs >= 100
+    assert np.abs(np.array(found) - losses).max() < 1e-6
+    assert [float(row["val/loss"]) for row in rows[:-1]] == pytest.approx(losses[1:], abs=1e-6)
+    state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    trained = state["network.features.0.weight"][0, 0].double().numpy()
+    assert np.abs(trained - weights["w"]).max() < 1e-5
+    assert losses[-1] < losses[0]
+    if lr == 2:
+        assert result.metrics["test/acc"] == 1
+        assert losses[-1] < 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_strokes(backend: str, seed: int, tmp_path: Path) -> None:
+    images, labels = Strokes().read("test")
+    assert images.shape == (5, 1, 10, 10)
+    assert labels.tolist() == [1, 1, 1, 1, 2]
+    for image in images[:4, 0]:  # a bar from top to bottom, each in another place
+        assert sorted(set(image.sum(0))) == [0, 2550]
+    cfg = compose([f"backend={backend}", f"seed={seed}", "experiment=strokes"])
+    network = build_run(cfg)[1].network
+    assert network.features[0].weight.shape == (10, 1, 5, 5)
+    assert network.classifier.weight.shape == (10, 360)
+    assert (cfg.trainer.max_epochs, cfg.data.batch_size, cfg.optimizer.lr) == (100, 1, 0.01)
+    result = train(cfg, tmp_path / "run")
+    assert result.metrics["test/acc"] == result.metrics["val/acc"] == 1
+    assert result.metrics["test/loss"] < 0.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_pattern_and_kernel_agree_the_output_is_strongest(backend: str) -> None:
+    strongest = {key: maps.max().item() for key, maps in responses(backend).items()}
+    assert strongest == {
+        ("diagonal", "diagonal"): 3,
+        ("diagonal", "horizontal"): 1,
+        ("diagonal", "ring"): 2,
+        ("ring", "diagonal"): 2,
+        ("ring", "horizontal"): 3,
+        ("ring", "ring"): 8,
+    }
+    ring = responses(backend)["ring", "ring"]
+    assert (ring == 8).nonzero().tolist() == [[2, 2]]  # where the ring is
+    text = patterns(backend=backend).text.splitlines()
+    assert text[-2].split() == ["on", "the", "diagonal", "3", "1", "2"]
+    assert text[-1].split() == ["on", "the", "ring", "2", "3", "8"]
+
+
+def test_activations_and_their_derivatives() -> None:
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    grid = x.numpy()
+    s = sigmoid(grid)
+    for name, (values, slopes) in {
+        "relu": (np.maximum(grid, 0), (grid > 0).astype(float)),
+        "leaky_relu": (np.where(grid > 0, grid, 0.01 * grid), np.where(grid > 0, 1, 0.01)),
+        "sigmoid": (s, s * (1 - s)),
+        "tanh": (np.tanh(grid), 1 - np.tanh(grid) ** 2),
+    }.items():
+        found, slope = curve(name, x)
+        assert np.abs(found.numpy() - values).max() < 1e-12
+        assert np.abs(slope.numpy() - slopes).max() < 1e-12
+    lines = activations().text.splitlines()
+    assert "sigmoid          0.2500    0.003906" in lines
+
+
+GEOMETRIES = [
+    {},
+    {"padding": 1, "stride": 2},
+    {"size": (5, 3), "kernel": (3, 2), "padding": (0, 1)},
+    {"size": 5, "dilation": 2},
+    {"size": 4, "in_channels": 4, "out_channels": 2, "groups": 2, "kernel": 2},
+    {"padding": "same", "padding_mode": "reflect"},
+    {"padding": 2, "padding_mode": "circular", "size": 3},
+    {"padding": (1, 2), "padding_mode": "replicate", "stride": (2, 3)},
+    {"kernel": 1, "out_channels": 3},
+    {"padding": "same", "kernel": 2},
+]
+
+
+def example(options: dict):
+    """The lesson's example, and the same by nn.Conv2d and F.unfold."""
+    given = {"size": 4, "in_channels": 1, "out_channels": 1, "kernel": 3, "stride": 1}
+    given |= {"padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros", **options}
+    pairs = {
+        name: (v, v) if isinstance(v := given[name], int) else v
+        for name in ("size", "kernel", "stride", "dilation")
+    }
+    return given | pairs, worked_out(**(given | pairs))
+
+
+@pytest.mark.parametrize("options", GEOMETRIES, ids=str)
+def test_window_is_the_convolution(options: dict) -> None:
+    given, found = example(options)
+    native = torch.nn.Conv2d(
+        given["in_channels"],
+        given["out_channels"],
+        given["kernel"],
+        given["stride"],
+        given["padding"],
+        given["dilation"],
+        given["groups"],
+        False,
+        given["padding_mode"],
+    )
+    native.weight.data = found.weight
+    with torch.no_grad():
+        assert (native(found.input) == found.output).all()
+    assert found.input.flatten().tolist() == list(range(1, found.input.numel() + 1))
+    unfolded = torch.nn.functional.unfold(
+        found.padded[None], given["kernel"], given["dilation"], 0, given["stride"]
+    )[0]
+    assert (found.columns.flatten(0, 1) == unfolded).all()
+    for position in range(found.columns.shape[2]):  # the frames are where the numbers are from
+        seen = [[image[y, x] for y, x in found.taps(position)] for image in found.padded]
+        assert torch.tensor(seen).flatten().tolist() == unfolded[:, position].tolist()
+
+
+@pytest.mark.parametrize("options", GEOMETRIES, ids=str)
+def test_window_says_every_number(options: dict, tmp_path: Path) -> None:
+    _, found = example(options)
+    lesson = window(**options)
+    lines = lesson.text.splitlines()
+    size = found.output.shape
+    assert lines[1].endswith(f"= {size[1]}")
+    assert lines[2].endswith(f"= {size[2]}")
+    formula = lines[1].split("=")[1].replace("floor", "int")
+    assert eval(formula) == size[1]  # the numbers that are filled in
+    plain = lesson.text.replace("[", " ").replace("]", " ")
+    block = plain.split("input, padded")[1].splitlines()[1 : 1 + found.padded.shape[1]]
+    assert [[float(n) for n in line.split()] for line in block] == found.padded[0].tolist()
+    last = plain.splitlines()[-size[1] :]
+    assert [[float(n) for n in line.split()] for line in last] == found.output[-1].tolist()
+    product = lesson.text.split("is the product\n")[1].split("\n\n")[0]
+    numbers = sorted(
+        float(n) for n in product.replace("[", " ").replace("]", " ").split() if n not in "x="
+    )
+    group = [found.weight.reshape(len(found.columns), -1, found.columns.shape[1])[0]]
+    group += [found.columns[0], found.products[0]]
+    assert numbers == sorted(torch.cat([part.flatten() for part in group]).tolist())
+    lesson.write(tmp_path / "window.png")
+    assert min(Image.open(tmp_path / "window.png").size) > 200
+
+
+@pytest.mark.parametrize(
+    ("options", "helps"),
+    [
+        ({"size": 3, "kernel": 5}, 1),
+        ({"size": 3, "kernel": 6}, 2),
+        ({"size": 4, "kernel": 3, "dilation": 4}, 3),
+        ({"size": (2, 9), "kernel": (5, 3)}, (2, 0)),
+        ({"size": 3, "kernel": 6, "padding": 1}, 2),
+    ],
+)
+def test_a_kernel_that_is_too_large_is_explained(options: dict, helps) -> None:
+    with pytest.raises(ConfigError) as error:
+        window(**options)
+    (problem,) = error.value.problems
+    shown = f"[{helps[0]},{helps[1]}]" if isinstance(helps, tuple) else str(helps)
+    assert problem.endswith(f"the smallest padding that helps is padding={shown}")
+    assert problem.startswith("kernel=")
+    window(**{**options, "padding": helps})  # it does help
+    less = tuple(max(h - 1, 0) for h in helps) if isinstance(helps, tuple) else helps - 1
+    with pytest.raises(ConfigError):
+        window(**{**options, "padding": less})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": 40}, "size=40: with in_channels=1 that is more than 300 numbers"),
+        ({"size": 12, "padding": 1}, "size=12: makes a matrix of 9 x 144"),
+        ({"groups": 2}, "groups=2: has to divide in_channels=1"),
+        ({"position": 4}, "position=4: there are 4 windows, 0 to 3"),
+        ({"padding": "same", "stride": 2}, "padding=same: padding='same' is not supported"),
+        ({"padding": 4, "padding_mode": "reflect"}, r"padding=4: .* \(padding_mode=reflect\)"),
+    ],
+)
+def test_what_window_refuses(options: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        window(**options)
+
+
+def test_cost_has_the_work_of_every_layer() -> None:
+    lines = cost(batch_size=8, rounds=2).text.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[3:] if line}
+    macs = {  # by hand: outputs times products for each
+        "features.0": 28 * 28 * 6 * 25,
+        "features.4": 10 * 10 * 16 * 25 * 6,
+        "features.8": 128 * 25 * 16,
+        "classifier.0": 128 * 84,
+        "classifier.3": 84 * 10,
+    }
+    for name, count in macs.items():
+        assert rows[name][2] == f"{count:,}"
+        assert rows[name][3] == f"{count / sum(macs.values()):.1%}"
+    assert rows["total"][1] == f"{sum(macs.values()):,}"
+    assert lines[2].split()[3::2] == list(BACKENDS)
+    for column, _ in enumerate(BACKENDS):  # milliseconds, and the sum of them
+        times = [
+            float(row[(4 if name in macs else 2) + column * (2 if name in macs else 1)])
+            for name, row in rows.items()
+            if name != "total"
+        ]
+        assert float(rows["total"][2 + 2 * column]) == pytest.approx(sum(times), abs=0.02)
+        assert all(time > 0 for time in times)
+
+
+def test_cost_of_other_networks_and_backends(tmp_path: Path) -> None:
+    lesson = cost(model="mobilenet_v3_small", backends=["native", "im2col"], batch_size=2, rounds=1)
+    assert "Conv2d" in lesson.text
+    lesson.write(tmp_path / "cost.png")
+    with pytest.raises(ConfigError, match="model=lenet: model has no choice 'lenet'"):
+        cost(model="lenet")
+    with pytest.raises(ConfigError, match=r"backends=.*'fft'.*choose from native, im2col, naive"):
+        cost(backends=["fft"])
+
+
+@pytest.mark.parametrize("name", ["patterns", "activations", "window", "cost"])
+def test_command(name: str, tmp_path: Path) -> None:
+    few = ["rounds=1", "batch_size=2"] if name == "cost" else []
+    done = command("lesson", name, *few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert done.stdout.splitlines()[-1] == f"outputs/lessons/{name}.png"
+    picture = np.asarray(Image.open(tmp_path / f"outputs/lessons/{name}.png").convert("L"))
+    assert picture.std() > 10
+    told = command("lesson", name, "--help", cwd=tmp_path)
+    assert f"cnntrain lesson {name} [option=value ...]" in told.stdout
+
+
+def test_mistakes_are_answered_on_one_line(tmp_path: Path) -> None:
+    for arguments, said in {
+        ("windw",): "windw: there is no lesson 'windw'; did you mean 'window'?",
+        ("window", "kernl=3"): "kernl=3: window has no option 'kernl'; did you mean 'kernel'?",
+        ("window", "kernel=x"): "kernel=x: input should be a valid integer",
+        ("window", "--size=3"): "--size=3: options have no dashes: option=value",
+        ("window", "size=3", "kernel=5"): "the smallest padding that helps is padding=1",
+        ("patterns", "backend=fft"): "backend=fft: choose from native, im2col, naive",
+        ("cost", "rounds=0"): "rounds=0: input should be greater than 0",
+    }.items():
+        done = command("lesson", *arguments, cwd=tmp_path)
+        assert done.returncode == 2, arguments
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ablation_is_a_sweep_whose_report_says_what_each_brings(tmp_path: Path) -> None:
+    few = ["data=fashion_mnist_mini", "trainer.max_epochs=1", "+trainer.limit_train_batches=4"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "cnntrain",
+            "train",
+            "experiment=lenet5_ablation",
+            *few,
+            "tensorboard=scalars",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "16 completed"
+    done = command("report", "outputs/sweeps/lenet5_ablation", cwd=tmp_path)
+    told = done.stdout.split("What each option brings")[1]
+    for option in ("model.norm=", "model.dropout=", "model.init=", "model.activation="):
+        (line,) = (line for line in told.splitlines() if line.startswith(option))
+        assert line.split()[-2] == "8"  # pairs that differ in nothing else

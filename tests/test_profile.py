@@ -1,0 +1,60 @@
+"""profile=true: where the time of some steps goes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from finished_runs import OPTIONS
+
+from cnntrain.config import ConfigError, compose
+from cnntrain.training import Profile, train
+
+
+def run(directory: Path, *options: str, profile: bool = True):
+    cfg = compose([*OPTIONS, "trainer.max_epochs=1", "+trainer.limit_train_batches=12", *options])
+    return train(cfg, directory, callbacks=[Profile(directory)] if profile else [])
+
+
+def test_five_batches_are_in_the_trace_and_the_table(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    trace = json.loads((tmp_path / "run/profile/trace.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert sum(str(name).startswith("ProfilerStep#") for name in names) == 5
+    for layer in ("features.0 Im2colConv2d", "classifier.3 Linear"):
+        assert names.count(layer) == 5
+    table = (tmp_path / "run/profile/operators.txt").read_text()
+    assert "aten::bmm" in table
+    assert "Self CPU" in table
+
+
+def test_nothing_is_computed_otherwise(tmp_path: Path) -> None:
+    first, second = run(tmp_path / "a"), run(tmp_path / "b", profile=False)
+    assert first.metrics == second.metrics
+    states = [
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("a", "b")
+    ]
+    assert all((states[0][name] == states[1][name]).all() for name in states[0])
+
+
+def test_a_run_that_is_too_short_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = compose([*OPTIONS, "trainer.max_epochs=1", "+trainer.limit_train_batches=4"])
+    train(cfg, tmp_path / "run", callbacks=[Profile(tmp_path / "run")])
+    assert "profile: takes 10 batches; there were fewer" in caplog.messages
+    assert not (tmp_path / "run/profile").exists()
+
+
+def test_command(cnntrain, tmp_path: Path) -> None:
+    few = ["+trainer.limit_train_batches=12", "trainer.max_epochs=1"]
+    done = cnntrain(*OPTIONS[:3], *few, "profile=true", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert "5 batches, in run/profile: trace.json, operators.txt; most of it went to" in done.stdout
+    assert "profile" not in (tmp_path / "run/.hydra/config.yaml").read_text()
+    assert "profile" not in (tmp_path / "run/.hydra/overrides.yaml").read_text()
+    done = cnntrain("-m", "profile=true", "seed=0,1")
+    assert done.returncode == 2
+    assert "profile=true: is of one run; leave out -m" in done.stderr
+    with pytest.raises(ConfigError, match="profile=3: must be true or false"):
+        compose(["profile=3"])
