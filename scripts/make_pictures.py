@@ -1,81 +1,72 @@
-"""The README's pictures of a sweep, taken in a real browser: its report and its HParams tab.
+"""The README's pictures that are taken in a real browser.
 
-    python scripts/make_pictures.py outputs/sweeps/compare
+    python scripts/make_pictures.py --sweep outputs/sweeps/compare --run outputs/mine
 
-Needs Chromium and its driver (Debian: chromium, chromium-driver) and selenium.
+Of a sweep its report and its HParams tab, of a run what TensorBoard shows of it. Needs Chromium and
+its driver (Debian: chromium, chromium-driver) and selenium.
 """
 
 import argparse
-import socket
-import subprocess
-import sys
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
+from tensorboard_page import Board, Server
 
 PICTURES = Path(__file__).parent / "pictures"
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-]
-
-
-def browser(profile: str, width: int, height: int) -> webdriver.Chrome:
-    options = Options()
-    for flag in [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"]:
-        options.add_argument(flag)
-    return webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
 
 
 def report(sweep: Path, height: int) -> None:
     """The upper part of the page that `cnntrain report` has written."""
     page = (sweep / "report/report.html").absolute().as_uri()
-    with tempfile.TemporaryDirectory() as profile:
-        chrome = browser(profile, 1200, height)
-        chrome.get(page)
-        chrome.save_screenshot(str(PICTURES / "report.png"))
-        chrome.quit()
+    with Board(page, size=(1200, height)) as browser:
+        browser.chrome.get(page)
+        browser.chrome.save_screenshot(str(PICTURES / "report.png"))
 
 
 def hparams(sweep: Path) -> None:
     """TensorBoard's HParams tab over the sweep's folder."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = "from tensorboard.main import run_main; run_main()"
-    where = ["--logdir", str(sweep), "--port", str(port), "--host", "127.0.0.1"]
-    server = subprocess.Popen([sys.executable, "-c", script, *where], stderr=subprocess.DEVNULL)
-    try:
-        with tempfile.TemporaryDirectory() as profile:
-            time.sleep(15)  # it reads the event files
-            chrome = browser(profile, 1400, 700)
-            chrome.get(f"http://127.0.0.1:{port}/#hparams")
-            time.sleep(10)
-            chrome.save_screenshot(str(PICTURES / "hparams.png"))
-            chrome.quit()
-    finally:
-        server.terminate()
-        server.wait()
+    with Server(sweep) as address, Board(address, size=(1400, 700)) as board:
+        board.open("hparams")
+        time.sleep(15)  # it reads the event files
+        board.open("hparams")
+        time.sleep(5)
+        board.chrome.save_screenshot(str(PICTURES / "hparams.png"))
+
+
+def tabs(run: Path) -> None:
+    """What TensorBoard shows of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        shots = Path(folder)
+        with Server(run) as address, Board(address, shots, size=(1200, 800)) as board:
+            board.tabs({"projector", "images", "graphs", "custom_scalars"})
+            board.custom_scalars({"loss": 2, "accuracy": 2, "validation accuracy": 10})
+            board.shot()
+            board.open("images", "^(features|kernels|val/mistakes|val/confusion)")
+            time.sleep(4)
+            board.shot()
+            board.graphs(["features"], {"images", "logits", "classifier"})
+            board.shot()
+            board.tabs({"projector"})
+            board.open("projector")
+            time.sleep(15)  # it computes the components
+            board.shot()
+        for tab in ("custom_scalars", "images", "graphs", "projector"):
+            shutil.copy(shots / f"{tab}.png", PICTURES / f"{tab}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--sweep", type=Path)
+    parser.add_argument("--run", type=Path)
     parser.add_argument("--height", type=int, default=1400, help="of the report that is shown")
     arguments = parser.parse_args()
-    report(arguments.sweep, arguments.height)
-    hparams(arguments.sweep)
+    if arguments.sweep:
+        report(arguments.sweep, arguments.height)
+        hparams(arguments.sweep)
+    if arguments.run:
+        tabs(arguments.run)
 
 
 if __name__ == "__main__":

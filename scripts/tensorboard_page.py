@@ -20,6 +20,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
+CHROMEDRIVER = Path("/usr/bin/chromedriver")
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -128,7 +129,7 @@ class Board:
         options = Options()
         for flag in [*FLAGS, f"--user-data-dir={self.profile.name}"]:
             options.add_argument(flag)
-        self.chrome = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+        self.chrome = webdriver.Chrome(options=options, service=Service(str(CHROMEDRIVER)))
         width, height = self.size  # of the page; --window-size has the window's frame in it
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
