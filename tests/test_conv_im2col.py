@@ -160,3 +160,28 @@ def test_toeplitz_matrices_have_a_limit():
 
 def test_the_option_reaches_the_algorithm():
     assert Im2colConv2d(1, 1, 1, max_column_mib=7).algorithm == Im2col(max_column_mib=7)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel_size", "stride", "dilation", "groups"),
+    [
+        (64, 3, 2, 1, 1),
+        (64, 3, 2, 2, 1),
+        (64, 3, 1, 1, 1),
+        (4, 3, 2, 1, 1),
+        (64, 1, 2, 1, 1),
+        (8, 3, 2, 1, 8),
+        (64, 3, (1, 2), 1, 2),
+    ],
+)
+def test_an_exported_program_computes_the_same_for_any_batch(
+    channels: int, kernel_size: int, stride: int | tuple[int, int], dilation: int, groups: int
+) -> None:
+    """What is a view for one image must not be taken for the copy that it is for two."""
+    conv = Im2colConv2d(channels, 8, kernel_size, stride, 1, dilation, groups).eval()
+    example = (torch.randn(2, channels, 9, 9),)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=16)},)
+    program = torch.export.export(conv, example, dynamic_shapes=sizes).module()
+    for batch in (1, 2, 3, 16):
+        x = torch.randn(batch, channels, 9, 9)
+        torch.testing.assert_close(program(x), conv(x))

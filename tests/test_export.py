@@ -58,6 +58,16 @@ def test_it_computes_the_same_for_any_batch(
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_the_file_tells_nothing_of_this_machine(
+    runs: dict[str, Path], format: str, tmp_path: Path
+) -> None:
+    content = export(runs["im2col"], format, folder=tmp_path).file.read_bytes()
+    for place in (Path(exporting.__file__).parents[2], Path(torch.__file__).parents[1], tmp_path):
+        assert str(place).encode() not in content
+    assert b"stack_trace" not in content
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
 def test_the_file_says_what_it_takes_and_gives(
     runs: dict[str, Path], format: str, tmp_path: Path
 ) -> None:

@@ -216,9 +216,13 @@ class Rows(Layout):
 
     def columns(self, x: Tensor) -> list[Tensor]:
         x = x.unflatten(1, (self.groups, self.depth)).permute(1, 3, 2, 4, 0)
-        if self.sw == 1 or self.unrolled:  # else each tap is copied once, from where it lies
+        if self.sw == 1 or self.unrolled:
             x = x.contiguous()
         taps = [self._under(x, j) for j in range(self.kw)]
+        if self.sw > 1 and not self.unrolled:
+            # Each is copied once, from where it lies; here, as with one image `flatten` would not,
+            # and a program that was traced with two has their strides in `_windows`.
+            taps = [tap.contiguous() for tap in taps]
         if self.unrolled:
             taps = [torch.stack(taps, 2).flatten(2, 3)]  # (groups, H, kw * C/groups, OW, N)
         return [self._windows(tap.flatten(3)) for tap in taps]

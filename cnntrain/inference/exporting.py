@@ -102,7 +102,8 @@ def export_trained(trained: Trained, format: Format, folder: Path) -> Exported:
     try:
         with _quiet():
             write, load = (_write_onnx, _load_onnx) if format == "onnx" else (_write, _load)
-            write(network, images[:2].clone(), _facts(trained), new)
+            # What a program is traced with, it keeps: no image of anybody's. Two are any number.
+            write(network, torch.zeros(2, *data.shape), _facts(trained), new)
             found = _compared(trained.network, load(new), images, file)
         os.replace(new, file)
     finally:
@@ -160,6 +161,9 @@ def _write_onnx(network: nn.Module, images: Tensor, facts: dict[str, Any], file:
         verbose=False,
     )
     assert program is not None
+    graph = program.model.graph  # its parts say where on this machine their source lies
+    for part in (graph, *graph, *graph.initializers.values(), *graph.inputs, *graph.outputs):
+        part.metadata_props.clear()
     for name, value in facts.items():
         program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
     program.save(str(file), external_data=False)
@@ -177,6 +181,8 @@ def _load_onnx(file: Path) -> Run:
 def _write(network: nn.Module, images: Tensor, facts: dict[str, Any], file: Path) -> None:
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(network, (images,), dynamic_shapes=(batch,))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # which says where on this machine the source lies
     torch.export.save(program, str(file), extra_files={FACTS: json.dumps(facts)})
 
 

@@ -35,7 +35,7 @@ CAPABILITIES: dict[str, Callable[[Backend], None]] = {
     "`torch.compile(fullgraph=True)`, forward and backward": programs.compile_whole,
     "`torch.compile` of `vmap`, of `jvp`": programs.compile_transforms,
     "`torch.export`": programs.export,
-    "`torch.export` for batches of any size": programs.export_any_batch,
+    "`torch.export` for batches of 1 to 64": programs.export_any_batch,
     "`torch.jit.trace`, saved": programs.trace,
     "`torch.fx.symbolic_trace`": programs.symbolic_trace,
     "autocast to bfloat16 and float16": values.autocast,
