@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import gzip
 import json
 import os
 import re
@@ -17,8 +18,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, Run
+from PIL import Image
+from test_data_idx import idx_bytes
 
 QUICK = ["data=fashion_mnist_mini", "trainer.max_epochs=1", "+trainer.limit_train_batches=3"]
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -234,12 +238,16 @@ def test_tensorboard_shows_the_run(server: str, tmp_path: Path) -> None:
     assert shown == pytest.approx(result)
 
 
-def readme_commands(*starts: str) -> list[str]:
-    """The README's lines that start so; `pip`, `pytest` and the rest are run by .ci/run."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+def commands_of(page: str, *starts: str) -> list[str]:
+    """A page's lines that start so; `pip`, `pytest` and the rest are run by .ci/run."""
+    lines = (ROOT / page).read_text().splitlines()
     lines = [line.split("   #")[0].strip() for line in lines]
     commands = [c.strip() for line in lines for c in line.removeprefix("$ ").split("&&")]
     return [c for c in commands if c.startswith(starts) and "<" not in c]
+
+
+def readme_commands(*starts: str) -> list[str]:
+    return commands_of("README.md", *starts)
 
 
 def test_the_folder_one_is_in_is_searched(cnntrain: Run, tmp_path: Path) -> None:
@@ -267,7 +275,64 @@ def test_readme_command_of_the_lab(command: str, tmp_path: Path) -> None:
     assert ("passes every check" if arguments[0] == "verify" else "x native") in done.stdout
 
 
-@pytest.mark.parametrize("command", readme_commands("python train.py "))
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run, outputs/mine, and the pictures that the README names."""
+    folder = tmp_path_factory.mktemp("desk")
+    options = [*QUICK, "backend=im2col", "tensorboard=scalars", "hydra.run.dir=outputs/mine"]
+    subprocess.run([*TRAIN, *options], cwd=folder, check=True, capture_output=True, timeout=300)
+    (folder / "folder").mkdir()
+    for name in ("photo.png", "folder/another.jpg", "scan.jpg"):
+        Image.new("RGB", (90, 120), (200, 180, 160)).save(folder / name)
+    idx = folder / "t10k-images-idx3-ubyte.gz"
+    idx.write_bytes(gzip.compress(idx_bytes(np.zeros((3, 28, 28), np.uint8))))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *readme_commands("cnntrain evaluate", "cnntrain predict", "cnntrain export"),
+        *commands_of("docs/lessons.md", "cnntrain lesson"),
+    ],
+)
+def test_command_of_the_pages(command: str, desk: Path) -> None:
+    arguments = shlex.split(command)[1:]
+    few = ["rounds=1", "batch_size=2"] if arguments[:2] == ["lesson", "cost"] else []
+    done = subprocess.run(
+        [sys.executable, "-m", "cnntrain", *arguments, *few],
+        cwd=desk,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if "size=3 kernel=5" in command:  # as the page has it
+        assert done.returncode == 2
+        shown = (ROOT / "docs/lessons.md").read_text()
+        assert all(line in shown for line in done.stderr.splitlines()), done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    last = done.stdout.splitlines()[-1]
+    file = desk / re.sub(r"   \(.* bytes\)$", "", last)
+    assert last.startswith("{") or file.stat().st_size > 0
+
+
+def test_what_a_lesson_shows_is_in_its_page(desk: Path) -> None:
+    page = (ROOT / "docs/lessons.md").read_text()
+    for lesson in (["window", "padding=1", "stride=2"], ["patterns"]):
+        command = [sys.executable, "-m", "cnntrain", "lesson", *lesson]
+        done = subprocess.run(command, cwd=desk, capture_output=True, text=True, timeout=300)
+        lines = [line.rstrip() for line in done.stdout.splitlines()[:-2]]
+        text = "\n".join(lines if lesson[0] == "window" else lines[-3:])
+        assert text.strip() in page
+
+
+# The ablation is tested with the lessons.
+LESSONS = [c for c in commands_of("docs/lessons.md", "python train.py") if "ablation" not in c]
+
+
+@pytest.mark.parametrize("command", [*readme_commands("python train.py "), *LESSONS])
 def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
     """As the README has it, on little data."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
