@@ -17,8 +17,8 @@ from cnntrain.conv import BACKENDS
 from cnntrain.data import Strokes, TwoSigns
 from cnntrain.lab.lessons import activations, cost, patterns, window
 from cnntrain.lab.lessons.activations import curve
+from cnntrain.lab.lessons.example import worked_out
 from cnntrain.lab.lessons.patterns import responses
-from cnntrain.lab.lessons.window import worked_out
 from cnntrain.training import train
 from cnntrain.training.building import build_run
 

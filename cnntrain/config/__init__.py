@@ -23,11 +23,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cnntrain.config.checks import NODES as NODES
-from cnntrain.config.checks import ROOTS as ROOTS
-from cnntrain.config.checks import Root as Root
 from cnntrain.config.checks import check
 from cnntrain.config.contradictions import contradictions
+from cnntrain.config.nodes import NODES as NODES
+from cnntrain.config.nodes import ROOTS as ROOTS
+from cnntrain.config.nodes import Root as Root
 from cnntrain.config.overrides import first_line as first_line
 from cnntrain.config.overrides import load_all, misplaced, one_line
 from cnntrain.config.overrides import quoted as quoted

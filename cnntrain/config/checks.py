@@ -1,142 +1,21 @@
-"""What a config may hold, and the check of every key and type against it.
+"""The check of every key and type of a config against what it may hold.
 
 The signature of what a node names is the schema: there is no second copy of it here. This file
-knows groups and kinds by name, no class, and imports no torch.
+imports no torch.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cnntrain.config.nodes import NODES, ROOTS, Node, Root
 from cnntrain.config.overrides import first_line, one_line, shown, unknown
 from cnntrain.config.signatures import is_subclass, signature
-
-# What the run itself needs to have its way with: whole epochs in a process for each device,
-# validated once each, recorded, tested once.
-TRAINER_GIVEN = (
-    "default_root_dir",
-    "logger",
-    "callbacks",
-    "plugins",
-    "strategy",
-    "processes",
-    "enable_checkpointing",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "num_sanity_val_steps",
-    "check_val_every_n_epoch",
-    "val_check_interval",
-    "max_steps",
-    "fast_dev_run",
-    "barebones",
-)
-
-
-@dataclass(frozen=True)
-class Node:
-    """What a node of the config with a `_target_` has to be."""
-
-    kind: str  # the class that the target must be or derive from
-    given: tuple[str, ...] = ()  # parameters that the program decides, not the config
-    partial: bool = False  # called later, with what is given
-    filled: bool = False  # and all of that has to be taken
-    unfit: Mapping[str, str] = field(default_factory=dict)  # of that kind, and of no use: why
-    extra: str | None = None  # of the package's extras the one that has to be installed
-
-
-NODES = {
-    "backend": Node(
-        "torch.nn.Conv2d", ("in_channels", "out_channels", "kernel_size", "padding"), partial=True
-    ),
-    "model": Node("torch.nn.Module", ("conv", "in_shape", "num_classes"), filled=True),
-    "data": Node("cnntrain.data.ImageData"),
-    "optimizer": Node(
-        "torch.optim.Optimizer",
-        ("params",),
-        partial=True,
-        unfit={"torch.optim.SparseAdam": "takes sparse gradients only; torch.optim.Adam any"},
-    ),
-    "scheduler": Node(
-        "torch.optim.lr_scheduler.LRScheduler",
-        ("optimizer", "total_steps"),
-        partial=True,
-        unfit={
-            "torch.optim.lr_scheduler.ReduceLROnPlateau": "waits for a metric, and the schedule "
-            "here is one of steps or epochs; take cnntrain.training.WarmupCosine"
-        },
-    ),
-    "loss": Node("torch.nn.Module"),
-    "trainer": Node("lightning.pytorch.Trainer", TRAINER_GIVEN),
-    "tensorboard": Node("cnntrain.training.Insights", ("board", "data")),
-    "search": Node("cnntrain.sweeps.search.Search", extra="optuna"),
-    "search.sampler": Node(
-        "optuna.samplers.BaseSampler",
-        ("seed",),
-        partial=True,
-        filled=True,
-        unfit={
-            "optuna.samplers.GridSampler": "asks for the space once more; take search/sampler=grid",
-            "optuna.samplers.QMCSampler": "keeps its place in a sequence, and each trial has a "
-            "sampler of its own here; take search/sampler=random",
-        },
-    ),
-    "search.pruner": Node("optuna.pruners.BasePruner"),
-    "sweep": Node("cnntrain.sweeps.Sweep"),
-}
-
-
-@dataclass(frozen=True)
-class Root:
-    """What a command's root config conf/<command>.yaml may hold."""
-
-    nodes: tuple[str, ...]
-    target: str | None = None  # the function whose parameters are the other options
-    given: tuple[str, ...] = ()  # what the command itself makes of the config, parameters or not
-    optional: tuple[str, ...] = ()  # nodes that need not be there
-    required: tuple[str, ...] = ()  # options without a default; `start` asks for them
-    seeded: bool = True  # it draws random numbers
-
-
-ROOTS = {
-    "train": Root(
-        tuple(name for name in NODES if "." not in name),
-        given=("profile", "resume"),
-        optional=("tensorboard", "search", "sweep"),
-    ),
-    "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
-    "evaluate": Root(
-        ("backend",),
-        "cnntrain.inference.evaluate",
-        ("backend",),
-        optional=("backend",),
-        required=("run",),
-        seeded=False,
-    ),
-    "predict": Root(
-        ("backend",),
-        "cnntrain.inference.predict",
-        ("backend", "json"),
-        optional=("backend",),
-        required=("run", "images"),
-        seeded=False,
-    ),
-    "export": Root(
-        (),
-        "cnntrain.inference.export",
-        ("folder",),
-        required=("run", "format"),
-        seeded=False,
-    ),
-    "benchmark": Root(
-        ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)
-    ),
-}
 
 
 def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:

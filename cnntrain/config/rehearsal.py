@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config import ConfigError, blame, build
-from cnntrain.config.checks import NODES
 from cnntrain.config.contradictions import data_contradictions
+from cnntrain.config.nodes import NODES
 from cnntrain.config.overrides import one_line, shown
 from cnntrain.config.source import load
 

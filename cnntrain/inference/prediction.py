@@ -16,7 +16,7 @@ from cnntrain import pictures
 from cnntrain.config import ConfigError
 from cnntrain.inference.images import Picture, Unreadable, picture_files, read_pictures
 from cnntrain.inference.trained import Device, Trained, load_trained
-from cnntrain.training.insights import evaluating
+from cnntrain.models.inside import evaluating
 
 BATCH = 256
 DRAWN = 80  # pictures in the grid

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cnntrain.models.inside import evaluating
+
 
 @dataclass(frozen=True)
 class Node:
@@ -25,16 +27,15 @@ def layer_graph(network: nn.Module, in_shape: Sequence[int]) -> list[Node]:
     A layer, which is a module without children, is one node whatever it computes with. Found by
     showing the network a black image in evaluation.
     """
-    tracer, training = _Tracer(network), network.training
+    tracer = _Tracer(network)
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     images = torch.zeros(1, *in_shape, device=device)
     tracer.add("images", "input", (), images)
     hooks = [hook for module in network.modules() for hook in tracer.hooks(module)]
     try:
-        with torch.no_grad(), tracer:
-            logits = network.eval().forward(images)  # not as it may be compiled
+        with evaluating(network), tracer:
+            logits = network.forward(images)  # not as it may be compiled
     finally:
-        network.train(training)
         for hook in hooks:
             hook.remove()
     tracer.add("logits", "output", (logits,), logits)

@@ -8,6 +8,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cnntrain.conv import Geometry
+from cnntrain.models.inside import evaluating
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,11 @@ def summarise(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]
 
     leaves = [m for m in network.modules() if not list(m.children())]
     hooks = [leaf.register_forward_hook(record) for leaf in leaves]
-    training = network.training
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(1, *in_shape, device=device))
+        with evaluating(network):
+            network(torch.zeros(1, *in_shape, device=device))
     finally:
-        network.train(training)
         for hook in hooks:
             hook.remove()
     return found

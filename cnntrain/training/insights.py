@@ -1,7 +1,6 @@
 """What TensorBoard shows of a run beside its scalars: what goes in, what is learned, what fails."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from cnntrain import pictures
 from cnntrain.data import ImageData
 from cnntrain.models import layer_graph
+from cnntrain.models.inside import convolutions, feature_maps, penultimate
 from cnntrain.training.outcome import Outcome
 from cnntrain.training.run_directory import environment
 from cnntrain.training.tensorboard import TensorBoard
@@ -132,15 +132,14 @@ class Insights(lightning.Callback):
             for name, parameter in network.named_parameters():
                 self.board.histogram(f"weights/{name}", parameter, epoch)
         if self.kernels:
-            name, first = next(_convolutions(network), (None, None))
-            if first is not None:
+            for name, first in convolutions(network)[:1]:
                 self.board.picture(f"kernels/{name}", _kernels(first.weight.detach()), epoch)
         if self.features:
             loader: Any = trainer.val_dataloaders
             rows = self._examples(loader.labels)
             seen = pictures.in_colour(loader.images[rows])
-            for name, maps in _feature_maps(network, loader.rows(rows), seen):
-                self.board.picture(f"features/{name}", maps, epoch)
+            for name, maps in feature_maps(network, loader.rows(rows)):
+                self.board.picture(f"features/{name}", _maps(maps, seen), epoch)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         epoch, outcome = trainer.current_epoch, module.outcome
@@ -181,10 +180,10 @@ class Insights(lightning.Callback):
             self.board.picture(f"{stage}/mistakes", picture, epoch)
 
     def _embed(self, network: nn.Module, loader: Any, outcome: Outcome, epoch: int) -> None:
-        features = _penultimate(network, loader.rows(torch.arange(1)))
+        features = penultimate(network, loader.rows(torch.arange(1)))
         count = min(POINTS, NUMBERS // features.shape[1], len(outcome.labels))
         batches = torch.arange(count).split(loader.batch_size)
-        points = torch.cat([_penultimate(network, loader.rows(rows)) for rows in batches])
+        points = torch.cat([penultimate(network, loader.rows(rows)) for rows in batches])
         images = pictures.in_colour(loader.images[:count]).cpu()
         step = -(-max(images.shape[2:]) // SPRITE)
         images = images[:, :, ::step, ::step]
@@ -215,35 +214,6 @@ def _code(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients, with a batch normalisation that learns nothing."""
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        network.train(training)
-
-
-@contextmanager
-def _watching(layers: Sequence[nn.Module], look: Callable[..., None]) -> Iterator[None]:
-    """`look` is called after each of these layers with it, its inputs and its output."""
-    hooks = [layer.register_forward_hook(look) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _convolutions(network: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.Conv2d):
-            yield name, layer
-
-
 def _kernels(weight: Tensor) -> pictures.Picture:
     """A tile for each kernel (out, in, H, W), in colour where it sees three channels, else one for
     each of its channels; at most 64 rows and 16 columns."""
@@ -256,40 +226,15 @@ def _kernels(weight: Tensor) -> pictures.Picture:
     return pictures.grid(tiles.flatten(0, 1), 16 if channels == 1 else min(channels, 16))
 
 
-def _feature_maps(
-    network: nn.Module, images: Tensor, seen: Tensor
-) -> list[tuple[str, pictures.Picture]]:
-    """Of each convolution a picture: a row for each image (N, C, H, W), a tile for each channel.
+def _maps(maps: Tensor, seen: Tensor) -> pictures.Picture:
+    """Feature maps (N, C, H, W): a row for each image, itself first, a tile for each channel.
 
     `seen` are the images as one sees them, (N, 3, H, W), uint8.
     """
-    seen = seen.float()
-    names: dict[nn.Module, str] = {layer: name for name, layer in _convolutions(network)}
-    made: list[tuple[str, pictures.Picture]] = []
-
-    def draw(layer: nn.Module, _: Any, maps: Tensor) -> None:
-        if maps.shape[2:] == (1, 1):  # all channels, as one strip of colours
-            strip = maps.reshape(len(maps), 1, -1).expand(-1, 4, -1)
-            made.append((names[layer], pictures.grid(pictures.signed(strip.float()), 1, 900)))
-            return
-        tiles = pictures.signed(maps[:, :CHANNELS].float())  # (N, C, 3, H, W)
-        first = F.interpolate(seen, tiles.shape[3:], mode="area").to(torch.uint8)
-        tiles = torch.cat([first[:, None], tiles], 1)
-        made.append((names[layer], pictures.grid(tiles.flatten(0, 1), tiles.shape[1])))
-
-    with evaluating(network), _watching(list(names), draw):
-        network.forward(images)  # not as it may be compiled
-    return made
-
-
-def _penultimate(network: nn.Module, images: Tensor) -> Tensor:
-    """What the last layer with parameters is given, of each image a vector (N, features)."""
-    given: list[Tensor] = []
-
-    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
-        given[:] = [inputs[0]]
-
-    layers = [layer for layer in network.modules() if list(layer.parameters(recurse=False))]
-    with evaluating(network), _watching(layers, keep):
-        network.forward(images)
-    return (given[0].mean((2, 3)) if given[0].ndim == 4 else given[0]).float()
+    if maps.shape[2:] == (1, 1):  # all channels, as one strip of colours
+        strip = maps.reshape(len(maps), 1, -1).expand(-1, 4, -1)
+        return pictures.grid(pictures.signed(strip), 1, 900)
+    tiles = pictures.signed(maps[:, :CHANNELS])  # (N, C, 3, H, W)
+    first = F.interpolate(seen.float().cpu(), tiles.shape[3:], mode="area").to(torch.uint8)
+    tiles = torch.cat([first[:, None], tiles], 1)
+    return pictures.grid(tiles.flatten(0, 1), tiles.shape[1])
