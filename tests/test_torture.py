@@ -48,11 +48,11 @@ def test_nothing_is_lost(tortured: tuple[Path, str]) -> None:
 def test_equal_runs_have_equal_records(tortured: tuple[Path, str], right: dict[str, Any]) -> None:
     folder, _ = tortured
     assert right["result"]["status"] == "completed"
-    assert len(right["scalars"]["train/loss_step"]) == 12
+    assert len(right["tensorboard"]["scalars"]["train/loss_step"]) == 12
     assert len(right["last.ckpt"]["state_dict"]) > 20
     other = record(folder / "corruptions/other seed")
     found = "\n".join(differences(right, other))
-    for part in ("/last.ckpt/state_dict", "/best.ckpt", "/metrics.csv", "/scalars", "/result"):
+    for part in ("/last.ckpt/state_dict", "/best.ckpt", "/metrics.csv", "/tensorboard", "/result"):
         assert part in found
 
 

@@ -194,8 +194,8 @@ def judge(
         return "FAILED", f"the record cannot be read: {error}\n{text}"
     if not different:
         return "recovered", ""
-    if "TensorBoard has lost" in text and all(d.startswith("/scalars") for d in different):
-        return "recovered but for scalars, and said so", ""
+    if "TensorBoard has lost" in text and all(d.startswith("/tensorboard") for d in different):
+        return "recovered but for TensorBoard, and said so", ""
     return "FAILED", f"{different}\n{text}"
 
 

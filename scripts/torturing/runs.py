@@ -132,26 +132,28 @@ def record(directory: Path) -> dict[str, Any]:
         "last.ckpt": {name: value for name, value in last.items() if name not in other},
         "best.ckpt": {name: value for name, value in best.items() if name not in other},
         "metrics.csv": (directory / "metrics.csv").read_bytes(),
-        "scalars": {
-            tag: [(event.step, event.value) for event in events.Scalars(tag)]
-            for tag in tags["scalars"]
-            if tag not in ("images_per_second", "data_share")
-        },
-        "images": {
-            tag: [(image.step, image.encoded_image_string) for image in events.Images(tag)]
-            for tag in tags["images"]
-        },
-        "histograms": {
-            tag: [(event.step, event.histogram_value) for event in events.Histograms(tag)]
-            for tag in tags["histograms"]
-        },
-        "curves": {
-            tag: [
-                (event.step, event.tensor_proto.SerializeToString())
-                for event in events.Tensors(tag)
-            ]
-            for tag in tags["tensors"]
-            if not tag.endswith("text_summary")
+        "tensorboard": {
+            "scalars": {
+                tag: [(event.step, event.value) for event in events.Scalars(tag)]
+                for tag in tags["scalars"]
+                if tag not in ("images_per_second", "data_share")
+            },
+            "images": {
+                tag: [(image.step, image.encoded_image_string) for image in events.Images(tag)]
+                for tag in tags["images"]
+            },
+            "histograms": {
+                tag: [(event.step, event.histogram_value) for event in events.Histograms(tag)]
+                for tag in tags["histograms"]
+            },
+            "curves": {
+                tag: [
+                    (event.step, event.tensor_proto.SerializeToString())
+                    for event in events.Tensors(tag)
+                ]
+                for tag in tags["tensors"]
+                if not tag.endswith("text_summary")
+            },
         },
         "result": facts(directory),
     }
