@@ -1,6 +1,7 @@
 """`cnntrain evaluate`: numbers against a plain loop, on every backend, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from cnntrain.config import ConfigError
 from cnntrain.conv import BACKENDS
 from cnntrain.data import FashionMNISTMini
 from cnntrain.inference import evaluate
-from cnntrain.training import CheckpointError
+from cnntrain.training import CheckpointError, checkpoint_file
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,34 @@ def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run/result.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"best\.ckpt is missing; there is none: the run was"):
         evaluate(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"data": {"_target_": "shutil.copyfile", "src": "a", "dst": "b"}},
+            "data._target_=shutil.copyfile: must be a class derived from cnntrain.data.ImageData",
+        ),
+        (
+            {"loss": {"_target_": "torch.nn.Dropout", "p": {"_target_": "shutil.copyfile"}}},
+            "a _target_ may stand only in",
+        ),
+        ({"model": {"_target_": "nomod.X"}}, "model._target_=nomod.X: cannot be imported"),
+        ({"trainer": None}, "trainer=null: must name a choice"),
+    ],
+)
+def test_a_strangers_checkpoint_runs_no_code(
+    change: dict, said: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("")
+    content = checkpoint_file.read(run / "checkpoints/best.ckpt")
+    content["config"] |= change
+    checkpoint_file.write(tmp_path / "evil.ckpt", content)
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        evaluate(run, checkpoint="evil.ckpt")
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_damaged_checkpoint_has_exit_code_1(run: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cnntrain.conv import BACKENDS
 from cnntrain.models import LeNet5, Node, TorchVision, layer_graph, summarise
+from cnntrain.models.inside import penultimate
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -66,6 +67,34 @@ def test_what_is_used_twice_has_two_nodes() -> None:
         Node("flatten", "flatten", ("cat",), (32,)),
         Node("logits", "output", ("flatten",), (32,)),
     ]
+
+
+def test_what_gives_several_tensors_is_a_node() -> None:
+    network = TorchVision(name="shufflenet_v2_x0_5")
+    nodes = {node.name: node for node in layer_graph(network, (1, 28, 28))}
+    assert any(node.kind == "chunk" for node in nodes.values())
+    reached, edge = set(), ["logits"]
+    while edge:
+        reached.add(edge[-1])
+        edge += [i for i in nodes[edge.pop()].inputs if i not in reached]
+    assert reached == set(nodes)
+
+
+def test_what_the_last_layer_is_given() -> None:
+    """A module around the layers may have parameters of its own, as a ViT its class token."""
+    vit = TorchVision((1, 32, 32), name="vit_b_16").network
+    images = torch.randn(2, 3 if vit.conv_proj.in_channels == 3 else 1, 32, 32)
+    given: list[Tensor] = []
+    hook = vit.heads.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    found = penultimate(vit, images)
+    hook.remove()
+    assert found.shape == (2, 768)
+    assert (found == given[0]).all()
+    lenet = LeNet5().eval()
+    pictures = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        wanted = lenet.classifier[:3](lenet.features(pictures))
+    assert (penultimate(lenet, pictures) == wanted).all()
 
 
 def test_nothing_is_left_behind() -> None:

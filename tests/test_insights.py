@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cnntrain.interruption import Interrupted, interruption
 from cnntrain.pictures import GAP
 from cnntrain.training import train
 from cnntrain.training.checkpoints import Checkpoints
+from cnntrain.training.tensorboard import TensorBoard
 
 OPTIONS = [
     "data=fashion_mnist_mini",
@@ -293,6 +295,17 @@ def test_other_kinds_of_networks_and_data(tmp_path: Path) -> None:
     train(compose([*OPTIONS[:-1], *squeeze, *few, "data.val_size=100"]), tmp_path / "squeeze")
     points = np.loadtxt(tmp_path / "squeeze/projector/points.tsv", delimiter="\t")
     assert points.shape == (1000, 512)
+
+
+def test_what_is_no_number_is_left_to_who_looks_for_it(tmp_path: Path) -> None:
+    """Where the host does not look at every step, histograms meet it first."""
+    board = TensorBoard(tmp_path)
+    board.go_on(0)
+    for values in ([1.0, math.nan], [math.inf, 0.0], [1.0, 1.0]):
+        board.histogram("weights", torch.tensor(values), 0)
+    board.experiment.close()
+    (found,) = read(tmp_path).Histograms("weights")
+    assert sum(found.histogram_value.bucket) == 2
 
 
 def test_mistyped_options_are_refused() -> None:

@@ -269,11 +269,17 @@ def test_a_kernel_that_is_too_large_is_explained(options: dict, helps) -> None:
     ("options", "said"),
     [
         ({"size": 40}, "size=40: with in_channels=1 that is more than 300 numbers"),
-        ({"size": 12, "padding": 1}, "size=12: makes a matrix of 9 x 144"),
+        ({"size": 12, "padding": 1}, "the column matrix has 144 columns, and 36 can be followed"),
+        ({"kernel": 9, "padding": 3}, "the column matrix has 81 rows, and 36 can be followed"),
+        ({"padding": 5000, "stride": 5000}, "the padded input has 100,080,016 numbers, and 900"),
+        ({"out_channels": 20000}, "there are 20,000 kernels, and 36 can be followed"),
         ({"groups": 2}, "groups=2: has to divide in_channels=1"),
         ({"position": 4}, "position=4: there are 4 windows, 0 to 3"),
         ({"padding": "same", "stride": 2}, "padding=same: padding='same' is not supported"),
-        ({"padding": 4, "padding_mode": "reflect"}, r"padding=4: .* \(padding_mode=reflect\)"),
+        (
+            {"size": 3, "kernel": 5, "padding": 3, "padding_mode": "reflect"},
+            r"padding=3: .*reflect\)",
+        ),
     ],
 )
 def test_what_window_refuses(options: dict, said: str) -> None:
@@ -296,6 +302,8 @@ def test_cost_has_the_work_of_every_layer() -> None:
         assert rows[name][3] == f"{count / sum(macs.values()):.1%}"
     assert rows["total"][1] == f"{sum(macs.values()):,}"
     assert lines[2].split()[3::2] == list(BACKENDS)
+    assert f", {torch.get_num_threads()} threads;" in lines[0]
+    assert ", 3 threads;" in cost(batch_size=1, rounds=1, threads=3).text
     for column, _ in enumerate(BACKENDS):  # milliseconds, and the sum of them
         times = [
             float(row[(4 if name in macs else 2) + column * (2 if name in macs else 1)])

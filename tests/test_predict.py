@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,17 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     assert found[16:].max() < 15
 
 
+def test_exif_that_is_damaged_does_not_matter(tmp_path: Path) -> None:
+    Image.new("L", (28, 28), 200).save(tmp_path / "a.jpg", exif=Image.Exif(), quality=95)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + b"\0\2\1\x12\0\3\0\0\0\1\0\6\0\0"
+    for damage in range(300):
+        block = bytearray(exif + bytes(40))
+        for place in np.random.default_rng(damage).integers(6, len(block), 4):
+            block[place] = int(np.random.default_rng([damage, int(place)]).integers(256))
+        Image.new("L", (28, 28), 200).save(tmp_path / "a.jpg", exif=bytes(block), quality=95)
+        assert np.abs(one(tmp_path / "a.jpg").astype(int) - 200).max() <= 3
+
+
 def test_idx_files_of_any_size(tmp_path: Path, pixels) -> None:
     (tmp_path / "a").write_bytes(idx_bytes(pixels[:3]))
     (tmp_path / "b.gz").write_bytes(gzip.compress(idx_bytes(np.full((2, 5, 9), 77, np.uint8))))
@@ -217,6 +230,17 @@ def test_command(run: Path, tmp_path: Path, pixels) -> None:
     shares = [answer["probability"] for answer in line["predictions"]]
     assert shares == sorted(shares, reverse=True)
     assert len(list((run / "predict").iterdir())) == 1
+
+
+def test_whoever_reads_may_stop_reading(run: Path, tmp_path: Path, pixels) -> None:
+    (tmp_path / "some.idx").write_bytes(idx_bytes(pixels[:900]))
+    line = f"{sys.executable} -m cnntrain predict run={run} images=some.idx json=true"
+    line += " hydra.run.dir=out | head -2; exit ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 2
+    assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == 900
+    assert (tmp_path / "out/predictions.png").exists()
 
 
 def test_what_is_refused(run: Path, tmp_path: Path) -> None:

@@ -38,10 +38,13 @@ def test_nothing_is_computed_otherwise(tmp_path: Path) -> None:
     assert all((states[0][name] == states[1][name]).all() for name in states[0])
 
 
-def test_a_run_that_is_too_short_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cfg = compose([*OPTIONS, "trainer.max_epochs=1", "+trainer.limit_train_batches=4"])
-    train(cfg, tmp_path / "run", callbacks=[Profile(tmp_path / "run")])
-    assert "profile: takes 10 batches; there were fewer" in caplog.messages
+@pytest.mark.parametrize("batches", [1, 4, 6, 8, 9])
+def test_a_run_that_is_too_short_says_so(
+    batches: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = ["trainer.max_epochs=1", f"+trainer.limit_train_batches={batches}"]
+    train(compose([*OPTIONS, *few]), tmp_path / "run", callbacks=[Profile(tmp_path / "run")])
+    assert "profile: takes 10 batches of an epoch; there were fewer" in caplog.messages
     assert not (tmp_path / "run/profile").exists()
 
 

@@ -47,6 +47,7 @@ def _show(found: "Evaluation") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     trained, outcome = found.trained, found.outcome
     flip = ", with the mirror images" if found.tta else ""
@@ -66,5 +67,6 @@ def _show(found: "Evaluation") -> None:
         most: Any = wrong.argmax()
         other = f"{names[most]} ({wrong[most]})" if wrong[most] else ""
         shares = [f"{row[measure]:.1%}" for measure in ("precision", "recall", "f1")]
-        table.add_row(row["class"], f"{row['images']:,}", *shares, other)
+        cells = [row["class"], f"{row['images']:,}", *shares, other]
+        table.add_row(*map(Text, cells))
     Console().print(table)

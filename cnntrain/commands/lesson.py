@@ -1,6 +1,7 @@
 """`cnntrain lesson`: what a convolution is, in numbers and a picture."""
 
 import inspect
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ LESSONS = {
 
 
 def main() -> None:
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends as any program's does
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("", "--help", "-h"):
         print(

@@ -1,5 +1,6 @@
 """`cnntrain predict`: what is on pictures, a line for each."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,8 +34,8 @@ def _load(cfg: DictConfig) -> "tuple[Trained, list[Path]]":
 
     if not isinstance(cfg.json, bool):
         raise ConfigError([f"json={cfg.json}: input should be true or false"])
-    found = files(cfg.images)
     with telling_errors():
+        found = files(cfg.images)
         backend = cfg.get("backend")
         return load_trained(cfg.run, cfg.checkpoint, backend=backend, device=cfg.device), found
 
@@ -44,6 +45,7 @@ def _predict(cfg: DictConfig, trained: "Trained", files: list[Path]) -> None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     lines, grid = folder / "predictions.jsonl", folder / "predictions.png"
+    grid.unlink(missing_ok=True)  # of an earlier one
     found: list[Prediction] = []  # those that are drawn
     count = failed = 0
     with telling_errors(), lines.open("w", encoding="utf-8") as stream:
@@ -52,9 +54,9 @@ def _predict(cfg: DictConfig, trained: "Trained", files: list[Path]) -> None:
             stream.write(one.json() + "\n")
             count, failed = count + 1, failed + bool(one.error)
             if cfg.json:
-                print(one.json())
+                _say(one.json())
             elif not one.error and count - failed <= SHOWN:
-                print(_line(one))
+                _say(_line(one))
             if one.error:
                 print(f"cnntrain: {one.name}: {one.error}", file=sys.stderr)
             else:
@@ -63,11 +65,19 @@ def _predict(cfg: DictConfig, trained: "Trained", files: list[Path]) -> None:
             draw(found, grid)
     if not cfg.json:
         more = count - failed - SHOWN
-        print(f"... and {more:,} more" if more > 0 else "")
-        print("\n".join(short(file) for file in (lines, grid) if file.exists()))
+        _say(f"... and {more:,} more" if more > 0 else "")
+        _say("\n".join(short(file) for file in (lines, grid) if file.exists()))
     if failed:
         print(f"cnntrain: {failed} of {count} could not be read", file=sys.stderr)
         sys.exit(1)
+
+
+def _say(text: str) -> None:
+    """Print; to nobody, once whoever was reading has gone. The files are written to their end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _line(one: "Prediction") -> str:

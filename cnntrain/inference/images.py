@@ -1,5 +1,6 @@
 """Pictures from files, of any size and kind, as a network was trained on them."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,12 @@ def _opened(file: Path, max_pixels: int) -> Image.Image:
         image.load()
     finally:
         Image.MAX_IMAGE_PIXELS = before
-    return ImageOps.exif_transpose(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ImageOps.exif_transpose(image)
+    except Exception:  # of many classes: EXIF that is damaged; the picture itself is not
+        return image
 
 
 def _limit(width: int, height: int, max_pixels: int) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import nn
+from omegaconf import DictConfig, open_dict
+from torch import Tensor, nn
 
-from cnntrain.config import ConfigError, blame, build
+from cnntrain.config import ConfigError, blame, build, check
+from cnntrain.config.rehearsal import rehearsal_problems
 from cnntrain.config.resume import CHECKPOINTS, begun
 from cnntrain.data import ImageData
 from cnntrain.training.building import build_network
@@ -65,10 +66,8 @@ def load_trained(
     folder = Path(run)
     path = _checkpoint(folder, checkpoint)
     content = read(path)
-    cfg = _config(path, content)
+    cfg = _config(path, content, backend)
     with open_dict(cfg):
-        if backend is not None:
-            cfg.backend = backend
         if root is not None:
             if "root" not in cfg.data:
                 raise ConfigError([f"root={root}: the data set of this run has no folder"])
@@ -105,14 +104,21 @@ def _checkpoint(folder: Path, checkpoint: str) -> Path:
     return path
 
 
-def _config(path: Path, content: Content) -> DictConfig:
-    """Of the run that has written a checkpoint. It is no other one than that of its folder."""
-    try:
-        cfg = OmegaConf.create(content["config"])
-        content["state_dict"], content["epoch"], cfg.model, cfg.data, cfg.backend
-    except (KeyError, ValueError, AttributeError):
-        raise DamagedError(f"{path}: has no weights or no config in it") from None
-    assert isinstance(cfg, DictConfig)
+def _config(path: Path, content: Content, backend: DictConfig | None) -> DictConfig:
+    """Of the run that has written a checkpoint, on another `backend` if one is given.
+
+    It is checked as one that is typed: nothing that a stranger has put into it is called.
+    """
+    weights, epoch, config = (content.get(name) for name in ("state_dict", "epoch", "config"))
+    whole = isinstance(epoch, int) and isinstance(config, dict) and isinstance(weights, dict)
+    if not whole or any(not isinstance(tensor, Tensor) for tensor in dict(weights or {}).values()):
+        raise DamagedError(f"{path}: has no weights or no config in it")
+    cfg = DictConfig(config)
+    if backend is not None:
+        with open_dict(cfg):
+            cfg.backend = backend
+    if problems := check(cfg) or rehearsal_problems(cfg, None):
+        raise CheckpointError(f"{path}: the config in it cannot be used: {problems[0]}")
     return cfg
 
 

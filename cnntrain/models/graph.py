@@ -78,7 +78,7 @@ class _Tracer(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if self.layer is None and isinstance(output, Tensor):
+        if self.layer is None and _tensors([output]):
             kind = getattr(func, "__name__", "function")
             place = self.scope[-1].replace(".", "/") if self.scope else ""
             self.add(f"{place}/{kind}".strip("/"), kind, (*args, *(kwargs or {}).values()), output)

@@ -49,7 +49,8 @@ def penultimate(network: nn.Module, images: Tensor) -> Tensor:
     def keep(layer: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
         given[:] = inputs[:1]
 
-    layers = [layer for layer in network.modules() if list(layer.parameters(recurse=False))]
+    leaves = [layer for layer in network.modules() if not list(layer.children())]
+    layers = [layer for layer in leaves if list(layer.parameters())]
     with evaluating(network), _watching(layers, keep):
         network.forward(images)
     return (given[0].mean((2, 3)) if given[0].ndim == 4 else given[0]).float()

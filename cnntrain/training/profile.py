@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 log = logging.getLogger(__name__)
 
 WAIT, WARMUP, STEPS = 3, 2, 5  # batches that are let go by, that warm up, that are recorded
+BATCHES = WAIT + WARMUP + STEPS
 ROWS = 12  # operators in the table
 FOLDER = "profile"
 
@@ -28,7 +29,7 @@ class Profile(lightning.Callback):
         self.folder = directory / FOLDER
         self.profiler: profile | None = None
         self.hooks: list[Any] = []
-        self.done = False
+        self.batches, self.done = 0, False
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         activities = [ProfilerActivity.CPU]
@@ -46,15 +47,15 @@ class Profile(lightning.Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.profiler is not None:
+            self.batches += 1
             self.profiler.step()
             if self.done:
                 self._end()
 
-    def on_train_end(self, *_: Any) -> None:
-        if self.profiler is not None:
+    def on_validation_start(self, *_: Any) -> None:
+        if self.profiler is not None:  # which is not to be taken for a part of a training step
             self._end()
-            if not self.done:
-                log.warning(f"profile: takes {WAIT + WARMUP + STEPS} batches; there were fewer")
+            log.warning(f"profile: takes {BATCHES} batches of an epoch; there were fewer")
 
     def on_exception(self, *_: Any) -> None:
         if self.profiler is not None:
@@ -68,6 +69,8 @@ class Profile(lightning.Callback):
             hook.remove()
 
     def _write(self, profiler: profile) -> None:
+        if self.batches < BATCHES:
+            return  # it was ended before its time
         self.done = True
         self.folder.mkdir(exist_ok=True)
         trace, table = self.folder / "trace.json", self.folder / "operators.txt"

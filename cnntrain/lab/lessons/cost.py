@@ -42,17 +42,18 @@ def cost(
         threads: Of PyTorch; by default its own choice.
     """
     names = list(BACKENDS) if backends is None else backends
-    if unknown := [name for name in names if name not in BACKENDS] or names == []:
-        raise ConfigError([f"backends={unknown or names}: choose from {', '.join(BACKENDS)}"])
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown or not names:
+        raise ConfigError([f"backends={unknown}: choose from {', '.join(BACKENDS)}"])
     networks = {name: _network(model, name) for name in names}
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         times = layer_times(networks, batch_size, rounds)
+        layers = summarise(networks[names[0]], IMAGE)
+        text = "\n".join(_lines(model, layers, times, batch_size))
     finally:
         torch.set_num_threads(before)
-    layers = summarise(networks[names[0]], IMAGE)
-    text = "\n".join(_lines(model, layers, times, batch_size))
     return Lesson(text, lambda: _draw(model, layers, times))
 
 

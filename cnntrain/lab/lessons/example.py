@@ -65,6 +65,7 @@ def worked_out(
         )  # fmt: skip
         geometry = Geometry.of(conv)
         amounts = padding_amounts(conv.padding, kernel, dilation)
+        _check_matrix(geometry, padded(size, amounts), kernel, in_channels, out_channels)
         count = in_channels * size[0] * size[1]
         image = torch.arange(1.0, count + 1).reshape(in_channels, *size)
         around = pad(image[None], amounts, padding_mode)[0]
@@ -77,13 +78,6 @@ def worked_out(
     numbers = torch.arange(conv.weight.numel()).reshape(conv.weight.shape)
     conv.weight.data = ((numbers * 3 + numbers // 4) % 5 - 2).float()  # -2 to 2, without a pattern
     columns = _columns(around, geometry, kernel)
-    if columns.shape[1] > MOST_ROWS or columns.shape[2] > MOST_COLUMNS:
-        raise ConfigError(
-            [
-                f"size={shown(size)}: makes a matrix of {columns.shape[1]} x {columns.shape[2]}, "
-                f"more than {MOST_ROWS} x {MOST_COLUMNS}, which nobody can follow; take less"
-            ]
-        )
     rows = conv.weight.data.reshape(groups, out_channels // groups, -1)
     products = rows @ columns
     height_width = geometry.output_size(padded(size, amounts), kernel)
@@ -104,6 +98,27 @@ def _columns(image: Tensor, geometry: Geometry, kernel: tuple[int, int]) -> Tens
         for x in range(ow)
     ]
     return torch.stack([c.reshape(geometry.groups, -1) for c in columns], dim=2)
+
+
+def _check_matrix(
+    geometry: Geometry,
+    there: tuple[int, int],
+    kernel: tuple[int, int],
+    in_channels: int,
+    out_channels: int,
+) -> None:
+    """Whether a finger can follow it; found out before anything is computed."""
+    rows = in_channels // geometry.groups * kernel[0] * kernel[1]
+    oh, ow = geometry.output_size(there, kernel)
+    for what, number, most in [
+        ("the column matrix has {} rows", rows, MOST_ROWS),
+        ("the column matrix has {} columns", max(oh, 0) * max(ow, 0), MOST_COLUMNS),
+        ("there are {} kernels", out_channels, MOST_ROWS),
+        ("the padded input has {} numbers", in_channels * there[0] * there[1], 3 * MOST_PIXELS),
+    ]:
+        if number > most:
+            said = what.format(f"{number:,}")
+            raise ConfigError([f"lesson window: {said}, and {most} can be followed; take less"])
 
 
 def _check_size(size: tuple[int, int], channels: int) -> None:
