@@ -124,8 +124,9 @@ def told(error: OSError) -> str:
 
 
 def paths_quoted(*options: str, several: Sequence[str] = ()) -> None:
-    """Let these options have any path for a value, typed as the shell has it: no character of it
-    means anything to Hydra. Those in `several` have paths with commas between them."""
+    """Let these options have paths for values, as the shell gives them: spaces, commas, equal signs
+    and brackets within them mean nothing to Hydra. Those in `several` have several, with commas
+    between them."""
     for i, text in enumerate(sys.argv[1:], start=1):
         name, equals, value = text.partition("=")
         plain = equals and value not in ("", "null", "???") and value[0] not in "'\"["

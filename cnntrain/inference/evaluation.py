@@ -1,5 +1,6 @@
 """How good a trained network is: `cnntrain evaluate`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from cnntrain.config import ConfigError, blame, build
 from cnntrain.data import Loader
 from cnntrain.inference.trained import Device, Trained, load_trained
 from cnntrain.training.building import quieten_lightning
+from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.insights import captions
 from cnntrain.training.outcome import Outcome
@@ -133,7 +135,7 @@ def evaluate(
         root: The data set's folder, where that is not the one that the run had.
 
     Raises:
-        ConfigError, CheckpointError: As `load_trained`.
+        ConfigError, CheckpointError: As `load_trained`; or the loss is no number.
         DataError: The data cannot be had.
     """
     trained = load_trained(run, checkpoint, backend=backend, device=device, root=root)
@@ -166,6 +168,11 @@ def evaluate_trained(
     loader: Loader = data.test_loader(device) if split == "test" else data.val_loader(device)
     trainer.test(module, loader, verbose=False)
     totals = module.totals["test"].metrics("test")
+    if not math.isfinite(totals["test/loss"]):
+        raise CheckpointError(
+            f"{trained.checkpoint}: with these weights, on {trained.backend}, the loss is "
+            f"{totals['test/loss']}"
+        )
     assert module.outcome
     positions = torch.arange(len(loader.labels))
     if split == "val":

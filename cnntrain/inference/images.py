@@ -93,17 +93,17 @@ def _opened(file: Path, max_pixels: int) -> Image.Image:
     # Pillow's own limit warns of what may be, and has no say here: ours is known before decoding.
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        image = Image.open(file, formats=["PNG", "JPEG"])
-        _limit(*image.size, max_pixels)
-        image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF, which says how a picture was taken
+            image = Image.open(file, formats=["PNG", "JPEG"])
+            _limit(*image.size, max_pixels)
+            image.load()
+            try:
+                return ImageOps.exif_transpose(image)
+            except Exception:  # of many classes: EXIF that is damaged; the picture itself is not
+                return image
     finally:
         Image.MAX_IMAGE_PIXELS = before
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ImageOps.exif_transpose(image)
-    except Exception:  # of many classes: EXIF that is damaged; the picture itself is not
-        return image
 
 
 def _limit(width: int, height: int, max_pixels: int) -> None:

@@ -1,6 +1,7 @@
 """What a trained network takes pictures for: `cnntrain predict`."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -100,7 +101,11 @@ def predictions(
             if isinstance(picture, Prediction):
                 yield picture
             else:
-                yield Prediction(picture.name, next(answers), picture.pixels)
+                classes = next(answers)
+                wrong = (
+                    None if math.isfinite(classes[0][1]) else "the network's answer is no number"
+                )
+                yield Prediction(picture.name, classes, picture.pixels, wrong)
 
 
 def _each(

@@ -47,8 +47,9 @@ class Insights(lightning.Callback):
         pr_curves: Precision and recall of each class.
         embedding: What the last layer is given of at most 2,000 images, with a picture of each.
         charts: Custom scalars: training and validation in one chart.
-        every_n_epochs: How often pictures, histograms and curves are written, and at the last
-            epoch; None: after 1, 2, 4, 8, ... epochs, as TensorBoard keeps ten pictures of a kind.
+        every_n_epochs: How often pictures, histograms and curves are written, and at the last of
+            `max_epochs`; None: after 1, 2, 4, 8, ... epochs, as TensorBoard keeps ten pictures of a
+            kind.
     """
 
     def __init__(

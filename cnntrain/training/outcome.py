@@ -73,6 +73,8 @@ class Outcome:
     def calibration_error(self) -> float:
         """Expected calibration error: the mean distance of confidence and accuracy in 15 equal
         bins of confidence, weighted by their images (Naeini et al. 2015)."""
+        if self.classes == 1:  # of which one is certain, and right
+            return 0.0
         error = classification.multiclass_calibration_error(
             self.probabilities, self.labels, self.classes, n_bins=BINS, norm="l1"
         )

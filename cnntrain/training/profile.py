@@ -104,6 +104,8 @@ def _named(network: nn.Module) -> list[Any]:
 def _costliest(averages: Any, cuda: bool) -> str:
     """The operators that take most of the time, a line each: share, ms a batch, calls a batch."""
     time = "self_device_time_total" if cuda else "self_cpu_time_total"
+    named = ("ProfilerStep", "Optimizer.step#")  # which have operators within
+    averages = [row for row in averages if not row.key.startswith(named)]
     rows = sorted(averages, key=lambda row: getattr(row, time), reverse=True)
     total = sum(getattr(row, time) for row in rows) or 1
     lines = [f"  {'share':>6} {'ms':>8} {'calls':>6}   operator"]

@@ -146,7 +146,7 @@ class TensorBoard(TensorBoardLogger):
         digits = 5 - math.ceil(math.log10(float(points.abs().max()) or 1))
         numbers = points.double().cpu().numpy().round(digits).tolist()
         for name, rows in [("points", numbers), ("words", [header, *about])]:
-            lines = ("\t".join(map(str, row)) + "\n" for row in rows)
+            lines = ("\t".join(" ".join(str(cell).split()) for cell in row) + "\n" for row in rows)
             (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
         sprite = grid(images, math.ceil(math.sqrt(len(images))), size=1, gap=0)
         (folder / "images.png").write_bytes(png(sprite))
