@@ -397,7 +397,7 @@ def test_weights_and_images_that_are_not_finite_already(tmp_path: Path, deferred
     assert error.details["not_finite"]["parameter"] == "features.4.bias"
 
     run = Run(tmp_path / "images", deferred=deferred)
-    run.loaders[0]._shift.fill_(math.inf)
+    run.loaders[0].normalise.shift.fill_(math.inf)
     error = run.stopped()
     assert "is features.0 (NativeConv2d), and the images are not finite already;" in str(error)
 

@@ -171,7 +171,7 @@ OPTIONS = [
     (["seed=4294967296"], "seed=4294967296: must be a whole number"),
     (["seed='1'"], "seed=1: must be a whole number"),
     (["model=[lenet5]"], "model=[lenet5]: must name a choice of model"),
-    (["loss=5"], "loss=5: must name a choice, or a class as loss._target_"),
+    (["loss=5"], "loss=5: must name a choice of loss; python train.py --help lists them"),
     (["model.dropout.x=1"], "model.dropout.x=1"),
     (["+trainer.strategy=ddp"], "trainer.strategy=ddp: is decided by the program"),
     (["trainer.accelerator=mps"], "trainer.accelerator=mps: this machine has no GPU"),
