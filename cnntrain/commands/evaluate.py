@@ -1,5 +1,6 @@
 """`cnntrain evaluate`: how good a trained network is."""
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,11 @@ def _evaluate(cfg: DictConfig, trained: "Trained") -> None:
 
     with telling_errors():
         found = evaluate_trained(trained, split=cfg.split, tta=cfg.tta, precision=cfg.precision)
-        _show(found)
+        # The files first, as whoever reads the table may stop reading.
         files = found.write(Path(HydraConfig.get().runtime.output_dir))
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        _show(found)
     print("\n" + "\n".join(short(file) for file in files))
 
 
