@@ -1,6 +1,7 @@
 """The lessons: every number against one derived by other means."""
 
 import csv
+import inspect
 import subprocess
 import sys
 from itertools import product
@@ -15,6 +16,7 @@ from PIL import Image
 from cnntrain.config import ConfigError, compose
 from cnntrain.conv import BACKENDS
 from cnntrain.data import Strokes, TwoSigns
+from cnntrain.lab import lessons
 from cnntrain.lab.lessons import activations, cost, patterns, window
 from cnntrain.lab.lessons.activations import curve
 from cnntrain.lab.lessons.example import worked_out
@@ -332,8 +334,19 @@ def test_command(name: str, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == f"outputs/lessons/{name}.png"
     picture = np.asarray(Image.open(tmp_path / f"outputs/lessons/{name}.png").convert("L"))
     assert picture.std() > 10
-    told = command("lesson", name, "--help", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["patterns", "activations", "window", "cost"])
+def test_help_says_it_without_torch(name: str) -> None:
+    script = f"import sys; sys.argv = ['cnntrain', 'lesson', '{name}', '--help']; "
+    script += "from cnntrain.commands import main; main(); assert 'torch' not in sys.modules"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
     assert f"cnntrain lesson {name} [option=value ...]" in told.stdout
+    assert inspect.getdoc(getattr(lessons, name)) in told.stdout
+    for option, parameter in inspect.signature(getattr(lessons, name)).parameters.items():
+        default = parameter.default
+        assert f" {option}={'null' if default is None else default} " in told.stdout
 
 
 def test_mistakes_are_answered_on_one_line(tmp_path: Path) -> None:
@@ -343,6 +356,7 @@ def test_mistakes_are_answered_on_one_line(tmp_path: Path) -> None:
         ("window", "kernel=x"): "kernel=x: input should be a valid integer",
         ("window", "--size=3"): "--size=3: options have no dashes: option=value",
         ("window", "size=3", "kernel=5"): "the smallest padding that helps is padding=1",
+        ("window", "size"): "size: has to be given a value: size=...",
         ("patterns", "backend=fft"): "backend=fft: choose from native, im2col, naive",
         ("cost", "rounds=0"): "rounds=0: input should be greater than 0",
     }.items():

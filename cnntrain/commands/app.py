@@ -172,10 +172,14 @@ def refuse(error: config.ConfigError) -> NoReturn:
     """Say what is wrong, a line a problem, and end."""
     print("cnntrain: this cannot be run as asked", file=sys.stderr)
     for problem in error.problems:
-        # Line breaks, terminal codes and broken characters of the command line as escapes.
-        shown = (c if c.isprintable() else ascii(c)[1:-1] for c in problem)
-        print(f"  {''.join(shown)}", file=sys.stderr)
+        print(f"  {printable(problem)}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """Line breaks, terminal codes and broken characters, of a command line or of a file's name, as
+    escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _refuse_flag(message: str) -> NoReturn:

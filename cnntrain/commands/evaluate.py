@@ -27,11 +27,14 @@ def main() -> None:
 def load(cfg: DictConfig) -> "Trained":
     """The network that the options name."""
     from cnntrain.inference import load_trained
+    from cnntrain.inference.evaluation import precision_for
 
     with telling_errors():
-        return load_trained(
+        trained = load_trained(
             cfg.run, cfg.checkpoint, backend=cfg.get("backend"), device=cfg.device, root=cfg.root
         )
+    precision_for(trained, cfg.precision)
+    return trained
 
 
 def _evaluate(cfg: DictConfig, trained: "Trained") -> None:

@@ -1,5 +1,6 @@
 """`cnntrain lesson`: what a convolution is, in numbers and a picture."""
 
+import ast
 import inspect
 import signal
 import sys
@@ -13,6 +14,7 @@ from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.checks import mismatch
 from cnntrain.config.overrides import shown, unknown
 from cnntrain.config.signatures import signature
+from cnntrain.config.source import locate
 
 LESSONS = {
     "patterns": "a kernel finds what looks like it",
@@ -57,15 +59,13 @@ def _teach(name: str, out: Path, options: dict[str, Any]) -> None:
 
 
 def _help(name: str) -> None:
-    from cnntrain.lab import lessons
-
-    function = getattr(lessons, name)
-    options = [
-        f"{option}={'null' if p.default is None else shown(p.default)}"
-        for option, p in inspect.signature(function).parameters.items()
-    ]
+    """From the source: importing a lesson imports torch."""
+    function = locate(f"cnntrain.lab.lessons.{name}.{name}").node
+    assert isinstance(function, ast.FunctionDef)
+    given = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    options = [f"{arg.arg}={shown(ast.literal_eval(default))}" for arg, default in given if default]
     print(f"cnntrain lesson {name} [option=value ...]\n")
-    print(inspect.getdoc(function))
+    print(inspect.cleandoc(ast.get_docstring(function) or ""))
     print("\nOptions as they stand now: " + " ".join([*options, "out=outputs/lessons"]))
 
 
@@ -78,7 +78,9 @@ def _parsed(name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
         option, equals, value = text.partition("=")
         if text.startswith("-"):
             problems.append(f"{text}: options have no dashes: option=value")
-        elif not equals or option not in (*types, "out"):
+        elif not equals and option in (*types, "out"):
+            problems.append(f"{text}: has to be given a value: {text}=...")
+        elif option not in (*types, "out"):
             known = [*types, "out"]
             problems.append(f"{text}: {unknown(f'{name} has', 'option', option, known)}")
         elif option == "out":

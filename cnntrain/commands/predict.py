@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import paths_quoted, short, start, telling_errors
+from cnntrain.commands.app import paths_quoted, printable, short, start, telling_errors
 from cnntrain.config import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _predict(cfg: DictConfig, trained: "Trained", files: list[Path]) -> None:
             elif not one.error and count - failed <= SHOWN:
                 _say(_line(one))
             if one.error:
-                print(f"cnntrain: {one.name}: {one.error}", file=sys.stderr)
+                print(f"cnntrain: {printable(one.name)}: {one.error}", file=sys.stderr)
             else:
                 found.append(one) if len(found) < 100 else None
         if found:
@@ -82,4 +82,4 @@ def _say(text: str) -> None:
 
 def _line(one: "Prediction") -> str:
     answers = "".join(f"{f'{name} {share:.1%}':24}" for name, share in one.classes)
-    return f"{one.name:32} {answers}".rstrip()
+    return f"{printable(one.name):32} {answers}".rstrip()

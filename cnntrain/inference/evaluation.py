@@ -159,7 +159,7 @@ def evaluate_trained(
     trainer = lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
-        precision=checked_precision(precision or cfg.trainer.get("precision", 32), device),
+        precision=precision_for(trained, precision),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -189,9 +189,11 @@ def evaluate_trained(
     )
 
 
-def checked_precision(precision: Any, device: torch.device) -> Any:
-    """ConfigError for what the device cannot compute with: nothing falls back in silence."""
-    if str(precision) == "16-mixed" and device.type == "cpu":
+def precision_for(trained: Trained, wanted: Precision | None) -> Any:
+    """What is wanted, or the run's own; ConfigError for what the device cannot compute with, as
+    nothing falls back in silence."""
+    precision = wanted or trained.cfg.trainer.get("precision", 32)
+    if str(precision) == "16-mixed" and trained.device.type == "cpu":
         raise ConfigError(
             ["precision=16-mixed: the CPU has no float16 to speak of; add precision=32"]
         )
