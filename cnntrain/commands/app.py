@@ -1,13 +1,12 @@
 """The way from a command line to a checked config, for every command that has one."""
 
 import argparse
-import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -121,45 +120,6 @@ def told(error: OSError) -> str:
     names = (error.filename, error.filename2)
     files = " to ".join(os.fsdecode(n) if isinstance(n, bytes) else str(n) for n in names if n)
     return f"{files}: {error.strerror}" if files else str(error.strerror or error)
-
-
-def paths_quoted(*options: str, several: Sequence[str] = ()) -> None:
-    """Let these options have paths for values, as the shell gives them: spaces, commas, equal signs
-    and brackets within them mean nothing to Hydra. Those in `several` have several, with commas
-    between them."""
-    for i, text in enumerate(sys.argv[1:], start=1):
-        name, equals, value = text.partition("=")
-        plain = equals and value not in ("", "null", "???") and value[0] not in "'\"["
-        if name in options and plain and "${" not in value:
-            sys.argv[i] = f"{name}={config.quoted(value)}"
-        elif name in several and plain:
-            values = [value] if os.path.exists(value) else value.split(",")
-            sys.argv[i] = f"{name}=[{','.join(map(config.quoted, values))}]"
-
-
-@contextlib.contextmanager
-def telling_errors() -> Iterator[None]:
-    """What is the matter with files or data, said on one line; exit code 1."""
-    try:
-        yield
-    except OSError as error:
-        said = told(error)
-    except RuntimeError as error:
-        from cnntrain.data import DataError
-
-        if not isinstance(error, DataError):
-            raise
-        said = str(error)
-    except Exception as error:
-        from cnntrain.training import CheckpointError
-
-        if not isinstance(error, CheckpointError):
-            raise
-        said = str(error)
-    else:
-        return
-    print(f"cnntrain: {said}", file=sys.stderr)
-    sys.exit(1)
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:

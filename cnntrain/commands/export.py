@@ -7,21 +7,15 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import paths_quoted, short, start, telling_errors
+from cnntrain.commands.app import short
+from cnntrain.commands.finished import start_on_run, telling_errors
 
 if TYPE_CHECKING:
     from cnntrain.inference import Trained
 
 
 def main() -> None:
-    paths_quoted("run", "checkpoint", "root", "hydra.run.dir")
-    loaded: list[Trained] = []
-    start(
-        "export",
-        lambda cfg: _export(cfg, loaded[-1]),
-        rehearse=lambda cfg: loaded.append(_load(cfg)),
-        one="run",
-    )
+    start_on_run("export", _load, _export)
 
 
 def _load(cfg: DictConfig) -> "Trained":

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from cnntrain.commands.app import refuse, short, telling_errors
+from cnntrain.commands.app import refuse, short
+from cnntrain.commands.finished import telling_errors
 from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.checks import mismatch
 from cnntrain.config.overrides import shown, unknown

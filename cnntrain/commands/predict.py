@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import paths_quoted, printable, short, start, telling_errors
+from cnntrain.commands.app import printable, short
+from cnntrain.commands.finished import start_on_run, telling_errors
 from cnntrain.config import ConfigError
 
 if TYPE_CHECKING:
@@ -18,14 +19,7 @@ SHOWN = 40  # lines for people
 
 
 def main() -> None:
-    paths_quoted("run", "checkpoint", "hydra.run.dir", several=["images"])
-    loaded: list[tuple[Trained, list[Path]]] = []
-    start(
-        "predict",
-        lambda cfg: _predict(cfg, *loaded[-1]),
-        rehearse=lambda cfg: loaded.append(_load(cfg)),
-        one="run",
-    )
+    start_on_run("predict", _load, _predict, several=["images"])
 
 
 def _load(cfg: DictConfig) -> "tuple[Trained, list[Path]]":
@@ -40,9 +34,10 @@ def _load(cfg: DictConfig) -> "tuple[Trained, list[Path]]":
         return load_trained(cfg.run, cfg.checkpoint, backend=backend, device=cfg.device), found
 
 
-def _predict(cfg: DictConfig, trained: "Trained", files: list[Path]) -> None:
-    from cnntrain.inference.prediction import draw, predictions
+def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[Path]]") -> None:
+    from cnntrain.inference.prediction import DRAWN, draw, predictions
 
+    trained, files = loaded
     folder = Path(HydraConfig.get().runtime.output_dir)
     lines, grid = folder / "predictions.jsonl", folder / "predictions.png"
     grid.unlink(missing_ok=True)  # of an earlier one
@@ -59,8 +54,8 @@ def _predict(cfg: DictConfig, trained: "Trained", files: list[Path]) -> None:
                 _say(_line(one))
             if one.error:
                 print(f"cnntrain: {printable(one.name)}: {one.error}", file=sys.stderr)
-            else:
-                found.append(one) if len(found) < 100 else None
+            elif len(found) < DRAWN:
+                found.append(one)
         if found:
             draw(found, grid)
     if not cfg.json:

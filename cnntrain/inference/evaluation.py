@@ -8,7 +8,6 @@ from typing import Any, Literal
 import lightning.pytorch as lightning
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor, nn
 
 from cnntrain import pictures
@@ -19,7 +18,7 @@ from cnntrain.inference.trained import Device, Trained, load_trained
 from cnntrain.training.building import quieten_lightning
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.classifier import Classifier
-from cnntrain.training.insights import captions
+from cnntrain.training.insights import worst
 from cnntrain.training.outcome import Outcome
 from cnntrain.training.trainer import Precision
 
@@ -102,12 +101,10 @@ class Evaluation:
             },
         )
         drawn = {"confusion.png": pictures.confusion(self.outcome.confusion, names)}
-        wrong = self.outcome.mistakes(MISTAKES)
-        if len(wrong):
-            tiles = pictures.in_colour(self.images[wrong])
-            drawn["mistakes.png"] = pictures.captioned(tiles, captions(self.outcome, wrong, names))
+        if self.mistakes:
+            drawn["mistakes.png"] = worst(self.outcome, self.images, names, MISTAKES)
         for name, picture in drawn.items():
-            Image.fromarray(picture).save(folder / name)
+            (folder / name).write_bytes(pictures.png(picture))
         return [folder / name for name in ("evaluation.json", *drawn)]
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import cnntrain
 from cnntrain.config import ConfigError
 from cnntrain.inference.trained import Trained, load_trained
+from cnntrain.training.building import build_network
 
 Format = Literal["onnx", "torch"]
 Run = Callable[[Tensor], Tensor]
@@ -92,10 +92,11 @@ def export_trained(trained: Trained, format: Format, folder: Path) -> Exported:
     """As `export`, of a network that is loaded on the CPU."""
     data = trained.data
     images = data.val_loader().rows(torch.arange(min(max(BATCHES), data.val_size)))
-    plain = OmegaConf.create({"_target_": "torch.nn.Conv2d", "_partial_": True})
-    network = load_trained(
-        trained.run, str(trained.checkpoint), backend=plain, device="cpu"
-    ).network
+    # Not `convert`, which refuses a convolution of somebody's own that computes in its own way.
+    cfg = trained.cfg.copy()
+    cfg.backend = {"_target_": "torch.nn.Conv2d", "_partial_": True}
+    network = build_network(cfg, data).eval()
+    network.load_state_dict(trained.network.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{trained.checkpoint.stem}{SUFFIXES[format]}"
     new = file.with_name(f"new-{file.name}")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from pydantic import PositiveInt
 
 from cnntrain import pictures
@@ -141,7 +140,7 @@ def draw(found: list[Prediction], file: Path) -> None:
     texts = [f"{Path(one.name).name[-18:]}\n{_first(one)}" for one in shown]
     columns = min(8, len(shown))
     picture = pictures.captioned(pictures.in_colour(tiles), texts, columns=columns)
-    Image.fromarray(picture).save(file)
+    file.write_bytes(pictures.png(picture))
 
 
 def _first(one: Prediction) -> str:

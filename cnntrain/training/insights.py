@@ -114,7 +114,8 @@ class Insights(lightning.Callback):
         if self.batch and trainer.current_epoch == batch_idx == 0:
             images, labels = (part[:BATCH].cpu() for part in batch)
             names = [self.data.classes[label] for label in labels]
-            self.board.picture("train/batch", pictures.captioned(self._seen(images), names), 0)
+            seen = pictures.pixels(images, self.data.mean, self.data.std)
+            self.board.picture("train/batch", pictures.captioned(seen, names), 0)
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         # Here and not at the epoch's end: a run that is interrupted has no gradient afterwards.
@@ -161,7 +162,7 @@ class Insights(lightning.Callback):
         epoch = max(trainer.current_epoch - 1, 0)
         self._show(module.outcome, trainer.test_dataloaders, "test", epoch)
         if self.embedding:
-            self._embed(module.network, trainer.test_dataloaders, module.outcome, epoch)
+            self._embed(module.network, trainer.test_dataloaders, module.outcome)
 
     def _due(self, trainer: Any) -> bool:
         done, every = trainer.current_epoch + 1, self.every_n_epochs
@@ -174,13 +175,11 @@ class Insights(lightning.Callback):
         if self.confusion:
             picture = pictures.confusion(outcome.confusion, names)
             self.board.picture(f"{stage}/confusion", picture, epoch)
-        wrong = outcome.mistakes(MISTAKES)
-        if self.mistakes and len(wrong):
-            tiles = pictures.in_colour(loader.images[wrong.to(loader.images.device)])
-            picture = pictures.captioned(tiles, captions(outcome, wrong, names))
+        if self.mistakes and len(outcome.mistakes(MISTAKES)):
+            picture = worst(outcome, loader.images, names, MISTAKES)
             self.board.picture(f"{stage}/mistakes", picture, epoch)
 
-    def _embed(self, network: nn.Module, loader: Any, outcome: Outcome, epoch: int) -> None:
+    def _embed(self, network: nn.Module, loader: Any, outcome: Outcome) -> None:
         features = penultimate(network, loader.rows(torch.arange(1)))
         count = min(POINTS, NUMBERS // features.shape[1], len(outcome.labels))
         batches = torch.arange(count).split(loader.batch_size)
@@ -197,17 +196,17 @@ class Insights(lightning.Callback):
         """The first image of each of the first classes that there are."""
         return torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:EXAMPLES]])
 
-    def _seen(self, images: Tensor) -> Tensor:
-        return pictures.pixels(images, self.data.mean, self.data.std)
 
-
-def captions(outcome: Outcome, images: Tensor, names: Sequence[str]) -> list[str]:
-    """What each of these images was taken for, with what confidence, and what it is."""
+def worst(outcome: Outcome, images: Tensor, names: Sequence[str], most: int) -> pictures.Picture:
+    """The most confident mistakes among images (N, C, H, W), uint8: what each was taken for, with
+    what confidence, and what it is."""
+    wrong = outcome.mistakes(most)
     answers, labels = outcome.predicted.tolist(), outcome.labels.tolist()
-    return [
+    captions = [
         f"{names[answers[i]]} {outcome.probabilities[i].max():.0%}\nis {names[labels[i]]}"
-        for i in images.tolist()
+        for i in wrong.tolist()
     ]
+    return pictures.captioned(pictures.in_colour(images[wrong.to(images.device)]), captions)
 
 
 def _code(text: str) -> str:

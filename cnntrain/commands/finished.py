@@ -1,0 +1,72 @@
+"""What the commands on a finished run have in common: paths as they are typed, a network that is
+loaded once, errors on one line."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from omegaconf import DictConfig
+
+from cnntrain.commands.app import start, told
+from cnntrain.config import quoted
+
+Loaded = TypeVar("Loaded")
+
+
+def start_on_run(
+    name: str,
+    load: Callable[[DictConfig], Loaded],
+    run: Callable[[DictConfig, Loaded], None],
+    *,
+    several: Sequence[str] = (),
+) -> None:
+    """As `start`: `load` is called while everything is checked, and `run` is given what it gave."""
+    paths_quoted("run", "checkpoint", "root", "hydra.run.dir", several=several)
+    loaded: list[Loaded] = []
+    start(
+        name,
+        lambda cfg: run(cfg, loaded[-1]),
+        rehearse=lambda cfg: loaded.append(load(cfg)),
+        one="run",
+    )
+
+
+def paths_quoted(*options: str, several: Sequence[str] = ()) -> None:
+    """Let these options have paths for values, as the shell gives them: spaces, commas, equal signs
+    and brackets within them mean nothing to Hydra. Those in `several` have several, with commas
+    between them."""
+    for i, text in enumerate(sys.argv[1:], start=1):
+        name, equals, value = text.partition("=")
+        plain = equals and value not in ("", "null", "???") and value[0] not in "'\"["
+        if name in options and plain and "${" not in value:
+            sys.argv[i] = f"{name}={quoted(value)}"
+        elif name in several and plain:
+            values = [value] if os.path.exists(value) else value.split(",")
+            sys.argv[i] = f"{name}=[{','.join(map(quoted, values))}]"
+
+
+@contextlib.contextmanager
+def telling_errors() -> Iterator[None]:
+    """What is the matter with files or data, said on one line; exit code 1."""
+    try:
+        yield
+    except OSError as error:
+        said = told(error)
+    except RuntimeError as error:
+        from cnntrain.data import DataError
+
+        if not isinstance(error, DataError):
+            raise
+        said = str(error)
+    except Exception as error:
+        from cnntrain.training import CheckpointError
+
+        if not isinstance(error, CheckpointError):
+            raise
+        said = str(error)
+    else:
+        return
+    print(f"cnntrain: {said}", file=sys.stderr)
+    sys.exit(1)
