@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+NUMBERS = re.compile(r"\[\n([^][{}\"]+)]")  # a list of them in JSON: it goes on one line
+
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write all of a file or nothing: readers never see half of it, nor does a crash leave half."""
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+        text = json.dumps(content, indent=2) + "\n"
+        text = NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+        file.write(text.encode())
 
 
 @contextmanager

@@ -100,21 +100,25 @@ def confusion(counts: Tensor, names: Sequence[str]) -> Picture:
     The shade is the share of the row. Where there are many classes, numbers and names are left out.
     """
     classes, font = len(names), _font(13)
-    cell, numbered = (46, True) if classes <= 20 else (max(4, 920 // classes), False)
+    cell, numbered = (46, True) if classes <= 20 else (max(1, 920 // classes), False)
     margin = int(max(font.getlength(name) for name in names)) + 12 if numbered else 0
     left, side = margin + 20, classes * cell
     sheet = Image.new("RGB", (left + side + 4, side + margin + 24), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for row, numbers in enumerate(counts.tolist()):
-        total, y = sum(numbers) or 1, row * cell
-        for column, number in enumerate(numbers):
-            x, share = left + column * cell, number / total
-            colour = _between(PAPER, RIGHT if row == column else WRONG, share**0.5)
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
-            if number and numbered:
-                middle = (x + cell // 2 - 1, y + cell // 2 - 1)
-                ink = PAPER if share > 0.35 else INK
-                draw.text(middle, str(number), fill=ink, font=_font(12), anchor="mm")
+    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu()
+    own = torch.eye(classes, dtype=torch.bool)
+    full = torch.where(own[..., None], torch.tensor(RIGHT), torch.tensor(WRONG))
+    paper = torch.tensor(PAPER)
+    shades = (paper + shares.sqrt()[..., None] * (full - paper)).round().to(torch.uint8)
+    cells = enlarged(shades.permute(2, 0, 1)[None], side)[0]
+    if cell >= 4:  # lines between them
+        cells[:, cell - 1 :: cell] = cells[:, :, cell - 1 :: cell] = 255
+    sheet.paste(Image.fromarray(cells.permute(1, 2, 0).contiguous().numpy()), (left, 0))
+    for row, column in counts.cpu().nonzero().tolist() if numbered else ():
+        middle = (left + column * cell + cell // 2 - 1, row * cell + cell // 2 - 1)
+        ink = PAPER if shares[row, column] > 0.35 else INK
+        text = str(int(counts[row, column]))
+        draw.text(middle, text, fill=ink, font=_font(12), anchor="mm")
     for place, name in enumerate(names if numbered else ()):
         draw.text((left - 6, place * cell + cell // 2), name, fill=INK, font=font, anchor="rm")
         _upwards(sheet, name, (left + place * cell, side + 2), (margin, cell))
@@ -139,12 +143,6 @@ def _shades() -> Tensor:
     share = torch.linspace(-1, 1, 255)
     colours = 255 + share.abs() * (torch.where(share > 0, above, below) - 255)
     return colours.round().to(torch.uint8)
-
-
-def _between(
-    start: tuple[int, int, int], end: tuple[int, int, int], share: float
-) -> tuple[int, ...]:
-    return tuple(round(a + share * (b - a)) for a, b in zip(start, end, strict=True))
 
 
 def png(picture: Picture) -> bytes:

@@ -1,14 +1,17 @@
 """Mistakes in a config: found all at once, named, with a way out, before anything is written."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Run
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from cnntrain.config import CONF, NODES, ConfigError, compose, config_hash
-from cnntrain.config.overrides import combinations
+from cnntrain.config.overrides import combinations, quoted
 
 MISTAKES = [
     (["model.dropuot=0.1"], ["model.dropuot=0.1: model has no option 'dropuot'", "'dropout'"]),
@@ -218,3 +221,11 @@ def test_sweep_is_checked_before_it_starts(cnntrain: Run, tmp_path: Path) -> Non
     assert "backend=im2coll" in done.stderr
     assert "model.dropout=2" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_is_quoted_is_read_as_it_was() -> None:
+    parser = OverridesParser.create()
+    for parts in itertools.product(["", "a", "\\", "'", "${", '"'], repeat=4):
+        text = "".join(parts) + "}"
+        read = parser.parse_override(f"run={quoted(text)}").value()
+        assert OmegaConf.create({"run": read}).run == text

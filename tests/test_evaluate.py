@@ -18,7 +18,7 @@ from cnntrain.training import CheckpointError, checkpoint_file
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory.mktemp("evaluate") / "a=b,c (d)")
+    return finished(tmp_path_factory.mktemp("evaluate") / "[a=b, 'c' (d) \\f")
 
 
 def node(backend: str) -> OmegaConf:
@@ -92,7 +92,7 @@ def test_mistakes_have_their_place_in_the_files(run: Path) -> None:
 
 
 def test_command(run: Path, tmp_path: Path) -> None:
-    done = command("evaluate", f"run={run}", "backend=naive", "tta=flip", cwd=tmp_path)
+    done = command("evaluate", f"run={run.name}", "backend=naive", "tta=flip", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     (folder,) = (run / "evaluate").iterdir()
@@ -176,7 +176,9 @@ def test_a_strangers_checkpoint_runs_no_code(
 
 def test_a_damaged_checkpoint_has_exit_code_1(run: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.ckpt").write_bytes(b"PK")
+    before = sorted(run.iterdir())
     done = command("evaluate", f"run={run}", "checkpoint=bad.ckpt", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("cnntrain: bad.ckpt: is cut off")
     assert len(done.stderr.splitlines()) == 1
+    assert sorted(run.iterdir()) == before

@@ -123,6 +123,7 @@ def test_a_mismatch_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "best.pt2: logits of 1 images differ by" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    assert not (run / "export").exists()
 
 
 def test_a_file_that_is_there_stays_until_the_new_one_is_good(

@@ -71,8 +71,15 @@ def test_confusion_is_darkest_where_it_is_most() -> None:
 
 
 def test_many_classes_have_room() -> None:
-    picture = pictures.confusion(torch.eye(300, dtype=torch.long), [str(i) for i in range(300)])
-    assert max(picture.shape) < 1500
+    counts = torch.eye(1000, dtype=torch.long)
+    counts[7, 3], counts[8] = 1, 0
+    picture = pictures.confusion(counts, [str(i) for i in range(1000)])
+    assert max(picture.shape) < 1100
+    cells = picture[:1000, 20:1020]  # a pixel each
+    assert tuple(cells[5, 5]) == pictures.RIGHT
+    assert cells[7, 3, 0] > cells[7, 3, 1]  # reddish
+    assert (cells[8] == 255).all()  # a class without an image
+    assert (cells == 255).all(-1).sum() == 1000 * 1000 - 1000
 
 
 def test_png_is_the_picture() -> None:

@@ -1,10 +1,13 @@
 """`cnntrain predict`: pictures of every size and kind, and files that are none."""
 
+import errno
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,6 +187,31 @@ def test_folders(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     found = [str(file.relative_to(tmp_path)) for file in picture_files(tmp_path)]
     assert found == ["a.jpeg", "b.PNG", "d.idx", "sub/c.jpg", "x-images-idx3-ubyte.gz"]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    Image.new("L", (28, 28)).save(tmp_path / "open.png")
+    scan = os.scandir
+
+    def scandir(path: Any) -> Any:  # as for somebody who is not root
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    closed, there = picture_files(tmp_path)
+    assert (closed.name, there.name) == ("closed", "open.png")
+    with pytest.raises(Unreadable, match="a folder that cannot be looked into"):
+        one(closed)
+
+
+def test_a_network_that_sees_two_channels_sees_no_pictures(tmp_path: Path) -> None:
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    with pytest.raises(Unreadable, match="is grey or colour, and the network sees 2 channels"):
+        list(read_pictures(tmp_path / "a.png", (2, 28, 28), invert=False, max_pixels=10**6))
 
 
 def test_probabilities_are_the_networks(run: Path, tmp_path: Path, pixels) -> None:

@@ -67,7 +67,10 @@ def _show(found: "Evaluation") -> None:
     for row, wrong in zip(found.classes, confusion, strict=True):
         most: Any = wrong.argmax()
         other = f"{names[most]} ({wrong[most]})" if wrong[most] else ""
-        shares = [f"{row[measure]:.1%}" for measure in ("precision", "recall", "f1")]
+        shares = [
+            "–" if row[measure] is None else f"{row[measure]:.1%}"
+            for measure in ("precision", "recall", "f1")
+        ]
         cells = [row["class"], f"{row['images']:,}", *shares, other]
         table.add_row(*map(Text, cells))
     Console().print(table)

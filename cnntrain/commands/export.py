@@ -1,6 +1,5 @@
 """`cnntrain export`: a trained network as a file that other programs run."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cnntrain.commands.app import short
-from cnntrain.commands.finished import start_on_run, telling_errors
+from cnntrain.commands.finished import fail, start_on_run, telling_errors
 
 if TYPE_CHECKING:
     from cnntrain.inference import Trained
@@ -35,8 +34,7 @@ def _export(cfg: DictConfig, trained: "Trained") -> None:
         try:
             found = export_trained(trained, cfg.format, folder)
         except Mismatch as error:
-            print(f"cnntrain: {error}", file=sys.stderr)
-            sys.exit(1)
+            fail(str(error))
     print(
         f"loaded again and compared with {trained.backend} on {found.images} real images, in "
         "batches of several sizes:\n"

@@ -5,8 +5,9 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cnntrain.commands.app import start, told
@@ -36,14 +37,21 @@ def start_on_run(
 def paths_quoted(*options: str, several: Sequence[str] = ()) -> None:
     """Let these options have paths for values, as the shell gives them: spaces, commas, equal signs
     and brackets within them mean nothing to Hydra. Those in `several` have several, with commas
-    between them."""
+    between them.
+
+    A quoted text and a list are as Hydra has them, unless there is a path of this name; so is an
+    interpolation, always.
+    """
     for i, text in enumerate(sys.argv[1:], start=1):
-        name, equals, value = text.partition("=")
-        plain = equals and value not in ("", "null", "???") and value[0] not in "'\"["
-        if name in options and plain and "${" not in value:
+        name, _, value = text.partition("=")
+        there = os.path.exists(value)
+        plain = value not in ("", "null", "???") and value[0] not in "'\"["
+        if "${" in value:
+            continue
+        if name in options and (plain or there):
             sys.argv[i] = f"{name}={quoted(value)}"
-        elif name in several and plain:
-            values = [value] if os.path.exists(value) else value.split(",")
+        elif name in several and (plain or there):
+            values = [value] if there else value.split(",")
             sys.argv[i] = f"{name}=[{','.join(map(quoted, values))}]"
 
 
@@ -68,5 +76,13 @@ def telling_errors() -> Iterator[None]:
         said = str(error)
     else:
         return
+    fail(said)
+
+
+def fail(said: str) -> NoReturn:
+    """Say why nothing has come, and end; the folder that was made for it goes, if it is empty."""
+    if HydraConfig.initialized():
+        with contextlib.suppress(OSError):
+            os.removedirs(HydraConfig.get().runtime.output_dir)
     print(f"cnntrain: {said}", file=sys.stderr)
     sys.exit(1)

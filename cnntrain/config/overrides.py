@@ -7,6 +7,7 @@ out.
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,13 @@ def shown(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as a value on Hydra's command line, whatever characters it has."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A text as a value on Hydra's command line, whatever characters it has.
+
+    Backslashes count as such unless a quote follows them, or what to OmegaConf is an interpolation.
+    """
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
 
 
 def _parameters(target: str) -> Iterable[str]:

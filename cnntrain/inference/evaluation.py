@@ -56,11 +56,13 @@ class Evaluation:
 
     @property
     def classes(self) -> list[dict[str, Any]]:
-        """Of each class its name, number of images, precision, recall and F1."""
+        """Of each class its name, number of images, precision, recall and F1; these are None where
+        it has no images."""
         measures = {name: values.tolist() for name, values in self.outcome.per_class.items()}
         counts = self.outcome.confusion.sum(1).tolist()
         return [
-            {"class": name, "images": counts[i]} | {m: v[i] for m, v in measures.items()}
+            {"class": name, "images": counts[i]}
+            | {m: v[i] if counts[i] else None for m, v in measures.items()}
             for i, name in enumerate(self.trained.data.classes)
         ]
 

@@ -99,7 +99,7 @@ def export_trained(trained: Trained, format: Format, folder: Path) -> Exported:
     network.load_state_dict(trained.network.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{trained.checkpoint.stem}{SUFFIXES[format]}"
-    new = file.with_name(f"new-{file.name}")
+    new = file.with_name(f".{file.name}")  # hidden until it is whole and right
     try:
         with _quiet():
             write, load = (_write_onnx, _load_onnx) if format == "onnx" else (_write, _load)

@@ -1,5 +1,6 @@
 """Pictures from files, of any size and kind, as a network was trained on them."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,17 +35,24 @@ class Picture:
 
 def picture_files(path: Path) -> list[Path]:
     """The file itself, or of a folder, and of those in it, all PNG, JPEG and idx files by their
-    names, sorted; none of files of labels."""
+    names, sorted; none of files of labels. A folder that cannot be looked into stands for itself.
+    """
     if not path.is_dir():
         return [path]
-    found = []
-    for file in sorted(path.rglob("*")):
-        name = file.name.lower()
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        labels = "idx1" in name or "labels" in name
-        if name.endswith(PICTURES) or (name.endswith(IDX) and not labels):
-            found += [file] if file.is_file() and not hidden else []
-    return found
+    found: list[Path] = []
+    closed: list[OSError] = []
+    for folder, folders, files in os.walk(path, onerror=closed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [file for name in files if _named_as_pictures(file := Path(folder, name))]
+    return sorted([*found, *(Path(error.filename) for error in closed)])
+
+
+def _named_as_pictures(file: Path) -> bool:
+    name = file.name.lower()
+    if name.startswith(".") or not file.is_file():
+        return False
+    labels = "idx1" in name or "labels" in name
+    return name.endswith(PICTURES) or (name.endswith(IDX) and not labels)
 
 
 def read_pictures(
@@ -56,6 +64,8 @@ def read_pictures(
         Unreadable: It is damaged, of another kind, or beyond `max_pixels`.
     """
     try:
+        if file.is_dir():
+            raise Unreadable("a folder that cannot be looked into")
         with file.open("rb") as stream:
             head = stream.read(4)
         if head.startswith(GZIP_MAGIC) or head[:3] == b"\0\0\x08":
@@ -117,8 +127,13 @@ def fitted(image: Image.Image, shape: tuple[int, int, int], invert: bool) -> np.
     Sixteen bits become eight, colour becomes grey (ITU-R 601) where C is 1. With `invert`, what is
     dark becomes light first: of ink on paper, light strokes on black. What is transparent becomes
     black either way. A grey picture of this very size stays as it is, bit for bit.
+
+    Raises:
+        Unreadable: C is neither 1 nor 3.
     """
     channels, height, width = shape
+    if channels not in (1, 3):
+        raise Unreadable(f"is grey or colour, and the network sees {channels} channels")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:

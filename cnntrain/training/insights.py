@@ -80,6 +80,13 @@ class Insights(lightning.Callback):
         if board and data:  # else it is only checked that it can be made
             self.board, self.data = board, data
 
+    @classmethod
+    def none(cls, board: TensorBoard, data: ImageData) -> "Insights":
+        """All switched off."""
+        defaults = cls.__init__.__kwdefaults__ or {}
+        switches = [name for name, default in defaults.items() if default is True]
+        return cls(**dict.fromkeys(switches, False), board=board, data=data)
+
     @property
     def writer(self) -> Any:
         return self.board.experiment

@@ -141,8 +141,8 @@ def _place(cfg: DictConfig) -> Place:
 
 
 def _insights(cfg: DictConfig, tensorboard: TensorBoard, data: ImageData) -> Insights:
-    if "tensorboard" not in cfg:  # of a run that an earlier version has begun
-        return Insights(board=tensorboard, data=data)
+    if "tensorboard" not in cfg:  # ~tensorboard, or a run that an earlier version has begun
+        return Insights.none(board=tensorboard, data=data)
     with blame("tensorboard"):
         return build(cfg.tensorboard, board=tensorboard, data=data)
 

@@ -64,7 +64,8 @@ def _network(model: str, backend: str) -> nn.Module:
     except ConfigError as error:
         if model not in torchvision.models.list_models(module=torchvision.models):
             raise error from None
-        cfg = compose(["model=torchvision", f"model.name={model}", "model.small_images=true"])
+        small = str("vit" not in model).lower()  # of which the patches' size is fixed
+        cfg = compose(["model=torchvision", f"model.name={model}", f"model.small_images={small}"])
     with blame("model"):
         conv = BACKENDS[backend]
         return build(cfg.model, conv=conv, in_shape=IMAGE, num_classes=10).eval()
