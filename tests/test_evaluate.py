@@ -120,23 +120,27 @@ def test_mistakes_are_answered_on_one_line(run: Path, tmp_path: Path) -> None:
     for arguments, said in {
         (): "run: has to be given, run=...",
         ("run=empty",): "run=empty: holds no run; name the folder of one",
-        (f"run={run}", "checkpoint=bst"): "checkpoint=bst: is no file; take best, last, or a path",
         (f"run={run}", "splt=val"): "splt=val: there is no option 'splt'; did you mean 'split'?",
         (f"run={run}", "split=vall"): "split=vall: input should be 'test' or 'val'",
         (f"run={run}", "tta=flop"): "tta=flop: input should be 'flip'",
-        (f"run={run}", "root=/x"): "root=/x: the data set of this run has no folder",
         (
             f"run={run}",
             "-m",
             "split=val,test",
         ): "-m: evaluate takes one run; start it once for each",
-        (f"run={run}", "precision=16-mixed"): "precision=16-mixed: the CPU has no float16",
     }.items():
         done = command("evaluate", *arguments, cwd=tmp_path)
         assert done.returncode == 2, (arguments, done)
         assert said in done.stderr
         assert "Traceback" not in done.stderr
     assert not list((tmp_path / "empty").iterdir())
+    for options, said in (
+        ({"checkpoint": "bst"}, "checkpoint=bst: is no file; take best, last, or a path"),
+        ({"root": "/x"}, "root=/x: the data set of this run has no folder"),
+        ({"precision": "16-mixed"}, "precision=16-mixed: the CPU has no float16"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            evaluate(run, **options)
 
 
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:

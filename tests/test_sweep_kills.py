@@ -20,7 +20,7 @@ from cnntrain.sweeps.record import METRICS, history
 pytestmark = pytest.mark.xdist_group("sweeps killed")  # one undisturbed sweep for all
 
 TINY = ["data=fashion_mnist_mini", "trainer=cpu", "data.batch_size=32"]
-TINY += ["+trainer.limit_train_batches=4"]
+TINY += ["+trainer.limit_train_batches=4", "tensorboard=scalars"]
 FOUR = [*TINY, "backend=native,im2col", "seed=0,1", "trainer.max_epochs=6"]  # with dropout
 MEMBERS = [f"backend={b},seed={s}" for b in ("native", "im2col") for s in (0, 1)]
 SEARCH = ["search=lenet5_lr", *TINY, "trainer.max_epochs=1", "search.trials=12"]
