@@ -58,6 +58,7 @@ MISTAKES = [
     (["+trainer.max_steps=3"], ["trainer.max_steps=3: is decided by the program"]),
     (["+trainer.limit_val_batches=0"], ["trainer.limit_val_batches=0: a run has to validate"]),
     (["model.hidden=[1"], ["model.hidden=[1: cannot be read"]),
+    (["experiment=strokes", "data.batch_size=0"], ["data.batch_size=0: input should be greater"]),
 ]
 
 

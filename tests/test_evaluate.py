@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cnntrain.conv import BACKENDS
 from cnntrain.data import FashionMNISTMini
 from cnntrain.inference import evaluate
 from cnntrain.training import CheckpointError, checkpoint_file
+from cnntrain.training.outcome import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,14 @@ def test_mistakes_have_their_place_in_the_files(run: Path) -> None:
         shares = plain_network(run)(image).softmax(1)[0]
     assert names[int(shares.argmax())] == worst["predicted"]
     assert shares.max().item() == pytest.approx(worst["probability"], abs=1e-4)
+
+
+def test_nothing_of_an_earlier_evaluation_stays(run: Path, tmp_path: Path) -> None:
+    found = evaluate(run)
+    assert len(found.write(tmp_path)) == 3
+    right = replace(found, outcome=Outcome(found.outcome.probabilities, found.outcome.predicted))
+    assert [file.name for file in right.write(tmp_path)] == ["evaluation.json", "confusion.png"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_command(run: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cnntrain.config import ConfigError
 from cnntrain.data import FashionMNISTMini
 from cnntrain.inference import Mismatch, export, exporting
+from cnntrain.inference.exporting import ExportError
 
 BACKENDS = ["native", "im2col", "naive"]
 
@@ -124,6 +125,43 @@ def test_a_mismatch_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     assert "best.pt2: logits of 1 images differ by" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (run / "export").exists()
+
+
+class Scaled(nn.Conv2d):
+    """With a parameter that nn.Conv2d has not."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def _conv_forward(self, *arguments: Tensor) -> Tensor:
+        return self.scale * super()._conv_forward(*arguments)
+
+
+class Moody(nn.Conv2d):
+    """What it does depends on the numbers: no graph of operators."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) if images.sum() > 0 else -super().forward(images)
+
+
+def test_a_backend_with_other_parameters(tmp_path: Path) -> None:
+    few = ["+trainer.limit_train_batches=2", "trainer.max_epochs=1"]
+    run = finished(tmp_path / "run", "backend._target_=test_export.Scaled", *few)
+    for format in ("onnx", "torch"):
+        assert export(run, format).answers == 256
+    run = finished(tmp_path / "moody", "backend._target_=test_export.Moody", *few)
+    for format in ("onnx", "torch"):
+        with pytest.raises(
+            ExportError, match=f"format={format}: PyTorch cannot export this net"
+        ) as e:
+            export(run, format)
+        assert "\n" not in str(e.value)
+    assert not list((run / "export").iterdir())
 
 
 def test_a_file_that_is_there_stays_until_the_new_one_is_good(

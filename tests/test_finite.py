@@ -460,6 +460,17 @@ def test_float16(tmp_path: Path, fused: str, deferred: bool) -> None:
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
 
 
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_gradients_of_float16_are_logged_without_their_scale(tmp_path: Path, fused: str) -> None:
+    norms = []
+    for scale in (1.0, 2.0**8):
+        run = Run(tmp_path / str(scale), f"optimizer.fused={fused}", "trainer.log_every_n_steps=1")
+        half(run, scale)
+        run.fit()
+        norms.append(float(run.module.grad_norm))
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
 def test_a_file_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     run = Run(tmp_path / "file")

@@ -21,7 +21,7 @@ from cnntrain.config import ConfigError, build, compose, config_hash
 from cnntrain.config.resume import read_result
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.pictures import GAP
-from cnntrain.training import train
+from cnntrain.training import insights, train
 from cnntrain.training.checkpoints import Checkpoints
 from cnntrain.training.tensorboard import TensorBoard
 
@@ -297,6 +297,43 @@ def test_other_kinds_of_networks_and_data(tmp_path: Path) -> None:
     train(compose([*OPTIONS[:-1], *squeeze, *few, "data.val_size=100"]), tmp_path / "squeeze")
     points = np.loadtxt(tmp_path / "squeeze/projector/points.tsv", delimiter="\t")
     assert points.shape == (1000, 512)
+
+
+def test_of_few_classes_more_images_are_shown(tmp_path: Path) -> None:
+    train(compose(["experiment=strokes", "trainer.max_epochs=1"]), tmp_path / "run")
+    maps = picture(read(tmp_path / "run"), "features/features.0", 0)
+    first = maps[:, : maps.shape[1] // 11]  # the drawing itself, then ten channels
+    side = len(first) // 4
+    rows = [first[i * side : i * side + side - GAP] for i in range(4)]
+    assert all(row.min() == 0 for row in rows)
+    assert len({row.tobytes() for row in rows}) == 4
+
+
+def test_points_of_too_many_numbers_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(insights, "NUMBERS", 83)  # of 84
+    result = train(compose([*OPTIONS, "trainer.max_epochs=1"]), tmp_path / "run")
+    assert "no projector: the last layer is given 84 numbers an image" in caplog.messages
+    assert not (tmp_path / "run/projector_config.pbtxt").exists()
+    assert "test/acc" in result.metrics
+
+
+def test_what_is_switched_on_later_is_shown_from_then_on(tmp_path: Path) -> None:
+    scalars = [*OPTIONS, "trainer.max_epochs=1", "tensorboard=scalars", "scheduler=none"]
+    train(compose(scalars), tmp_path / "run")
+    shown = [*OPTIONS, "trainer.max_epochs=2", "tensorboard.kernels=false", "scheduler=none"]
+    train(compose(shown), tmp_path / "run", resume=True)
+    found = read(tmp_path / "run").Tags()
+    assert found["graph"]
+    assert {tag.partition("/")[0] for tag in found["tensors"]} >= {
+        "config",
+        "custom_scalars__config__",
+    }
+    assert "features/features.0" in found["images"]
+    train(compose([*shown, "trainer.max_epochs=3"]), tmp_path / "run", resume=True)
+    assert len(read(tmp_path / "run").Tensors("config/text_summary")) == 1
 
 
 def test_what_is_no_number_is_left_to_who_looks_for_it(tmp_path: Path) -> None:

@@ -252,6 +252,8 @@ def test_window_says_every_number(options: dict, tmp_path: Path) -> None:
         ({"size": 4, "kernel": 3, "dilation": 4}, 3),
         ({"size": (2, 9), "kernel": (5, 3)}, (2, 0)),
         ({"size": 3, "kernel": 6, "padding": 1}, 2),
+        ({"size": 3, "kernel": 5, "padding_mode": "reflect"}, 1),
+        ({"size": 2, "kernel": 5, "padding_mode": "circular"}, 2),
     ],
 )
 def test_a_kernel_that_is_too_large_is_explained(options: dict, helps) -> None:
@@ -275,6 +277,18 @@ def test_a_kernel_that_is_too_large_is_explained(options: dict, helps) -> None:
         ({"kernel": 9, "padding": 3}, "the column matrix has 81 rows, and 36 can be followed"),
         ({"padding": 5000, "stride": 5000}, "the padded input has 100,080,016 numbers, and 900"),
         ({"out_channels": 20000}, "there are 20,000 kernels, and 36 can be followed"),
+        ({"size": 4, "kernel": 7}, "smallest padding that helps is padding=2$"),
+        ({"size": 3, "kernel": 5, "in_channels": 2}, "smallest padding that helps is padding=1$"),
+        ({"kernel": 100_000}, "no place to put it; the smallest padding that helps is padding="),
+        (
+            {"size": 4, "dilation": 5, "padding_mode": "reflect"},
+            "padding_mode=reflect cannot pad so much; the smallest padding that helps is padding=4 "
+            "with padding_mode=zeros$",
+        ),
+        (
+            {"size": 2, "dilation": 4, "padding_mode": "circular"},
+            "padding_mode=circular cannot pad so much; .*padding=4 with padding_mode=zeros$",
+        ),
         ({"groups": 2}, "groups=2: has to divide in_channels=1"),
         ({"position": 4}, "position=4: there are 4 windows, 0 to 3"),
         ({"padding": "same", "stride": 2}, "padding=same: padding='same' is not supported"),
@@ -324,6 +338,8 @@ def test_cost_of_other_networks_and_backends(tmp_path: Path) -> None:
         cost(model="lenet")
     with pytest.raises(ConfigError, match=r"backends=.*'fft'.*choose from native, im2col, naive"):
         cost(backends=["fft"])
+    with pytest.raises(ConfigError, match=r"model=swin_t: network.features.1.0.attn.qkv is never called"):
+        cost(model="swin_t", backends=["native"])
 
 
 @pytest.mark.parametrize("name", ["activations", "window"])  # all of them: test_commands.py

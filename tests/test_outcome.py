@@ -47,7 +47,20 @@ def test_a_class_that_is_never_answered_has_zeros() -> None:
     assert found.per_class["recall"].tolist() == [1, 0, 0]
 
 
-def test_calibration_error(answers) -> None:
+def test_one_class_is_always_right() -> None:
+    found = Outcome.of([(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))])
+    assert found.confusion.tolist() == [[3]]
+    assert {name: values.tolist() for name, values in found.per_class.items()} == {
+        "precision": [1],
+        "recall": [1],
+        "f1": [1],
+    }
+    assert found.calibration_error == 0
+
+
+@pytest.mark.parametrize("times", [1, 40])  # at 40 many probabilities are 1 to the last bit
+def test_calibration_error(answers, times: int) -> None:
+    answers = [(logits * times, labels) for logits, labels in answers]
     shares, labels = joined(answers)
     confidence, right = shares.max(1), shares.argmax(1) == labels
     error = 0.0

@@ -1,8 +1,10 @@
 """profile=true: where the time of some steps goes."""
 
 import json
+import shutil
 from pathlib import Path
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 from finished_runs import OPTIONS
@@ -38,14 +40,37 @@ def test_nothing_is_computed_otherwise(tmp_path: Path) -> None:
     assert all((states[0][name] == states[1][name]).all() for name in states[0])
 
 
-@pytest.mark.parametrize("batches", [1, 4, 6, 8, 9])
-def test_a_run_that_is_too_short_says_so(
-    batches: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    few = ["trainer.max_epochs=1", f"+trainer.limit_train_batches={batches}"]
+@pytest.mark.parametrize(("batches", "steps"), [(1, 1), (4, 4), (6, 5), (9, 5)])
+def test_epochs_that_are_short(batches: int, steps: int, tmp_path: Path) -> None:
+    """Of those the second one, as the first batches of all are slow."""
+    few = ["trainer.max_epochs=2", f"+trainer.limit_train_batches={batches}"]
     train(compose([*OPTIONS, *few]), tmp_path / "run", callbacks=[Profile(tmp_path / "run")])
-    assert "profile: takes 10 batches of an epoch; there were fewer" in caplog.messages
-    assert not (tmp_path / "run/profile").exists()
+    trace = json.loads((tmp_path / "run/profile/trace.json").read_text())
+    names = [str(event.get("name")) for event in trace["traceEvents"]]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == steps
+    assert names.count("features.0 Im2colConv2d") == steps
+
+
+def test_an_epoch_that_was_nearly_over_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = ["+trainer.limit_train_batches=12", "trainer.checkpoint_every_n_steps=10"]
+    kept = list[bytes]()
+
+    class Keep(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
+            if batch_idx == 11:
+                kept.append((tmp_path / "run/checkpoints/last.ckpt").read_bytes())
+
+    cfg = compose([*OPTIONS, *few, "trainer.max_epochs=2"])
+    train(cfg, tmp_path / "run", callbacks=[Keep()])
+    for count, epochs in ((0, 1), (1, 0)):  # of two, resumed in the first and in the second
+        (tmp_path / "run/checkpoints/last.ckpt").write_bytes(kept[count])
+        (tmp_path / "run/result.json").unlink()
+        train(cfg, tmp_path / "run", resume=True, callbacks=[Profile(tmp_path / "run")])
+        assert (tmp_path / "run/profile").exists() == bool(epochs)
+        shutil.rmtree(tmp_path / "run/profile", ignore_errors=True)
+    assert caplog.messages.count("profile: no epoch was left with batches enough") == 1
 
 
 def test_command(cnntrain, tmp_path: Path) -> None:
@@ -53,7 +78,7 @@ def test_command(cnntrain, tmp_path: Path) -> None:
     done = cnntrain(*OPTIONS[:3], *few, "profile=true", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    assert "5 batches, in run/profile: trace.json, operators.txt; most of it went to" in done.stdout
+    assert "5 batches, in run/profile: trace.json, operators.txt; most went to" in done.stdout
     assert "profile" not in (tmp_path / "run/.hydra/config.yaml").read_text()
     assert "profile" not in (tmp_path / "run/.hydra/overrides.yaml").read_text()
     done = cnntrain("-m", "profile=true", "seed=0,1")

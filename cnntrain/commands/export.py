@@ -27,13 +27,13 @@ def _load(cfg: DictConfig) -> "Trained":
 
 
 def _export(cfg: DictConfig, trained: "Trained") -> None:
-    from cnntrain.inference.exporting import Mismatch, export_trained
+    from cnntrain.inference.exporting import ExportError, export_trained
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     with telling_errors():
         try:
             found = export_trained(trained, cfg.format, folder)
-        except Mismatch as error:
+        except ExportError as error:
             fail(str(error))
     print(
         f"loaded again and compared with {trained.backend} on {found.images} real images, in "

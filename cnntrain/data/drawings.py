@@ -3,8 +3,9 @@
 from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
 
-from cnntrain.data.images import ImageData
+from cnntrain.data.images import ImageData, Probability
 
 
 class Drawings(ImageData):
@@ -18,8 +19,23 @@ class Drawings(ImageData):
     std = (1.0,)
     drawings: ClassVar[tuple[tuple[int, str], ...]]  # of each its label, and its rows
 
-    def __init__(self, *, batch_size: int = 1, hflip: float = 0.0, crop: int = 0) -> None:
-        super().__init__(batch_size=batch_size, val_size=len(self.drawings), hflip=hflip, crop=crop)
+    def __init__(
+        self,
+        *,
+        batch_size: PositiveInt = 1,
+        eval_batch_size: PositiveInt = 1024,
+        hflip: Probability = 0.0,
+        crop: NonNegativeInt = 0,
+        erase: Probability = 0.0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_size=len(self.drawings),
+            hflip=hflip,
+            crop=crop,
+            erase=erase,
+        )
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
         images = np.stack([_pixels(rows) for _, rows in self.drawings])  # (N, 1, H, W)

@@ -102,6 +102,7 @@ class Evaluation:
                 "mistakes": self.mistakes,
             },
         )
+        (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier one
         drawn = {"confusion.png": pictures.confusion(self.outcome.confusion, names)}
         if self.mistakes:
             drawn["mistakes.png"] = worst(self.outcome, self.images, names, MISTAKES)

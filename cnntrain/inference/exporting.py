@@ -19,6 +19,7 @@ import cnntrain
 from cnntrain.config import ConfigError
 from cnntrain.inference.trained import Trained, load_trained
 from cnntrain.training.building import build_network
+from cnntrain.training.checkpoints import shape_differences
 
 Format = Literal["onnx", "torch"]
 Run = Callable[[Tensor], Tensor]
@@ -29,7 +30,11 @@ BATCHES = (1, 2, 7, 256)  # sizes in which the file is tried
 TOLERANCE = 1e-4  # of the largest logit: float32 in another order of sums
 
 
-class Mismatch(RuntimeError):
+class ExportError(RuntimeError):
+    """A network that PyTorch cannot export; no file is left."""
+
+
+class Mismatch(ExportError):
     """An exported network does not compute what the trained one does; no file is left."""
 
 
@@ -61,7 +66,8 @@ def export(
 
     Its convolutions are those of the runtime, whatever the network was trained on: loops would make
     a graph of thousands of nodes. So what it computes is compared with the network on the backend
-    that it was trained on, on validation images.
+    that it was trained on, on validation images. A backend of somebody's own with other parameters
+    than nn.Conv2d's is exported as it computes.
 
     Args:
         run: The run's folder.
@@ -72,7 +78,7 @@ def export(
 
     Raises:
         ConfigError, CheckpointError, DataError: As `evaluate`; or packages are not installed.
-        Mismatch: See there.
+        ExportError, Mismatch: See there.
     """
     check_installed(format)
     trained = load_trained(run, checkpoint, device="cpu", root=root)
@@ -95,8 +101,11 @@ def export_trained(trained: Trained, format: Format, folder: Path) -> Exported:
     # Not `convert`, which refuses a convolution of somebody's own that computes in its own way.
     cfg = trained.cfg.copy()
     cfg.backend = {"_target_": "torch.nn.Conv2d", "_partial_": True}
-    network = build_network(cfg, data).eval()
-    network.load_state_dict(trained.network.state_dict())
+    network, weights = build_network(cfg, data).eval(), trained.network.state_dict()
+    if shape_differences(weights, network.state_dict()):
+        network = trained.network
+    else:
+        network.load_state_dict(weights)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{trained.checkpoint.stem}{SUFFIXES[format]}"
     new = file.with_name(f".{file.name}")  # hidden until it is whole and right
@@ -104,8 +113,17 @@ def export_trained(trained: Trained, format: Format, folder: Path) -> Exported:
         with _quiet():
             write, load = (_write_onnx, _load_onnx) if format == "onnx" else (_write, _load)
             # What a program is traced with, it keeps: no image of anybody's. Two are any number.
-            write(network, torch.zeros(2, *data.shape), _facts(trained), new)
-            found = _compared(trained.network, load(new), images, file)
+            try:
+                write(network, torch.zeros(2, *data.shape), _facts(trained), new)
+                exported = load(new)
+            except OSError:
+                raise
+            except Exception as error:  # of many classes, some of them torch's own
+                said = str(error).strip().split("\n")[0]
+                raise ExportError(
+                    f"format={format}: PyTorch cannot export this network: {said}"
+                ) from error
+            found = _compared(trained.network, exported, images, file)
         os.replace(new, file)
     finally:
         new.unlink(missing_ok=True)

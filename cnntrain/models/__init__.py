@@ -3,7 +3,7 @@
 from cnntrain.models.graph import Node, layer_graph
 from cnntrain.models.lenet5 import LeNet5
 from cnntrain.models.shallow import Shallow
-from cnntrain.models.summary import Layer, layer_table, summarise
+from cnntrain.models.summary import Layer, layer_table, summarise, uncounted
 from cnntrain.models.torchvision import TorchVision
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "layer_graph",
     "layer_table",
     "summarise",
+    "uncounted",
 ]

@@ -1,5 +1,6 @@
 """What a network consists of and costs, layer by layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,17 +51,26 @@ def summarise(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]
     return found
 
 
+def uncounted(network: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """The layers with parameters that `summarise` has not met: as in attention, something else
+    computes with these, and their work is in no row."""
+    met = {layer.name for layer in layers}
+    leaves = [(name, m) for name, m in network.named_modules() if not list(m.children())]
+    return [name for name, m in leaves if list(m.parameters()) and name not in met]
+
+
 def layer_table(network: nn.Module, in_shape: tuple[int, int, int]) -> Table:
     """`summarise` as a table for the terminal, with totals; of many rows those with parameters."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     rows = summarise(network, in_shape)
     parameters = sum(p.numel() for p in network.parameters())
+    more = "> " if uncounted(network, rows) else ""
     table.add_column("layer", "total")
     table.add_column("type")
     for title, footer in [
         ("output", ""),
         ("parameters", f"{parameters:,}"),
-        ("MACs / image", f"{sum(row.macs for row in rows):,}"),
+        ("MACs / image", f"{more}{sum(row.macs for row in rows):,}"),
     ]:
         table.add_column(title, footer, justify="right")
     for row in rows if len(rows) <= 30 else [row for row in rows if row.parameters]:

@@ -40,7 +40,8 @@ def rehearse(cfg: DictConfig) -> None:
             build(cfg.tensorboard)
     with blame("trainer"):
         trainer = build(cfg.trainer, default_root_dir=Path(), logger=False)
-    batches = -(-(data.train_size - data.val_size) // data.batch_size)
+    with blame("data"):
+        batches = -(-(data.train_size - data.val_size) // data.batch_size)
     optimizer, _ = module.schedule(batches * trainer.max_epochs)
     with blame("optimizer"):
         optimizer.step()

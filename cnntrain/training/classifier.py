@@ -182,10 +182,20 @@ class Classifier(lightning.LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.global_step + 1) % every == 0:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.grad_norm = norm / self.gradient_scale(optimizer)
             self.step_loss = self.last_loss
             if not alone() and self.last_loss is not None:
                 self.step_loss = torch.tensor(summed([float(self.last_loss) * self.share])[0])
+
+    def gradient_scale(self, optimizer: Optimizer) -> Tensor | float:
+        """By what gradients are too large before a step, without waiting for the device: those of
+        float16 are scaled, and a fused optimizer divides them within its step."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or not unscales(optimizer):
+            return 1.0
+        scale: Tensor = scaler.scale(torch.ones((), device=self.device))
+        return scale
 
     def on_train_epoch_end(self) -> None:
         self._publish("train")
@@ -207,3 +217,9 @@ class Classifier(lightning.LightningModule):
     def _publish(self, stage: Stage) -> None:
         # For checkpoints and early stopping, which look up a metric by name.
         self.log_dict(self.totals[stage].metrics(stage), logger=False)
+
+
+def unscales(optimizer: Optimizer) -> bool:
+    """Whether `step` divides gradients by `grad_scale`, and does nothing, on the device, where
+    `found_inf` is 1: its attributes, if they are set."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

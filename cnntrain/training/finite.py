@@ -12,9 +12,8 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from cnntrain.training.classifier import Stage
+from cnntrain.training.classifier import Stage, unscales
 from cnntrain.training.diagnosis import (
     Batch,
     Cause,
@@ -73,7 +72,7 @@ class Finite(lightning.Callback):
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.flag = torch.zeros((), device=module.device)  # 1 from the first bad batch on
         self.bad_batches = torch.zeros((), device=module.device)  # since it is 1
-        self.deferred = skips_updates(optimizer) and (
+        self.deferred = unscales(optimizer) and (
             self.always_deferred or module.device.type == "cuda"
         )
         if self.deferred:
@@ -248,11 +247,6 @@ def loader_of(trainer: lightning.Trainer, stage: Stage) -> Any:
     if stage == "train":
         return trainer.train_dataloader
     return trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
-
-
-def skips_updates(optimizer: Optimizer) -> bool:
-    """Whether `step` does nothing, on the device, where the attribute `found_inf` is 1."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def set_if_not_finite(flag: Tensor, tensors: Iterable[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """What TensorBoard shows of a run beside its scalars: what goes in, what is learned, what fails."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -17,6 +18,8 @@ from cnntrain.models.inside import convolutions, feature_maps, penultimate
 from cnntrain.training.outcome import Outcome
 from cnntrain.training.run_directory import environment
 from cnntrain.training.tensorboard import TensorBoard
+
+log = logging.getLogger(__name__)
 
 BATCH = 32  # training images that are shown
 EXAMPLES = 4  # images whose feature maps are shown
@@ -91,16 +94,20 @@ class Insights(lightning.Callback):
     def writer(self) -> Any:
         return self.board.experiment
 
-    def begin(self, cfg: DictConfig, network: nn.Module) -> None:
-        """What there is to see before the first step."""
-        if self.text:
+    def begin(
+        self, cfg: DictConfig, network: nn.Module, before: Mapping[str, Any] | None = None
+    ) -> None:
+        """What there is to see before the first step; of a run that goes on, what its switches
+        `before` have not shown."""
+        before = before or {}
+        if self.text and not before.get("text"):
             self.writer.add_text("config", _code(OmegaConf.to_yaml(cfg, resolve=True)), 0)
             here = environment()
             here["git"].pop("diff")  # as long as one likes; environment.json has it
             self.writer.add_text("environment", _code(OmegaConf.to_yaml(here)), 0)
-        if self.charts:
+        if self.charts and not before.get("charts"):
             self.writer.add_custom_scalars(self._layout())
-        if self.graph:
+        if self.graph and not before.get("graph"):
             self.board.graph(layer_graph(network, self.data.shape))
 
     def _layout(self) -> dict[str, dict[str, list[Any]]]:
@@ -130,7 +137,8 @@ class Insights(lightning.Callback):
         if self.histograms and last and self._due(trainer):
             for name, parameter in module.network.named_parameters():
                 if parameter.grad is not None:
-                    self.board.histogram(f"gradients/{name}", parameter.grad, trainer.current_epoch)
+                    gradient = parameter.grad / module.gradient_scale(optimizer)
+                    self.board.histogram(f"gradients/{name}", gradient, trainer.current_epoch)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         # Now, as a moving average of the weights is in its place only during validation.
@@ -189,6 +197,11 @@ class Insights(lightning.Callback):
     def _embed(self, network: nn.Module, loader: Any, outcome: Outcome) -> None:
         features = penultimate(network, loader.rows(torch.arange(1)))
         count = min(POINTS, NUMBERS // features.shape[1], len(outcome.labels))
+        if not count:
+            log.info(
+                f"no projector: the last layer is given {features.shape[1]:,} numbers an image"
+            )
+            return
         batches = torch.arange(count).split(loader.batch_size)
         points = torch.cat([penultimate(network, loader.rows(rows)) for rows in batches])
         images = pictures.in_colour(loader.images[:count]).cpu()
@@ -200,8 +213,11 @@ class Insights(lightning.Callback):
         self.board.embed(points, ("class", "predicted"), about, images)
 
     def _examples(self, labels: Tensor) -> Tensor:
-        """The first image of each of the first classes that there are."""
-        return torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:EXAMPLES]])
+        """The first image of each of the first classes that there are; of few classes, more."""
+        labels = labels.cpu()
+        firsts = [int((labels == k).nonzero()[0]) for k in labels.unique()]
+        others = [i for i in range(min(EXAMPLES, len(labels))) if i not in firsts]
+        return torch.tensor([*firsts, *others][:EXAMPLES])
 
 
 def worst(outcome: Outcome, images: Tensor, names: Sequence[str], most: int) -> pictures.Picture:

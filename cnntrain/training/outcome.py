@@ -65,7 +65,10 @@ class Outcome:
             "f1": classification.multiclass_f1_score,
         }
         return {
-            name: measure(self.predicted, self.labels, self.classes, average=None)
+            # Not validated: there may be one class.
+            name: measure(
+                self.predicted, self.labels, self.classes, average=None, validate_args=False
+            )
             for name, measure in measures.items()
         }
 
@@ -75,8 +78,9 @@ class Outcome:
         bins of confidence, weighted by their images (Naeini et al. 2015)."""
         if self.classes == 1:  # of which one is certain, and right
             return 0.0
+        below = self.probabilities.clamp(max=1 - 2**-24)  # torchmetrics gives 1 a bin of its own
         error = classification.multiclass_calibration_error(
-            self.probabilities, self.labels, self.classes, n_bins=BINS, norm="l1"
+            below, self.labels, self.classes, n_bins=BINS, norm="l1"
         )
         return float(error)
 

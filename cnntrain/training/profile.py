@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 log = logging.getLogger(__name__)
 
 WAIT, WARMUP, STEPS = 3, 2, 5  # batches that are let go by, that warm up, that are recorded
-BATCHES = WAIT + WARMUP + STEPS
 ROWS = 12  # operators in the table
 FOLDER = "profile"
 
 
 class Profile(lightning.Callback):
-    """Records five training batches of this process with PyTorch's profiler.
+    """Records five training batches of this process with PyTorch's profiler, or all of an epoch
+    that has fewer.
 
     Leaves `directory`/profile/trace.json, for https://ui.perfetto.dev or chrome://tracing, with
     every layer's forward under its name, and operators.txt, by the time spent in each operator
@@ -29,33 +30,43 @@ class Profile(lightning.Callback):
         self.folder = directory / FOLDER
         self.profiler: profile | None = None
         self.hooks: list[Any] = []
-        self.batches, self.done = 0, False
+        self.done = False
 
-    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # All in one epoch: a validation is not to be taken for a part of a training step.
+        there = int(trainer.num_training_batches)
+        self.steps = min(STEPS, there)
+        warmup = min(WARMUP, there - self.steps)
+        wait = min(WAIT, there - self.steps - warmup)
+        enough = there - batch_idx >= wait + warmup + self.steps
+        cold = wait == 0 and trainer.current_epoch == 0 and trainer.max_epochs != 1
+        if self.done or self.profiler or not enough or cold:
+            return
         activities = [ProfilerActivity.CPU]
         self.by = "self_cpu_time_total"
         if module.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             self.by = "self_cuda_time_total"
-        self.profiler = profile(
-            activities=activities,
-            schedule=schedule(wait=WAIT, warmup=WARMUP, active=STEPS, repeat=1),
-            on_trace_ready=self._write,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # too few for it
+            plan = schedule(wait=wait, warmup=warmup, active=self.steps, repeat=1)
+        self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+        self.left = wait + warmup + self.steps
         self.hooks = _named(module.network)
         self.profiler.start()
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.profiler is not None:
-            self.batches += 1
+            self.left -= 1
             self.profiler.step()
             if self.done:
                 self._end()
 
-    def on_validation_start(self, *_: Any) -> None:
-        if self.profiler is not None:  # which is not to be taken for a part of a training step
-            self._end()
-            log.warning(f"profile: takes {BATCHES} batches of an epoch; there were fewer")
+    def on_train_end(self, *_: Any) -> None:
+        if not self.done:
+            log.warning("profile: no epoch was left with batches enough")
 
     def on_exception(self, *_: Any) -> None:
         if self.profiler is not None:
@@ -69,7 +80,7 @@ class Profile(lightning.Callback):
             hook.remove()
 
     def _write(self, profiler: profile) -> None:
-        if self.batches < BATCHES:
+        if self.left:
             return  # it was ended before its time
         self.done = True
         self.folder.mkdir(exist_ok=True)
@@ -77,9 +88,9 @@ class Profile(lightning.Callback):
         profiler.export_chrome_trace(str(trace))
         averages = profiler.key_averages()
         table.write_text(averages.table(sort_by=self.by, row_limit=100))
-        where = os.path.relpath(self.folder)
-        log.info(f"{STEPS} batches, in {where}: {trace.name}, {table.name}; most of it went to")
-        log.info(_costliest(averages, "cuda" in self.by))
+        where, batches = os.path.relpath(self.folder), "batch" if self.steps == 1 else "batches"
+        log.info(f"{self.steps} {batches}, in {where}: {trace.name}, {table.name}; most went to")
+        log.info(_costliest(averages, "cuda" in self.by, self.steps))
 
 
 def _named(network: nn.Module) -> list[Any]:
@@ -101,7 +112,7 @@ def _named(network: nn.Module) -> list[Any]:
     ]
 
 
-def _costliest(averages: Any, cuda: bool) -> str:
+def _costliest(averages: Any, cuda: bool, steps: int) -> str:
     """The operators that take most of the time, a line each: share, ms a batch, calls a batch."""
     time = "self_device_time_total" if cuda else "self_cpu_time_total"
     named = ("ProfilerStep", "Optimizer.step#")  # which have operators within
@@ -110,6 +121,6 @@ def _costliest(averages: Any, cuda: bool) -> str:
     total = sum(getattr(row, time) for row in rows) or 1
     lines = [f"  {'share':>6} {'ms':>8} {'calls':>6}   operator"]
     for row in rows[:ROWS]:
-        own, calls = getattr(row, time), row.count / STEPS
-        lines.append(f"  {own / total:6.1%} {own / 1000 / STEPS:8.3f} {calls:6.1f}   {row.key}")
+        own, calls = getattr(row, time), row.count / steps
+        lines.append(f"  {own / total:6.1%} {own / 1000 / steps:8.3f} {calls:6.1f}   {row.key}")
     return "\n".join(lines)

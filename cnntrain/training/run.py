@@ -197,6 +197,8 @@ def _run(
         log.info(f"going on from {path.name} at epoch {epoch}, batch {batch}")
         tensorboard.go_on(content["callbacks"]["Record"]["tensorboard"])
         before = content["callbacks"]["Record"]["seconds"][0]
+        shown = content["config"].get("tensorboard") or {}
+        record.insights.begin(cfg, module.network, shown)
     else:
         tensorboard.begin(cfg, labels)
         record.insights.begin(cfg, module.network)

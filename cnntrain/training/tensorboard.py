@@ -144,9 +144,10 @@ class TensorBoard(TensorBoardLogger):
         pointer = self.directory / "projector_config.pbtxt"
         pointer.unlink(missing_ok=True)  # one that names a damaged file ends the whole projector
         digits = 5 - math.ceil(math.log10(float(points.abs().max()) or 1))
-        numbers = points.double().cpu().numpy().round(digits).tolist()
-        for name, rows in [("points", numbers), ("words", [header, *about])]:
-            lines = ("\t".join(" ".join(str(cell).split()) for cell in row) + "\n" for row in rows)
+        numbers = points.cpu().double().numpy().round(digits).tolist()
+        words = [[" ".join(word.split()) for word in row] for row in (header, *about)]
+        for name, rows in [("points", (map(str, row) for row in numbers)), ("words", words)]:
+            lines = ("\t".join(row) + "\n" for row in rows)
             (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
         sprite = grid(images, math.ceil(math.sqrt(len(images))), size=1, gap=0)
         (folder / "images.png").write_bytes(png(sprite))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cnntrain.config import ConfigError, blame, build, compose
 from cnntrain.conv import BACKENDS
 from cnntrain.lab.lessons.lesson import Lesson
-from cnntrain.models import Layer, summarise
+from cnntrain.models import Layer, summarise, uncounted
 
 IMAGE = (1, 28, 28)  # (C, H, W)
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
@@ -46,11 +46,18 @@ def cost(
     if unknown or not names:
         raise ConfigError([f"backends={unknown}: choose from {', '.join(BACKENDS)}"])
     networks = {name: _network(model, name) for name in names}
+    layers = summarise(networks[names[0]], IMAGE)
+    if left := uncounted(networks[names[0]], layers):
+        raise ConfigError(
+            [
+                f"model={model}: {left[0]} is never called, as something else computes with its "
+                "weights, and would not be counted; take a network without attention"
+            ]
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         times = layer_times(networks, batch_size, rounds)
-        layers = summarise(networks[names[0]], IMAGE)
         text = "\n".join(_lines(model, layers, times, batch_size))
     finally:
         torch.set_num_threads(before)

@@ -58,14 +58,15 @@ def worked_out(
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if channels % groups:
             raise ConfigError([f"groups={groups}: has to divide {name}={channels}"])
+    geometry = Geometry(stride, dilation, groups)
+    amounts = padding_amounts(padding, kernel, dilation)
+    _check_reach(size, kernel, dilation, amounts, padding_mode)
+    _check_matrix(geometry, padded(size, amounts), kernel, in_channels, out_channels)
     try:
         conv = Im2colConv2d(
             in_channels, out_channels, kernel, stride, padding, dilation, groups, False,
             padding_mode,
         )  # fmt: skip
-        geometry = Geometry.of(conv)
-        amounts = padding_amounts(conv.padding, kernel, dilation)
-        _check_matrix(geometry, padded(size, amounts), kernel, in_channels, out_channels)
         count = in_channels * size[0] * size[1]
         image = torch.arange(1.0, count + 1).reshape(in_channels, *size)
         around = pad(image[None], amounts, padding_mode)[0]
@@ -74,7 +75,6 @@ def worked_out(
         raise ConfigError(
             [f"padding={shown(padding)}: {said} (padding_mode={padding_mode})"]
         ) from None
-    _check_reach(size, kernel, dilation, amounts)
     numbers = torch.arange(conv.weight.numel()).reshape(conv.weight.shape)
     conv.weight.data = ((numbers * 3 + numbers // 4) % 5 - 2).float()  # -2 to 2, without a pattern
     columns = _columns(around, geometry, kernel)
@@ -132,7 +132,11 @@ def _check_size(size: tuple[int, int], channels: int) -> None:
 
 
 def _check_reach(
-    size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int], amounts: Amounts
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    amounts: Amounts,
+    mode: Mode,
 ) -> None:
     """The reason why a kernel has no place, and the padding that makes it one."""
     there = padded(size, amounts)
@@ -142,11 +146,17 @@ def _check_reach(
     helps = [max(0, -(-(r - s) // 2)) for r, s in zip(reach, size, strict=True)]
     take = f"[{helps[0]},{helps[1]}]" if helps[0] != helps[1] else helps[0]
     over = f"dilation * (kernel - 1) + 1 = {reach[0]} x {reach[1]}"
+    way_out = f"the smallest padding that helps is padding={take}"
+    most = {"reflect": -1, "circular": 0}  # of the size: how much these have to pad with
+    if mode in most and any(h > s + most[mode] for h, s in zip(helps, size, strict=True)):
+        way_out = (
+            f"padding_mode={mode} cannot pad so much; the smallest padding that helps is "
+            f"padding={take} with padding_mode=zeros"
+        )
     raise ConfigError(
         [
             f"kernel={shown(kernel)}: the window reaches over {over} pixels, and the padded input "
-            f"has {there[0]} x {there[1]}: there is no place to put it; the smallest padding that "
-            f"helps is padding={take}"
+            f"has {there[0]} x {there[1]}: there is no place to put it; {way_out}"
         ]
     )
 
