@@ -338,7 +338,7 @@ def test_cost_of_other_networks_and_backends(tmp_path: Path) -> None:
         cost(model="lenet")
     with pytest.raises(ConfigError, match=r"backends=.*'fft'.*choose from native, im2col, naive"):
         cost(backends=["fft"])
-    with pytest.raises(ConfigError, match=r"model=swin_t: network.features.1.0.attn.qkv is never called"):
+    with pytest.raises(ConfigError, match=r"model=swin_t: .*attn.qkv is never called"):
         cost(model="swin_t", backends=["native"])
 
 

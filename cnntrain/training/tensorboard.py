@@ -150,6 +150,8 @@ class TensorBoard(TensorBoardLogger):
             lines = ("\t".join(row) + "\n" for row in rows)
             (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
         sprite = grid(images, math.ceil(math.sqrt(len(images))), size=1, gap=0)
+        if (images == images[:, :1]).all():
+            sprite = sprite[..., 0]  # grey: a third of the time and of the file
         (folder / "images.png").write_bytes(png(sprite))
         config = ProjectorConfig()
         embedding = config.embeddings.add(tensor_name="penultimate layer, test images")
