@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from cnntrain.config import ConfigError
 from cnntrain.data import FashionMNISTMini
-from cnntrain.inference import Mismatch, export, exporting
-from cnntrain.inference.exporting import ExportError
+from cnntrain.inference import ExportError, Mismatch, export, exporting
 
 BACKENDS = ["native", "im2col", "naive"]
 

@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cnntrain.commands.app import short
-from cnntrain.commands.finished import fail, start_on_run, telling_errors
+from cnntrain.commands.finished import start_on_run, telling_errors
 
 if TYPE_CHECKING:
     from cnntrain.inference import Trained
@@ -27,14 +27,10 @@ def _load(cfg: DictConfig) -> "Trained":
 
 
 def _export(cfg: DictConfig, trained: "Trained") -> None:
-    from cnntrain.inference.exporting import ExportError, export_trained
+    from cnntrain.inference import export_trained
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
     with telling_errors():
-        try:
-            found = export_trained(trained, cfg.format, folder)
-        except ExportError as error:
-            fail(str(error))
+        found = export_trained(trained, cfg.format, Path(HydraConfig.get().runtime.output_dir))
     print(
         f"loaded again and compared with {trained.backend} on {found.images} real images, in "
         "batches of several sizes:\n"

@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -44,10 +44,10 @@ def paths_quoted(*options: str, several: Sequence[str] = ()) -> None:
     """
     for i, text in enumerate(sys.argv[1:], start=1):
         name, _, value = text.partition("=")
-        there = os.path.exists(value)
-        plain = value not in ("", "null", "???") and value[0] not in "'\"["
         if "${" in value:
             continue
+        there = os.path.exists(value)
+        plain = value not in ("", "null", "???") and value[0] not in "'\"["
         if name in options and (plain or there):
             sys.argv[i] = f"{name}={quoted(value)}"
         elif name in several and (plain or there):
@@ -57,30 +57,21 @@ def paths_quoted(*options: str, several: Sequence[str] = ()) -> None:
 
 @contextlib.contextmanager
 def telling_errors() -> Iterator[None]:
-    """What is the matter with files or data, said on one line; exit code 1."""
+    """What is the matter with files, data or the network, said on one line; exit code 1. A folder
+    that was made for what has not come goes, if it is empty."""
     try:
         yield
+        return
     except OSError as error:
         said = told(error)
-    except RuntimeError as error:
-        from cnntrain.data import DataError
-
-        if not isinstance(error, DataError):
-            raise
-        said = str(error)
     except Exception as error:
+        from cnntrain.data import DataError
+        from cnntrain.inference import ExportError
         from cnntrain.training import CheckpointError
 
-        if not isinstance(error, CheckpointError):
+        if not isinstance(error, (CheckpointError, DataError, ExportError)):
             raise
         said = str(error)
-    else:
-        return
-    fail(said)
-
-
-def fail(said: str) -> NoReturn:
-    """Say why nothing has come, and end; the folder that was made for it goes, if it is empty."""
     if HydraConfig.initialized():
         with contextlib.suppress(OSError):
             os.removedirs(HydraConfig.get().runtime.output_dir)

@@ -1,11 +1,11 @@
 """Drawings small enough to follow every number of a network by hand."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
-from cnntrain.data.images import ImageData, Probability
+from cnntrain.data.images import ImageData
 
 
 class Drawings(ImageData):
@@ -19,23 +19,9 @@ class Drawings(ImageData):
     std = (1.0,)
     drawings: ClassVar[tuple[tuple[int, str], ...]]  # of each its label, and its rows
 
-    def __init__(
-        self,
-        *,
-        batch_size: PositiveInt = 1,
-        eval_batch_size: PositiveInt = 1024,
-        hflip: Probability = 0.0,
-        crop: NonNegativeInt = 0,
-        erase: Probability = 0.0,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=len(self.drawings),
-            hflip=hflip,
-            crop=crop,
-            erase=erase,
-        )
+    def __init__(self, *, batch_size: PositiveInt = 1, **options: Any) -> None:
+        own = {"val_size": len(self.drawings), "split_seed": 0}  # given once more, they are refused
+        super().__init__(batch_size=batch_size, **own, **options)
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
         images = np.stack([_pixels(rows) for _, rows in self.drawings])  # (N, 1, H, W)

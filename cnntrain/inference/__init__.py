@@ -1,12 +1,19 @@
 """A finished run put to use: evaluated, shown pictures, exported."""
 
 from cnntrain.inference.evaluation import Evaluation, evaluate, evaluate_trained
-from cnntrain.inference.exporting import Exported, Mismatch, export
+from cnntrain.inference.exporting import (
+    Exported,
+    ExportError,
+    Mismatch,
+    export,
+    export_trained,
+)
 from cnntrain.inference.prediction import Prediction, predict
 from cnntrain.inference.trained import Trained, load_trained
 
 __all__ = [
     "Evaluation",
+    "ExportError",
     "Exported",
     "Mismatch",
     "Prediction",
@@ -14,6 +21,7 @@ __all__ = [
     "evaluate",
     "evaluate_trained",
     "export",
+    "export_trained",
     "load_trained",
     "predict",
 ]

@@ -1,6 +1,6 @@
 """What a network makes of images on the way: feature maps, and what its last layer is given."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,11 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         network.train(training)
 
 
+def leaves(network: nn.Module) -> dict[nn.Module, str]:
+    """The layers, which are modules without children, and their names."""
+    return {module: name for name, module in network.named_modules() if not list(module.children())}
+
+
 def convolutions(network: nn.Module) -> list[tuple[str, nn.Conv2d]]:
     """All of them with their names, in the order in which they were put in."""
     layers = network.named_modules()
@@ -34,7 +39,7 @@ def feature_maps(network: nn.Module, images: Tensor) -> list[tuple[str, Tensor]]
     def keep(layer: nn.Module, _: Any, maps: Tensor) -> None:
         made.append((names[layer], maps.float()))
 
-    with evaluating(network), _watching(list(names), keep):
+    with evaluating(network), watching(names, keep):
         network.forward(images)  # not as it may be compiled
     return made
 
@@ -49,15 +54,14 @@ def penultimate(network: nn.Module, images: Tensor) -> Tensor:
     def keep(layer: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
         given[:] = inputs[:1]
 
-    leaves = [layer for layer in network.modules() if not list(layer.children())]
-    layers = [layer for layer in leaves if list(layer.parameters())]
-    with evaluating(network), _watching(layers, keep):
+    layers = [layer for layer in leaves(network) if list(layer.parameters())]
+    with evaluating(network), watching(layers, keep):
         network.forward(images)
     return (given[0].mean((2, 3)) if given[0].ndim == 4 else given[0]).float()
 
 
 @contextmanager
-def _watching(layers: Sequence[nn.Module], look: Callable[..., None]) -> Iterator[None]:
+def watching(layers: Iterable[nn.Module], look: Callable[..., None]) -> Iterator[None]:
     """`look` is called after each of these layers with it, its inputs and its output."""
     hooks = [layer.register_forward_hook(look) for layer in layers]
     try:

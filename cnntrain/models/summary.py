@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cnntrain.conv import Geometry
-from cnntrain.models.inside import evaluating
+from cnntrain.models.inside import evaluating, leaves, watching
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def summarise(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]
     in*out, bias not counted; other layers count as none.
     """
     found: list[Layer] = []
-    names = {module: name for name, module in network.named_modules()}
+    names = leaves(network)
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         parameters = sum(p.numel() for p in module.parameters())
@@ -39,15 +39,9 @@ def summarise(network: nn.Module, in_shape: tuple[int, int, int]) -> list[Layer]
             Layer(names[module], type(module).__name__, shape, parameters, _macs(module, shape))
         )
 
-    leaves = [m for m in network.modules() if not list(m.children())]
-    hooks = [leaf.register_forward_hook(record) for leaf in leaves]
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    try:
-        with evaluating(network):
-            network(torch.zeros(1, *in_shape, device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluating(network), watching(names, record):
+        network(torch.zeros(1, *in_shape, device=device))
     return found
 
 
@@ -55,8 +49,7 @@ def uncounted(network: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """The layers with parameters that `summarise` has not met: as in attention, something else
     computes with these, and their work is in no row."""
     met = {layer.name for layer in layers}
-    leaves = [(name, m) for name, m in network.named_modules() if not list(m.children())]
-    return [name for name, m in leaves if list(m.parameters()) and name not in met]
+    return [name for m, name in leaves(network).items() if list(m.parameters()) and name not in met]
 
 
 def layer_table(network: nn.Module, in_shape: tuple[int, int, int]) -> Table:

@@ -135,9 +135,10 @@ class Insights(lightning.Callback):
         # Here and not at the epoch's end: a run that is interrupted has no gradient afterwards.
         last = trainer.fit_loop.epoch_loop.batch_idx == trainer.num_training_batches - 1
         if self.histograms and last and self._due(trainer):
+            scale = module.gradient_scale(optimizer)
             for name, parameter in module.network.named_parameters():
                 if parameter.grad is not None:
-                    gradient = parameter.grad / module.gradient_scale(optimizer)
+                    gradient = parameter.grad / scale
                     self.board.histogram(f"gradients/{name}", gradient, trainer.current_epoch)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -215,7 +216,7 @@ class Insights(lightning.Callback):
     def _examples(self, labels: Tensor) -> Tensor:
         """The first image of each of the first classes that there are; of few classes, more."""
         labels = labels.cpu()
-        firsts = [int((labels == k).nonzero()[0]) for k in labels.unique()]
+        firsts = [int((labels == k).nonzero()[0]) for k in labels.unique()[:EXAMPLES]]
         others = [i for i in range(min(EXAMPLES, len(labels))) if i not in firsts]
         return torch.tensor([*firsts, *others][:EXAMPLES])
 

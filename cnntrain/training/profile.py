@@ -10,6 +10,8 @@ import lightning.pytorch as lightning
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from cnntrain.models.inside import leaves
+
 log = logging.getLogger(__name__)
 
 WAIT, WARMUP, STEPS = 3, 2, 5  # batches that are let go by, that warm up, that are recorded
@@ -35,6 +37,8 @@ class Profile(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.done or self.profiler:
+            return
         # All in one epoch: a validation is not to be taken for a part of a training step.
         there = int(trainer.num_training_batches)
         self.steps = min(STEPS, there)
@@ -42,7 +46,7 @@ class Profile(lightning.Callback):
         wait = min(WAIT, there - self.steps - warmup)
         enough = there - batch_idx >= wait + warmup + self.steps
         cold = wait == 0 and trainer.current_epoch == 0 and trainer.max_epochs != 1
-        if self.done or self.profiler or not enough or cold:
+        if cold or not enough:
             return
         activities = [ProfilerActivity.CPU]
         self.by = "self_cpu_time_total"
@@ -104,7 +108,7 @@ def _named(network: nn.Module) -> list[Any]:
     def leave(layer: nn.Module, _: Any, __: Any) -> None:
         open_.pop(layer).__exit__(None, None, None)
 
-    names = {layer: name for name, layer in network.named_modules() if not list(layer.children())}
+    names = leaves(network)
     return [
         hook
         for layer in names

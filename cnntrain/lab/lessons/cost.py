@@ -15,6 +15,7 @@ from cnntrain.config import ConfigError, blame, build, compose
 from cnntrain.conv import BACKENDS
 from cnntrain.lab.lessons.lesson import Lesson
 from cnntrain.models import Layer, summarise, uncounted
+from cnntrain.models.inside import leaves, watching
 
 IMAGE = (1, 28, 28)  # (C, H, W)
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
@@ -106,15 +107,12 @@ def _timed(network: nn.Module, images: Tensor) -> list[float]:
     def end(*_: Any) -> None:
         taken.append(time.perf_counter() - begun.pop())
 
-    leaves = [module for module in network.modules() if not list(module.children())]
-    hooks = [leaf.register_forward_pre_hook(begin) for leaf in leaves]
-    hooks += [leaf.register_forward_hook(end) for leaf in leaves]
-    try:
-        with torch.no_grad():
-            network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = leaves(network)
+    before = [layer.register_forward_pre_hook(begin) for layer in layers]
+    with watching(layers, end), torch.no_grad():
+        network(images)
+    for hook in before:
+        hook.remove()
     return taken
 
 

@@ -30,6 +30,23 @@ def matrix(rows: Sequence[Sequence[float]], width: int | None = None) -> list[st
     return [" ".join(cell.rjust(width) for cell in row) for row in cells]
 
 
+def side_by_side(blocks: Sequence[list[str]], signs: Sequence[str]) -> list[str]:
+    """Blocks of lines from left to right, each in the middle of the tallest one's height; between
+    two of them a sign on its middle line."""
+    tall = max(map(len, blocks))
+    whole = []
+    for block in blocks:
+        empty, above = [" " * len(block[0])], (tall - len(block)) // 2
+        whole.append(empty * above + block + empty * (tall - len(block) - above))
+    lines = []
+    for i, row in enumerate(zip(*whole, strict=True)):
+        line = row[0]
+        for sign, part in zip(signs, row[1:], strict=True):
+            line += (sign if i == tall // 2 else " " * len(sign)) + part
+        lines.append(line.rstrip())
+    return lines
+
+
 def plain(number: float) -> str:
     """3 and not 3.0; else two decimals."""
     return str(int(number)) if number == int(number) else f"{number:.2f}"

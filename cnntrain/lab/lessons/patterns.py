@@ -5,7 +5,7 @@ from torch import Tensor, tensor
 
 from cnntrain.config import ConfigError
 from cnntrain.conv import BACKENDS
-from cnntrain.lab.lessons.lesson import Lesson, matrix, plain, show_matrix
+from cnntrain.lab.lessons.lesson import Lesson, matrix, plain, show_matrix, side_by_side
 
 KERNELS = {
     "diagonal": [[0, 0, 1], [0, 1, 0], [1, 0, 0]],
@@ -47,12 +47,9 @@ def patterns(*, backend: str = "native") -> Lesson:
         lines += [f"image: {image}", ""]
         shown = [_pixels(IMAGES[image]), *(found[image, kernel].tolist() for kernel in KERNELS)]
         blocks = [matrix(one, width=1) for one in shown]
-        tall = max(map(len, blocks))
-        blocks = [[" " * len(b[0])] * ((tall - len(b)) // 2) + b for b in blocks]
-        blocks = [b + [" " * len(b[0])] * (tall - len(b)) for b in blocks]
         heads = ["image", *KERNELS]
         lines.append("     ".join(h.ljust(len(b[0])) for h, b in zip(heads, blocks, strict=True)))
-        lines += ["     ".join(row).rstrip() for row in zip(*blocks, strict=True)]
+        lines += side_by_side(blocks, [" " * 5] * len(KERNELS))
         lines.append("")
     lines.append("strongest output".ljust(20) + "".join(f"{kernel:>12}" for kernel in KERNELS))
     for image in IMAGES:

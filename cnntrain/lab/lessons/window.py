@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cnntrain.config import ConfigError
 from cnntrain.lab.lessons.example import Example, Mode, Padding, Positive, pair, worked_out
-from cnntrain.lab.lessons.lesson import Lesson, matrix, plain
+from cnntrain.lab.lessons.lesson import Lesson, matrix, plain, side_by_side
 from cnntrain.lab.lessons.sheet import Sheet
 
 
@@ -104,20 +104,7 @@ def _product(example: Example, group: int, position: int) -> list[str]:
     products = _marked(
         example.products[group], {(i, position) for i in range(example.products.shape[1])}
     )
-    tall = max(len(weights), len(columns))
-    blocks = []
-    for block in (weights, columns, products):
-        above = (tall - len(block)) // 2
-        empty = " " * len(block[0])
-        blocks.append([empty] * above + block + [empty] * (tall - len(block) - above))
-    signs = [
-        ("  x " if i == tall // 2 else "    ", "  = " if i == tall // 2 else "    ")
-        for i in range(tall)
-    ]
-    return [
-        (a + x + b + e + c).rstrip()
-        for a, (x, e), b, c in zip(blocks[0], signs, blocks[1], blocks[2], strict=True)
-    ]
+    return side_by_side([weights, columns, products], ["  x ", "  = "])
 
 
 def _marked(values: Tensor, marked: set[tuple[int, int]]) -> list[str]:
