@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from browser import Browser
 from tensorboard_page import Board, Server
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -20,26 +21,27 @@ PICTURES = Path(__file__).parent / "pictures"
 def report(sweep: Path, height: int) -> None:
     """The upper part of the page that `cnntrain report` has written."""
     page = (sweep / "report/report.html").absolute().as_uri()
-    with Board(page, size=(1200, height)) as browser:
-        browser.chrome.get(page)
-        browser.chrome.save_screenshot(str(PICTURES / "report.png"))
+    with Browser(PICTURES, (1200, height)) as browser:
+        browser.name = "report"
+        browser.load(page)
+        browser.shot()
 
 
 def hparams(sweep: Path) -> None:
     """TensorBoard's HParams tab over the sweep's folder."""
-    with Server(sweep) as address, Board(address, size=(1400, 700)) as board:
+    with Server(sweep) as address, Board(address, shots=PICTURES, size=(1400, 700)) as board:
         board.open("hparams")
         time.sleep(15)  # it reads the event files
         board.open("hparams")
         time.sleep(5)
-        board.chrome.save_screenshot(str(PICTURES / "hparams.png"))
+        board.shot()
 
 
 def tabs(run: Path) -> None:
     """What TensorBoard shows of a run."""
     with tempfile.TemporaryDirectory() as folder:
         shots = Path(folder)
-        with Server(run) as address, Board(address, shots, size=(1200, 800)) as board:
+        with Server(run) as address, Board(address, shots=shots, size=(1200, 800)) as board:
             board.tabs({"projector", "images", "graphs", "custom_scalars"})
             board.custom_scalars({"loss": 2, "accuracy": 2, "validation accuracy": 10})
             board.shot()

@@ -1,70 +1,15 @@
-"""TensorBoard's pages in a real browser: opened, read and looked at.
+"""TensorBoard's pages in a real browser: a server over runs, and what each tab is to show."""
 
-Needs Chromium and its driver (Debian: chromium, chromium-driver) and selenium.
-"""
-
-import io
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
-
-CHROMEDRIVER = Path("/usr/bin/chromedriver")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--enable-unsafe-swiftshader",  # WebGL without a GPU: the projector, the charts of Time Series
-]
-
-# All elements that are visible, through shadow roots and frames of the same origin. `place` is
-# where an element lies in the window, the frames around it included.
-WALK = """
-function* walk(root) {
-  if (root.shadowRoot) yield* walk(root.shadowRoot);
-  for (const e of root.querySelectorAll('*')) {
-    if (!e.checkVisibility()) continue;
-    yield e;
-    if (e.shadowRoot) yield* walk(e.shadowRoot);
-    if (e.tagName === 'IFRAME' && e.contentDocument) yield* walk(e.contentDocument);
-  }
-}
-function all(path, root = document) {  // 'a >>> b': every b that is in an a or in its shadow
-  let found = [root];
-  for (const selector of path.split('>>>').map(s => s.trim()))
-    found = [...new Set(found.flatMap(r => [...walk(r)].filter(e => e.matches(selector))))];
-  return found;
-}
-function drawn(path) { return (path.getAttribute('d') || '').split(/[ML]/).length - 1; }
-function text(e) {  // of an element, slots and shadows left out
-  return e.textContent.replace(/\\s+/g, ' ').trim();
-}
-function place(e) {
-  const r = e.getBoundingClientRect();
-  let x = r.x, y = r.y;
-  for (let w = e.ownerDocument.defaultView; w.frameElement; w = w.parent) {
-    const f = w.frameElement.getBoundingClientRect();
-    x += f.x; y += f.y;
-  }
-  return [x, y, r.width, r.height];
-}
-"""
+from browser import Browser, wait
 
 
 class Server:
@@ -100,67 +45,30 @@ class Server:
         self.log.close()
 
 
-def wait(look: Callable[[], Any], fault: str, seconds: float = 30) -> Any:
-    """What `look` gives, as soon as it is something; AssertionError after so many seconds."""
-    end = time.monotonic() + seconds
-    while True:
-        if found := look():
-            return found
-        if time.monotonic() > end:
-            raise AssertionError(f"{fault}; found {found!r}")
-        time.sleep(0.1)
-
-
 def either(tags: set[str]) -> str:
     """A regular expression for these tags. TensorBoard reads it in JavaScript."""
     return "|".join(f"^{re.escape(tag)}$" for tag in sorted(tags))
 
 
-class Board:
-    """TensorBoard's page in Chromium."""
+class Board(Browser):
+    """TensorBoard's page at an address."""
 
-    def __init__(
-        self, address: str, shots: Path | None = None, size: tuple[int, int] = (1400, 900)
-    ):
-        self.address, self.shots, self.size = address, shots, size
-
-    def __enter__(self) -> "Board":
-        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        options = Options()
-        for flag in [*FLAGS, f"--user-data-dir={self.profile.name}"]:
-            options.add_argument(flag)
-        self.chrome = webdriver.Chrome(options=options, service=Service(str(CHROMEDRIVER)))
-        width, height = self.size  # of the page; --window-size has the window's frame in it
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.chrome.quit()
-        self.profile.cleanup()
+    def __init__(self, address: str, **options: Any):
+        super().__init__(**options)
+        self.address = address
 
     def open(self, tab: str, tags: str = "", query: str = "") -> None:
         """A tab, with the tags alone that the regular expression matches.
 
         A filter also opens the section that has them: of others the first three are open.
         """
-        self.tab = tab
-        self.chrome.get("about:blank")  # or nothing is loaded where only the fragment differs
+        self.name = tab
         angular = tab == "timeseries"
         if tags:
             tags = f"tagFilter={quote(tags, safe='')}"
         query = "&".join(filter(None, [query, tags if angular else ""]))
         fragment = "&".join(filter(None, [tab, tags if not angular else ""]))
-        self.chrome.get(f"{self.address}{'?' + query if query else ''}#{fragment}")
-
-    def js(self, script: str, *arguments: Any) -> Any:
-        return self.chrome.execute_script(WALK + script, *arguments)
-
-    def texts(self, selector: str) -> list[str]:
-        return self.js("return all(arguments[0]).map(text)", selector)
-
-    def wait(self, script: str, *arguments: Any) -> Any:
-        return wait(lambda: self.js(script, *arguments), f"{self.tab}: {script} {arguments}")
+        self.load(f"{self.address}{'?' + query if query else ''}#{fragment}")
 
     def wait_cards(self, kind: str, measure: str, wanted: dict[str, Any]) -> None:
         """Until there is a card for each of these tags and `measure` of it is as wanted.
@@ -176,39 +84,7 @@ class Board:
         try:
             wait(lambda: {k: v for k, v in seen().items() if k in wanted} == wanted, "")
         except AssertionError:
-            raise AssertionError(f"{self.tab}: {seen()}, not {wanted}") from None
-
-    def wait_texts(self, selector: str, wanted: set[str]) -> None:
-        """Until all of these texts stand there."""
-
-        def missing() -> set[str]:
-            return wanted - set(self.texts(selector))
-
-        try:
-            wait(lambda: not missing(), "")
-        except AssertionError:
-            raise AssertionError(
-                f"{self.tab}: no {sorted(missing())} among {self.texts(selector)}"
-            ) from None
-
-    def shot(self) -> np.ndarray:
-        """The window's pixels (height, width, 3); a file, too."""
-        png = self.chrome.get_screenshot_as_png()
-        if self.shots:
-            (self.shots / f"{self.tab}.png").write_bytes(png)
-        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-
-    def drawn(self, place: list[float]) -> tuple[int, int]:
-        """How many pixels there have a colour, and how many another one than most have."""
-        x, y, width, height = map(round, place)
-        part = self.shot()[max(y, 0) : y + height, max(x, 0) : x + width].reshape(-1, 3).astype(int)
-        _, counts = np.unique(part, axis=0, return_counts=True)
-        coloured = part.max(1) - part.min(1) > 25
-        return int(coloured.sum()), len(part) - int(counts.max())
-
-    def errors(self) -> list[str]:
-        """What the browser has to complain about since this was last asked."""
-        return [e["message"] for e in self.chrome.get_log("browser") if e["level"] == "SEVERE"]
+            raise AssertionError(f"{self.name}: {seen()}, not {wanted}") from None
 
     # The tabs. Each waits until what it is asked for is shown; AssertionError if it never is.
 
@@ -223,8 +99,8 @@ class Board:
                 )
             )
 
-        self.tab = "tabs"
-        self.chrome.get(self.address)
+        self.name = "tabs"
+        self.load(self.address)
         wait(lambda: wanted <= active(), f"not all of {sorted(wanted)}")
 
     def scalars(self, tags: set[str], points: int) -> None:

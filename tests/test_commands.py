@@ -1,14 +1,10 @@
 """The command line as a user meets it: real processes, signals, a real TensorBoard server."""
 
-import csv
 import fcntl
-import gzip
 import json
 import os
 import re
-import shlex
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -18,11 +14,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT, Run
-from PIL import Image
-from test_data_idx import idx_bytes
+from tensorboard_page import Server
 
 QUICK = ["data=fashion_mnist_mini", "trainer.max_epochs=1", "+trainer.limit_train_batches=3"]
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -189,20 +183,8 @@ def test_commands_are_listed_and_a_wrong_one_refused(tmp_path: Path) -> None:
 def server(cnntrain: Run, tmp_path: Path) -> Iterator[str]:
     """TensorBoard over one run's folder; the address."""
     assert cnntrain(*QUICK, "hydra.run.dir=outputs/first").returncode == 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = "from tensorboard.main import run_main; run_main()"
-    options = ["--logdir", "outputs", "--port", str(port), "--host", "127.0.0.1"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *options],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(timeout=30)
+    with Server(tmp_path / "outputs") as address:
+        yield address.rstrip("/")
 
 
 def _ask(address: str, body: bytes | None = None) -> object:
@@ -238,142 +220,8 @@ def test_tensorboard_shows_the_run(server: str, tmp_path: Path) -> None:
     assert shown == pytest.approx(result)
 
 
-def commands_of(page: str, *starts: str) -> list[str]:
-    """A page's lines that start so; `pip`, `pytest` and the rest are run by .ci/run."""
-    lines = (ROOT / page).read_text().splitlines()
-    lines = [line.split("   #")[0].strip() for line in lines]
-    commands = [c.strip() for line in lines for c in line.removeprefix("$ ").split("&&")]
-    return [c for c in commands if c.startswith(starts) and "<" not in c]
-
-
-def readme_commands(*starts: str) -> list[str]:
-    return commands_of("README.md", *starts)
-
-
 def test_the_folder_one_is_in_is_searched(cnntrain: Run, tmp_path: Path) -> None:
     (tmp_path / "mypkg.py").write_text("from torch import nn\n\n\nclass My(nn.Conv2d): pass\n")
     done = cnntrain(*QUICK[1:], "backend._target_=mypkg.My", "experiment=quick")
     assert done.returncode == 0, done.stderr
     assert "epoch 1/1" in done.stdout
-
-
-@pytest.mark.parametrize("command", readme_commands("cnntrain verify", "cnntrain benchmark"))
-def test_readme_command_of_the_lab(command: str, tmp_path: Path) -> None:
-    """As the README has it, on few cases."""
-    (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
-    arguments = shlex.split(command.split("`")[0])[1:]
-    few = {"verify": ["short=true", "cases=2", "only=adjoint"], "benchmark": ["rounds=1"]}
-    few["benchmark"] += ["min_turn_ms=0"] + ["batch_sizes=[2]"] * ("seed_table" not in command)
-    done = subprocess.run(
-        [sys.executable, "-m", "cnntrain", *arguments, *few[arguments[0]]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert ("passes every check" if arguments[0] == "verify" else "x native") in done.stdout
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run, outputs/mine, and the pictures that the README names."""
-    folder = tmp_path_factory.mktemp("desk")
-    options = [*QUICK, "backend=im2col", "tensorboard=scalars", "hydra.run.dir=outputs/mine"]
-    subprocess.run([*TRAIN, *options], cwd=folder, check=True, capture_output=True, timeout=300)
-    (folder / "folder").mkdir()
-    for name in ("photo.png", "folder/another.jpg", "scan.jpg"):
-        Image.new("RGB", (90, 120), (200, 180, 160)).save(folder / name)
-    idx = folder / "t10k-images-idx3-ubyte.gz"
-    idx.write_bytes(gzip.compress(idx_bytes(np.zeros((3, 28, 28), np.uint8))))
-    return folder
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        *readme_commands("cnntrain evaluate", "cnntrain predict", "cnntrain export"),
-        *commands_of("docs/lessons.md", "cnntrain lesson"),
-    ],
-)
-def test_command_of_the_pages(command: str, desk: Path) -> None:
-    arguments = shlex.split(command)[1:]
-    few = ["rounds=1", "batch_size=2"] if arguments[:2] == ["lesson", "cost"] else []
-    done = subprocess.run(
-        [sys.executable, "-m", "cnntrain", *arguments, *few],
-        cwd=desk,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if "size=3 kernel=5" in command:  # as the page has it
-        assert done.returncode == 2
-        shown = (ROOT / "docs/lessons.md").read_text()
-        assert all(line in shown for line in done.stderr.splitlines()), done.stderr
-        return
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    last = done.stdout.splitlines()[-1]
-    file = desk / re.sub(r"   \(.* bytes\)$", "", last)
-    assert last.startswith("{") or file.stat().st_size > 0
-
-
-def test_what_a_lesson_shows_is_in_its_page(desk: Path) -> None:
-    page = (ROOT / "docs/lessons.md").read_text()
-    for lesson in (["window", "padding=1", "stride=2"], ["patterns"]):
-        command = [sys.executable, "-m", "cnntrain", "lesson", *lesson]
-        done = subprocess.run(command, cwd=desk, capture_output=True, text=True, timeout=300)
-        lines = [line.rstrip() for line in done.stdout.splitlines()[:-2]]
-        text = "\n".join(lines if lesson[0] == "window" else lines[-3:])
-        assert text.strip() in page
-
-
-# The ablation is tested with the lessons.
-LESSONS = [c for c in commands_of("docs/lessons.md", "python train.py") if "ablation" not in c]
-
-
-@pytest.mark.parametrize("command", [*readme_commands("python train.py "), *LESSONS])
-def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
-    """As the README has it, on little data."""
-    (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
-    arguments = shlex.split(command.split("`")[0])[2:]
-    if not any(a.startswith(("data=", "experiment=")) for a in arguments):
-        arguments.append("data=fashion_mnist_mini")
-    few = ["search.trials=2"] if "search=" in command else []
-    done = cnntrain(*arguments, *QUICK[1:], *few, PYTHONPATH=str(tmp_path))
-    if "trainer=gpu" in arguments and not Path("/dev/nvidia0").exists():
-        assert done.returncode == 2
-        assert "this machine has no GPU that PyTorch can use" in done.stderr
-    elif "im2coll" in command:
-        assert done.returncode == 2
-        shown = (ROOT / "README.md").read_text()
-        assert all(line in shown for line in done.stderr.splitlines()), done.stderr
-    elif "optimizer.lr=1e20" in command:
-        assert done.returncode == 3
-        assert "is nan; the first layer with a non-finite output is features.6" in done.stderr
-    else:
-        assert done.returncode == 0, done.stderr
-        last = done.stdout.splitlines()[-1]
-        assert "--cfg" in command or "test accuracy" in done.stdout or " -m " in command
-        assert " -m " not in command or re.fullmatch(r"\d+ (completed|ended)", last), last
-
-
-def test_benchmark_writes_its_ratios(tmp_path: Path) -> None:
-    """The README's measurement, one round on little data; what it measures is not tested."""
-    command = [sys.executable, str(ROOT / "scripts/benchmark_training.py"), "--rounds", "1"]
-    options = ["--batch-sizes", "512", "--data", "fashion_mnist_mini", "--csv", "ratios.csv"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, *options], cwd=tmp_path, env=environment, check=True, timeout=300)
-    rows = list(csv.DictReader((tmp_path / "ratios.csv").open()))
-    speed = {row["contender"]: float(row["images_per_second"]) for row in rows}
-    assert set(speed) == {"native", "im2col", "naive", "bare", "usual"}
-    for row in rows:
-        ratio = speed[row["contender"]] / speed["bare"]
-        assert float(row["to_bare"]) == pytest.approx(ratio, abs=2e-3, rel=2e-3)
-
-
-def test_readme_python() -> None:
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    assert blocks
-    for block in blocks:
-        exec(compile(block.split("```")[0], "README.md", "exec"), {})

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from tensorboard_page import CHROMEDRIVER, Board, Server
+from browser import CHROMEDRIVER
+from tensorboard_page import Board, Server
 
 from cnntrain.config import compose
 from cnntrain.training import train
