@@ -129,6 +129,7 @@ def test_mistakes_are_answered_on_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, said in {
         (): "run: has to be given, run=...",
+        ("rnu=empty",): "rnu=empty: there is no option 'rnu'; did you mean 'run'?",
         ("run=empty",): "run=empty: holds no run; name the folder of one",
         (f"run={run}", "splt=val"): "splt=val: there is no option 'splt'; did you mean 'split'?",
         (f"run={run}", "split=vall"): "split=vall: input should be 'test' or 'val'",
@@ -151,6 +152,12 @@ def test_mistakes_are_answered_on_one_line(run: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             evaluate(run, **options)
+
+
+def test_what_is_logged_is_for_the_terminal_alone(run: Path, tmp_path: Path) -> None:
+    shown = command("evaluate", f"run={run}", "--cfg", "hydra", cwd=tmp_path).stdout
+    assert "logging.StreamHandler" in shown
+    assert "FileHandler" not in shown
 
 
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def test_command(runs: dict[str, Path], tmp_path: Path) -> None:
     for arguments, said in {
         (): "run: has to be given, run=...",
         (f"run={runs['native']}",): "format: has to be given, format=...",
+        (f"run={runs['native']}", "fromat=onnx"): "fromat=onnx: there is no option 'fromat'; did",
         (f"run={runs['native']}", "format=onx"): "format=onx: input should be 'onnx' or 'torch'",
     }.items():
         done = command("export", *arguments, cwd=tmp_path)

@@ -205,7 +205,7 @@ def _parameters(target: str) -> Iterable[str]:
 
 
 def _flat(cfg: DictConfig) -> Iterator[str]:
-    for key, value in cfg.items():
+    for key, value in cfg.items_ex(resolve=False):  # some have to be given, and are not yet
         yield str(key)
         if isinstance(value, DictConfig):
             yield from (f"{key!s}.{inner!s}" for inner in map(str, value))
