@@ -14,7 +14,7 @@ from rich.text import Text
 from cnntrain.sweeps.collect import Collection
 from cnntrain.sweeps.ranking import Ranking, rank, text
 from cnntrain.sweeps.record import Member, plain
-from cnntrain.sweeps.tables import escaped, number
+from cnntrain.sweeps.tables import markdown_table, number
 
 COLUMNS = ("option", "instead of", "brings", "pairs", "better in")
 
@@ -63,8 +63,7 @@ def switches_markdown(ranking: Ranking) -> str:
     if not found:
         return ""
     metric = ranking.collection.metric
-    lines = [[*COLUMNS], ["---"] * len(COLUMNS), *(switch.row(metric) for switch in found)]
-    table = "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines)
+    table = markdown_table(COLUMNS, [switch.row(metric) for switch in found])
     return f"## What each option brings\n\n{table}\n\n{of_pairs(metric)}\n"
 
 

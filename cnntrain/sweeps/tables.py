@@ -3,6 +3,7 @@
 import csv
 import io
 from collections import Counter
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -146,16 +147,21 @@ def rows(ranking: Ranking) -> list[list[str]]:
 def markdown(collection: Collection) -> str:
     """The ranked table as Markdown."""
     ranking = rank(collection)
-    lines = [columns(ranking), ["---"] * len(columns(ranking)), *rows(ranking)]
-    table = "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines)
+    table = markdown_table(columns(ranking), rows(ranking))
     failed = [
-        f"- {m.status}: `{m.name}`: {escaped(m.error or 'no reason is recorded')}"
+        f"- {m.status}: `{m.name}`: {_escaped(m.error or 'no reason is recorded')}"
         for m in collection.members
         if m.status in ("failed", "damaged")
     ]
-    parts = [f"# {collection.name}", escaped(headline(ranking)), table, note(ranking)]
+    parts = [f"# {collection.name}", _escaped(headline(ranking)), table, note(ranking)]
     parts += ["\n".join(failed)] if failed else []
     return "\n\n".join([*parts, *collection.problems]) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as they are to be read."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
 
 
 def group_csv(collection: Collection) -> str:
@@ -255,5 +261,5 @@ def _titles(options: list[str]) -> list[str]:
     return [last if shorts.count(last) == 1 else o for last, o in zip(shorts, options, strict=True)]
 
 
-def escaped(cell: str) -> str:
+def _escaped(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
