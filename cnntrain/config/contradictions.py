@@ -16,7 +16,14 @@ LENGTHS = ("T_max", "T_0", "total_iters", "step_size", "milestones")
 
 def contradictions(cfg: DictConfig) -> list[str]:
     """What a checked config of a run contradicts itself in: one line a problem."""
-    return [*_profile(cfg), *_device(cfg), *_processes(cfg), *_trainer(cfg), *_lengths(cfg)]
+    return [
+        *_profile(cfg),
+        *_device(cfg),
+        *_graphs(cfg),
+        *_processes(cfg),
+        *_trainer(cfg),
+        *_lengths(cfg),
+    ]
 
 
 def _profile(cfg: DictConfig) -> list[str]:
@@ -46,6 +53,31 @@ def _device(cfg: DictConfig) -> list[str]:
             "take trainer.precision=bf16-mixed or 32"
         )
     return problems
+
+
+def _graphs(cfg: DictConfig) -> list[str]:
+    trainer = cfg.trainer
+    if not trainer.get("cuda_graphs"):
+        return []
+    accelerator, problems = trainer.get("accelerator", "auto"), []
+    import torch
+
+    if accelerator not in ("auto", "gpu", "cuda"):
+        problems.append(f"trainer.accelerator={accelerator} has none; take trainer=gpu, or")
+    elif not torch.cuda.is_available():
+        problems.append("this machine has no NVIDIA GPU that PyTorch can use;")
+    if trainer.get("devices", 1) * trainer.get("num_nodes", 1) > 1:
+        problems.append("goes with one process; take trainer.devices=1, or")
+    batches = trainer.get("accumulate_grad_batches", 1)
+    if batches > 1:
+        problems.append(
+            f"goes with a step for each batch; take trainer.accumulate_grad_batches=1 instead of "
+            f"{batches}, or"
+        )
+    return [
+        f"trainer.cuda_graphs=true: {problem} leave it out: trainer.cuda_graphs=false"
+        for problem in problems
+    ]
 
 
 def _processes(cfg: DictConfig) -> list[str]:

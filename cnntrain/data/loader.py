@@ -7,7 +7,6 @@ processes, no work per sample in Python.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -19,6 +18,8 @@ from cnntrain.data.augment import Augment
 
 # What is random in an epoch; each has a stream of its own, so that one does not shift the other.
 ORDER, AUGMENT = 0, 1
+
+TOGETHER = 64_000_000  # bytes of normalised images made together on a GPU
 
 
 class Normalise:
@@ -112,6 +113,9 @@ class Loader:
         self.images = images.to(home)  # (N, C, H, W)
         self.labels = labels.to(home)  # (N,)
         self.normalise = Normalise(mean, std, self.device)
+        # Batches that are made together: on a GPU, launching a kernel takes longer than the kernel.
+        batch_bytes = 4 * batch_size * images[:1].numel()
+        self.at_once = 1 if self.device.type == "cpu" else max(1, TOGETHER // batch_bytes)
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -153,9 +157,7 @@ class Loader:
 
     def indices(self, epoch: int, batch: int) -> Tensor:
         """Which images are in a batch of an epoch: int64 (B,), rows of `images`, on the CPU."""
-        order = self._order(epoch)
-        order = torch.arange(len(self.images)) if order is None else order
-        return self._parts(order)[batch]
+        return self._parts(self._order(epoch))[batch]
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """One batch of any epoch, as iterating yields it."""
@@ -168,31 +170,21 @@ class Loader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of any epoch from the batch `start` on, as iterating yields them."""
         n, _, height, width = self.images.shape
-        labels = self.labels
-        order: Iterator[Tensor | None] = repeat(None)
-        shuffled = self._order(epoch)
-        if shuffled is not None:
-            shuffled = send(shuffled, self.images.device)
-            labels = labels.index_select(0, shuffled)
-            order = iter(self._parts(shuffled)[start:])
-        parameters: Iterator[Tensor | None] = repeat(None)
+        order = send(self._order(epoch), self.images.device)
+        labels = self._parts(send(self.labels.index_select(0, order), self.device))
+        rows = self._parts(order)
+        parameters: Sequence[Tensor] = []
         if self.augment:
             drawn = self.augment.draw(n, height, width, self._generator(epoch, AUGMENT))
-            parameters = iter(self._parts(send(drawn, self.device))[start:])
-
-        targets = self._parts(labels)[start:]
-        begins = range(start * self.batch_size, n, self.batch_size)
-        for begin, target in zip(begins, targets, strict=True):
-            rows = next(order)
-            if rows is None:
-                images = self.images[begin + self.rank : begin + self.batch_size : self.world]
-            else:
-                images = self.images.index_select(0, rows)
-            images, target = send(images, self.device), send(target, self.device)
-            drawn_here = next(parameters)
-            if drawn_here is not None:
-                images = self.augment.apply(images, drawn_here)
-            yield self.normalise(images), target
+            parameters = self._parts(send(drawn, self.device))
+        for first in range(start, len(rows), self.at_once):
+            group = slice(first, first + self.at_once)
+            images = self.images.index_select(0, _joined(rows[group]))
+            images = send(images, self.device)
+            if self.augment:
+                images = self.augment.apply(images, _joined(parameters[group]))
+            sizes = [len(batch) for batch in rows[group]]
+            yield from zip(self.normalise(images).split(sizes), labels[group], strict=True)
 
     def _parts(self, epoch: Tensor) -> Sequence[Tensor]:
         """This process's part of every batch of an epoch: (..., N) in pieces of (..., B)."""
@@ -201,10 +193,10 @@ class Loader:
             return batches
         return [batch[..., self.rank :: self.world] for batch in batches]
 
-    def _order(self, epoch: int) -> Tensor | None:
-        """Every row once, int64 (N,) on the CPU, in the order of the epoch; None: as stored."""
+    def _order(self, epoch: int) -> Tensor:
+        """Every row once, int64 (N,) on the CPU, in the order of the epoch."""
         if not self.shuffle:
-            return None
+            return torch.arange(len(self.images))
         return torch.randperm(len(self.images), generator=self._generator(epoch, ORDER))
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
@@ -212,6 +204,11 @@ class Loader:
         epoch 1 has nothing in common with seed 1 of epoch 0."""
         mixed = np.random.SeedSequence([self.seed, epoch, stream])
         return torch.Generator().manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of batches (..., B) behind each other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 def fits(nbytes: int, device: torch.device) -> bool:

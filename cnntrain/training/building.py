@@ -17,6 +17,7 @@ from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import Processes
 from cnntrain.training.finite import Finite
 from cnntrain.training.record import Record
+from cnntrain.training.step_graph import CUDAGraph
 from cnntrain.training.trainer import Trainer
 
 
@@ -91,8 +92,12 @@ def build_trainer(
             logger=record.tensorboard if record else False,
             callbacks=[*callbacks, *further],
         )
+    if trainer.channels_last:
+        module.network.to(memory_format=torch.channels_last)
     if trainer.compile_network:
         module.network.compile()
+    if trainer.cuda_graphs:
+        module.recorder = CUDAGraph()
     return trainer
 
 

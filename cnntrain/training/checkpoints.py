@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.plugins.io import CheckpointIO
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
@@ -164,10 +163,34 @@ class Average(WeightAveraging):
     """An exponential moving average of all weights and buffers, updated after every step.
 
     It is what is validated, tested and called the run's weights; `decay` is the share that stays.
+    Lightning's callback swaps and saves it; the update is one kernel, for which nobody waits.
     """
 
     def __init__(self, decay: float):
-        super().__init__(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(use_buffers=True)
+        self.decay = decay
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        assert self._average_model is not None
+        # Lightning makes it before the network is on its device.
+        average = self._average_model.to(module.device).module
+        theirs = [*module.parameters(), *module.buffers()]
+        pairs = list(zip([*average.parameters(), *average.buffers()], theirs, strict=True))
+        whole = {torch.int64, torch.int32, torch.bool, torch.uint8}
+        self.averaged = [pair for pair in pairs if pair[0].dtype not in whole]
+        self.copied = [pair for pair in pairs if pair[0].dtype in whole]
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self._latest_update_step:
+            return  # gradients are being accumulated
+        share = 1 - self.decay if self._latest_update_step else 1.0  # the first weights as they are
+        own, theirs = zip(*self.averaged, strict=True)
+        torch._foreach_lerp_(own, theirs, share)
+        for kept, seen in self.copied:
+            kept.copy_(seen)
+        self._latest_update_step = step
 
 
 def generators() -> Content:

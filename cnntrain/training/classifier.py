@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from cnntrain.config import blame
 from cnntrain.training.distributed import alone, gathered, summed
 from cnntrain.training.outcome import Answers, Outcome
+from cnntrain.training.step_graph import Recorder, StepGraph
 
 Stage = Literal["train", "val", "test"]
 
@@ -28,9 +29,15 @@ class Tally:
         self.images = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """What the device does for a batch; the host adds to `images`."""
         self.loss += loss.detach() * len(labels)
         self.correct += (logits.argmax(dim=1) == labels).sum()
-        self.images += len(labels)
+
+    def clear(self) -> None:
+        """Begin anew, in the same memory."""
+        self.loss.zero_()
+        self.correct.zero_()
+        self.images = 0
 
     def state(self) -> dict[str, Any]:
         """All of it as plain containers, for `restored`."""
@@ -92,6 +99,9 @@ class Classifier(lightning.LightningModule):
         self.grad_norm: Tensor | None = None
         self.share = 1.0  # of this process in the last batch
         self.resumed: dict[str, Any] | None = None  # of an epoch that was interrupted
+        self.recorder: Recorder | None = None  # where steps are recorded, to be replayed
+        self.graph: StepGraph | None = None
+        self.replayed = False  # the last batch, and so its gradients are there already
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -122,15 +132,19 @@ class Classifier(lightning.LightningModule):
         self.resumed = checkpoint["epoch_so_far"]
 
     def on_train_start(self) -> None:
+        self.tallies["train"] = Tally(self.device)
         if self.resumed:  # an epoch that is gone on with does not start
             of_all = self.resumed.get("of_all")
             tally = of_all[self.global_rank] if of_all else self.resumed["train"]
             self.tallies["train"] = Tally.restored(tally, self.device)
             self.grad_norm = self.resumed["grad_norm"]
             self.resumed = None
+        if self.recorder:
+            parameters = [p for p in self.network.parameters() if p.requires_grad]
+            self.graph = StepGraph(self._train, self._gradients, parameters, self.recorder)
 
     def on_train_epoch_start(self) -> None:
-        self.tallies["train"] = Tally(self.device)
+        self.tallies["train"].clear()
 
     def on_validation_epoch_start(self) -> None:
         self.tallies["val"], self.answers = Tally(self.device), []
@@ -148,10 +162,18 @@ class Classifier(lightning.LightningModule):
         """
         rank = self.global_rank if rank is None else rank
         mixed = np.random.SeedSequence([self.seed, epoch, batch, rank])
-        torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+        seed = int(mixed.generate_state(1, np.uint64)[0])
+        # Not torch.manual_seed: for every kind of device that is not there it keeps the call, with
+        # the stack as text, to make it once there is one.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = self._step("train", batch)
+        replayed = self.graph(*batch) if self.graph else None
+        self.replayed = replayed is not None
+        loss = self._train(*batch) if replayed is None else replayed
+        self.tallies["train"].images += len(batch[1])
         self.last_loss = loss.detach()
         if alone():
             return loss
@@ -160,22 +182,38 @@ class Classifier(lightning.LightningModule):
         self.share = len(batch[1]) / self.trainer.train_dataloader.size(batch_idx)  # type: ignore[union-attr]
         return loss * (self.share * self.trainer.world_size)
 
+    def _train(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self.network(images)
+        loss: Tensor = self.loss(logits, labels)
+        self.tallies["train"].add(loss, logits, labels)
+        return loss
+
+    def _gradients(self, loss: Tensor) -> None:
+        """What Lightning does for a batch that is not replayed."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        with torch.autocast(self.device.type, enabled=False):
+            (scaler.scale(loss) if scaler else loss).backward()
+
+    def backward(self, loss: Tensor, *_: Any) -> None:
+        if not self.replayed:
+            loss.backward()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        if not self.replayed:
+            optimizer.zero_grad()
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        if len(batch[1]):  # a last batch may have fewer images than there are processes
-            self._step("val", batch)
+        self._evaluate("val", *batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        if len(batch[1]):
-            self._step("test", batch)
+        self._evaluate("test", *batch)
 
-    def _step(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        logits = self.network(images)
-        loss = self.loss(logits, labels)
-        self.tallies[stage].add(loss, logits, labels)
-        if stage != "train":
-            self.answers.append((logits.detach(), labels))
-        return loss
+    def _evaluate(self, stage: Stage, images: Tensor, labels: Tensor) -> None:
+        if len(labels):  # a last batch may have fewer images than there are processes
+            logits = self.network(images)
+            self.tallies[stage].add(self.loss(logits, labels), logits, labels)
+            self.tallies[stage].images += len(labels)
+            self.answers.append((logits, labels))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Before clipping, and only where it will be shown.

@@ -38,6 +38,8 @@ class Trainer(lightning.Trainer):
         max_epochs: PositiveInt = 10,
         precision: Precision = 32,
         compile: bool = False,
+        cuda_graphs: bool = False,
+        channels_last: bool = False,
         deterministic: bool = False,
         gradient_clip_val: PositiveFloat | None = None,
         accumulate_grad_batches: PositiveInt = 1,
@@ -74,7 +76,8 @@ class Trainer(lightning.Trainer):
             own.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
         if processes.world_size() > 1:
             lightning_options["strategy"] = DDPStrategy(cluster_environment=processes)
-        self.compile_network, self.monitor = compile, monitor
+        self.compile_network, self.cuda_graphs = compile, cuda_graphs
+        self.channels_last, self.monitor = channels_last, monitor
         self.test_checkpoint = test_checkpoint
         super().__init__(
             accelerator=accelerator,

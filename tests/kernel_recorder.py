@@ -1,0 +1,72 @@
+"""What a CUDA graph does, on the CPU: kernels are kept and run again, on the same memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+# What makes the host wait for the device, which a CUDA graph refuses to record.
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::_unique2"}
+
+
+class KernelRecorder:
+    """A recorder for `StepGraph`. Nothing in Python is repeated, only operators on tensors."""
+
+    def __init__(self) -> None:
+        self.kernels: list[tuple[Any, Any, Any, Any]] = []  # operator, arguments, results
+        self.names: set[str] = set()
+        self.replays = 0
+
+    def record(self, work: Callable[[], None]) -> None:
+        with torch.random.fork_rng(devices=[]), _Recording(self):  # recording draws nothing
+            work()
+
+    def replay(self) -> None:
+        self.replays += 1
+        with torch.no_grad():
+            for operator, args, kwargs, results in self.kernels:
+                again = operator(*args, **kwargs)
+                for kept, new in zip(tree_flatten(results)[0], tree_flatten(again)[0], strict=True):
+                    if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
+                        kept.copy_(new)
+
+
+class _Recording(TorchDispatchMode):
+    """Runs operators so that what follows them has its inputs, and undoes what they change: as on
+    CUDA, nothing has been computed when a recording is over."""
+
+    def __init__(self, recorder: KernelRecorder):
+        super().__init__()
+        self.recorder = recorder
+        self.changed: list[tuple[Tensor, Tensor]] = []  # with what was in them
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in WAITS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written or argument.name.startswith("running_"):  # of which schemas say nothing
+                for tensor in tree_flatten(value)[0]:
+                    if isinstance(tensor, Tensor):
+                        self.changed.append((tensor, tensor.clone()))
+        results = func(*args, **kwargs)
+        # Detached, so that no graph of autograd is kept, at the same addresses.
+        args, kwargs, kept = tree_map_only(Tensor, _same_memory, (args, kwargs, results))
+        self.recorder.kernels.append((func, args, kwargs, kept))
+        self.recorder.names.add(name)
+        return results
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        with torch.no_grad():
+            for tensor, before in reversed(self.changed):
+                tensor.copy_(before)
+
+
+def _same_memory(tensor: Tensor) -> Tensor:
+    return tensor.detach()

@@ -1,0 +1,245 @@
+"""Steps that are recorded and replayed, with a recorder for the CPU in place of CUDA's."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from kernel_recorder import WAITS, KernelRecorder
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cnntrain.config import ConfigError, compose
+from cnntrain.conv import BACKENDS
+from cnntrain.launched import Place
+from cnntrain.training.building import build_run, build_trainer
+from cnntrain.training.finite import Finite, NotFinite
+
+BATCHES, EPOCHS, WARMUP = 8, 2, 3
+
+
+class Steps(lightning.Callback):
+    """Loss and gradients of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.gradients: list[list[Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.losses.append(module.last_loss)
+        self.gradients.append([p.grad.clone() for p in module.network.parameters()])
+
+
+class Run:
+    """A run of `cnntrain.training.train` on a part of the small data set, without its record."""
+
+    def __init__(self, directory: Path, *overrides: str, recorder: KernelRecorder | None = None):
+        cfg = compose(
+            [
+                "data=fashion_mnist_mini",
+                "trainer=cpu",
+                "trainer.progress_bar=false",
+                f"trainer.max_epochs={EPOCHS}",
+                "data.batch_size=100",
+                "data.val_size=4230",  # leaves 770 images, the last batch has 70
+                "data.crop=1",
+                *overrides,
+            ]
+        )
+        self.steps = Steps()
+        self.data, self.module = build_run(cfg)
+        place = Place()
+        self.trainer = build_trainer(
+            cfg, place, directory, self.data, self.module, further=[self.steps]
+        )
+        self.recorder = recorder
+        if recorder:
+            self.module.recorder = recorder
+        device = self.trainer.strategy.root_device
+        self.loaders = self.data.train_loader(cfg.seed, device), self.data.val_loader(device)
+
+    def fit(self, checkpoint: Path | None = None) -> "Run":
+        self.trainer.fit(self.module, *self.loaders, ckpt_path=checkpoint, weights_only=True)
+        return self
+
+    def as_on_a_gpu(self) -> Finite:
+        """Let nobody wait for a step to look at its loss."""
+        finite = next(c for c in self.trainer.callbacks if isinstance(c, Finite))
+        finite.always_deferred = True
+        return finite
+
+    @property
+    def everything(self) -> Any:
+        state = self.trainer.optimizers[0].state_dict()["state"]
+        metrics = {stage: tally.metrics(stage) for stage, tally in self.module.tallies.items()}
+        return [self.steps.losses, self.steps.gradients, self.module.state_dict(), state, metrics]
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[f"backend={name}"] for name in BACKENDS if name != "naive"]
+    + [
+        ["backend=naive", "model=shallow", "trainer.max_epochs=1"],
+        ["trainer.precision=bf16-mixed"],
+        ["backend=im2col", "trainer.precision=bf16-mixed"],
+        ["trainer.gradient_clip_val=0.5", "trainer.ema=0.9", "optimizer.fused=false"],
+        ["optimizer=sgd", "scheduler=cosine", "trainer.channels_last=true"],
+        [
+            "model=torchvision",
+            "model.name=squeezenet1_1",
+            "data.val_size=4970",
+            "data.batch_size=4",
+        ],
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_replayed_steps_are_the_same_bits(tmp_path: Path, options: list[str]) -> None:
+    plain = Run(tmp_path / "plain", *options).fit()
+    graphed = Run(tmp_path / "graphed", *options, recorder=KernelRecorder()).fit()
+    assert_same_bits(graphed.everything, plain.everything)
+    steps = len(plain.steps.losses)
+    of_full_size = steps - sum(p % BATCHES == BATCHES - 1 for p in range(steps))
+    assert graphed.recorder.replays == of_full_size - WARMUP
+    assert graphed.trainer.global_step == plain.trainer.global_step == steps
+
+
+def test_a_run_goes_on_within_an_epoch(tmp_path: Path) -> None:
+    options = ["trainer.checkpoint_every_n_steps=5", "trainer.ema=0.9"]
+    whole = Run(tmp_path / "whole", *options).fit()
+
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 6:
+                raise InterruptedError
+
+    broken = Run(tmp_path / "broken", *options, recorder=KernelRecorder())
+    broken.trainer.callbacks.insert(0, Stop())
+    with pytest.raises(InterruptedError):
+        broken.fit()
+    rest = Run(tmp_path / "broken", *options, recorder=KernelRecorder())
+    rest.fit(tmp_path / "broken" / "checkpoints" / "last.ckpt")
+    assert rest.recorder.replays == 7 - WARMUP  # of the second epoch, which has a last one of 70
+    assert_same_bits(rest.everything[2:], whole.everything[2:])
+
+
+def test_a_bad_number_is_found_in_the_step_that_made_it(tmp_path: Path) -> None:
+    class Spoil(lightning.Callback):
+        def on_train_batch_start(
+            self, trainer: Any, module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if batch_idx == 5:
+                with torch.no_grad():  # squared in the variance, it overflows
+                    module.network.features[4].weight[0] = 3e38
+
+    said = []
+    for recorder in (None, KernelRecorder()):
+        run = Run(tmp_path / str(len(said)), recorder=recorder)
+        run.trainer.callbacks.insert(0, Spoil())
+        run.as_on_a_gpu()
+        with pytest.raises(NotFinite) as caught:
+            run.fit()
+        details = caught.value.details["not_finite"]
+        assert (details["batch"], details["layer"]) == (5, "features.4")
+        said.append((details["loss"], details["indices"], str(caught.value).split(";")[:2]))
+    assert said[0] == said[1]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators for whose numbers the host would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name in WAITS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("backend", ["native", "im2col"])
+def test_the_host_waits_for_no_step_but_to_log_it(
+    tmp_path: Path, backend: str, graphs: bool
+) -> None:
+    waits, every = Waits(), 4
+    at_end: list[int] = []  # how often it had waited when a batch ended
+
+    class Count(lightning.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            at_end.append(waits.count)
+
+    options = [f"backend={backend}", "data.hflip=0.5", "data.erase=0.2", "trainer.ema=0.9"]
+    options += [f"trainer.log_every_n_steps={every}", "trainer.gradient_clip_val=1"]
+    options += ["optimizer.fused=true", "trainer.progress_bar=true"]
+    run = Run(tmp_path, *options, recorder=KernelRecorder() if graphs else None)
+    run.trainer.callbacks.append(Count())
+    run.as_on_a_gpu()
+    with waits:
+        run.fit()
+    waited = [
+        step
+        for step, (before, now) in enumerate(pairwise(at_end), 2)
+        if now > before and step % BATCHES != 1  # which is the first after a validation
+    ]
+    assert waited == [step for step in range(2, BATCHES * EPOCHS + 1) if step % every == 0]
+
+
+def test_a_step_that_waits_is_told(tmp_path: Path) -> None:
+    run = Run(tmp_path, recorder=KernelRecorder())
+    layer = run.module.network.features[2]
+    layer.register_forward_hook(lambda _, __, y: y * y.sum().item())
+    with pytest.raises(ConfigError) as caught:
+        run.fit()
+    assert str(caught.value) == (
+        "trainer.cuda_graphs=true: a step of this run cannot be recorded (operation not permitted "
+        "when stream is capturing); take trainer.cuda_graphs=false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["trainer=cpu"], "trainer.accelerator=cpu has none; take trainer=gpu, or"),
+        (
+            ["trainer.accumulate_grad_batches=2", "trainer=auto"],
+            "goes with a step for each batch; take trainer.accumulate_grad_batches=1 instead of "
+            "2, or",
+        ),
+        (["trainer=ddp"], "goes with one process; take trainer.devices=1, or"),
+    ],
+)
+def test_where_there_can_be_no_graph(options: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["trainer.cuda_graphs=true", *options])
+    line = f"trainer.cuda_graphs=true: {problem} leave it out: trainer.cuda_graphs=false"
+    assert line in caught.value.problems
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_graphs_without_a_gpu() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["trainer.cuda_graphs=true"])
+    assert caught.value.problems == [
+        "trainer.cuda_graphs=true: this machine has no NVIDIA GPU that PyTorch can use; "
+        "leave it out: trainer.cuda_graphs=false"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_graphs_compute_the_same_bits(tmp_path: Path, backend: str, precision: str) -> None:
+    options = [f"backend={backend}", "trainer=gpu", f"trainer.precision={precision}"]
+    options += ["trainer.deterministic=true"]
+    plain = Run(tmp_path / "plain", *options).fit()
+    graphed = Run(tmp_path / "graphed", *options, "trainer.cuda_graphs=true").fit()
+    assert graphed.module.graph
+    assert graphed.module.graph.loss is not None
+    assert_same_bits(graphed.everything, plain.everything)
