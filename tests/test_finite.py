@@ -166,7 +166,7 @@ def test_nothing_is_updated_from_the_bad_batch_on(
     tmp_path: Path, optimizer: str, deferred: bool
 ) -> None:
     run = Run(tmp_path, f"optimizer={optimizer}", deferred=deferred, snapshots=(1, 3))
-    run.plant("features.2", infinite, run.train_batch(1, 3))
+    run.plant("features.3", infinite, run.train_batch(1, 3))
     error = run.stopped()
     step = BATCHES + 3
     lr = run.trainer.lr_scheduler_configs[0].scheduler
@@ -174,7 +174,7 @@ def test_nothing_is_updated_from_the_bad_batch_on(
     assert run.trainer.global_step == (2 * BATCHES if deferred else step)  # it was bad for long
     found = error.details["not_finite"]
     assert (found["epoch"], found["batch"], found["step"]) == (1, 3, step)
-    assert (found["layer"], found["layer_type"]) == ("features.2", "Fault")
+    assert (found["layer"], found["layer_type"]) == ("features.3", "Fault")
     assert found["loss"] in ("inf", "nan")
     # one_cycle, cosine up: from lr / 25 at step 0 to lr at the step half of the run - 1
     peak = lr.optimizer.param_groups[0]["max_lr"]
@@ -182,7 +182,7 @@ def test_nothing_is_updated_from_the_bad_batch_on(
     assert found["lr"] == pytest.approx(peak / 25 + (peak - peak / 25) * risen)
     assert str(error) == (
         f"epoch 2/3, batch 4, step {step}, lr {found['lr']:.3g}: the loss of 20 images is "
-        f"{found['loss']}; the first layer with a non-finite output is features.2 (Fault); "
+        f"{found['loss']}; the first layer with a non-finite output is features.3 (Fault); "
         f"to reproduce it: {run.file}"
     )
 
@@ -300,7 +300,7 @@ def test_first_bad_batch_of_an_update(
 ) -> None:
     options = ("trainer.accumulate_grad_batches=4",)
     run = Run(tmp_path, *options, deferred=deferred, snapshots=(1, 5))
-    run.plant("features.2", fault, run.train_batch(1, 5))
+    run.plant("features.3", fault, run.train_batch(1, 5))
     found = run.stopped().details["not_finite"]
     assert (found["epoch"], found["batch"], found["step"]) == (1, 5, 3)
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
@@ -318,10 +318,10 @@ def test_bfloat16(tmp_path: Path, deferred: bool) -> None:
 @pytest.mark.parametrize("average", [(), ("trainer.ema=0.9",)], ids=["", "ema"])
 def test_validation(tmp_path: Path, average: tuple[str, ...], deferred: bool) -> None:
     run = Run(tmp_path, *average, deferred=deferred)
-    run.plant("features.6", infinite, run.loaders[1].batch(0, 3)[0])
+    run.plant("features.7", infinite, run.loaders[1].batch(0, 3)[0])
     error = run.stopped()
     found = error.details["not_finite"]
-    wanted = {"stage": "val", "epoch": 0, "batch": 3, "step": BATCHES, "layer": "features.6"}
+    wanted = {"stage": "val", "epoch": 0, "batch": 3, "step": BATCHES, "layer": "features.7"}
     assert {key: found[key] for key in wanted} == wanted
     assert str(error).startswith(f"validation of epoch 1/3, batch 4, step {BATCHES}, lr ")
     assert "the loss of 100 images is nan; the first layer" in str(error)
@@ -342,7 +342,7 @@ def test_test(tmp_path: Path) -> None:
     run.trainer.fit_loop.max_epochs = 1
     run.fit()
     loader = run.data.test_loader()
-    run.plant("features.6", infinite, loader.batch(0, 1)[0])
+    run.plant("features.7", infinite, loader.batch(0, 1)[0])
     with pytest.raises(NotFinite, match=r"^test, batch 2, step 8: the loss of 100 images is nan"):
         run.trainer.test(run.module, loader, verbose=False)
     saved = torch.load(run.file, weights_only=True)
@@ -379,7 +379,7 @@ def test_weights_that_an_update_spoils_are_not_saved(tmp_path: Path, deferred: b
 
 def test_no_checkpoint_is_written_after_the_bad_batch(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.checkpoint_every_n_steps=2", deferred=True, snapshots=(0, 4))
-    run.plant("features.2", infinite, run.train_batch(0, 4))
+    run.plant("features.3", infinite, run.train_batch(0, 4))
     assert run.stopped().details["not_finite"]["batch"] == 4
     assert run.trainer.global_step == 6  # where the next checkpoint was due
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
@@ -416,7 +416,7 @@ def test_compiled_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defer
 
 def test_optimizer_that_cannot_skip_updates_is_looked_at_every_step(tmp_path: Path) -> None:
     run = Run(tmp_path, "optimizer.fused=false", deferred=True, snapshots=(0, 3))
-    run.plant("features.2", infinite, run.train_batch(0, 3))
+    run.plant("features.3", infinite, run.train_batch(0, 3))
     assert run.stopped().details["not_finite"]["step"] == run.trainer.global_step == 3
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
 
@@ -475,10 +475,10 @@ def test_a_file_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     run = Run(tmp_path / "file")
     run.trainer.fit_loop.max_epochs = 1
-    run.plant("features.2", infinite, run.train_batch(0, 3))
+    run.plant("features.3", infinite, run.train_batch(0, 3))
     error = run.stopped()
     assert str(error).endswith(
-        "the first layer with a non-finite output is features.2 (Fault); "
+        "the first layer with a non-finite output is features.3 (Fault); "
         f"{run.file} could not be written: Not a directory"
     )
     assert error.details["not_finite"]["saved"] is None
@@ -493,7 +493,7 @@ def test_a_search_that_fails_hides_nothing(tmp_path: Path) -> None:
             raise MemoryError("no more of it")
         return infinite(y)
 
-    run.plant("features.2", once, run.train_batch(0, 3))
+    run.plant("features.3", once, run.train_batch(0, 3))
     assert "looking for the layer failed: MemoryError: no more of it" in str(run.stopped())
 
 

@@ -30,9 +30,35 @@ def test_lenet5_has_65886_parameters() -> None:
 
 def test_lenet5_layers_in_order() -> None:
     kinds = [type(m).__name__ for m in LeNet5().modules() if not list(m.children())]
-    block = ["Conv2d", "BatchNorm2d", "Tanh"]
-    head = ["Flatten", "Linear", "Dropout", "Tanh", "Linear"]
-    assert kinds == [*block, "MaxPool2d", *block, "MaxPool2d", *block, *head]
+    block = ["Conv2d", "BatchNorm2d"]
+    head = ["Tanh", "Flatten", "Linear", "Dropout", "Tanh", "Linear"]
+    assert kinds == [*block, "MaxPool2d", "Tanh"] * 2 + [*block, *head]
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu", "leaky_relu"])
+def test_lenet5_is_convolution_norm_activation_pooling(activation: Any, pooling: Any) -> None:
+    torch.manual_seed(0)
+    network = LeNet5(activation=activation, pooling=pooling, dropout=0)
+    functions = {"leaky_relu": nn.functional.leaky_relu}
+    act = functions.get(activation) or getattr(torch, activation)
+    pool = nn.functional.max_pool2d if pooling == "max" else nn.functional.avg_pool2d
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    images = torch.randn(8, 1, 28, 28)
+    x = images
+    for conv, norm in zip(convolutions, norms, strict=True):
+        x = act(norm(conv(x)))
+        x = pool(x, 2) if x.shape[-1] > 1 else x
+    expected = linear[1](act(linear[0](x.flatten(1))))
+    parameters = list(network.parameters())
+    gradients = torch.autograd.grad(expected.square().sum(), parameters)
+    logits = network(images)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(logits.square().sum(), parameters), gradients, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_lenet5_options_choose_layers() -> None:

@@ -61,7 +61,7 @@ def test_projector(board: Board) -> None:
 
 
 def test_graph(board: Board) -> None:
-    layers = {"features/0.Im2colConv2d", "features/1.BatchNorm2d", "features/3.MaxPool2d"}
+    layers = {"features/0.Im2colConv2d", "features/1.BatchNorm2d", "features/2.MaxPool2d"}
     board.graphs(["features"], {"images", "logits", "classifier", *layers})
 
 
