@@ -76,6 +76,28 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert tuple(epoch(make(batch_size=7, seed=1), 2)[1].tolist()) == order[1, 2]
 
 
+def test_augmentation_ends_before_training_does():
+    options = {"augment": Augment(hflip=0.5, crop=2, erase=0.5)}
+    for number, expected in [(1, options), (2, {}), (3, {})]:
+        images, labels = epoch(make(augment_epochs=2, **options), number)
+        wanted, order = epoch(make(**expected), number)
+        assert torch.equal(images, wanted)
+        assert torch.equal(labels, order)
+    assert torch.equal(epoch(make(augment_epochs=0, **options))[0], epoch(make())[0])
+
+
+def test_batches_made_together_are_the_same():
+    for options in ({"augment": Augment(hflip=0.5, crop=2, erase=0.5)}, {"rank": 1, "world": 3}):
+        loader, together = make(**options), make(**options)
+        together.at_once = 3
+        for start in (0, 1):
+            one, several = list(loader.batches(4, start)), list(together.batches(4, start))
+            assert len(one) == len(several) == len(loader) - start
+            for a, b in zip(one, several, strict=True):
+                assert torch.equal(a[0], b[0])
+                assert torch.equal(a[1], b[1])
+
+
 def test_iterator_made_before_the_epoch_is_set_follows_it():
     """As Lightning does in the first epoch of a fit."""
     loader = make()

@@ -31,6 +31,8 @@ class ImageData(ABC):
         hflip: Probability of a left-right flip of a training image.
         crop: Pixels of padding before a random crop of a training image; 0 is off.
         erase: Probability that a rectangle of a training image is made black.
+        augment_epochs: So many epochs have these three; the later ones show the images as they
+            are. None: all have.
 
     Raises:
         ValueError: `val_size` leaves nothing to train on.
@@ -52,6 +54,7 @@ class ImageData(ABC):
         hflip: Probability = 0.0,
         crop: NonNegativeInt = 0,
         erase: Probability = 0.0,
+        augment_epochs: NonNegativeInt | None = None,
     ) -> None:
         if val_size >= self.train_size:
             raise ValueError(
@@ -63,6 +66,7 @@ class ImageData(ABC):
         self.val_size = val_size
         self.split_seed = split_seed
         self.augment = Augment(hflip=hflip, crop=crop, erase=erase)
+        self.augment_epochs = augment_epochs
         self._parts: dict[str, tuple[Tensor, Tensor]] | None = None
 
     @property
@@ -127,6 +131,7 @@ class ImageData(ABC):
             shuffle=True,
             seed=seed,
             augment=self.augment,
+            augment_epochs=self.augment_epochs,
             device=device,
             rank=rank,
             world=world,

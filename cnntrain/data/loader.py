@@ -65,6 +65,7 @@ class Loader:
         shuffle: A new order each epoch instead of the stored one.
         seed: Of order and augmentation, not negative.
         augment: What to do to the uint8 images first.
+        augment_epochs: In how many epochs, from the first one on; None: in all.
         device: Where the batches are wanted. Images and labels move there once if they fit, and
             a batch at a time otherwise.
         rank: Which of the processes this is, from 0.
@@ -88,6 +89,7 @@ class Loader:
         shuffle: bool = False,
         seed: int = 0,
         augment: Augment | None = None,
+        augment_epochs: int | None = None,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
@@ -108,6 +110,7 @@ class Loader:
         self.start = 0
         self.seconds = 0.0  # that making batches has taken in all, so far
         self.augment = augment or Augment()
+        self.augment_epochs = augment_epochs
         self.device = torch.device(device)
         home = self.device if fits(images.nbytes, self.device) else torch.device("cpu")
         self.images = images.to(home)  # (N, C, H, W)
@@ -174,14 +177,15 @@ class Loader:
         labels = self._parts(send(self.labels.index_select(0, order), self.device))
         rows = self._parts(order)
         parameters: Sequence[Tensor] = []
-        if self.augment:
+        augmented = self.augment and (self.augment_epochs is None or epoch < self.augment_epochs)
+        if augmented:
             drawn = self.augment.draw(n, height, width, self._generator(epoch, AUGMENT))
             parameters = self._parts(send(drawn, self.device))
         for first in range(start, len(rows), self.at_once):
             group = slice(first, first + self.at_once)
             images = self.images.index_select(0, _joined(rows[group]))
             images = send(images, self.device)
-            if self.augment:
+            if augmented:
                 images = self.augment.apply(images, _joined(parameters[group]))
             sizes = [len(batch) for batch in rows[group]]
             yield from zip(self.normalise(images).split(sizes), labels[group], strict=True)

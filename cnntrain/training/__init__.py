@@ -5,6 +5,7 @@ from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.company import ProcessLost
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.insights import Insights
+from cnntrain.training.muon import Muon
 from cnntrain.training.objective import CrossEntropy, HalfSquaredError, OneCycle, WarmupCosine
 from cnntrain.training.profile import Profile
 from cnntrain.training.run import Pruned, Result, train
@@ -15,6 +16,7 @@ __all__ = [
     "CrossEntropy",
     "HalfSquaredError",
     "Insights",
+    "Muon",
     "NotFinite",
     "OneCycle",
     "ProcessLost",

@@ -1,9 +1,11 @@
 """Lightning's trainer with the options that a run has."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning.pytorch as lightning
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -98,6 +100,9 @@ class Trainer(lightning.Trainer):
             num_sanity_val_steps=0,
             **lightning_options,
         )
+        if not torch.cuda.is_available():
+            # Lightning sets it, and every step of Adam then looks for NVIDIA's library, for 55 us.
+            os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
         # A run answers signals itself, where nothing is lost, and its processes agree on it:
         # Lightning's handlers would broadcast in the middle of a step, and each batch waits for it.
         self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
