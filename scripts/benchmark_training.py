@@ -1,13 +1,17 @@
 """How fast cnntrain trains beside a bare PyTorch loop and the usual DataLoader script.
 
     python scripts/benchmark_training.py --rounds 5 --batch-sizes 64 512
+    python scripts/benchmark_training.py --device cuda --epochs 20 --batch-sizes 512 2048 \
+        --contenders bare native native+graphs im2col im2col+graphs naive naive+graphs
 
-In one process and in turns, each contender trains LeNet-5 for one epoch on the 55,000 training
-images and validates on the other 5,000:
+In one process and in turns, each contender trains LeNet-5 on the 55,000 training images for an
+epoch, or several, and validates on the other 5,000 after each:
 
 - native, im2col, naive: `cnntrain.training.train` with that backend, as a user runs it, with its
   default recipe, all logging and checkpoints;
-- bare: a PyTorch loop over float tensors in memory, the shortest that does the job;
+- +augmented: with mirror images and crops, as experiment=lenet5 has them;
+- +graphs: with trainer.cuda_graphs=true;
+- bare: a PyTorch loop over float tensors on the device, the shortest that does the job;
 - usual: a Lightning script with torchvision's dataset, ToTensor, Normalize, a DataLoader with its
   defaults, and torchmetrics.
 
@@ -46,18 +50,25 @@ from cnntrain.conv import BACKENDS
 from cnntrain.models import LeNet5
 from cnntrain.training import train
 
-CONTENDERS = ["native", "im2col", "naive", "bare", "usual"]
+CONTENDERS = [*BACKENDS, "bare", "usual"]
+VARIANTS = {
+    "augmented": ["data.hflip=0.5", "data.crop=1"],
+    "graphs": ["trainer.cuda_graphs=true"],
+}
+CHOICES = [*CONTENDERS, *(f"{backend}+{variant}" for backend in BACKENDS for variant in VARIANTS)]
 
 
-def cnntrain_run(backend: str, batch_size: int, data: str) -> float:
+def cnntrain_run(contender: str, batch_size: int, data: str, device: str, epochs: int) -> float:
     """(a) images/s of a run with its default recipe."""
+    backend, *variants = contender.split("+")
     cfg = compose(
         [
             f"backend={backend}",
             f"data={data}",
             f"data.batch_size={batch_size}",
-            "trainer=cpu",
-            "trainer.max_epochs=1",
+            f"trainer={'gpu' if device == 'cuda' else 'cpu'}",
+            f"trainer.max_epochs={epochs}",
+            *(option for variant in variants for option in VARIANTS[variant]),
         ]
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -65,25 +76,30 @@ def cnntrain_run(backend: str, batch_size: int, data: str) -> float:
     return result.images_per_second
 
 
-def bare_loop(sets: dict[str, tuple[Tensor, Tensor]], batch_size: int) -> float:
+def bare_loop(
+    sets: dict[str, tuple[Tensor, Tensor]], batch_size: int, device: str, epochs: int
+) -> float:
     """(b) images/s of the shortest loop that does the same job."""
-    images, labels = sets["train"]
-    val_images, val_labels = sets["val"]
-    network = LeNet5()
+    images, labels = (tensor.to(device) for tensor in sets["train"])
+    val_images, val_labels = (tensor.to(device) for tensor in sets["val"])
+    network = LeNet5().to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     started = time.perf_counter()
-    network.train()
-    for index in torch.randperm(len(labels)).split(batch_size):
-        loss = cross_entropy(network(images[index]), labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    network.eval()
-    with torch.no_grad():
-        for x, y in zip(val_images.split(1024), val_labels.split(1024), strict=True):
-            logits = network(x)
-            cross_entropy(logits, y), (logits.argmax(1) == y).sum()
-    return len(labels) / (time.perf_counter() - started)
+    for _ in range(epochs):
+        network.train()
+        for index in torch.randperm(len(labels), device=device).split(batch_size):
+            loss = cross_entropy(network(images[index]), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        network.eval()
+        with torch.no_grad():
+            for x, y in zip(val_images.split(1024), val_labels.split(1024), strict=True):
+                logits = network(x)
+                cross_entropy(logits, y), (logits.argmax(1) == y).sum()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return epochs * len(labels) / (time.perf_counter() - started)
 
 
 class UsualModule(lightning.LightningModule):
@@ -115,7 +131,9 @@ class UsualModule(lightning.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
-def usual_script(sets: dict[str, tuple[Tensor, Tensor]], batch_size: int) -> float:
+def usual_script(
+    sets: dict[str, tuple[Tensor, Tensor]], batch_size: int, device: str, epochs: int
+) -> float:
     """(c) images/s of torchvision's dataset and transforms behind a DataLoader, in Lightning."""
 
     def loader(name: str, size: int, shuffle: bool) -> DataLoader:
@@ -129,8 +147,8 @@ def usual_script(sets: dict[str, tuple[Tensor, Tensor]], batch_size: int) -> flo
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
+            max_epochs=epochs,
+            accelerator="gpu" if device == "cuda" else "cpu",
             default_root_dir=folder,
         )
         train_loader, val_loader = loader("train", batch_size, True), loader("val", 1024, False)
@@ -138,7 +156,7 @@ def usual_script(sets: dict[str, tuple[Tensor, Tensor]], batch_size: int) -> flo
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             trainer.fit(UsualModule(), train_loader, val_loader)
         seconds = time.perf_counter() - started
-    return len(sets["train"][1]) / seconds
+    return epochs * len(sets["train"][1]) / seconds
 
 
 def load(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -158,7 +176,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 512])
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CHOICES)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--epochs", type=int, default=1, help="of each run")
     parser.add_argument("--data", default="fashion_mnist")
     parser.add_argument("--csv", type=Path, default=Path("outputs/benchmark_training.csv"))
     arguments = parser.parse_args()
@@ -167,34 +187,40 @@ def main() -> None:
     floats, raw = load(arguments.data)
     rows = []
     for batch_size in arguments.batch_sizes:
+        how = (arguments.device, arguments.epochs)
         calls: dict[str, Callable[[], float]] = {
-            "bare": partial(bare_loop, floats, batch_size),
-            "usual": partial(usual_script, raw, batch_size),
+            "bare": partial(bare_loop, floats, batch_size, *how),
+            "usual": partial(usual_script, raw, batch_size, *how),
         }
-        for backend in BACKENDS:
-            calls[backend] = partial(cnntrain_run, backend, batch_size, arguments.data)
+        for name in arguments.contenders:
+            if name not in calls:
+                calls[name] = partial(cnntrain_run, name, batch_size, arguments.data, *how)
         speeds: dict[str, list[float]] = {name: [] for name in arguments.contenders}
         for number in range(arguments.rounds):
             for name, speed in speeds.items():
                 speed.append(calls[name]())
             shown = ", ".join(f"{name} {speed[-1]:,.0f}" for name, speed in speeds.items())
             print(f"batch size {batch_size}, round {number + 1}, images/s: {shown}", flush=True)
-        rows += summary(batch_size, speeds)
+        rows += summary(batch_size, speeds, len(raw["train"][1]))
     print_table(rows)
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
     with arguments.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{arguments.csv}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    where = f"{torch.get_num_threads()} threads"
+    if arguments.device == "cuda":
+        where = torch.cuda.get_device_name()
+    print(f"{arguments.csv}; torch {torch.__version__}, {where}")
 
 
-def summary(batch_size: int, speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
+def summary(batch_size: int, speeds: dict[str, list[float]], images: int) -> list[dict[str, Any]]:
     """Median images/s of each contender, and the median over the rounds of its ratio to others."""
     rows = []
     for name, speed in speeds.items():
         row: dict[str, Any] = {"batch_size": batch_size, "contender": name}
         row["images_per_second"] = round(statistics.median(speed))
+        row["seconds_per_epoch"] = round(images / statistics.median(speed), 3)
         for other in ("bare", "usual", "native"):
             if other in speeds:
                 ratios = [a / b for a, b in zip(speed, speeds[other], strict=True)]
@@ -207,7 +233,7 @@ def summary(batch_size: int, speeds: dict[str, list[float]]) -> list[dict[str, A
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    table = Table("batch size", "", "images/s", box=box.SIMPLE_HEAD)
+    table = Table("batch size", "", "images/s", "s/epoch", box=box.SIMPLE_HEAD)
     others = [name for name in ("bare", "usual", "native") if f"to_{name}" in rows[0]]
     for name in others:
         table.add_column(f"times {name} (lowest to highest)")
@@ -216,9 +242,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{row[f'to_{o}']:.2f} ({row[f'to_{o}_lowest']:.2f} to {row[f'to_{o}_highest']:.2f})"
             for o in others
         ]
-        speed = f"{row['images_per_second']:,}"
-        table.add_row(str(row["batch_size"]), row["contender"], speed, *ratios)
-    Console(width=110).print(table)
+        speed = f"{row['images_per_second']:,}", f"{row['seconds_per_epoch']:.3g}"
+        table.add_row(str(row["batch_size"]), row["contender"], *speed, *ratios)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
     """As the README has it, on little data."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
     arguments = shlex.split(command.split("`")[0])[2:]
-    if not any(a.startswith(("data=", "experiment=")) for a in arguments):
+    own_data = any(a.startswith(("data=", "experiment=")) for a in arguments)
+    if not own_data or any(a.startswith("experiment=lenet5") for a in arguments):
         arguments.append("data=fashion_mnist_mini")
     few = ["search.trials=2"] if "search=" in command else []
     done = cnntrain(*arguments, *QUICK[1:], *few, PYTHONPATH=str(tmp_path))
