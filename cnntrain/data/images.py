@@ -31,8 +31,7 @@ class ImageData(ABC):
         hflip: Probability of a left-right flip of a training image.
         crop: Pixels of padding before a random crop of a training image; 0 is off.
         erase: Probability that a rectangle of a training image is made black.
-        augment_epochs: So many epochs have these three; the later ones show the images as they
-            are. None: all have.
+        augment_epochs: How many epochs, from the first one on, crop and erase; None: all.
 
     Raises:
         ValueError: `val_size` leaves nothing to train on.

@@ -7,6 +7,7 @@ processes, no work per sample in Python.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -65,7 +66,8 @@ class Loader:
         shuffle: A new order each epoch instead of the stored one.
         seed: Of order and augmentation, not negative.
         augment: What to do to the uint8 images first.
-        augment_epochs: In how many epochs, from the first one on; None: in all.
+        augment_epochs: How many epochs, from the first one on, crop and erase; None: all. The
+            later ones flip alone, as they would have.
         device: Where the batches are wanted. Images and labels move there once if they fit, and
             a batch at a time otherwise.
         rank: Which of the processes this is, from 0.
@@ -176,17 +178,18 @@ class Loader:
         order = send(self._order(epoch), self.images.device)
         labels = self._parts(send(self.labels.index_select(0, order), self.device))
         rows = self._parts(order)
-        parameters: Sequence[Tensor] = []
-        augmented = self.augment and (self.augment_epochs is None or epoch < self.augment_epochs)
-        if augmented:
-            drawn = self.augment.draw(n, height, width, self._generator(epoch, AUGMENT))
-            parameters = self._parts(send(drawn, self.device))
+        augment, parameters = self.augment, list[Tensor]()
+        if self.augment_epochs is not None and epoch >= self.augment_epochs:
+            augment = replace(augment, crop=0, erase=0.0)
+        if augment:
+            drawn = augment.draw(n, height, width, self._generator(epoch, AUGMENT))
+            parameters = list(self._parts(send(drawn, self.device)))
         for first in range(start, len(rows), self.at_once):
             group = slice(first, first + self.at_once)
             images = self.images.index_select(0, _joined(rows[group]))
             images = send(images, self.device)
-            if augmented:
-                images = self.augment.apply(images, _joined(parameters[group]))
+            if augment:
+                images = augment.apply(images, _joined(parameters[group]))
             sizes = [len(batch) for batch in rows[group]]
             yield from zip(self.normalise(images).split(sizes), labels[group], strict=True)
 
