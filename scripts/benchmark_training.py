@@ -9,7 +9,7 @@ epoch, or several, and validates on the other 5,000 after each:
 
 - native, im2col, naive: `cnntrain.training.train` with that backend, as a user runs it, with its
   default recipe, all logging and checkpoints;
-- +augmented: with mirror images and crops, as experiment=lenet5 has them;
+- +augmented: with mirror images, crops and erasing, as experiment=lenet5 has them;
 - +graphs: with trainer.cuda_graphs=true;
 - bare: a PyTorch loop over float tensors on the device, the shortest that does the job;
 - usual: a Lightning script with torchvision's dataset, ToTensor, Normalize, a DataLoader with its
@@ -52,7 +52,7 @@ from cnntrain.training import train
 
 CONTENDERS = [*BACKENDS, "bare", "usual"]
 VARIANTS = {
-    "augmented": ["data.hflip=0.5", "data.crop=1"],
+    "augmented": ["data.hflip=0.5", "data.crop=1", "data.erase=0.1"],
     "graphs": ["trainer.cuda_graphs=true"],
 }
 CHOICES = [*CONTENDERS, *(f"{backend}+{variant}" for backend in BACKENDS for variant in VARIANTS)]
