@@ -1,5 +1,6 @@
 """Steps that are recorded and replayed, with a recorder for the CPU in place of CUDA's."""
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cnntrain.conv import BACKENDS
 from cnntrain.launched import Place
 from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.finite import Finite, NotFinite
+from cnntrain.training.step_graph import CUDAGraph
 
 BATCHES, EPOCHS, WARMUP = 8, 2, 3
 
@@ -150,6 +152,11 @@ def test_a_bad_number_is_found_in_the_step_that_made_it(tmp_path: Path) -> None:
     assert said[0] == said[1]
 
 
+def test_a_recorder_is_copied_with_the_module_that_has_it() -> None:
+    """As Lightning does for averaged weights, before anything is recorded."""
+    assert copy.deepcopy(CUDAGraph()).graph is None
+
+
 class Waits(TorchDispatchMode):
     """Counts the operators for whose numbers the host would wait."""
 
@@ -237,7 +244,7 @@ def test_no_graphs_without_a_gpu() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cuda_graphs_compute_the_same_bits(tmp_path: Path, backend: str, precision: str) -> None:
     options = [f"backend={backend}", "trainer=gpu", f"trainer.precision={precision}"]
-    options += ["trainer.deterministic=true"]
+    options += ["trainer.deterministic=true", "trainer.ema=0.9"]
     plain = Run(tmp_path / "plain", *options).fit()
     graphed = Run(tmp_path / "graphed", *options, "trainer.cuda_graphs=true").fit()
     assert graphed.module.graph

@@ -25,13 +25,15 @@ class CUDAGraph:
     """Records on the current CUDA device."""
 
     def __init__(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph: torch.cuda.CUDAGraph | None = None  # which cannot be copied, as this can
 
     def record(self, work: Callable[[], None]) -> None:
+        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             work()
 
     def replay(self) -> None:
+        assert self.graph is not None
         self.graph.replay()
 
 
