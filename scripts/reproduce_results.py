@@ -28,7 +28,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 RECIPES = {
     "lenet5": ["experiment=lenet5"],
     "lenet5_quick": ["experiment=lenet5_quick"],
-    "default": ["trainer.test_checkpoint=last"],  # no experiment at all
+    "default": ["trainer.test_checkpoint=last"],
 }
 
 
@@ -59,7 +59,7 @@ def row(recipe: str, folder: Path) -> list[str]:
         seconds.append(member.seconds or 0.0)
     parameters = sum(p.numel() for p in trained.network.parameters())
     return [
-        f"`{recipe}`",
+        f"`{' '.join(RECIPES[recipe])}`",
         *map(spread, (plain, mirrored, validated)),
         str(len(members)),
         f"{parameters:,}",

@@ -34,6 +34,6 @@ def test_the_table_is_of_the_last_weights_of_all_seeds(tmp_path: Path) -> None:
     assert len(lines) == 3
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     wanted = [f"{statistics.mean(a):.2f} ± {statistics.stdev(a):.2f}" for a in (plain, mirrored)]
-    assert cells[0] == "`lenet5_quick`"
+    assert cells[0] == "`experiment=lenet5_quick`"
     assert cells[1:3] == wanted
     assert cells[4:7] == ["2", "65,886", "2"]
