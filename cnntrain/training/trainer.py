@@ -1,5 +1,6 @@
 """Lightning's trainer with the options that a run has."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Literal
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -19,6 +21,15 @@ from cnntrain.training.progress import Progress
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal[32, "32", "32-true", "bf16-mixed", "16-mixed"]
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning's, which makes a generator for each of the fifty hooks of a step, without them."""
+
+    nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        return self.nothing
 
 
 class Trainer(lightning.Trainer):
@@ -78,6 +89,7 @@ class Trainer(lightning.Trainer):
             own.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
         if processes.world_size() > 1:
             lightning_options["strategy"] = DDPStrategy(cluster_environment=processes)
+        lightning_options.setdefault("profiler", NoProfiler())
         self.compile_network, self.cuda_graphs = compile, cuda_graphs
         self.channels_last, self.monitor = channels_last, monitor
         self.test_checkpoint = test_checkpoint
