@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from cnntrain.inference import evaluate
+from cnntrain.inference import evaluate_trained
 from cnntrain.inference.trained import load_trained
 from cnntrain.sweeps.collect import collect
-from cnntrain.sweeps.tables import markdown_table
+from cnntrain.sweeps.tables import markdown_table, number
 from cnntrain.training.run_directory import versions
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -55,7 +55,7 @@ def row(recipe: str, folder: Path) -> list[str]:
         assert trained.cfg.trainer.test_checkpoint == "last", trained
         plain.append(member.metrics["test/acc"])
         validated.append(member.metrics["val/acc"])
-        mirrored.append(evaluate(member.directory, checkpoint="last", tta="flip").accuracy)
+        mirrored.append(evaluate_trained(trained, tta="flip").accuracy)
         seconds.append(member.seconds or 0.0)
     parameters = sum(p.numel() for p in trained.network.parameters())
     return [
@@ -70,9 +70,10 @@ def row(recipe: str, folder: Path) -> list[str]:
 
 def spread(shares: Sequence[float]) -> str:
     """`92.31 ± 0.12`, in %: mean and standard deviation."""
-    percent = [100 * share for share in shares]
-    deviation = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.2f}{deviation}"
+    mean = number("test/acc", statistics.mean(shares))
+    if len(shares) == 1:
+        return mean
+    return f"{mean} ± {number('test/acc', statistics.stdev(shares))}"
 
 
 HEAD = [

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
 
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
@@ -175,10 +176,12 @@ class Average(WeightAveraging):
         # Lightning makes it before the network is on its device.
         average = self._average_model.to(module.device).module
         theirs = [*module.parameters(), *module.buffers()]
-        pairs = list(zip([*average.parameters(), *average.buffers()], theirs, strict=True))
-        whole = {torch.int64, torch.int32, torch.bool, torch.uint8}
-        self.averaged = [pair for pair in pairs if pair[0].dtype not in whole]
-        self.copied = [pair for pair in pairs if pair[0].dtype in whole]
+        pairs = zip([*average.parameters(), *average.buffers()], theirs, strict=True)
+        self.averaged: list[tuple[Tensor, Tensor]] = []
+        self.copied: list[tuple[Tensor, Tensor]] = []  # counts, of which there is no average
+        for own, their in pairs:
+            fraction = own.is_floating_point() or own.is_complex()
+            (self.averaged if fraction else self.copied).append((own, their))
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:

@@ -34,6 +34,7 @@ class Muon(Optimizer):
         weight_decay: Shrinks weights by lr * weight_decay a step (those of AdamW by its lr).
         adam_lr: Learning rate of AdamW.
         adam_betas: Of AdamW.
+        adam_eps: Of AdamW.
     """
 
     def __init__(
