@@ -16,13 +16,24 @@ class KernelRecorder:
     """A recorder for `StepGraph`. Nothing in Python is repeated, only operators on tensors."""
 
     def __init__(self) -> None:
-        self.kernels: list[tuple[Any, Any, Any, Any]] = []  # operator, arguments, results
-        self.names: set[str] = set()
-        self.replays = 0
+        self.graphs: list[Graph] = []
 
-    def record(self, work: Callable[[], None]) -> None:
-        with torch.random.fork_rng(devices=[]), _Recording(self):  # recording draws nothing
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.graphs.append(graph := Graph())
+        with torch.random.fork_rng(devices=[]), _Recording(graph):  # recording draws nothing
             work()
+        return graph.replay
+
+    @property
+    def replays(self) -> list[int]:
+        """How often, of each graph."""
+        return [graph.replays for graph in self.graphs]
+
+
+class Graph:
+    def __init__(self) -> None:
+        self.kernels: list[tuple[Any, Any, Any, Any]] = []  # operator, arguments, results
+        self.replays = 0
 
     def replay(self) -> None:
         self.replays += 1
@@ -38,9 +49,9 @@ class _Recording(TorchDispatchMode):
     """Runs operators so that what follows them has its inputs, and undoes what they change: as on
     CUDA, nothing has been computed when a recording is over."""
 
-    def __init__(self, recorder: KernelRecorder):
+    def __init__(self, graph: Graph):
         super().__init__()
-        self.recorder = recorder
+        self.graph = graph
         self.changed: list[tuple[Tensor, Tensor]] = []  # with what was in them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,8 +68,7 @@ class _Recording(TorchDispatchMode):
         results = func(*args, **kwargs)
         # Detached, so that no graph of autograd is kept, at the same addresses.
         args, kwargs, kept = tree_map_only(Tensor, _same_memory, (args, kwargs, results))
-        self.recorder.kernels.append((func, args, kwargs, kept))
-        self.recorder.names.add(name)
+        self.graph.kernels.append((func, args, kwargs, kept))
         return results
 
     def __exit__(self, *exception: Any) -> None:

@@ -1,6 +1,8 @@
 """Steps that are recorded and replayed, with a recorder for the CPU in place of CUDA's."""
 
 import copy
+import functools
+import struct
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from cnntrain.conv import BACKENDS
 from cnntrain.launched import Place
 from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.finite import Finite, NotFinite
-from cnntrain.training.step_graph import CUDAGraph
+from cnntrain.training.step_graph import CUDAGraphs
 
 BATCHES, EPOCHS, WARMUP = 8, 2, 3
 
@@ -34,6 +36,27 @@ class Steps(lightning.Callback):
         self.gradients.append([p.grad.clone() for p in module.network.parameters()])
 
 
+class Rounded(lightning.Callback):
+    """Lets every update be made by learning rates as they are in float32, as graphs do."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        optimizer = trainer.optimizers[0]
+        update = optimizer.step
+
+        @functools.wraps(update)
+        def rounded(closure: Any) -> Any:
+            loss = closure()
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                (group["lr"],) = struct.unpack("f", struct.pack("f", rate))
+            update()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            return loss
+
+        optimizer.step = rounded
+
+
 class Run:
     """A run of `cnntrain.training.train` on a part of the small data set, without its record."""
 
@@ -47,15 +70,16 @@ class Run:
                 "data.batch_size=100",
                 "data.val_size=4230",  # leaves 770 images, the last batch has 70
                 "data.crop=1",
+                "scheduler=triangle",
                 *overrides,
             ]
         )
         self.steps = Steps()
+        eager = recorder is None and not cfg.trainer.cuda_graphs
         self.data, self.module = build_run(cfg)
         place = Place()
-        self.trainer = build_trainer(
-            cfg, place, directory, self.data, self.module, further=[self.steps]
-        )
+        further = [self.steps, *([Rounded()] if eager and cfg.optimizer.fused else [])]
+        self.trainer = build_trainer(cfg, place, directory, self.data, self.module, further=further)
         self.recorder = recorder
         if recorder:
             self.module.recorder = recorder
@@ -107,8 +131,43 @@ def test_replayed_steps_are_the_same_bits(tmp_path: Path, options: list[str]) ->
     assert_same_bits(graphed.everything, plain.everything)
     steps = len(plain.steps.losses)
     of_full_size = steps - sum(p % BATCHES == BATCHES - 1 for p in range(steps))
-    assert graphed.recorder.replays == of_full_size - WARMUP
+    updates = "optimizer.fused=false" not in options
+    assert graphed.recorder.replays == [of_full_size - WARMUP] * (1 + updates)
     assert graphed.trainer.global_step == plain.trainer.global_step == steps
+
+
+def test_batches_of_each_size_are_replayed(tmp_path: Path) -> None:
+    options = ["trainer.max_epochs=5", "data.val_size=4730"]  # 100, 100, 70
+    plain = Run(tmp_path / "plain", *options).fit()
+    graphed = Run(tmp_path / "graphed", *options, recorder=KernelRecorder()).fit()
+    assert_same_bits(graphed.everything, plain.everything)
+    assert graphed.recorder.replays == [10 - WARMUP] * 2 + [5 - WARMUP] * 2
+
+
+def test_an_update_is_not_replayed_once_more_than_the_learning_rate_has_changed(
+    tmp_path: Path,
+) -> None:
+    options = ["optimizer=adam", "scheduler=one_cycle"]  # whose first beta changes as well
+    plain = Run(tmp_path / "plain", *options).fit()
+    graphed = Run(tmp_path / "graphed", *options, recorder=KernelRecorder()).fit()
+    assert_same_bits(graphed.everything, plain.everything)
+    assert graphed.recorder.replays == [14 - WARMUP, 1]
+
+
+def test_an_update_by_other_gradients_is_not_replayed(tmp_path: Path) -> None:
+    class Replace(lightning.Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            if trainer.global_step % 2:
+                for parameter in module.network.parameters():
+                    parameter.grad = parameter.grad.sign()
+
+    runs = []
+    for recorder in (None, KernelRecorder()):
+        runs.append(Run(tmp_path / str(len(runs)), recorder=recorder))
+        runs[-1].trainer.callbacks.insert(0, Replace())
+        runs[-1].fit()
+    assert_same_bits(runs[1].everything, runs[0].everything)
+    assert runs[1].recorder.replays == [14 - WARMUP, 6]
 
 
 def test_a_run_goes_on_within_an_epoch(tmp_path: Path) -> None:
@@ -126,7 +185,7 @@ def test_a_run_goes_on_within_an_epoch(tmp_path: Path) -> None:
         broken.fit()
     rest = Run(tmp_path / "broken", *options, recorder=KernelRecorder())
     rest.fit(tmp_path / "broken" / "checkpoints" / "last.ckpt")
-    assert rest.recorder.replays == 7 - WARMUP  # of the second epoch, which has a last one of 70
+    assert rest.recorder.replays == [2 + 7 - WARMUP] * 2  # full ones that were left
     assert_same_bits(rest.everything[2:], whole.everything[2:])
 
 
@@ -154,7 +213,7 @@ def test_a_bad_number_is_found_in_the_step_that_made_it(tmp_path: Path) -> None:
 
 def test_a_recorder_is_copied_with_the_module_that_has_it() -> None:
     """As Lightning does for averaged weights, before anything is recorded."""
-    assert copy.deepcopy(CUDAGraph()).graph is None
+    assert copy.deepcopy(CUDAGraphs()).memory is None
 
 
 class Waits(TorchDispatchMode):
@@ -248,5 +307,7 @@ def test_cuda_graphs_compute_the_same_bits(tmp_path: Path, backend: str, precisi
     plain = Run(tmp_path / "plain", *options).fit()
     graphed = Run(tmp_path / "graphed", *options, "trainer.cuda_graphs=true").fit()
     assert graphed.module.graph
-    assert graphed.module.graph.loss is not None
+    recorded = next(iter(graphed.module.graph.recorded.values()))
+    assert recorded.replay is not None
+    assert (recorded.update is not None) == (precision != "16-mixed")
     assert_same_bits(graphed.everything, plain.everything)

@@ -17,7 +17,7 @@ from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import Processes
 from cnntrain.training.finite import Finite
 from cnntrain.training.record import Record
-from cnntrain.training.step_graph import CUDAGraph
+from cnntrain.training.step_graph import CUDAGraphs
 from cnntrain.training.trainer import Trainer
 
 
@@ -97,7 +97,7 @@ def build_trainer(
     if trainer.compile_network:
         module.network.compile()
     if trainer.cuda_graphs:
-        module.recorder = CUDAGraph()
+        module.recorder = CUDAGraphs()
     return trainer
 
 

@@ -146,8 +146,14 @@ class Classifier(lightning.LightningModule):
             self.grad_norm = self.resumed["grad_norm"]
             self.resumed = None
         if self.recorder:
-            parameters = [p for p in self.network.parameters() if p.requires_grad]
-            self.graph = StepGraph(self._train, self._gradients, parameters, self.recorder)
+            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+            self.graph = StepGraph(
+                self._train,
+                self._gradients,
+                self.trainer.optimizers[0],
+                self.recorder,
+                updates=not scaled,  # for which a scaler has a new scale every time
+            )
 
     def on_train_epoch_start(self) -> None:
         self.tallies["train"].clear()

@@ -1,102 +1,158 @@
-"""Forward and backward of a training step in one launch: CUDA graphs."""
+"""A training step in two launches: CUDA graphs of its forward and backward, and of its update."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
 
 from cnntrain.config import ConfigError
 
 WARMUP = 3  # batches before the recorded one: libraries choose kernels and make room for them
 
-
-class Recorder(Protocol):
-    """Keeps the kernels that a function launches, and launches them again, on the same memory."""
-
-    def record(self, work: Callable[[], None]) -> None:
-        """Calls `work` and keeps its kernels. They have not run when this returns."""
-
-    def replay(self) -> None:
-        """Runs what was recorded."""
+# Calls a function and keeps the kernels that it launches, which have not run when this returns.
+# What it gives launches them again, on the same memory.
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-class CUDAGraph:
-    """Records on the current CUDA device."""
+class CUDAGraphs:
+    """Records on the current CUDA device. No two of its graphs may be at work at the same time:
+    what one needs for itself, the next one takes as well."""
 
     def __init__(self) -> None:
-        self.graph: torch.cuda.CUDAGraph | None = None  # which cannot be copied, as this can
+        self.memory: Any = None  # where all of them compute
 
-    def record(self, work: Callable[[], None]) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory):
             work()
+        self.memory = graph.pool()
+        return graph.replay
 
-    def replay(self) -> None:
-        assert self.graph is not None
-        self.graph.replay()
+
+@dataclass
+class Recorded:
+    """A step for batches of one size."""
+
+    inputs: tuple[Tensor, Tensor]  # where a batch goes
+    waited: int = 0  # batches of this size, before one was recorded
+    replay: Callable[[], None] | None = None
+    loss: Tensor | None = None  # where it leaves it
+    gradients: tuple[Tensor | None, ...] = ()  # the same
+    update: Callable[[], None] | None = None  # by these gradients
+    settings: Any = None  # of the optimizer, as of then
 
 
 class StepGraph:
-    """Loss and gradients of a training batch by one launch, for which a small network on a GPU
-    waits a fraction of the time that it takes to launch each kernel.
+    """Computes training batches by one launch for the loss and the gradients, and one for the
+    update, for which a small network on a GPU waits a fraction of the time that it takes to launch
+    each kernel. In between, whoever has to can look at the gradients, or clip them.
 
-    The first batches are not computed here. The next one of their size is recorded, and from then
-    on all of this size are replayed; those of another size, such as the last of an epoch, are not
-    computed here either. The numbers are the same, bit for bit: dropout is drawn by the seed that
-    the generator of the device has when a batch begins.
+    The first batches of a size are not computed here. The next one is recorded, and from then on
+    all of this size are replayed. The numbers are the same, bit for bit, but that learning rates
+    are float32: the kernels read them from the device. Dropout is drawn by the seed that the
+    generator of the device has when a batch begins.
 
     Args:
         step: Computes the mean loss of a batch, of images (B, C, H, W) and labels (B,). It may
             change tensors in place, as batch normalisation does, and must not wait for the device.
         backward: Computes the gradients of that loss.
-        parameters: Whose gradients they are.
+        optimizer: Of the parameters whose gradients they are. Its `step` becomes `update`.
         recorder: That of the device.
+        updates: Whether updates may be recorded. They are where the optimizer is a fused one of
+            PyTorch and, since its first recorded step, nothing but its learning rate has changed.
     """
 
     def __init__(
         self,
         step: Callable[[Tensor, Tensor], Tensor],
         backward: Callable[[Tensor], None],
-        parameters: Sequence[nn.Parameter],
+        optimizer: Optimizer,
         recorder: Recorder,
+        *,
+        updates: bool = True,
     ):
         self.step, self.backward, self.recorder = step, backward, recorder
-        self.parameters = parameters
-        self.inputs: tuple[Tensor, Tensor] | None = None  # where a batch goes
-        self.waited = 0  # batches of this size, before one was recorded
-        self.loss: Tensor | None = None  # where the graph leaves it
-        self.gradients: list[Tensor | None] = []  # the same
+        self.groups = optimizer.param_groups
+        self.parameters = [p for group in self.groups for p in group["params"] if p.requires_grad]
+        self.recorded: dict[torch.Size, Recorded] = {}  # by the shape of the images
+        self.now: Recorded | None = None  # what the last batch was computed by
+        if updates and fused(optimizer):
+            device = self.parameters[0].device
+            self.rates = [torch.zeros((), device=device) for _ in self.groups]
+            self.rates_there: list[float] = []  # what they are
+            self.eager_update = optimizer.step
+            step_there = functools.partial(self.update)
+            optimizer.step = functools.update_wrapper(step_there, optimizer.step)  # type: ignore
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor | None:
         """The loss of a batch, detached; its gradients are then in the parameters.
 
         None, and nothing has been done, for a batch that has to be computed without a graph.
         """
-        fits = self.inputs is not None and images.shape == self.inputs[0].shape
-        if self.loss is None:
-            if not fits:
-                self.inputs, self.waited = (images.clone(), labels.clone()), 0
-            self.waited += 1
-            if self.waited <= WARMUP:
+        self.now = None
+        now = self.recorded.get(images.shape)
+        if now is None:
+            now = self.recorded[images.shape] = Recorded((images.clone(), labels.clone()))
+        if now.replay is None:
+            now.waited += 1
+            if now.waited <= WARMUP:
                 return None
-            self._record()
-        elif not fits:
-            return None
-        assert self.inputs is not None
-        assert self.loss is not None
-        for there, here in zip(self.inputs, (images, labels), strict=True):
+            self._record(now)
+        assert now.replay is not None
+        assert now.loss is not None
+        for there, here in zip(now.inputs, (images, labels), strict=True):
             there.copy_(here)
-        self.recorder.replay()
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+        now.replay()
+        for parameter, gradient in zip(self.parameters, now.gradients, strict=True):
             parameter.grad = gradient  # whatever has been there since
-        return self.loss.clone()  # as that of the next batch will be in its place
+        self.now = now
+        return now.loss.clone()  # as that of the next batch will be in its place
 
-    def _record(self) -> None:
+    def update(self, closure: Callable[[], Any]) -> Any:
+        """What `Optimizer.step` does."""
+        loss = closure()
+        rates = [float(group["lr"]) for group in self.groups]
+        if rates != self.rates_there:
+            for there, rate in zip(self.rates, rates, strict=True):
+                there.fill_(rate)
+            self.rates_there = rates
+        now = self.now
+        gradients = tuple(p.grad for p in self.parameters)
+        if now is None or any(a is not b for a, b in zip(gradients, now.gradients, strict=True)):
+            self._update()
+            return loss
+        settings = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self.groups
+        ]
+        if now.update is None:
+            with self._recorded_on_purpose():
+                now.update, now.settings = self._kept(self._update), settings
+        if settings == now.settings:
+            now.update()
+        else:
+            self._update()
+        return loss
+
+    def _record(self, now: Recorded) -> None:
+        def work() -> None:
+            loss = self.step(*now.inputs)
+            self.backward(loss)
+            now.loss = loss.detach()
+
         for parameter in self.parameters:
             parameter.grad = None  # so that new ones are made, in the graph's own memory
+        now.replay = self._kept(work)
+        now.gradients = tuple(parameter.grad for parameter in self.parameters)
+
+    def _kept(self, work: Callable[[], None]) -> Callable[[], None]:
         try:
-            self.recorder.record(self._work)
+            return self.recorder(work)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ConfigError(
@@ -105,10 +161,34 @@ class StepGraph:
                     "take trainer.cuda_graphs=false"
                 ]
             ) from error
-        self.gradients = [parameter.grad for parameter in self.parameters]
 
-    def _work(self) -> None:
-        assert self.inputs is not None
-        loss = self.step(*self.inputs)
-        self.backward(loss)
-        self.loss = loss.detach()
+    def _update(self) -> None:
+        """The optimizer's own, by the learning rates on the device."""
+        rates = [group["lr"] for group in self.groups]
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            group["lr"] = rate
+        try:
+            self.eager_update()
+        finally:
+            for group, rate in zip(self.groups, rates, strict=True):
+                group["lr"] = rate
+
+    @contextmanager
+    def _recorded_on_purpose(self) -> Iterator[None]:
+        """Adam wants to be told so; a fused one does nothing else then."""
+        told = [group for group in self.groups if "capturable" in group]
+        before = [group["capturable"] for group in told]
+        for group in told:
+            group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group, value in zip(told, before, strict=True):
+                group["capturable"] = value
+
+
+def fused(optimizer: Optimizer) -> bool:
+    """Whether `step` launches kernels that read all that changes, learning rates included, from
+    the device."""
+    known = isinstance(optimizer, Adam | SGD)
+    return known and all(group["fused"] for group in optimizer.param_groups)
