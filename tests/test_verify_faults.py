@@ -16,7 +16,7 @@ from cnntrain.lab.verify import verify
 def test_the_sound_backend_passes():
     report = verify(Sound, short=True, cases=40)
     assert report.passed, [line.failure for line in report.lines if not line.passed]
-    assert len(report.lines) == 40
+    assert len(report.lines) == 48
     assert all(line.cases for line in report.lines)
 
 
@@ -301,6 +301,22 @@ class TensorFloat32Inside(Taps):
         if g.dtype == torch.float32:
             g = (g.view(torch.int32) & ~0x1FFF).view(torch.float32)
         return super().grad_weight(g, x, kernel_size, geometry)
+
+
+@faults.caught_by("output, bfloat16")
+class NoBFloat16(Taps):
+    def forward(self, x, w, geometry):
+        if x.dtype == torch.bfloat16:
+            raise NotImplementedError
+        return super().forward(x, w, geometry)
+
+
+@faults.caught_by("weight gradient, float16")
+class OverflowsInFloat16(Taps):
+    """Scaled up for the sake of small numbers."""
+
+    def grad_weight(self, g, x, kernel_size, geometry):
+        return super().grad_weight(g * 1024, x, kernel_size, geometry) / 1024
 
 
 @faults.caught_by("output, small integers")

@@ -1,5 +1,6 @@
 """The run directory: the whole record of a run."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -100,6 +101,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache  # every checkpoint has them, and reading a package's version takes a while
 def versions() -> dict[str, str]:
     """Of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}

@@ -32,6 +32,8 @@ CHECKS = [
     numerics.random_layers,
     numerics.integers,
     numerics.float32,
+    numerics.bfloat16,
+    numerics.float16,
     numerics.adjoint,
     numerics.linearity,
     numerics.groups,
@@ -107,11 +109,12 @@ def verify(
     own is given as a ``functools.partial``. Two attributes of the class say what its algorithm
     cannot help:
 
-        float32_budget = 4.0: the largest error in float32, in units of sqrt(K) 2^-24 sum |x| |w|,
-            where K is the number of products in a sum. Adding K products one by one is off by at
-            most about K 2^-24 sum |x| |w| (N. Higham, "Accuracy and Stability of Numerical
-            Algorithms", 2002, section 3.1), and by its square root as a rule, since roundings
-            cancel. Winograd's and Fourier's transforms need more.
+        rounding_budget = 4.0: the largest error in float32, bfloat16 and float16, in units of
+            sqrt(K) u sum |x| |w|, where K is the number of products in a sum and u the largest
+            relative error of rounding a number, 2^-24, 2^-8 and 2^-11. Adding K products one by
+            one is off by at most about K u sum |x| |w| (N. Higham, "Accuracy and Stability of
+            Numerical Algorithms", 2002, section 3.1), and by its square root as a rule, since
+            roundings cancel. Winograd's and Fourier's transforms need more.
         exact_on_integers = True: whether sums of small whole numbers have no error at all. False
             for an algorithm that divides; its results are rounded first.
 

@@ -44,7 +44,6 @@ from cnntrain.lab.verify.oracles import (
 )
 
 FLOAT64 = 1e-12  # some thousand roundings
-ROUNDING = 2.0**-24  # the largest relative error of rounding to float32
 
 
 def drawn(subject: Subject) -> list[Case]:
@@ -102,30 +101,39 @@ def integers(subject: Subject, case: Case) -> Iterator[Finding]:
     yield from compare(found, taps(p), 1.0, torch.float32, "{}, small integers")
 
 
-def float32_budget(subject: Subject) -> float:
-    return float(getattr(subject.kind, "float32_budget", 4.0))
+def rounding_budget(subject: Subject) -> float:
+    return float(getattr(subject.kind, "rounding_budget", 4.0))
 
 
-@check(
-    *each("{}, float32"),
-    cases=lambda s: itertools.product(layers(s.short), ["normal", "positive"]),
-    budget=float32_budget,
-)
-def float32(subject: Subject, case: Case, numbers: str) -> Iterator[Finding]:
-    """In units of sqrt(K) 2^-24 sum |x| |w|, K being the number of products in a sum."""
-    p = (Problem.normal if numbers == "normal" else Problem.positive)(case, subject.seed)
-    p = p.map(lambda t: t.astype(np.float32).astype(float))
-    filters, channels, kh, kw = p.w.shape
-    terms = {
-        OUTPUT: channels * kh * kw,
-        INPUT: filters // case.groups * kh * kw,
-        WEIGHT: p.g.size // filters,
-        BIAS: p.g.size // filters,
-    }
-    sums = taps(p.map(np.abs))
-    scale = {q: math.sqrt(terms[q]) * ROUNDING * sums[q] for q in sums}
-    found = subject.results(p, torch.float32)
-    yield from compare(found, taps(p), scale, torch.float32, "{}, float32")
+def rounding(dtype: torch.dtype) -> Check:
+    """Output and gradients of numbers of a type against what they are in float64."""
+    line = f"{{}}, {str(dtype).removeprefix('torch.')}"
+
+    @check(
+        *each(line),
+        cases=lambda s: itertools.product(layers(s.short), ["normal", "positive"]),
+        budget=rounding_budget,
+    )
+    def measure(subject: Subject, case: Case, numbers: str) -> Iterator[Finding]:
+        """In units of sqrt(K) u sum |x| |w|, K being the number of products in a sum."""
+        p = (Problem.normal if numbers == "normal" else Problem.positive)(case, subject.seed)
+        p = p.map(lambda t: torch.tensor(t).to(dtype).double().numpy())
+        filters, channels, kh, kw = p.w.shape
+        terms = {
+            OUTPUT: channels * kh * kw,
+            INPUT: filters // case.groups * kh * kw,
+            WEIGHT: p.g.size // filters,
+            BIAS: p.g.size // filters,
+        }
+        u = torch.finfo(dtype).eps / 2  # the largest relative error of rounding a number
+        sums = taps(p.map(np.abs))
+        scale = {q: math.sqrt(terms[q]) * u * sums[q] for q in sums}
+        yield from compare(subject.results(p, dtype), taps(p), scale, dtype, line)
+
+    return measure
+
+
+float32, bfloat16, float16 = map(rounding, (torch.float32, torch.bfloat16, torch.float16))
 
 
 ADJOINT = "adjoint identity, input", "adjoint identity, weight"
