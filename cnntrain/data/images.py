@@ -217,4 +217,7 @@ def _labels_problem(labels: object, size: int, num_classes: int) -> str | None:
 def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
     """uint8 (N, C, H, W) and int64 (N,). Copies what torch cannot share, as a read-only array."""
     images = np.require(images, requirements=["C", "W"])
-    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+    # Of a single channel NumPy's stride may be any, and one of 1 says channels_last to PyTorch,
+    # which then computes by slower kernels.
+    plain = torch.from_numpy(images.ravel()).view(images.shape)
+    return plain, torch.from_numpy(labels.astype(np.int64))
