@@ -78,7 +78,8 @@ class Run:
         eager = recorder is None and not cfg.trainer.cuda_graphs
         self.data, self.module = build_run(cfg)
         place = Place()
-        further = [self.steps, *([Rounded()] if eager and cfg.optimizer.fused else [])]
+        rounded = eager and cfg.optimizer.fused and cfg.trainer.precision != "16-mixed"
+        further = [self.steps, *([Rounded()] if rounded else [])]
         self.trainer = build_trainer(cfg, place, directory, self.data, self.module, further=further)
         self.recorder = recorder
         if recorder:

@@ -7,3 +7,5 @@ from torch import nn
 
 class NativeConv2d(nn.Conv2d):
     """``nn.Conv2d`` itself, under the name that a config chooses it by."""
+
+    exact_on_integers = False  # on a GPU: Fourier's and Winograd's algorithms are cuDNN's to choose

@@ -116,7 +116,8 @@ def verify(
             Numerical Algorithms", 2002, section 3.1), and by its square root as a rule, since
             roundings cancel. Winograd's and Fourier's transforms need more.
         exact_on_integers = True: whether sums of small whole numbers have no error at all. False
-            for an algorithm that divides; its results are rounded first.
+            for an algorithm that divides: its results are right when rounded, or off by no more
+            than in float32.
 
     Args:
         cases: random layers; by default 1000, in the short form 200.

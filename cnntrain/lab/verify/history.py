@@ -36,7 +36,13 @@ def _differ(found: Results, expected: Results) -> Iterator[Finding]:
         yield Finding(float(not torch.equal(t, other)), f"{quantity} has other bits")
 
 
-@check("the same bits, called again", cases=lambda _: CASES)
+def repeatable(subject: Subject) -> list[Case]:
+    """On a GPU, without the paddings whose gradients PyTorch adds up in any order."""
+    in_order = ("zeros", "circular")
+    return [c for c in CASES if subject.device.type == "cpu" or c.padding_mode in in_order]
+
+
+@check("the same bits, called again", cases=repeatable)
 def repeated(subject: Subject, case: Case) -> Iterator[Finding]:
     """Whatever the seed, and in evaluation mode as well."""
     p = Problem.normal(case, subject.seed)
