@@ -112,6 +112,11 @@ class Classifier(lightning.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        return batch  # loaders make it there
+
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.schedule(int(self.trainer.estimated_stepping_batches))
         return [optimizer], [scheduler] if scheduler else []
@@ -267,6 +272,10 @@ class Classifier(lightning.LightningModule):
     def _publish(self, stage: Stage) -> None:
         # For checkpoints and early stopping, which look up a metric by name.
         self.log_dict(self.totals[stage].metrics(stage), logger=False)
+
+
+# At each step Lightning looks at it, which takes a while unless it is at hand.
+Classifier.training_step.__signature__ = inspect.signature(Classifier.training_step)  # type: ignore
 
 
 def unscales(optimizer: Optimizer) -> bool:
