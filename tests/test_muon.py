@@ -106,3 +106,36 @@ def test_parameters_without_gradient_stay(tmp_path: Any) -> None:
     assert loss == 5.0
     moved = [not torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True)]
     assert moved == [False] * 4 + [True] * 2
+
+
+def trained(steps: int, *, rate: Any = float, skipped: Tensor | None = None) -> list[Tensor]:
+    """Parameters, and all that Muon remembers, after so many steps; `skipped` is for one more."""
+    torch.manual_seed(0)
+    network = LeNet5()
+    optimizer = Muon(network.parameters(), lr=0.03, weight_decay=0.1, adam_lr=0.01)
+    for group in optimizer.param_groups:
+        group["lr"] = rate(group["lr"])
+    for step in range(steps):
+        gradients(network, step)
+        optimizer.step()
+    if skipped is not None:
+        optimizer.found_inf = skipped
+        for p in network.parameters():
+            p.grad = torch.full_like(p, torch.nan)
+        optimizer.step()
+    states = [t for p in network.parameters() for t in optimizer.state[p].values()]
+    return [*(p.detach() for p in network.parameters()), *states]
+
+
+@pytest.mark.parametrize("rate", [float, torch.tensor])
+def test_a_step_of_bad_numbers_is_skipped_by_the_flag(rate: Any) -> None:
+    expected = trained(3, rate=rate)
+    torch.testing.assert_close(
+        trained(3, rate=rate, skipped=torch.ones(())), expected, rtol=0, atol=0
+    )
+    moved = trained(3, rate=rate, skipped=torch.zeros(()))
+    assert any(t.isnan().any() for t in moved)
+
+
+def test_a_learning_rate_may_be_a_tensor() -> None:
+    torch.testing.assert_close(trained(3, rate=torch.tensor), trained(3), rtol=1e-4, atol=1e-6)

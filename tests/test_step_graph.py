@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cnntrain.config import ConfigError, compose
 from cnntrain.conv import BACKENDS
 from cnntrain.launched import Place
+from cnntrain.training import Muon
 from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.finite import Finite, NotFinite
 from cnntrain.training.step_graph import CUDAGraphs
@@ -37,7 +38,8 @@ class Steps(lightning.Callback):
 
 
 class Rounded(lightning.Callback):
-    """Lets every update be made by learning rates as they are in float32, as graphs do."""
+    """Lets every update be made by learning rates as they are in float32, as graphs do; by such
+    tensors those of Muon, which rounds otherwise then."""
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         optimizer = trainer.optimizers[0]
@@ -49,6 +51,8 @@ class Rounded(lightning.Callback):
             rates = [group["lr"] for group in optimizer.param_groups]
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 (group["lr"],) = struct.unpack("f", struct.pack("f", rate))
+                if isinstance(optimizer, Muon):
+                    group["lr"] = torch.tensor(rate, device=module.device)
             update()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -78,7 +82,7 @@ class Run:
         eager = recorder is None and not cfg.trainer.cuda_graphs
         self.data, self.module = build_run(cfg)
         place = Place()
-        rounded = eager and cfg.optimizer.fused and cfg.trainer.precision != "16-mixed"
+        rounded = eager and cfg.optimizer.get("fused", True) and cfg.trainer.precision != "16-mixed"
         further = [self.steps, *([Rounded()] if rounded else [])]
         self.trainer = build_trainer(cfg, place, directory, self.data, self.module, further=further)
         self.recorder = recorder
@@ -117,6 +121,7 @@ def assert_same_bits(a: Any, b: Any) -> None:
         ["backend=im2col", "trainer.precision=bf16-mixed"],
         ["trainer.gradient_clip_val=0.5", "trainer.ema=0.9", "optimizer.fused=false"],
         ["optimizer=sgd", "scheduler=cosine", "trainer.channels_last=true"],
+        ["optimizer=muon"],
         [
             "model=torchvision",
             "model.name=squeezenet1_1",
@@ -230,9 +235,11 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("backend", ["native", "im2col"])
+@pytest.mark.parametrize(
+    ("backend", "optimizer"), [("native", "adam"), ("im2col", "adamw"), ("native", "muon")]
+)
 def test_the_host_waits_for_no_step_but_to_log_it(
-    tmp_path: Path, backend: str, graphs: bool
+    tmp_path: Path, backend: str, optimizer: str, graphs: bool
 ) -> None:
     waits, every = Waits(), 4
     at_end: list[int] = []  # how often it had waited when a batch ended
@@ -243,7 +250,7 @@ def test_the_host_waits_for_no_step_but_to_log_it(
 
     options = [f"backend={backend}", "data.hflip=0.5", "data.erase=0.2", "trainer.ema=0.9"]
     options += [f"trainer.log_every_n_steps={every}", "trainer.gradient_clip_val=1"]
-    options += ["optimizer.fused=true", "trainer.progress_bar=true"]
+    options += [f"optimizer={optimizer}", "trainer.progress_bar=true"]
     run = Run(tmp_path, *options, recorder=KernelRecorder() if graphs else None)
     run.trainer.callbacks.append(Count())
     run.as_on_a_gpu()
@@ -300,11 +307,16 @@ def test_no_graphs_without_a_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_cuda_graphs_compute_the_same_bits(tmp_path: Path, backend: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "precision", "optimizer"),
+    [(b, p, "adam") for b in BACKENDS for p in ("32", "bf16-mixed", "16-mixed")]
+    + [("im2col", "32", "muon"), ("native", "bf16-mixed", "muon")],
+)
+def test_cuda_graphs_compute_the_same_bits(
+    tmp_path: Path, backend: str, precision: str, optimizer: str
+) -> None:
     options = [f"backend={backend}", "trainer=gpu", f"trainer.precision={precision}"]
-    options += ["trainer.deterministic=true", "trainer.ema=0.9"]
+    options += [f"optimizer={optimizer}", "trainer.deterministic=true", "trainer.ema=0.9"]
     plain = Run(tmp_path / "plain", *options).fit()
     graphed = Run(tmp_path / "graphed", *options, "trainer.cuda_graphs=true").fit()
     assert graphed.module.graph

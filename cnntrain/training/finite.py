@@ -45,9 +45,9 @@ class Finite(lightning.Callback):
     and all later updates by itself, as it does for `GradScaler`; the host reads it where it waits
     anyway: every `log_every_n_steps`, at the end of an epoch, before a checkpoint is written, and
     wherever `look` is called. What led there is then found by repeating the batch. Only fused
-    optimizers can skip by themselves: with any other one, and on other devices, the host looks at
-    every batch. Float16 gradients that overflow are the scaler's business, until its scale has come
-    down to 1.
+    optimizers and Muon can skip by themselves: with any other one, and on other devices, the host
+    looks at every batch. Float16 gradients that overflow are the scaler's business, until its scale
+    has come down to 1.
 
     With several processes, all stop together, the one whose images they were finds out why, and
     rank 0 tells.
@@ -72,9 +72,8 @@ class Finite(lightning.Callback):
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.flag = torch.zeros((), device=module.device)  # 1 from the first bad batch on
         self.bad_batches = torch.zeros((), device=module.device)  # since it is 1
-        self.deferred = unscales(optimizer) and (
-            self.always_deferred or module.device.type == "cuda"
-        )
+        skips = unscales(optimizer) or (self.scaler is None and hasattr(optimizer, "found_inf"))
+        self.deferred = skips and (self.always_deferred or module.device.type == "cuda")
         if self.deferred:
             optimizer.found_inf = self.flag  # type: ignore[attr-defined]
         elif not getattr(module.network, "_compiled_call_impl", None):  # which hooks would slow

@@ -25,6 +25,9 @@ class Muon(Optimizer):
     is taken to be the last parameter with two dimensions or more, are AdamW's. `torch.optim.Muon`
     does the same for matrices, in bfloat16, and takes no other parameters.
 
+    As with PyTorch's fused optimizers a learning rate may be a tensor, and `step` does nothing, on
+    the device, where the attribute `found_inf` is a tensor other than 0: nobody waits for it.
+
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 
     Args:
@@ -36,6 +39,8 @@ class Muon(Optimizer):
         adam_betas: Of AdamW.
         adam_eps: Of AdamW.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -86,18 +91,28 @@ class Muon(Optimizer):
             state = self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-            average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            average = state["momentum_buffer"].lerp(p.grad, 1 - momentum)
             step = orthogonal(p.grad.lerp(average, momentum).flatten(1))  # (out, in * H * W)
             tall = math.sqrt(max(1.0, step.shape[0] / step.shape[1]))
-            p.mul_(1 - lr * group["weight_decay"])
-            p.add_(step.reshape(p.shape), alpha=-lr * tall)
+            step, decay = step.reshape(p.shape), group["weight_decay"]
+            if isinstance(lr, Tensor):
+                moved = p - lr * (tall * step + decay * p)
+            else:
+                moved = p.mul(1 - lr * decay).add(step, alpha=-lr * tall)
+            for old, new in ((state["momentum_buffer"], average), (p, moved)):
+                skip = self.found_inf
+                old.copy_(new if skip is None else torch.where(skip > 0, old, new))
 
     def _adam(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        on_device = isinstance(group["lr"], Tensor) or self.found_inf is not None
+        fused = on_device or parameters[0].is_cuda
         for p in parameters:
             state = self.state[p]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.zeros((), device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            if state["step"].device != p.device:  # where a checkpoint has left it
+                state["step"] = state["step"].to(p.device)
         states = [self.state[p] for p in parameters]
         gradients: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
         adamw(
@@ -107,7 +122,9 @@ class Muon(Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            foreach=True,
+            foreach=not fused,
+            fused=fused,
+            found_inf=self.found_inf,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

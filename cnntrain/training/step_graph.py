@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from cnntrain.config import ConfigError
+from cnntrain.training.muon import Muon
 
 WARMUP = 3  # batches before the recorded one: libraries choose kernels and make room for them
 
@@ -54,8 +55,8 @@ class StepGraph:
 
     The first batches of a size are not computed here. The next one is recorded, and from then on
     all of this size are replayed. The numbers are the same, bit for bit, but that learning rates
-    are float32: the kernels read them from the device. Dropout is drawn by the seed that the
-    generator of the device has when a batch begins.
+    are float32, which the kernels read from the device, and that Muon rounds otherwise by these.
+    Dropout is drawn by the seed that the generator of the device has when a batch begins.
 
     Args:
         step: Computes the mean loss of a batch, of images (B, C, H, W) and labels (B,). It may
@@ -64,7 +65,7 @@ class StepGraph:
         optimizer: Of the parameters whose gradients they are. Its `step` becomes `update`.
         recorder: That of the device.
         updates: Whether updates may be recorded. They are where the optimizer is a fused one of
-            PyTorch and, since its first recorded step, nothing but its learning rate has changed.
+            PyTorch, or Muon, and nothing but its learning rates has changed since.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class StepGraph:
         self.parameters = [p for group in self.groups for p in group["params"] if p.requires_grad]
         self.recorded: dict[torch.Size, Recorded] = {}  # by the shape of the images
         self.now: Recorded | None = None  # what the last batch was computed by
-        if updates and fused(optimizer):
+        if updates and recordable(optimizer):
             device = self.parameters[0].device
             self.rates = [torch.zeros((), device=device) for _ in self.groups]
             self.rates_there: list[float] = []  # what they are
@@ -187,8 +188,8 @@ class StepGraph:
                 group["capturable"] = value
 
 
-def fused(optimizer: Optimizer) -> bool:
+def recordable(optimizer: Optimizer) -> bool:
     """Whether `step` launches kernels that read all that changes, learning rates included, from
     the device."""
-    known = isinstance(optimizer, Adam | SGD)
-    return known and all(group["fused"] for group in optimizer.param_groups)
+    fused = isinstance(optimizer, Adam | SGD) and all(g["fused"] for g in optimizer.param_groups)
+    return fused or isinstance(optimizer, Muon)
