@@ -20,7 +20,9 @@ from cnntrain.data.augment import Augment
 # What is random in an epoch; each has a stream of its own, so that one does not shift the other.
 ORDER, AUGMENT = 0, 1
 
-TOGETHER = 64_000_000  # bytes of normalised images made together on a GPU
+# Bytes of normalised images made together, as launching a kernel takes longer than a kernel for a
+# few of them: what stays in a core's cache, and on a GPU much more.
+TOGETHER = {"cpu": 1_700_000, "cuda": 64_000_000}
 
 
 class Normalise:
@@ -118,9 +120,8 @@ class Loader:
         self.images = images.to(home)  # (N, C, H, W)
         self.labels = labels.to(home)  # (N,)
         self.normalise = Normalise(mean, std, self.device)
-        # Batches that are made together: on a GPU, launching a kernel takes longer than the kernel.
-        batch_bytes = 4 * batch_size * images[:1].numel()
-        self.at_once = 1 if self.device.type == "cpu" else max(1, TOGETHER // batch_bytes)
+        together = TOGETHER.get(self.device.type, TOGETHER["cuda"])
+        self.at_once = max(1, together // (4 * batch_size * images[:1].numel()))  # batches
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""

@@ -30,7 +30,7 @@ class Tally:
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """What the device does for a batch; the host adds to `images`."""
-        self.loss += loss.detach() * len(labels)
+        self.loss.add_(loss.detach(), alpha=len(labels))
         self.correct += (logits.argmax(dim=1) == labels).sum()
 
     def clear(self) -> None:
