@@ -127,7 +127,7 @@ def trained(steps: int, *, rate: Any = float, skipped: Tensor | None = None) -> 
     return [*(p.detach() for p in network.parameters()), *states]
 
 
-@pytest.mark.parametrize("rate", [float, torch.tensor])
+@pytest.mark.parametrize("rate", [float, torch.tensor], ids=["number", "tensor"])
 def test_a_step_of_bad_numbers_is_skipped_by_the_flag(rate: Any) -> None:
     expected = trained(3, rate=rate)
     torch.testing.assert_close(
