@@ -274,10 +274,6 @@ class Classifier(lightning.LightningModule):
         self.log_dict(self.totals[stage].metrics(stage), logger=False)
 
 
-# At each step Lightning looks at it, which takes a while unless it is at hand.
-Classifier.training_step.__signature__ = inspect.signature(Classifier.training_step)  # type: ignore
-
-
 def unscales(optimizer: Optimizer) -> bool:
     """Whether `step` divides gradients by `grad_scale`, and does nothing, on the device, where
     `found_inf` is 1: its attributes, if they are set."""

@@ -1,7 +1,6 @@
 """Lightning's trainer with the options that a run has."""
 
 import contextlib
-import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,16 +21,6 @@ from cnntrain.training.progress import Progress
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal[32, "32", "32-true", "bf16-mixed", "16-mixed"]
-
-
-STEP_HOOKS = [
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-]
 
 
 class NoProfiler(PassThroughProfiler):
@@ -123,11 +112,6 @@ class Trainer(lightning.Trainer):
             num_sanity_val_steps=0,
             **lightning_options,
         )
-        # Lightning calls the hooks of all callbacks, fifty at each step, of which few do anything.
-        there: list[lightning.Callback] = self.callbacks  # type: ignore[attr-defined]
-        for callback, hook in itertools.product(there, STEP_HOOKS):
-            if getattr(type(callback), hook) is getattr(lightning.Callback, hook):
-                setattr(callback, hook, None)
         if not torch.cuda.is_available():
             # Lightning sets it, and every step of Adam then looks for NVIDIA's library, for 55 us.
             os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
