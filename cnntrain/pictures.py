@@ -148,6 +148,9 @@ def _shades() -> Tensor:
 def png(picture: Picture) -> bytes:
     """As a file. Ten times as fast as Pillow's default, and somewhat longer."""
     file = io.BytesIO()
+    red, green, blue = np.moveaxis(picture, -1, 0)
+    if (red == green).all() and (red == blue).all():
+        picture = red  # grey: less time and a smaller file
     Image.fromarray(picture).save(file, "PNG", compress_level=1)
     return file.getvalue()
 

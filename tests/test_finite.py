@@ -404,8 +404,8 @@ def test_weights_and_images_that_are_not_finite_already(tmp_path: Path, deferred
 
 @both
 def test_compiled_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deferred: bool) -> None:
-    compiled: list[Any] = []  # hooks that would be compiled, too
-    monkeypatch.setattr(Finite, "_keep", lambda *call: compiled.append(call))
+    compiled: list[Any] = []  # what would be compiled, too
+    monkeypatch.setattr(Finite, "_watch", lambda *call: compiled.append(call))
     run = Run(tmp_path, deferred=deferred)
     run.network.features[4].bias.data[3] = math.nan
     run.network.compile(backend="eager")
@@ -504,5 +504,5 @@ def test_a_sound_run_is_as_without(tmp_path: Path, deferred: bool) -> None:
     for run in (watched, alone):
         run.fit()
     assert_equal(state(watched.trainer, watched.module), state(alone.trainer, alone.module))
-    assert not any(layer._forward_hooks for layer in watched.network.modules())
+    assert not any("forward" in vars(layer) for layer in watched.network.modules())
     assert not watched.file.exists()

@@ -56,7 +56,7 @@ def read(directory: Path) -> EventAccumulator:
 
 def picture(events: EventAccumulator, tag: str, step: int = 4) -> np.ndarray:
     (found,) = (image for image in events.Images(tag) if image.step == step)
-    return np.asarray(Image.open(io.BytesIO(found.encoded_image_string)))
+    return np.asarray(Image.open(io.BytesIO(found.encoded_image_string)).convert("RGB"))
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,8 @@ class Rounded(lightning.Callback):
         update = optimizer.step
 
         @functools.wraps(update)
-        def rounded(closure: Any) -> Any:
-            loss = closure()
+        def rounded(closure: Any = None) -> Any:
+            loss = closure() if closure else None
             rates = [group["lr"] for group in optimizer.param_groups]
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 (group["lr"],) = struct.unpack("f", struct.pack("f", rate))

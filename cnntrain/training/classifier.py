@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal
 
 import lightning.pytorch as lightning
@@ -17,6 +18,8 @@ from cnntrain.training.outcome import Answers, Outcome
 from cnntrain.training.step_graph import Recorder, StepGraph
 
 Stage = Literal["train", "val", "test"]
+
+SEEDS = 64  # that are made at a time
 
 
 class Tally:
@@ -178,8 +181,8 @@ class Classifier(lightning.LightningModule):
         Where `rank` is not given, it is that of this process.
         """
         rank = self.global_rank if rank is None else rank
-        mixed = np.random.SeedSequence([self.seed, epoch, batch, rank])
-        seed = int(mixed.generate_state(1, np.uint64)[0])
+        block, place = divmod(batch, SEEDS)
+        seed = batch_seeds(self.seed, epoch, block, rank)[place]
         # Not torch.manual_seed: for every kind of device that is not there it keeps the call, with
         # the stack as text, to make it once there is one.
         torch.default_generator.manual_seed(seed)
@@ -217,7 +220,9 @@ class Classifier(lightning.LightningModule):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         if not self.replayed:
-            optimizer.zero_grad()
+            for group in optimizer.param_groups:  # in a quarter of the time of its `zero_grad`
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", *batch)
@@ -272,6 +277,20 @@ class Classifier(lightning.LightningModule):
     def _publish(self, stage: Stage) -> None:
         # For checkpoints and early stopping, which look up a metric by name.
         self.log_dict(self.totals[stage].metrics(stage), logger=False)
+
+
+# Lightning looks at it at every step; not at hand, it takes as long as a layer to make.
+Classifier.training_step.__signature__ = inspect.signature(Classifier.training_step)  # type: ignore
+
+
+@lru_cache(maxsize=1)
+def batch_seeds(seed: int, epoch: int, block: int, rank: int) -> list[int]:
+    """Of the batches from `block` * SEEDS on. Many at a time: the first one takes twenty times as
+    long as any other, when kernels have just emptied the core's caches."""
+    return [
+        int(np.random.SeedSequence([seed, epoch, batch, rank]).generate_state(1, np.uint64)[0])
+        for batch in range(block * SEEDS, (block + 1) * SEEDS)
+    ]
 
 
 def unscales(optimizer: Optimizer) -> bool:

@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,7 +63,7 @@ class Finite(lightning.Callback):
         self.since: list[Place] = []  # the batches since the last look; the last one is now
         self.batch: Batch | None = None
         self.outputs: list[tuple[str, nn.Module, Any]] = []  # of the layers, for this batch
-        self.hooks: list[Any] = []
+        self.watched: list[nn.Module] = []  # layers whose outputs are kept
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         optimizer = trainer.optimizers[0]
@@ -76,15 +75,22 @@ class Finite(lightning.Callback):
         self.deferred = skips and (self.always_deferred or module.device.type == "cuda")
         if self.deferred:
             optimizer.found_inf = self.flag  # type: ignore[attr-defined]
-        elif not getattr(module.network, "_compiled_call_impl", None):  # which hooks would slow
-            self.hooks = [
-                layer.register_forward_hook(partial(self._keep, module.network, name))
-                for name, layer in module.network.named_modules()
-            ]
+        elif not getattr(module.network, "_compiled_call_impl", None):  # which would be slowed
+            for name, layer in module.network.named_modules():
+                if "forward" not in vars(layer):  # else somebody else has put his there
+                    self._watch(module.network, name, layer)
 
-    def _keep(self, network: nn.Module, name: str, layer: nn.Module, _: Any, output: Any) -> None:
-        if network.training:  # and so autograd keeps most outputs anyway
-            self.outputs.append((name, layer, output))
+    def _watch(self, network: nn.Module, name: str, layer: nn.Module) -> None:
+        forward = layer.forward
+
+        def keeping(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            if network.training:  # and so autograd keeps most outputs anyway
+                self.outputs.append((name, layer, output))
+            return output
+
+        layer.forward = keeping  # no hook: a module that has one is called the slow way
+        self.watched.append(layer)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
@@ -164,9 +170,9 @@ class Finite(lightning.Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks, self.outputs, self.since, self.batch = [], [], [], None
+        for layer in self.watched:
+            del layer.forward
+        self.watched, self.outputs, self.since, self.batch = [], [], [], None
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._check_tally(trainer, module, "val")

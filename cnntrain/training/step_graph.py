@@ -114,9 +114,9 @@ class StepGraph:
         self.now = now
         return now.loss.clone()  # as that of the next batch will be in its place
 
-    def update(self, closure: Callable[[], Any]) -> Any:
+    def update(self, closure: Callable[[], Any] | None = None) -> Any:
         """What `Optimizer.step` does."""
-        loss = closure()
+        loss = closure() if closure else None
         rates = [float(group["lr"]) for group in self.groups]
         if rates != self.rates_there:
             for there, rate in zip(self.rates, rates, strict=True):

@@ -17,6 +17,7 @@ from cnntrain.launched import Place
 from cnntrain.training.checkpoints import Average, CheckpointFiles, Checkpoints
 from cnntrain.training.distributed import Processes
 from cnntrain.training.progress import Progress
+from cnntrain.training.steps import Steps
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -119,6 +120,7 @@ class Trainer(lightning.Trainer):
         # Lightning's handlers would broadcast in the middle of a step, and each batch waits for it.
         self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        self.fit_loop.epoch_loop.automatic_optimization = Steps(self)
 
     @property
     def chosen_weights(self) -> dict[str, Tensor]:
