@@ -279,10 +279,6 @@ class Classifier(lightning.LightningModule):
         self.log_dict(self.totals[stage].metrics(stage), logger=False)
 
 
-# Lightning looks at it at every step; not at hand, it takes as long as a layer to make.
-Classifier.training_step.__signature__ = inspect.signature(Classifier.training_step)  # type: ignore
-
-
 @lru_cache(maxsize=1)
 def batch_seeds(seed: int, epoch: int, block: int, rank: int) -> list[int]:
     """Of the batches from `block` * SEEDS on. Many at a time: the first one takes twenty times as

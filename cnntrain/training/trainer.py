@@ -16,8 +16,8 @@ from torch import Tensor
 from cnntrain.launched import Place
 from cnntrain.training.checkpoints import Average, CheckpointFiles, Checkpoints
 from cnntrain.training.distributed import Processes
+from cnntrain.training.epoch_loop import EpochLoop
 from cnntrain.training.progress import Progress
-from cnntrain.training.steps import Steps
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -116,11 +116,13 @@ class Trainer(lightning.Trainer):
         if not torch.cuda.is_available():
             # Lightning sets it, and every step of Adam then looks for NVIDIA's library, for 55 us.
             os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+        loop = self.fit_loop.epoch_loop
+        loop = EpochLoop(self, min_steps=loop.min_steps, max_steps=loop.max_steps)
+        self.fit_loop.epoch_loop = loop
         # A run answers signals itself, where nothing is lost, and its processes agree on it:
         # Lightning's handlers would broadcast in the middle of a step, and each batch waits for it.
         self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        self.fit_loop.epoch_loop.automatic_optimization = Steps(self)
+        loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     @property
     def chosen_weights(self) -> dict[str, Tensor]:

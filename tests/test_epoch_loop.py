@@ -1,4 +1,4 @@
-"""The plain training step, against Lightning's own."""
+"""The loop over the batches of an epoch, against Lightning's own."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimizatio
 from cnntrain.config import compose
 from cnntrain.training import train
 from cnntrain.training.checkpoint_file import read
-from cnntrain.training.steps import HOOKS, Steps
+from cnntrain.training.epoch_loop import CALLBACK_HOOKS, EpochLoop
 
 SHORT = [
     "data=fashion_mnist_mini",
@@ -20,7 +20,6 @@ SHORT = [
     "trainer=cpu",
     "trainer.progress_bar=false",
 ]
-AROUND = ["on_train_batch_start", *HOOKS, "on_train_batch_end"]
 
 
 class Diary(lightning.Callback):
@@ -28,7 +27,7 @@ class Diary(lightning.Callback):
 
     def __init__(self) -> None:
         self.entries: list[Any] = []
-        for name in AROUND:
+        for name in CALLBACK_HOOKS:
             setattr(self, name, lambda *a, name=name: self.write(name, *a))
 
     def write(self, name: str, trainer: Any, module: Any, *arguments: Any) -> None:
@@ -69,11 +68,11 @@ def test_hooks_numbers_and_counts_are_those_of_lightning(
     diary = Diary()
     train(cfg, tmp_path / "plain", callbacks=[diary])
     assert not by_lightning
-    monkeypatch.setattr(Steps, "_plain", lambda self, optimizer: False)
+    monkeypatch.setattr(EpochLoop, "_plain", lambda self: False)
     theirs = Diary()
     train(cfg, tmp_path / "lightning", callbacks=[theirs])
     assert by_lightning == [*range(9)] * 2
-    assert [entry[0] for entry in theirs.entries] == AROUND * 18
+    assert [entry[0] for entry in theirs.entries] == CALLBACK_HOOKS * 18
     assert diary.entries == theirs.entries
     ours, lightnings = (
         read(tmp_path / run / "checkpoints/last.ckpt") for run in ("plain", "lightning")
