@@ -5,7 +5,7 @@ A picture is uint8 (H, W, 3), as TensorBoard and Pillow take it. Nothing here kn
 
 import io
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ PAPER, INK = (255, 255, 255), (30, 30, 30)
 RIGHT, WRONG = (0, 110, 40), (180, 20, 20)  # of captions
 NEGATIVE, POSITIVE = (33, 102, 172), (178, 24, 43)  # the ends of ColorBrewer's RdBu
 GAP = 4  # pixels between tiles
-TEXT = 12  # pixels: height of a line of a caption
+TEXT, LINE = 12, 15  # pixels: height of letters in a caption, and from line to line
 
 
 def signed(values: Tensor) -> Tensor:
@@ -74,24 +74,33 @@ def captioned(
     """Tiles, uint8 (N, 3, H, W), with a text below each, of one or several lines."""
     tiles = enlarged(tiles, size).cpu()
     height, width = tiles.shape[-2:]
-    font = _font(TEXT)
-    texts = [text.split("\n") for text in captions]
+    inks = colours or [INK] * len(captions)
+    texts = [
+        [_written(line, ink) for line in text.split("\n")]
+        for text, ink in zip(captions, inks, strict=True)
+    ]
     lines = max((len(text) for text in texts), default=0)
-    longest = max((font.getlength(line) for text in texts for line in text), default=0)
-    cell_w = max(width, int(longest) + 1) + 3 * GAP
-    cell_h = height + lines * (TEXT + 3) + 3 * GAP
+    cell_w = max([width, *(line.width for text in texts for line in text)]) + 3 * GAP
+    cell_h = height + lines * LINE + 3 * GAP
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (min(columns, len(tiles)) * cell_w, rows * cell_h), PAPER)
-    draw = ImageDraw.Draw(sheet)
     for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
         x, y = number % columns * cell_w, number // columns * cell_h
         image = Image.fromarray(tile.movedim(0, -1).contiguous().numpy())
         sheet.paste(image, (x + (cell_w - width) // 2, y + GAP))
         for i, line in enumerate(text):
-            place = (x + cell_w // 2, y + height + 2 * GAP + i * (TEXT + 3))
-            colour = colours[number] if colours else INK
-            draw.text(place, line, fill=colour, font=font, anchor="ma")
+            sheet.paste(line, (x + (cell_w - line.width) // 2, y + height + 2 * GAP + i * LINE))
     return np.asarray(sheet)
+
+
+@lru_cache(maxsize=1000)
+def _written(text: str, ink: tuple[int, int, int]) -> Image.Image:
+    """A line of a caption. Most captions come again and again, and writing takes longer than all
+    else about a picture."""
+    font = _font(TEXT)
+    strip = Image.new("RGB", (int(font.getlength(text)) + 1, LINE), PAPER)
+    ImageDraw.Draw(strip).text((0, 0), text, fill=ink, font=font)
+    return strip
 
 
 def confusion(counts: Tensor, names: Sequence[str]) -> Picture:
