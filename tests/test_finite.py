@@ -497,6 +497,20 @@ def test_a_search_that_fails_hides_nothing(tmp_path: Path) -> None:
     assert "looking for the layer failed: MemoryError: no more of it" in str(run.stopped())
 
 
+def test_a_layer_with_a_forward_of_its_own(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    layer = run.network.features[3]
+    calls = iter([False] * 3 + [True] + [False] * 99)  # bad once, and not when it is repeated
+    theirs = type(layer).forward
+
+    def own(x: Tensor) -> Tensor:
+        return theirs(layer, x) * (math.inf if next(calls) else 1)
+
+    layer.forward = own
+    assert f"features.3 ({type(layer).__name__})" in str(run.stopped())
+    assert layer.forward is own
+
+
 @both
 def test_a_sound_run_is_as_without(tmp_path: Path, deferred: bool) -> None:
     watched, alone = Run(tmp_path, deferred=deferred), Run(tmp_path)

@@ -107,7 +107,7 @@ class Classifier(lightning.LightningModule):
         self.replayed = False  # the last batch, and so its gradients are there already
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":  # which Lightning sets fifty times a step
+        if name == "_current_fx_name":  # which is set around every hook of a step
             object.__setattr__(self, name, value)  # nn.Module looks whether it is a parameter
         else:
             super().__setattr__(name, value)

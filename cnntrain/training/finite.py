@@ -63,7 +63,7 @@ class Finite(lightning.Callback):
         self.since: list[Place] = []  # the batches since the last look; the last one is now
         self.batch: Batch | None = None
         self.outputs: list[tuple[str, nn.Module, Any]] = []  # of the layers, for this batch
-        self.watched: list[nn.Module] = []  # layers whose outputs are kept
+        self.watched: list[tuple[nn.Module, Any]] = []  # layers, and a `forward` of their own
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         optimizer = trainer.optimizers[0]
@@ -77,8 +77,7 @@ class Finite(lightning.Callback):
             optimizer.found_inf = self.flag  # type: ignore[attr-defined]
         elif not getattr(module.network, "_compiled_call_impl", None):  # which would be slowed
             for name, layer in module.network.named_modules():
-                if "forward" not in vars(layer):  # else somebody else has put his there
-                    self._watch(module.network, name, layer)
+                self._watch(module.network, name, layer)
 
     def _watch(self, network: nn.Module, name: str, layer: nn.Module) -> None:
         forward = layer.forward
@@ -89,8 +88,8 @@ class Finite(lightning.Callback):
                 self.outputs.append((name, layer, output))
             return output
 
+        self.watched.append((layer, vars(layer).get("forward")))
         layer.forward = keeping  # no hook: a module that has one is called the slow way
-        self.watched.append(layer)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
@@ -170,8 +169,10 @@ class Finite(lightning.Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        for layer in self.watched:
+        for layer, own in self.watched:
             del layer.forward
+            if own is not None:
+                layer.forward = own
         self.watched, self.outputs, self.since, self.batch = [], [], [], None
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:

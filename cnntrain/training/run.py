@@ -1,7 +1,6 @@
 """One run, from a config to a result."""
 
 import contextlib
-import ctypes
 import io
 import logging
 import time
@@ -27,6 +26,7 @@ from cnntrain.training.classifier import Classifier
 from cnntrain.training.company import company
 from cnntrain.training.distributed import cores_shared
 from cnntrain.training.insights import Insights
+from cnntrain.training.memory import keep_freed_memory
 from cnntrain.training.record import Record
 from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS, TensorBoard
@@ -113,22 +113,6 @@ def train(
         finally:
             interruption.before_leaving = None
     return Result(content["metrics"], directory, **content["timings"])
-
-
-def keep_freed_memory() -> None:
-    """Let this process have at hand what it frees, up to a gigabyte at a time, from now on.
-
-    Every step frees all activations and asks for them again. In between glibc gives them back to
-    the kernel, and gets them page by page: thousands of faults a step, a tenth of its time. Other C
-    libraries are left as they are.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt, or no such library
-        libc = ctypes.CDLL(None)
-        sizes = (1 << 30, 32 << 20)  # before glibc 2.35 the second is the largest that it takes
-        # The one without the other would be worse than neither: both end that glibc adapts them.
-        if any(libc.mallopt(mmap_threshold, size) for size in sizes):
-            libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def fit_and_test(
