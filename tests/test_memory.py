@@ -1,5 +1,6 @@
-"""Steps take no memory from the kernel: page faults, counted in real processes."""
+"""Steps take no memory from the kernel: what glibc says of itself, in a real process."""
 
+import json
 import platform
 import subprocess
 import sys
@@ -7,35 +8,46 @@ from pathlib import Path
 
 import pytest
 
-FAULTS = """
-import resource, sys
+BLOCK = 64 << 20  # bytes; twice what glibc ever keeps by itself
+CODE = f"""
+import ctypes, json, sys
 from pathlib import Path
-import lightning.pytorch as lightning
+import torch
 from cnntrain.config import compose
-from cnntrain.training import run, train
+from cnntrain.training import train
 
-class Faults(lightning.Callback):
-    def __init__(self):
-        self.so_far = []
-    def on_train_batch_end(self, *_):
-        self.so_far.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+class Mallinfo2(ctypes.Structure):  # malloc.h
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd",
+        "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]
 
-if sys.argv[2] == "as glibc does":
-    run.keep_freed_memory = lambda: None
-size = ["data=fashion_mnist_mini", "data.batch_size=500", "trainer.max_epochs=5"]
-cfg = compose([*size, "trainer=cpu"])
-train(cfg, Path(sys.argv[1]), callbacks=[faults := Faults()])
-epochs = [faults.so_far[first + 1 : first + 9] for first in range(0, 45, 9)]
-print(min(epoch[-1] - epoch[0] for epoch in epochs) / 7)
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+
+def of_a_block():
+    "Bytes from the kernel for this block alone, and bytes at hand when it is freed."
+    others = mallinfo2().hblkhd
+    block = torch.empty({BLOCK}, dtype=torch.uint8)
+    alone = mallinfo2().hblkhd - others
+    del block
+    return alone, mallinfo2().fordblks
+
+before = of_a_block()
+cfg = compose(["data=fashion_mnist_mini", "trainer=cpu", "trainer.max_epochs=1"])
+train(cfg, Path(sys.argv[1]))
+print(json.dumps([before, of_a_block()]))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_steps_have_their_memory_at_hand(tmp_path: Path) -> None:
-    def faults_a_step(how: str) -> float:
-        code = [sys.executable, "-c", FAULTS, str(tmp_path / how), how]
-        done = subprocess.run(code, capture_output=True, text=True, check=True)
-        return float(done.stdout.split()[-1])
-
-    kept, given_back = faults_a_step("kept"), faults_a_step("as glibc does")
-    assert kept < 100 < given_back
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or platform.libc_ver()[1] < "2.35",
+    reason="not glibc, or one that gives back large blocks whatever it is told",
+)
+def test_what_is_freed_in_a_run_stays_at_hand(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", CODE, str(tmp_path / "run")]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    (alone, at_hand), (alone_now, at_hand_now) = json.loads(done.stdout.splitlines()[-1])
+    assert alone >= BLOCK > at_hand  # as glibc does: asked for anew each time
+    assert alone_now == 0
+    assert at_hand_now >= BLOCK
