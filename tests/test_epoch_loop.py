@@ -25,7 +25,8 @@ SHORT = [
 class Diary(lightning.Callback):
     """What each hook is called with, and what it finds there."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, logs: bool) -> None:
+        self.logs = logs
         self.entries: list[Any] = []
         for name in CALLBACK_HOOKS:
             setattr(self, name, lambda *a, name=name: self.write(name, *a))
@@ -43,7 +44,10 @@ class Diary(lightning.Callback):
         progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
         counts = str(progress.state_dict())
         number = None if loss is None else float(loss)
-        self.entries.append((name, trainer.global_step, norm, number, counts))
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.entries.append((name, trainer.global_step, norm, number, counts, logged))
+        if self.logs and name == "on_train_batch_end":
+            module.log("seen", number, on_step=True, on_epoch=True)
 
 
 @pytest.fixture
@@ -60,20 +64,27 @@ def by_lightning(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return batches
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "logs"), [("adam", False), ("adam", True), ("sgd", False), ("muon", False)]
+)
 def test_hooks_numbers_and_counts_are_those_of_lightning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_lightning: list[int], optimizer: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    by_lightning: list[int],
+    optimizer: str,
+    logs: bool,
 ) -> None:
     cfg = compose([*SHORT, f"optimizer={optimizer}", "trainer.max_epochs=2", "trainer.ema=0.9"])
-    diary = Diary()
+    diary = Diary(logs=logs)
     train(cfg, tmp_path / "plain", callbacks=[diary])
     assert not by_lightning
     monkeypatch.setattr(EpochLoop, "_plain", lambda self: False)
-    theirs = Diary()
+    theirs = Diary(logs=logs)
     train(cfg, tmp_path / "lightning", callbacks=[theirs])
     assert by_lightning == [*range(9)] * 2
     assert [entry[0] for entry in theirs.entries] == CALLBACK_HOOKS * 18
     assert diary.entries == theirs.entries
+    assert logs == any("seen_step" in entry[-1] for entry in diary.entries)
     ours, lightnings = (
         read(tmp_path / run / "checkpoints/last.ckpt") for run in ("plain", "lightning")
     )

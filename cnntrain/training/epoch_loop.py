@@ -35,17 +35,18 @@ class EpochLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: Any) -> None:
         super().on_run_start(data_fetcher)
         self.plain, self.hooks = self._plain(), self._hooks()
+        self.module: Any = self.trainer.lightning_module
 
     def advance(self, data_fetcher: Any) -> None:
         if self.restarting or not self.plain:
             super().advance(data_fetcher)
             return
-        trainer: Any = self.trainer
+        connector = self.trainer._logger_connector
         progress, number = self.batch_progress, self.batch_idx + 1
         batch, _, _ = next(data_fetcher)
         progress.is_last_batch = data_fetcher.done
         progress.increment_ready()
-        trainer._logger_connector.on_batch_start(batch)
+        connector.on_batch_start(batch)
         self._call("on_train_batch_start", batch, number)
         progress.increment_started()
         loss = self._step(batch, number)
@@ -54,9 +55,13 @@ class EpochLoop(_TrainingEpochLoop):
         if self._num_ready_batches_reached():
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self._call("on_train_batch_end", {"loss": loss}, batch, number)
-        trainer._logger_connector.on_batch_end()
-        progress.increment_completed()
-        trainer._logger_connector.update_train_step_metrics()
+        if any(metric.meta.on_step for metric in self._results.values()):
+            connector.on_batch_end()
+            progress.increment_completed()
+            connector.update_train_step_metrics()
+        else:  # all of it would come to nothing but this
+            progress.increment_completed()
+            self._results.batch = self._results.batch_size = None
 
     def on_advance_end(self, data_fetcher: Any) -> None:
         if self.plain and not (self.batch_progress.is_last_batch or self.trainer.should_stop):
@@ -66,8 +71,7 @@ class EpochLoop(_TrainingEpochLoop):
 
     def _step(self, batch: Any, number: int) -> Any:
         """The loss, detached."""
-        module: Any = self.trainer.lightning_module
-        optimizer = self.trainer.optimizers[0]
+        module, optimizer = self.module, self.trainer.optimizers[0]
         progress = self.automatic_optimization.optim_progress.optimizer
         progress.step.increment_ready()
         loss = module.training_step(batch, number)
@@ -111,8 +115,7 @@ class EpochLoop(_TrainingEpochLoop):
         return there
 
     def _call(self, name: str, *arguments: Any) -> None:
-        trainer = self.trainer
-        module: Any = trainer.lightning_module
+        trainer, module = self.trainer, self.module
         before, module._current_fx_name = module._current_fx_name, name  # for `module.log`
         for hook in self.hooks[name]:
             hook(trainer, module, *arguments)

@@ -260,9 +260,11 @@ def set_if_not_finite(flag: Tensor, tensors: Iterable[Tensor]) -> None:
 
     One kernel for all tensors of a type, GradScaler's own; it never sets the flag to 0.
     """
-    by_type = defaultdict(list)
+    by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        by_type[tensor.dtype].append(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
-    for same_type in by_type.values():
+        by_type[tensor.dtype].append(tensor)
+    for dtype, same_type in by_type.items():
+        if dtype.is_complex:
+            same_type = [torch.view_as_real(tensor) for tensor in same_type]
         # It multiplies them as well, by the last argument: by 1.
         torch._amp_foreach_non_finite_check_and_unscale_(same_type, flag, torch.ones_like(flag))
