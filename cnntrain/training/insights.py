@@ -133,10 +133,8 @@ class Insights(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         # Here and not at the epoch's end: a run that is interrupted has no gradient afterwards.
-        if not self.histograms:
-            return
         last = trainer.fit_loop.epoch_loop.batch_idx == trainer.num_training_batches - 1
-        if last and self._due(trainer):
+        if self.histograms and last and self._due(trainer):
             scale = module.gradient_scale(optimizer)
             for name, parameter in module.network.named_parameters():
                 if parameter.grad is not None:
