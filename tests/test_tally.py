@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnntrain.training.classifier import Tally
+from cnntrain.training.tally import Tally
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,8 @@ def test_metrics_at_any_batch(batches: int, together: int, looked_at: list[int])
         right += int((logits.detach().numpy().argmax(1) == labels.numpy()).sum())
         if batch in looked_at:
             assert tally.metrics("train")["train/acc"] == right / sum(sizes)
-            tally = Tally.restored(tally.state(), CPU, together)  # as of a checkpoint
+            state, tally = tally.state(), Tally(CPU, together)
+            tally.restore(state)  # as of a checkpoint
     metrics = tally.metrics("train")
     assert metrics["train/acc"] == right / sum(sizes)
     assert metrics["train/loss"] == pytest.approx(np.average(losses, weights=sizes), rel=1e-6)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as lightning
 import numpy as np
@@ -16,74 +16,9 @@ from cnntrain.config import blame
 from cnntrain.training.distributed import alone, gathered, summed
 from cnntrain.training.outcome import Answers, Outcome
 from cnntrain.training.step_graph import Recorder, StepGraph
+from cnntrain.training.tally import TOGETHER, Stage, Tally
 
-Stage = Literal["train", "val", "test"]
-
-TOGETHER = 64  # batches whose seeds are made at a time, and whose right answers are counted
-
-
-class Tally:
-    """Loss and accuracy over the images that this process has seen so far, kept on the device: no
-    step waits for it. Right answers are counted for so many batches `together`."""
-
-    def __init__(self, device: torch.device, together: int = TOGETHER):
-        self.together = together
-        self.loss = torch.zeros((), device=device)
-        self.counted = torch.zeros((), dtype=torch.int64, device=device)
-        self.uncounted: list[tuple[Tensor, Tensor]] = []  # predicted and right classes (B,)
-        self.images = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """What the device does for a batch; the host adds to `images`."""
-        self.loss.add_(loss.detach(), alpha=len(labels))
-        self.uncounted.append((logits.argmax(dim=1), labels))
-        if len(self.uncounted) == self.together:
-            self._count()
-
-    def _count(self) -> None:
-        predicted, right = (torch.cat(parts) for parts in zip(*self.uncounted, strict=True))
-        self.counted += (predicted == right).sum()
-        self.uncounted.clear()
-
-    @property
-    def correct(self) -> Tensor:
-        """How many answers were right, int64 without dimensions."""
-        if self.uncounted:
-            self._count()
-        return self.counted
-
-    def clear(self) -> None:
-        """Begin anew, in the same memory."""
-        self.loss.zero_()
-        self.counted.zero_()
-        self.uncounted.clear()
-        self.images = 0
-
-    def state(self) -> dict[str, Any]:
-        """All of it as plain containers, for `restored`."""
-        return {"loss": self.loss, "correct": self.correct, "images": self.images}
-
-    @classmethod
-    def restored(cls, state: dict[str, Any], device: torch.device, together: int) -> "Tally":
-        tally = cls(device, together)
-        tally.loss, tally.counted = state["loss"].to(device), state["correct"].to(device)
-        tally.images = state["images"]
-        return tally
-
-    def total(self) -> "Tally":
-        """Over the images that all processes have seen; waits for the device."""
-        tally = Tally(torch.device("cpu"))
-        loss, correct, images = summed([float(self.loss), int(self.correct), self.images])
-        tally.loss, tally.images = torch.tensor(loss, dtype=torch.float64), int(images)
-        tally.counted = torch.tensor(int(correct))
-        return tally
-
-    def metrics(self, stage: Stage) -> dict[str, float]:
-        """Mean loss (nats) and accuracy (0 to 1); waits for the device."""
-        if not self.images:
-            return {}
-        loss, correct = float(self.loss), int(self.correct)
-        return {f"{stage}/loss": loss / self.images, f"{stage}/acc": correct / self.images}
+SEEDS = 64  # that are made at a time
 
 
 class Classifier(lightning.LightningModule):
@@ -164,11 +99,10 @@ class Classifier(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         together = 1 if self.recorder else TOGETHER  # what is recorded does the same every time
-        self.tallies["train"] = Tally(self.device, together)
+        tally = self.tallies["train"] = Tally(self.device, together)
         if self.resumed:  # an epoch that is gone on with does not start
             of_all = self.resumed.get("of_all")
-            tally = of_all[self.global_rank] if of_all else self.resumed["train"]
-            self.tallies["train"] = Tally.restored(tally, self.device, together)
+            tally.restore(of_all[self.global_rank] if of_all else self.resumed["train"])
             self.grad_norm = self.resumed["grad_norm"]
             self.resumed = None
         if self.recorder:
@@ -199,7 +133,7 @@ class Classifier(lightning.LightningModule):
         Where `rank` is not given, it is that of this process.
         """
         rank = self.global_rank if rank is None else rank
-        block, place = divmod(batch, TOGETHER)
+        block, place = divmod(batch, SEEDS)
         seed = batch_seeds(self.seed, epoch, block, rank)[place]
         # Not torch.manual_seed: for every kind of device that is not there it keeps the call, with
         # the stack as text, to make it once there is one.
@@ -299,11 +233,11 @@ class Classifier(lightning.LightningModule):
 
 @lru_cache(maxsize=1)
 def batch_seeds(seed: int, epoch: int, block: int, rank: int) -> list[int]:
-    """Of the batches from `block` * TOGETHER on. Many at a time: the first one takes twenty times
-    as long as any other, when kernels have just emptied the core's caches."""
+    """Of the batches from `block` * SEEDS on. Many at a time: the first one takes twenty times as
+    long as any other, when kernels have just emptied the core's caches."""
     return [
         int(np.random.SeedSequence([seed, epoch, batch, rank]).generate_state(1, np.uint64)[0])
-        for batch in range(block * TOGETHER, (block + 1) * TOGETHER)
+        for batch in range(block * SEEDS, (block + 1) * SEEDS)
     ]
 
 

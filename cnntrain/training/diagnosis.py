@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cnntrain.atomic import replacing
-from cnntrain.training.classifier import Stage
+from cnntrain.training.tally import Stage
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
 Layer = tuple[str, nn.Module]  # its name in the network

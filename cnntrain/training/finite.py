@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnntrain.training.classifier import Stage, unscales
+from cnntrain.training.classifier import unscales
 from cnntrain.training.diagnosis import (
     Batch,
     Cause,
@@ -29,6 +29,7 @@ from cnntrain.training.diagnosis import (
 )
 from cnntrain.training.distributed import alone, anywhere, gathered
 from cnntrain.training.record import learning_rate
+from cnntrain.training.tally import Stage
 
 FILE = "not_finite.pt"
 
@@ -260,11 +261,9 @@ def set_if_not_finite(flag: Tensor, tensors: Iterable[Tensor]) -> None:
 
     One kernel for all tensors of a type, GradScaler's own; it never sets the flag to 0.
     """
-    by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    by_type = defaultdict(list)
     for tensor in tensors:
-        by_type[tensor.dtype].append(tensor)
-    for dtype, same_type in by_type.items():
-        if dtype.is_complex:
-            same_type = [torch.view_as_real(tensor) for tensor in same_type]
+        by_type[tensor.dtype].append(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+    for same_type in by_type.values():
         # It multiplies them as well, by the last argument: by 1.
         torch._amp_foreach_non_finite_check_and_unscale_(same_type, flag, torch.ones_like(flag))
