@@ -139,9 +139,12 @@ def test_a_member_at_work_is_waited_for(tmp_path: Path) -> None:
         [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, stdout=subprocess.DEVNULL
     )
     wait_until(alone, (folder / "seed=1/metrics.csv").exists)
+    alone.send_signal(signal.SIGSTOP)  # however long the sweep takes to come
     sweep = start(tmp_path, *typed, "seed=0,1", "sweep=s", "hydra/launcher=joblib")
     wait_until(sweep, (folder / "sweep.csv").exists)
-    assert rows(folder)["seed=1"]["status"] == "running"
+    seen = rows(folder)["seed=1"]["status"]
+    alone.send_signal(signal.SIGCONT)
+    assert seen == "running"
     lines = end(sweep)
     assert alone.wait() == 0
     assert lines[-1] == "2 completed"
