@@ -1,15 +1,17 @@
-"""im2col: every layout against nn.Conv2d, and what columns take, as measured."""
+"""im2col: every layout against nn.Conv2d, and the memory that it allocates, as measured."""
 
 import itertools
+from math import prod
 
 import pytest
 import torch
 from test_conv import randn
 from torch import nn
 
-from cnntrain.conv import Geometry, Im2colConv2d, depthwise
-from cnntrain.conv.columns import LONG, Pointwise, Rows, Whole, layout, tiles
-from cnntrain.conv.im2col import Im2col
+from cnntrain.conv import Geometry, Im2colConv2d
+from cnntrain.conv.columns import LONG, Depthwise, Pointwise, Rows, Whole, allocated, layout
+from cnntrain.conv.im2col import Im2col, Unfolded
+from cnntrain.conv.parts import parts
 
 # in_channels, out_channels, kernel, stride, dilation, groups, (height, width), its layout
 SHAPES = {
@@ -20,29 +22,17 @@ SHAPES = {
     ),
     "one product for each tap": (LONG, 5, (2, 3), (1, 1), (1, 1), 1, (5, 6), Rows),
     "one product for each tap, strided": (LONG, 9, (3, 3), (2, 2), (2, 2), 1, (9, 8), Rows),
-    "gathered input gradient": (32, 8, (3, 3), (1, 1), (1, 1), 1, (24, 25), Rows),
     "stride wider than the kernel": (3, 4, (2, 2), (3, 4), (1, 1), 1, (9, 12), Rows),
-    "groups": (6, 9, (3, 2), (2, 1), (1, 2), 3, (7, 8), Rows),
-    "depthwise with two filters a channel": (4, 8, (3, 3), (1, 2), (1, 1), 4, (6, 7), Rows),
-    "1x1 in groups": (6, 4, (1, 1), (1, 1), (1, 1), 2, (4, 5), Rows),
     "1x1": (5, 7, (1, 1), (1, 1), (1, 1), 1, (4, 5), Pointwise),
     "1x1, strided": (5, 7, (1, 1), (2, 3), (1, 1), 1, (5, 8), Pointwise),
     "whole input": (5, 7, (4, 3), (2, 1), (1, 1), 1, (4, 3), Whole),
-    "whole input in groups": (6, 4, (4, 3), (1, 1), (1, 1), 2, (4, 3), Whole),
-    "depthwise": (5, 5, (3, 2), (1, 1), (1, 1), 5, (6, 7), None),
-    "depthwise, strided, dilated": (5, 5, (3, 3), (2, 3), (3, 2), 5, (12, 17), None),
-    "depthwise, dilation a multiple of the stride": (
-        4,
-        4,
-        (3, 3),
-        (2, 2),
-        (2, 4),
-        4,
-        (11, 17),
-        None,
-    ),
-    "depthwise, rows longer than a block": (3, 3, (2, 5), (1, 2), (1, 1), 3, (4, 145), None),
-    "depthwise, several rows in a block": (3, 3, (3, 3), (2, 1), (1, 2), 3, (19, 11), None),
+    "depthwise": (5, 5, (3, 2), (1, 1), (1, 1), 5, (6, 7), Depthwise),
+    "depthwise, strided, dilated": (5, 5, (3, 3), (2, 3), (3, 2), 5, (12, 17), Depthwise),
+    "depthwise, two filters a channel": (4, 8, (3, 3), (1, 2), (1, 1), 4, (6, 7), Depthwise),
+    "groups": (6, 9, (3, 2), (2, 1), (1, 2), 3, (7, 8), None),
+    "groups, dilated": (6, 9, (3, 2), (2, 1), (2, 2), 3, (9, 8), None),
+    "1x1 in groups": (6, 4, (1, 1), (1, 1), (1, 1), 2, (4, 5), None),
+    "whole input in groups": (6, 4, (4, 3), (1, 1), (1, 1), 2, (4, 3), None),
 }
 
 
@@ -54,10 +44,11 @@ def primitives(algorithm, x, w, g, geometry):
     )
 
 
-def expected(x, w, g, geometry):
+def expected(x, w, g, geometry, padding=0):
     """PyTorch's own three, which the seven loops and scipy confirm in test_conv.py."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = nn.functional.conv2d(x, w, None, geometry.stride, 0, geometry.dilation, geometry.groups)
+    how = geometry.stride, padding, geometry.dilation, geometry.groups
+    y = nn.functional.conv2d(x, w, None, *how)
     return y.detach(), *torch.autograd.grad(y, (x, w), g)
 
 
@@ -69,13 +60,14 @@ def case(name, batch=3):
     return x, w, g, geometry, kind
 
 
+@pytest.mark.parametrize("algorithm", [Im2col(), Unfolded()], ids=["parts", "textbook"])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("batch", [3, 1, 0])
-def test_every_layout(name, batch):
+def test_every_layout(name, batch, algorithm):
     x, w, g, geometry, kind = case(name, batch)
     if kind:
-        assert type(layout(x.shape, w.shape[2:], geometry)) is kind
-    found = primitives(Im2col(), x, w, g, geometry)
+        assert type(layout(x.shape, w.shape, geometry)) is kind
+    found = primitives(algorithm, x, w, g, geometry)
     for mine, theirs in zip(found, expected(x, w, g, geometry), strict=True):
         torch.testing.assert_close(mine, theirs)
         assert mine.is_contiguous()
@@ -83,27 +75,49 @@ def test_every_layout(name, batch):
 
 def test_columns_are_the_windows():
     x = torch.arange(2 * 3 * 4.0).view(1, 2, 3, 4)
-    (columns,) = layout(x.shape, (2, 2), Geometry()).columns(x)  # (OH, K, OW * N)
+    (columns,) = Rows(x.shape, (1, 2, 2, 2), Geometry()).columns(x)  # (OH, K, OW * N)
     # Under the window at (1, 2), row by row of the kernel, column by column, channel by channel.
     under = [x[0, c, 1 + i, 2 + j].item() for i, j, c in itertools.product(range(2), repeat=3)]
     assert columns.shape == (2, 8, 3)
     assert columns[1, :, 2].tolist() == under
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name][-1]])
-@pytest.mark.parametrize("room", [1, 40, 300, 2000])
-def test_every_tiling_covers_the_output_once(name, room):
-    x, w, g, geometry, _ = case(name)
-    seen = torch.zeros_like(g)
-    y = torch.zeros_like(g)
-    for here, there in tiles(x.shape, w.shape[2:], geometry, room):
-        part = x[here]
-        seen[there] += 1
-        y[there] = Im2col().forward(part, w, geometry)
-        columns = layout(part.shape, w.shape[2:], geometry).column_size()
-        assert columns <= room or y[there].shape[2:] == (1, 1)
-    assert torch.equal(seen, torch.ones_like(g))
-    torch.testing.assert_close(y, expected(x, w, g, geometry)[0])
+PADDINGS = [(0, 0, 0, 0), (1, 1, 2, 2), (0, 3, 5, 1), (4, 4, 4, 4)]  # left, right, top, bottom
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("zeros", PADDINGS)
+@pytest.mark.parametrize("room", [200, 1000, 5000])
+def test_parts_cover_everything_once(name, zeros, room, monkeypatch):
+    x, w, _, geometry, _ = case(name, batch=2)
+    if x.shape[1] == LONG and room < 1000:
+        pytest.skip("too many parts")
+    left, top = zeros[0], zeros[2]
+    padded = nn.functional.pad(x, zeros)
+    g = randn(2, len(w), *geometry.output_size(padded.shape[2:], w.shape[2:]), seed=2)
+    how = (x.shape, w.shape, geometry, zeros, allocated, room, room)
+    outputs, inputs = torch.zeros_like(g), torch.zeros_like(x)
+    for part in parts(*how):
+        outputs[part.output] += 1
+        windows = [s.stop - s.start for s in part.output[2:]]
+        size = [s.stop - s.start for s in part.input]
+        size[2:] = [size[2] + sum(part.zeros[2:]), size[3] + sum(part.zeros[:2])]
+        block = tuple(s.stop - s.start for s in part.weight)
+        assert allocated(tuple(size), block, part.geometry) <= room // 2 or windows == [1, 1]
+        assert prod(block) <= max(room // 6, prod(block[1:])) or geometry.groups == len(x[0])
+    assert torch.equal(outputs, torch.ones_like(g))
+    for part in parts(*how, of_input=True):
+        inputs[part.input] += 1
+    assert torch.equal(inputs, torch.ones_like(x))
+
+    monkeypatch.setattr("cnntrain.conv.im2col.parts", lambda *a: parts(*a[:5], room, room, *a[7:]))
+    algorithm = Im2col()
+    y, dx, dw = expected(padded, w, g, geometry)
+    dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+    close = torch.testing.assert_close
+    close(algorithm.padded_forward(x, w, None, geometry, zeros), y)
+    close(algorithm.padded_grad_input(g, w, x.shape[2:], geometry, zeros), dx)
+    close(algorithm.padded_grad_weight(g, x, w.shape[2:], geometry, zeros), dw)
 
 
 def peak(call):
@@ -115,73 +129,97 @@ def peak(call):
     return result, max(in_use, default=0)
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name][-1]])
-def test_columns_take_no_more_than_they_say(name):
-    x, w, g, geometry, _ = case(name, batch=16)
-    matrices = layout(x.shape, w.shape[2:], geometry)
-    allowed = matrices.column_size() * x.element_size()
-    _, unrolled = peak(lambda: matrices.columns(x))
-    assert unrolled <= allowed
-    rows = matrices.rows(g)
-    dx, folded = peak(lambda: matrices.col2im(w, rows))
-    filters = 2 * w.numel() * len(rows)
-    assert folded <= allowed + (2 * dx.numel() + filters) * x.element_size()
+# batch, in_channels, out_channels, kernel, stride, padding, dilation, groups, size
+LARGE = {
+    "weight larger than the limit": (1, 256, 256, 3, 1, 1, 1, 1, 32),
+    "batch": (64, 16, 32, 3, 1, 1, 1, 1, 24),
+    "groups": (2, 64, 128, 3, 1, 1, 1, 8, 64),
+    "strided": (2, 64, 64, 3, 2, 1, 1, 1, 96),
+    "dilated": (2, 32, 64, 3, 1, 2, 2, 1, 64),
+    "strided and dilated": (2, 8, 8, (7, 5), (3, 2), 4, (2, 3), 1, 128),
+    "depthwise": (16, 64, 64, 3, 1, 1, 1, 64, 64),
+    "depthwise, two filters a channel": (1, 64, 128, 5, 2, 2, 1, 64, 128),
+    "1x1": (64, 128, 256, 1, 1, 0, 1, 1, 16),
+    "1x1, strided": (16, 64, 64, 1, 2, 0, 1, 1, 64),
+    "whole input": (64, 64, 256, 8, 1, 0, 1, 1, 8),
+}
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(16, 1), (64, 1), (16, 4), (64, 64)])
-def test_a_limit_holds_whatever_the_batch_and_the_image(channels, groups):
-    geometry, mib = Geometry(groups=groups), 2**20
-    w = randn(8 * groups, channels // groups, 3, 3, seed=1).float()
-    if groups == channels:
-        w = w[:groups]
-    extra = []
-    for size in [(32, channels, 20, 20), (128, channels, 20, 20), (1, channels, 160, 160)]:
-        x = randn(*size).float()
-        y, forward = peak(lambda x=x: Im2col(max_column_mib=1).forward(x, w, geometry))
-        torch.testing.assert_close(
-            y, nn.functional.conv2d(x, w, groups=groups), atol=1e-4, rtol=1e-4
-        )
-        extra.append((forward - y.nbytes) / mib)
-    # Columns, and the rows of the output that are made of them at a time.
-    assert max(extra) < 1 + 0.7, extra
-    _, unlimited = peak(lambda: Im2col(max_column_mib=64).forward(x, w, geometry))
-    assert groups == channels or (unlimited - y.nbytes) / mib > 2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LARGE)
+def test_a_call_allocates_no_more_than_its_limit(name, dtype):
+    n, c, o, kernel, stride, padding, dilation, groups, size = LARGE[name]
+    conv = nn.Conv2d(c, o, kernel, stride, padding, dilation, groups)
+    geometry, zeros = Geometry.of(conv), (padding,) * 4
+    x, w = randn(n, c, size, size).to(dtype), conv.weight.detach().to(dtype)
+    algorithm, plane, taps = Im2col(max_column_mib=1), x.shape[2:], w.shape[2:]
+    y, forward = peak(lambda: algorithm.padded_forward(x, w, None, geometry, zeros))
+    g = randn(*y.shape, seed=2).to(dtype)
+    dx, backward = peak(lambda: algorithm.padded_grad_input(g, w, plane, geometry, zeros))
+    dw, weights = peak(lambda: algorithm.padded_grad_weight(g, x, taps, geometry, zeros))
+    beyond = [forward - y.nbytes, backward - dx.nbytes, weights - dw.nbytes]
+    assert max(beyond) <= 1.05 * 2**20, beyond
+    correct = expected(x.float(), w.float(), g.float(), geometry, padding)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    for mine, theirs in zip((y, dx, dw), correct, strict=True):
+        assert (mine.float() - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
-def test_toeplitz_matrices_have_a_limit():
-    w, geometry = randn(64, 1, 5, 5), Geometry(groups=64)
-    seen = torch.zeros(6, 64, 30, 30)
-    for block, places in depthwise._blocks(seen.shape, w, geometry, room=200_000):
-        assert block.toeplitz(w[places[0][0][1]]).nbytes <= 200_000
-        for _, there in places:
-            seen[there] += 1
-    assert torch.equal(seen, torch.ones_like(seen))
+def test_a_larger_limit_is_used():
+    x, w = randn(1, 64, 160, 160).float(), randn(64, 64, 3, 3, seed=1).float()
+    taken = [peak(lambda m=m: Im2col(m).forward(x, w, Geometry()))[1] for m in (1, 64)]
+    assert taken[1] > taken[0] + 2 * 2**20
+
+
+@pytest.mark.parametrize("value", [0, -3, 0.5, "8", None, True, 2.0])
+def test_a_limit_is_a_positive_whole_number(value):
+    with pytest.raises(ValueError, match=f"max_column_mib must be .*, not {value!r}$"):
+        Im2colConv2d(1, 1, 1, max_column_mib=value)
 
 
 def test_the_option_reaches_the_algorithm():
     assert Im2colConv2d(1, 1, 1, max_column_mib=7).algorithm == Im2col(max_column_mib=7)
 
 
-@pytest.mark.parametrize(
-    ("channels", "kernel_size", "stride", "dilation", "groups"),
-    [
-        (64, 3, 2, 1, 1),
-        (64, 3, 2, 2, 1),
-        (64, 3, 1, 1, 1),
-        (4, 3, 2, 1, 1),
-        (64, 1, 2, 1, 1),
-        (8, 3, 2, 1, 8),
-        (64, 3, (1, 2), 1, 2),
-    ],
-)
-def test_an_exported_program_computes_the_same_for_any_batch(
-    channels: int, kernel_size: int, stride: int | tuple[int, int], dilation: int, groups: int
-) -> None:
-    """What is a view for one image must not be taken for the copy that it is for two."""
-    conv = Im2colConv2d(channels, 8, kernel_size, stride, 1, dilation, groups).eval()
-    example = (torch.randn(2, channels, 9, 9),)
-    sizes = ({0: torch.export.Dim("batch", min=1, max=16)},)
-    program = torch.export.export(conv, example, dynamic_shapes=sizes).module()
-    for batch in (1, 2, 3, 16):
-        x = torch.randn(batch, channels, 9, 9)
-        torch.testing.assert_close(program(x), conv(x))
+# in_channels, out_channels, kernel, stride, padding, dilation, groups
+LAYERS = [
+    (3, 64, 7, 2, 3, 1, 1),
+    (64, 8, 3, 1, 1, 1, 1),
+    (64, 8, 3, 2, 1, 2, 1),
+    (64, 8, 1, 2, 1, 1, 1),
+    (4, 8, 3, 2, 1, 1, 1),
+    (8, 8, 3, 1, 1, 1, 8),
+    (8, 16, 3, 2, 1, 1, 8),
+    (64, 8, 3, (1, 2), 1, 1, 2),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_exported_program_computes_the_same_for_any_size(layer):
+    """For sizes that the algorithm cuts into parts and for sizes that it does not."""
+    conv = Im2colConv2d(*layer, max_column_mib=1).eval()
+    channels = layer[0]
+    dims = {0: torch.export.Dim("n", min=1, max=64)}
+    dims |= {2: torch.export.Dim("h", min=9, max=90), 3: torch.export.Dim("w", min=9, max=90)}
+    example = (torch.randn(2, channels, 20, 23),)
+    program = torch.export.export(conv, example, dynamic_shapes=(dims,)).module()
+    for size in [(1, 9, 10), (2, 30, 21), (64, 12, 12), (3, 90, 64)]:
+        x = torch.randn(size[0], channels, *size[1:])
+        torch.testing.assert_close(program(x), conv(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [(64, 64, 3, 1, 1, 1, 1), (16, 16, 3, 1, 1, 1, 16)])
+def test_one_compiled_graph_holds_for_every_batch(layer):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    conv = Im2colConv2d(*layer, max_column_mib=1)
+    compiled = torch.compile(conv, fullgraph=True, backend=count)
+    for n in (2, 3, 5, 8, 16, 17, 24, 33, 40, 64):
+        x = torch.randn(n, layer[0], 14, 14)
+        torch.testing.assert_close(compiled(x), conv(x), atol=1e-5, rtol=1e-4)
+    assert len(graphs) <= 2

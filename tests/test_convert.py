@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -210,11 +211,53 @@ def test_other_convolutions_stay_and_are_named() -> None:
     network = nn.Sequential(
         nn.Conv2d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Sequential(nn.Conv3d(1, 1, 1))
     )
-    said = r"left as they are: 1 \(ConvTranspose2d\), 2\.0 \(Conv3d\)"
+    said = (
+        r"^not converted: ConvTranspose2d is no nn.Conv2d \(1 layer: 1\); "
+        r"Conv3d is no nn.Conv2d \(1 layer: 2\.0\)$"
+    )
     with pytest.warns(UserWarning, match=said) as warnings:
         convert(network, "im2col")
     assert warnings[0].filename == __file__
     assert [type(m).__name__ for m in network] == ["Im2colConv2d", "ConvTranspose2d", "Sequential"]
+
+
+class SeparableConv2d(nn.Module):
+    """A block of two layers, which calls itself a convolution and tells its kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel_size = 3
+        self.depthwise = nn.Conv2d(2, 2, 3, groups=2)
+        self.pointwise = nn.Conv2d(2, 4, 1)
+
+
+class DeformableConv2d(nn.Module):
+    """A convolution with weights of its own, whose offsets come from an ordinary one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel_size = 3
+        self.weight = nn.Parameter(torch.zeros(1, 1, 3, 3))
+        self.offsets = nn.Conv2d(1, 18, 3)
+
+
+def test_a_block_of_converted_layers_is_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block = convert(nn.Sequential(SeparableConv2d()), "im2col")[0]
+    assert {type(layer).__name__ for layer in block.children()} == {"Im2colConv2d"}
+    said = r"^not converted: DeformableConv2d is no nn.Conv2d \(1 layer: 0\)$"
+    with pytest.warns(UserWarning, match=said):
+        convert(nn.Sequential(DeformableConv2d()), "im2col")
+
+
+def test_a_refusal_names_the_reason_first_and_few_layers() -> None:
+    network = nn.Sequential(*(Standardised(1, 1, 1) for _ in range(60)))
+    with pytest.raises(ValueError, match="Standardised has its own forward") as raised:
+        convert(network, "im2col")
+    said = str(raised.value)
+    assert said.endswith("(60 layers: 0, 1, 2, ...)")
+    assert len(said) < 250
 
 
 class Standardised(nn.Conv2d):
@@ -262,7 +305,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], Any, str]] = [
         r"is parametrized \(weight\)",
     ),
     (lambda: torch.jit.script(nn.Conv2d(1, 1, 1)), "im2col", "is compiled by TorchScript"),
-    (lambda: nn.Conv2d(1, 1, 5), OnlySmall, "only up to 3x3$"),
+    (lambda: nn.Conv2d(1, 1, 5), OnlySmall, "only up to 3x3"),
     (lambda: nn.Conv2d(2, 2, 1, groups=2), OnlySmall, "unexpected keyword argument 'groups'"),
     (lambda: nn.Conv2d(1, 1, 1), partial(Im2colConv2d, stride=2), r"its stride \(2, 2\), not"),
     (lambda: nn.Conv2d(1, 1, 1), partial(Im2colConv2d, bias=False), "its bias False, not True"),
@@ -279,7 +322,7 @@ def test_refused_by_name_and_nothing_changed(
     layers = list(network.modules())
     before = [(type(layer), dict(vars(layer))) for layer in layers]
     parameters = [(name, id(p)) for name, p in network.named_parameters()]
-    with pytest.raises(ValueError, match=rf"cannot be converted to \w+: .*1\.0, 2: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"^cannot convert to \w+, .*{reason}.*\(.*1\.0, 2\)"):
         convert(network, backend)
     assert [(type(layer), dict(vars(layer))) for layer in layers] == before
     assert [(name, id(p)) for name, p in network.named_parameters()] == parameters
@@ -287,7 +330,9 @@ def test_refused_by_name_and_nothing_changed(
 
 def test_all_reasons_at_once() -> None:
     network = nn.Sequential(Standardised(1, 1, 1), nn.Conv2d(1, 1, 5), nn.Conv2d(1, 1, 7))
-    with pytest.raises(ValueError, match=r"0: Standardised has.*; 1, 2: only up to 3x3$"):
+    with pytest.raises(
+        ValueError, match=r": Standardised has.* \(1 layer: 0\); only up to 3x3 \(2 layers: 1, 2\)$"
+    ):
         convert(network, OnlySmall)
 
 
@@ -304,7 +349,7 @@ def test_a_class_of_a_users_own() -> None:
     assert network[1].weight is weight
     torch.testing.assert_close(network(x), expected)
     assert network[0].shift.dtype == torch.float64
-    with pytest.raises(ValueError, match="0, 1: OnlySmall has its own forward"):
+    with pytest.raises(ValueError, match=r"OnlySmall has its own forward.* \(2 layers: 0, 1\)$"):
         convert(network, "native")
     assert before.shape == expected.shape
 

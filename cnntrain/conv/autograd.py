@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from cnntrain.conv.function import keep, run, signed, wanted
+from cnntrain.conv.function import for_sums, keep, run, signed, wanted
 from cnntrain.conv.geometry import Amounts, Geometry, Pair, crop, pad, padded
 
 
@@ -33,7 +33,8 @@ class Algorithm(ABC):
 
     Shapes: x (N, C, H, W), already padded; w (O, C/groups, kh, kw); g, y (N, O, OH, OW). Sizes,
     dtypes and devices have been checked before; inputs may have any strides and are not changed.
-    Results are new tensors, of the inputs' dtype. None of the three needs to be differentiable.
+    Results are new tensors, of the inputs' dtype, which is never a half type. None of the three
+    needs to be differentiable.
     """
 
     @abstractmethod
@@ -48,22 +49,32 @@ class Algorithm(ABC):
     def grad_weight(self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
         """dw (O, C/groups, kh, kw), where kernel_size is (kh, kw)."""
 
-    # The same for an input that is to be padded with zeros. An algorithm that works off the batch
-    # in parts may do better, and pad one part at a time.
+    # The same for an input that is to be padded with zeros. An algorithm that computes the batch in
+    # parts may do better, and pad one part at a time. Half types (bfloat16, float16) are computed
+    # in float32, and the result is rounded once.
 
-    def padded_forward(self, x: Tensor, w: Tensor, geometry: Geometry, zeros: Amounts) -> Tensor:
-        return self.forward(pad(x, zeros), w, geometry)
+    def padded_forward(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, zeros: Amounts
+    ) -> Tensor:
+        y = self.forward(pad(for_sums(x), zeros), for_sums(w), geometry)
+        return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
 
     def padded_grad_input(
         self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry, zeros: Amounts
     ) -> Tensor:
-        dx = self.grad_input(g, w, padded(input_size, zeros), geometry)
-        return crop(dx, zeros).clone() if any(zeros) else dx
+        dx = self.grad_input(for_sums(g), for_sums(w), padded(input_size, zeros), geometry)
+        return (crop(dx, zeros).clone() if any(zeros) else dx).to(g.dtype)
 
     def padded_grad_weight(
         self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, zeros: Amounts
     ) -> Tensor:
-        return self.grad_weight(g, pad(x, zeros), kernel_size, geometry)
+        dw = self.grad_weight(for_sums(g), pad(for_sums(x), zeros), kernel_size, geometry)
+        return dw.to(g.dtype)
+
+    def traceable(self) -> Algorithm:
+        """The algorithm that is compiled or exported, and used for tensor subclasses: one that does
+        the same with operators that hold for every size."""
+        return self
 
 
 # Here `how` is a Geometry, an Algorithm, and the zeros at each side of the input. It is padded
@@ -98,10 +109,8 @@ class Forward(Function):
         algorithm: Algorithm,
         zeros: Amounts,
     ) -> Tensor:
-        y = run(algorithm.padded_forward, x, w, geometry, zeros)
-        if is_compiling():  # compiled, a copy is part of what made y
-            return y.clone() if bias is None else y + bias.view(-1, 1, 1)
-        return y if bias is None else y.add_(bias.view(-1, 1, 1))
+        y = run(algorithm.padded_forward, x, w, bias, geometry, zeros)
+        return y.clone() if is_compiling() and bias is None else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

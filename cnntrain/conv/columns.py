@@ -1,13 +1,13 @@
-"""How im2col's matrices lie in memory. The mathematics is in im2col.py; all of this is for speed.
+"""Memory layouts of im2col. The algorithm itself is in im2col.py; these classes are for speed.
 
-Copying windows into columns takes as long as multiplying them. So a layout cuts the convolution
-into B matrix products, multiplied by one ``bmm``, such that little or nothing has to be copied:
+Copying windows into columns takes as long as multiplying them, so each class arranges the matrix
+products of one kind of convolution such that little or nothing is copied.
 
-    columns (B, K, L)     filters (B, O/groups, K)     rows of the output (B, O/groups, L)
+Every class computes the three functions of a convolution for inputs of one size, already padded:
 
-There are B * L windows, and K = C/groups * kh * kw numbers under each. Where K is a sum over taps
-whose columns are views of one another's memory, a layout gives a list of parts of K, one product
-each, which are to be added.
+    forward(x, w)        y (N, O, OH, OW)
+    grad_input(g, w)     dx (N, C, H, W)
+    grad_weight(g, x)    dw (O, C/groups, kh, kw)
 """
 
 from __future__ import annotations
@@ -18,283 +18,230 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from cnntrain.conv.geometry import Geometry, Pair
+from cnntrain.conv.geometry import Geometry, batch_first, batch_last
 
-# From so many channels times kernel rows on, products of K / kw numbers are as fast as of K.
+# With this many channels times kernel rows, a product over one column of the kernel is as fast as
+# a product over all of them.
 LONG = 64
 
-# Images at a time, at the least and in multiples of which: their pixels lie side by side, and runs
-# of whole vectors are copied and multiplied faster.
-RUN = 16
 
-Index = tuple[slice, ...]
-
-
-def layout(size: tuple[int, ...], kernel: Pair, how: Geometry) -> Layout:
-    """The layout for a padded input of size (N, C, H, W): the first that fits."""
-    if kernel == size[2:] and how.dilation == (1, 1):
-        return Whole(size, kernel, how)
-    if kernel == (1, 1) and how.groups == 1:
-        return Pointwise(size, kernel, how)
-    return Rows(size, kernel, how)
-
-
-def tiles(
-    size: tuple[int, ...], kernel: Pair, how: Geometry, room: int, cache: int | None = None
-) -> list[tuple[Index, Index]]:
-    """Where to cut an input of size (N, C, H, W) so that the columns of a part have room.
-
-    Indices into the input and into the output: of images, or, where one image's columns are too
-    many, of tiles of an image, which overlap in the input. A tile is one window at the least.
-
-    room: numbers that columns may have; cache: numbers that they should have, if these are `RUN`
-    images' or more.
-    """
-    n, c, h, w = size
-    (oh, ow), (sh, sw), (dh, dw) = how.output_size((h, w), kernel), how.stride, how.dilation
-
-    def met(first: int, last: int, stride: int, dilation: int, taps: int) -> slice:
-        return slice(first * stride, (last - 1) * stride + dilation * (taps - 1) + 1)
-
-    def numbers(rows: int, columns: int) -> int:
-        plane = met(0, rows, sh, dh, kernel[0]).stop, met(0, columns, sw, dw, kernel[1]).stop
-        return layout((1, c, *plane), kernel, how).column_size()
-
-    image = numbers(oh, ow)
-    if image <= room:
-        most = room // max(image, 1)
-        if cache is not None and image:
-            most = min(most, max(cache // image, RUN))
-        return batches(n, most)
-    rows = max((r for r in range(1, oh) if numbers(r, ow) <= room), default=0)
-    columns = ow if rows else max((q for q in range(1, ow) if numbers(1, q) <= room), default=1)
-    cuts: list[tuple[Index, Index]] = []
-    for i, top, left in product(range(n), range(0, oh, rows or 1), range(0, ow, columns)):
-        bottom, right = min(top + (rows or 1), oh), min(left + columns, ow)
-        here = met(top, bottom, sh, dh, kernel[0]), met(left, right, sw, dw, kernel[1])
-        one = slice(i, i + 1), slice(None)
-        cuts.append(((*one, *here), (*one, slice(top, bottom), slice(left, right))))
-    return cuts
+def layout(size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> Layout:
+    """The fastest layout for a padded input of size (N, C, H, W) and a weight of size
+    (O, C/groups, kh, kw). There is one group, or one for each input channel (depthwise)."""
+    kernel = weight[2:]
+    if geometry.groups > 1:
+        kind: type[Layout] = Depthwise
+    elif kernel == size[2:] and geometry.dilation == (1, 1):
+        kind = Whole
+    elif kernel == (1, 1):
+        kind = Pointwise
+    else:
+        kind = Rows
+    return kind(size, weight, geometry)
 
 
-def batches(n: int, most: int) -> list[tuple[Index, Index]]:
-    """Parts of a batch of n images, of about one size, with as many as `most` in each."""
-    if n <= most:  # not as numbers: a graph that is traced here holds for every such batch
-        return [((slice(None),), (slice(None),))]
-    even = -(-n // -(-n // most))
-    step = min(most, -(-even // RUN) * RUN)
-    cuts = [(slice(i, min(i + step, n)),) for i in range(0, n, step)]
-    return [(cut, cut) for cut in cuts]
+def allocated(size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> int:
+    """How many numbers one call allocates at most, besides the weight."""
+    return layout(size, weight, geometry).allocated()
 
 
 class Layout(ABC):
-    """For inputs of one size: its functions are views and copies, and all of them linear."""
+    """The three functions for a padded input of size (N, C, H, W) and weights of one shape."""
 
-    def __init__(self, size: tuple[int, ...], kernel: Pair, how: Geometry) -> None:
+    def __init__(self, size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> None:
         self.n, self.c, self.h, self.w = size
-        self.kh, self.kw = kernel
-        self.oh, self.ow = how.output_size(size[2:], kernel)
-        self.how, self.groups, self.depth = how, how.groups, self.c // how.groups
+        self.o, self.depth, self.kh, self.kw = weight
+        self.oh, self.ow = geometry.output_size(size[2:], weight[2:])
+        self.geometry = geometry
+        (self.sh, self.sw), (self.dh, self.dw) = geometry.stride, geometry.dilation
+
+    def allocated(self) -> int:
+        """An upper bound of the numbers allocated by one call, weights excluded: the padded input,
+        a copy of it in another order, and the output."""
+        return self.n * (2 * self.c * self.h * self.w + self.o * self.oh * self.ow)
 
     @abstractmethod
-    def column_size(self) -> int:
-        """How many numbers `columns` or `col2im` takes memory for, at the most."""
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """y (N, O, OH, OW)"""
 
     @abstractmethod
-    def columns(self, x: Tensor) -> list[Tensor]:
-        """im2col: x (N, C, H, W) -> parts of (B, K, L)"""
+    def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
+        """dx (N, C, H, W)"""
 
     @abstractmethod
-    def col2im(self, w: Tensor, rows: Tensor) -> Tensor:
-        """x (N, C, H, W): filters^T @ rows, every number added to the pixel it was copied from."""
-
-    @abstractmethod
-    def filters(self, w: Tensor) -> list[Tensor]:
-        """w (O, C/groups, kh, kw) -> parts of (B, O/groups, K)"""
-
-    @abstractmethod
-    def weight(self, parts: list[Tensor]) -> Tensor:
-        """Parts of (B, O/groups, K) -> their sum over B as w (O, C/groups, kh, kw)"""
-
-    @abstractmethod
-    def rows(self, y: Tensor) -> Tensor:
-        """y (N, O, OH, OW) -> (B, O/groups, L)"""
-
-    @abstractmethod
-    def output(self, rows: Tensor) -> Tensor:
-        """(B, O/groups, L) -> y (N, O, OH, OW)"""
-
-    def correlate(self, y: Tensor, x: Tensor) -> list[Tensor]:
-        """rows @ columns^T: parts of (B, O/groups, K)"""
-        rows = self.rows(y)
-        return [torch.bmm(rows, part.mT) for part in self.columns(x)]
+    def grad_weight(self, g: Tensor, x: Tensor) -> Tensor:
+        """dw (O, C/groups, kh, kw)"""
 
 
 class Whole(Layout):
-    """The kernel is as large as the input: one window an image, and B = groups, L = N."""
+    """A kernel as large as the input: one window for each image, which is its own column."""
 
-    def column_size(self) -> int:
-        return 0
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return (x.flatten(1) @ w.flatten(1).t())[:, :, None, None]
 
-    def columns(self, x: Tensor) -> list[Tensor]:
-        return [self.rows(x)]
+    def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
+        return (g.flatten(1) @ w.flatten(1)).view(self.n, self.c, self.h, self.w)
 
-    def col2im(self, w: Tensor, rows: Tensor) -> Tensor:
-        x = torch.bmm(rows.mT, self.filters(w)[0])  # (groups, N, K)
-        return x.transpose(0, 1).reshape(self.n, self.c, self.h, self.w)
-
-    def filters(self, w: Tensor) -> list[Tensor]:
-        return [w.reshape(self.groups, w.shape[0] // self.groups, w[0].numel())]
-
-    def weight(self, parts: list[Tensor]) -> Tensor:
-        return parts[0].reshape(-1, self.depth, self.kh, self.kw)
-
-    def rows(self, y: Tensor) -> Tensor:
-        return y.flatten(1).unflatten(1, (self.groups, -1)).permute(1, 2, 0)
-
-    def output(self, rows: Tensor) -> Tensor:
-        return rows.permute(2, 0, 1).reshape(self.n, self.groups * rows.shape[1], 1, 1)
+    def grad_weight(self, g: Tensor, x: Tensor) -> Tensor:
+        return (g.flatten(1).t() @ x.flatten(1)).view(self.o, self.c, self.kh, self.kw)
 
 
 class Pointwise(Layout):
-    """A kernel of 1x1: the input is its own columns, but for a stride; B = N, L = OH * OW."""
+    """A kernel of 1x1: the pixels that the stride reaches are the columns, one matrix an image."""
 
-    def column_size(self) -> int:
-        return 0 if self.how.stride == (1, 1) else self.n * self.c * self.oh * self.ow
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        y = torch.bmm(w.flatten(1).expand(self.n, -1, -1), self._reached(x).flatten(2))
+        return y.view(self.n, self.o, self.oh, self.ow)
 
-    def columns(self, x: Tensor) -> list[Tensor]:
-        return [self._met(x).flatten(2)]
-
-    def col2im(self, w: Tensor, rows: Tensor) -> Tensor:
-        pixels = torch.bmm(self.filters(w)[0].mT, rows).view(self.n, self.c, self.oh, self.ow)
-        if self.how.stride == (1, 1):
+    def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
+        pixels = torch.bmm(w.flatten(1).t().expand(self.n, -1, -1), g.flatten(2))
+        pixels = pixels.view(self.n, self.c, self.oh, self.ow)
+        if (self.sh, self.sw) == (1, 1):
             return pixels
-        x = pixels.new_zeros(self.n, self.c, self.h, self.w)
-        self._met(x).copy_(pixels)
-        return x
+        dx = g.new_zeros(self.n, self.c, self.h, self.w)
+        self._reached(dx).copy_(pixels)
+        return dx
 
-    def _met(self, x: Tensor) -> Tensor:
-        (sh, sw) = self.how.stride
-        return x[:, :, ::sh, ::sw]
+    def grad_weight(self, g: Tensor, x: Tensor) -> Tensor:
+        dw = g.new_zeros(self.o, self.c)
+        dw.addbmm_(g.flatten(2), self._reached(x).flatten(2).mT)
+        return dw[:, :, None, None]
 
-    def filters(self, w: Tensor) -> list[Tensor]:
-        return [w.flatten(1).expand(self.n, -1, -1)]
-
-    def weight(self, parts: list[Tensor]) -> Tensor:
-        return parts[0].sum(0)[:, :, None, None]
-
-    def rows(self, y: Tensor) -> Tensor:
-        return y.flatten(2)
-
-    def output(self, rows: Tensor) -> Tensor:
-        return rows.view(self.n, rows.shape[1], self.oh, self.ow)
+    def _reached(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.sh, :: self.sw]
 
 
 class Rows(Layout):
-    """Everything else: B = groups * OH output rows, and L = OW * N, the batch innermost.
+    """Any other kernel: one matrix product for each row of the output, the batch innermost.
 
-    The input lies in memory as (groups, H, C/groups, W, N): all that is copied are long contiguous
-    runs. Its pixels under tap j of the kernel's width are a view, and windows one below the other
-    share all but one of their rows: so the columns of an output row, for this tap, are a view
-    as well, OH matrices (kh * C/groups, OW * N) that overlap in memory. Source: M. Cho, D. Brand,
-    "MEC: Memory-efficient Convolution for Deep Neural Network", ICML 2017, which unrolls the width
-    as is done here only where products over one tap would be too short.
+    The input lies in memory as (H, C, W, N), so all that is copied are long contiguous runs. The
+    pixels that column j of the kernel meets are a view of it, and windows one below the other
+    share all but one of their rows: so the columns of an output row are a view as well, OH matrices
+    (kh * C, OW * N) that overlap in memory. Source: M. Cho, D. Brand, "MEC: Memory-efficient
+    Convolution for Deep Neural Network", ICML 2017, which unrolls the width, as is done here only
+    where products over one column of the kernel would be too short.
+
+    A kernel is cut into parts, one product each, which are added: its columns where they are not
+    unrolled, and its rows where they are dilated.
     """
 
-    def __init__(self, size: tuple[int, ...], kernel: Pair, how: Geometry) -> None:
-        super().__init__(size, kernel, how)
-        (self.sh, self.sw), (self.dh, self.dw) = how.stride, how.dilation
-        self.unrolled = self.groups > 1 or self.depth * self.kh < LONG
+    def __init__(self, size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> None:
+        super().__init__(size, weight, geometry)
+        self.unrolled = self.c * self.kh < LONG
+        whole = [slice(None)]
+        rows = whole if self.dh == 1 else [slice(i, i + 1) for i in range(self.kh)]
+        columns = whole if self.unrolled else [slice(j, j + 1) for j in range(self.kw)]
+        self.parts = list(product(rows, columns))
 
-    def column_size(self) -> int:
-        lines = self.n * self.c
-        image, taps = lines * self.h * self.w, lines * self.h * self.kw * self.ow
-        if self.groups == 1 and self.dh == 1:
-            return image + taps
-        # (groups, OH) or (kh, C/groups) cannot be joined in place: windows are copied.
-        return image + taps + lines * self.oh * self.kh * self.kw * self.ow
+    def allocated(self) -> int:
+        return super().allocated() + self.n * self.c * self.h * self.kw * self.ow
 
-    def columns(self, x: Tensor) -> list[Tensor]:
-        x = x.unflatten(1, (self.groups, self.depth)).permute(1, 3, 2, 4, 0)
-        if self.sw == 1 or self.unrolled:
-            x = x.contiguous()
-        taps = [self._under(x, j) for j in range(self.kw)]
-        if self.sw > 1 and not self.unrolled:
-            # Each is copied once, from where it lies; here, as with one image `flatten` would not,
-            # and a program that was traced with two has their strides in `_windows`.
-            taps = [tap.contiguous() for tap in taps]
-        if self.unrolled:
-            taps = [torch.stack(taps, 2).flatten(2, 3)]  # (groups, H, kw * C/groups, OW, N)
-        return [self._windows(tap.flatten(3)) for tap in taps]
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        y = x.new_empty(self.oh, self.o, self.ow * self.n)
+        for k, (part, columns) in enumerate(zip(self.parts, self.columns(x), strict=True)):
+            filters = self._filters(w, *part).expand(self.oh, -1, -1)
+            y.baddbmm_(filters, columns, beta=min(k, 1))
+        return y.view(self.oh, self.o, self.ow, self.n).permute(3, 1, 0, 2)
 
-    def _under(self, x: Tensor, j: int) -> Tensor:
-        """The pixels that tap j of the kernel's width meets: (groups, H, C/groups, OW, N)"""
-        return x[:, :, :, j * self.dw :][:, :, :, : self.sw * self.ow : self.sw]
-
-    def _windows(self, tap: Tensor) -> Tensor:
-        """(groups, H, D, L) -> (groups * OH, kh * D, L), where kernel row i is dh * i rows down."""
-        group, row, *inner = tap.stride()
-        windows = tap.as_strided(
-            (self.groups, self.oh, self.kh, *tap.shape[2:]),
-            (group, self.sh * row, self.dh * row, *inner),
-        )
-        return windows.flatten(2, 3).flatten(0, 1)
-
-    def col2im(self, w: Tensor, rows: Tensor) -> Tensor:
-        size = self.kw * self.depth
-        filters = _repeated(self._matrices(w).mT, self.oh)  # (B, kh * kw * C/groups, O/groups)
+    def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
+        rows = g.permute(2, 1, 3, 0).reshape(self.oh, self.o, self.ow * self.n)
         height = -(-self.h // self.sh)
-        wide: dict[int, Tensor] = {}  # every sh-th row, from each first one
+        wide: dict[int, Tensor] = {}  # rows start, start + sh, start + 2 sh, ... of the input
         for i in range(self.kh):
             first, start = divmod(i * self.dh, self.sh)
             if start not in wide:
-                wide[start] = rows.new_zeros(self.groups, height, size, rows.shape[2])
-            target = wide[start][:, first : first + self.oh]
-            part = filters[:, i * size : (i + 1) * size]
-            if self.groups == 1:
-                target[0].baddbmm_(part, rows)
-            else:
-                target += torch.bmm(part, rows).view(target.shape)
-        x = rows.new_zeros(self.groups, self.h, self.depth, self.w, self.n)
+                wide[start] = g.new_zeros(height, self.kw * self.c, self.ow * self.n)
+            filters = self._filters(w, slice(i, i + 1), slice(None)).t().expand(self.oh, -1, -1)
+            wide[start][first : first + self.oh].baddbmm_(filters, rows)
+        dx = g.new_zeros(self.h, self.c, self.w, self.n)
         for start, values in wide.items():
-            values = values[:, : -(-(self.h - start) // self.sh)]
-            taps = values.view(*values.shape[:2], self.kw, self.depth, self.ow, self.n)
+            values = values[: -(-(self.h - start) // self.sh)]
+            values = values.view(len(values), self.kw, self.c, self.ow, self.n)
             for j in range(self.kw):
-                pixels = self._under(x[:, start :: self.sh], j)
-                pixels += taps[:, :, j]
-        return x.permute(4, 0, 2, 1, 3).reshape(self.n, self.c, self.h, self.w)
+                self._under(dx[start :: self.sh], j).add_(values[:, j])
+        return dx.permute(3, 1, 0, 2)
 
-    def filters(self, w: Tensor) -> list[Tensor]:
+    def grad_weight(self, g: Tensor, x: Tensor) -> Tensor:
+        dw = g.new_empty(self.o, self.c, self.kh, self.kw)
+        rows = g.permute(2, 3, 0, 1).reshape(self.oh, self.ow * self.n, self.o)
+        for (i, j), columns in zip(self.parts, self.columns(x), strict=True):
+            if (
+                self.oh * self.o * columns.shape[1] <= x.numel()
+            ):  # faster, if it takes little memory
+                part = torch.bmm(columns, rows).sum(0)
+            else:
+                part = g.new_zeros(columns.shape[1], self.o).addbmm_(columns, rows)
+            here = dw[:, :, i, j]
+            here.copy_(part.view(*here.shape[2:], self.c, self.o).permute(3, 2, 0, 1))
+        return dw
+
+    def columns(self, x: Tensor) -> list[Tensor]:
+        """im2col: x (N, C, H, W) -> (OH, K, OW * N) for each part of the kernel, which has K / C
+        taps."""
+        x = x.permute(2, 1, 3, 0)  # (H, C, W, N)
+        if self.sw == 1 or self.unrolled:
+            x = x.contiguous()
+        under = [self._under(x, j) for j in range(self.kw)]
         if self.unrolled:
-            return [_repeated(self._matrices(w), self.oh)]
-        return [_repeated(self._matrices(w[..., j : j + 1]), self.oh) for j in range(self.kw)]
+            under = [torch.stack(under, 1).flatten(1, 2)]  # (H, kw * C, OW, N)
+        under = [pixels.flatten(2) for pixels in under]
+        rows = range(1 if self.dh == 1 else self.kh)
+        return [self._windows(pixels, first * self.dh) for first in rows for pixels in under]
 
-    def _matrices(self, w: Tensor) -> Tensor:
-        """(O, C/groups, kh, kw) -> (groups, O/groups, kh * kw * C/groups)"""
-        return w.permute(0, 2, 3, 1).reshape(self.groups, w.shape[0] // self.groups, w[0].numel())
+    def _under(self, x: Tensor, j: int) -> Tensor:
+        """The pixels that column j of the kernel meets: a view (H, C, OW, N) of (H, C, W, N)."""
+        return x[:, :, self.geometry.reach(0, j, (self.oh, self.ow))[1]]
 
-    def weight(self, parts: list[Tensor]) -> Tensor:
-        sums = [part.unflatten(0, (self.groups, self.oh)).sum(1).flatten(0, 1) for part in parts]
-        sums = [total.unflatten(1, (self.kh, -1, self.depth)) for total in sums]
-        return torch.cat(sums, 2).permute(0, 3, 1, 2)
+    def _windows(self, pixels: Tensor, first: int) -> Tensor:
+        """(H, D, L) -> (OH, kh * D, L), a view: all rows of the kernel, or if these are dilated,
+        one of them; `first` is the input row that it meets for the first output row."""
+        height = self.kh if self.dh == 1 else 1
+        row, *inner = pixels.stride()
+        windows = pixels[first:].as_strided(
+            (self.oh, height, *pixels.shape[1:]), (self.sh * row, row, *inner)
+        )
+        return windows.flatten(1, 2)
 
-    def rows(self, y: Tensor) -> Tensor:
-        y = y.unflatten(1, (self.groups, -1)).permute(1, 3, 2, 4, 0)
-        return y.reshape(self.groups * self.oh, y.shape[2], self.ow * self.n)
-
-    def output(self, rows: Tensor) -> Tensor:
-        rows = rows.view(self.groups, self.oh, rows.shape[1], self.ow, self.n)
-        return rows.permute(4, 0, 2, 1, 3).flatten(1, 2)
-
-    def correlate(self, y: Tensor, x: Tensor) -> list[Tensor]:
-        if not self.unrolled or y.shape[1] // self.groups < 8:
-            return super().correlate(y, x)
-        # The transposed product, of matrices that need not be transposed, is up to 3 times faster.
-        rows = y.unflatten(1, (self.groups, -1)).permute(1, 3, 4, 0, 2)
-        rows = rows.reshape(self.groups * self.oh, self.ow * self.n, rows.shape[4])
-        return [torch.bmm(part, rows).mT for part in self.columns(x)]
+    def _filters(self, w: Tensor, i: slice, j: slice) -> Tensor:
+        """(O, C, kh, kw) -> (O, K) for the rows and columns of the kernel in slices i and j"""
+        return w[:, :, i, j].permute(0, 2, 3, 1).reshape(self.o, -1)
 
 
-def _repeated(matrices: Tensor, times: int) -> Tensor:
-    """(groups, A, B) -> (groups * times, A, B)"""
-    return matrices.unsqueeze(1).expand(-1, times, -1, -1).flatten(0, 1)
+class Depthwise(Layout):
+    """One input channel for each group: a product has a single row, so the taps of the kernel are
+    multiplied and added one after the other, for all channels at once and the batch innermost."""
+
+    def allocated(self) -> int:
+        return super().allocated() + self.n * self.o * self.oh * self.ow
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        x = batch_last(x).unsqueeze(1)  # (C, 1, H, W, N)
+        y = x.new_zeros(self.c, self.o // self.c, self.oh, self.ow, self.n)
+        for i, j in product(range(self.kh), range(self.kw)):
+            y.addcmul_(self._under(x, i, j), self._weights(w, i, j))
+        return batch_first(y.flatten(0, 1))
+
+    def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
+        g = batch_last(g).unflatten(0, (self.c, -1))  # (C, O/C, OH, OW, N)
+        dx = g.new_zeros(self.c, 1, self.h, self.w, self.n)
+        for i, j in product(range(self.kh), range(self.kw)):
+            for k, weights in enumerate(self._weights(w, i, j).split(1, 1)):
+                self._under(dx, i, j).addcmul_(g[:, k : k + 1], weights)
+        return batch_first(dx.squeeze(1))
+
+    def grad_weight(self, g: Tensor, x: Tensor) -> Tensor:
+        g = batch_last(g).view(self.c, self.o // self.c, -1)  # (C, O/C, OH * OW * N)
+        x = batch_last(x).unsqueeze(1)
+        dw = g.new_empty(self.c, self.o // self.c, self.kh, self.kw)
+        for i, j in product(range(self.kh), range(self.kw)):
+            pixels = self._under(x, i, j).reshape(self.c, 1, -1)
+            dw[:, :, i, j] = torch.bmm(g, pixels.mT).squeeze(2)
+        return dw.flatten(0, 1).unsqueeze(1)
+
+    def _under(self, x: Tensor, i: int, j: int) -> Tensor:
+        """The pixels that tap (i, j) meets: a view (C, 1, OH, OW, N) of (C, 1, H, W, N)."""
+        rows, columns = self.geometry.reach(i, j, (self.oh, self.ow))
+        return x[:, :, rows, columns]
+
+    def _weights(self, w: Tensor, i: int, j: int) -> Tensor:
+        return w[:, 0, i, j].view(self.c, -1, 1, 1, 1)

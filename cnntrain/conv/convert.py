@@ -39,7 +39,7 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
     weights exist twice at a time.
 
     Transposed convolutions and those of one or three dimensions stay as they are; a warning names
-    them. A call of ``F.conv2d`` within a ``forward`` belongs to no layer and cannot be seen.
+    some of them. A call of ``F.conv2d`` within a ``forward`` belongs to no layer and cannot be seen.
 
     Args:
         model: any network.
@@ -48,8 +48,8 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
             stays as it is, unless there are options.
 
     Raises:
-        ValueError: there is no backend of this name; or layers cannot be converted, all of which
-            it names, and nothing has been changed: uninitialised ones (``nn.LazyConv2d``),
+        ValueError: there is no backend of this name; or layers cannot be converted, with the
+            reasons, and nothing has been changed: uninitialised ones (``nn.LazyConv2d``),
             parametrized ones, those compiled by TorchScript, those with a ``forward`` of their
             own, and those whose geometry the backend refuses.
         TypeError: ``backend`` is nothing of the kind, or ``model`` no ``nn.Module``.
@@ -71,8 +71,9 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
                 if reason is not None:
                     refused[reason].append(name or "the layer")
         if refused:
-            layers = "; ".join(f"{', '.join(names)}: {why}" for why, names in refused.items())
-            raise ValueError(f"cannot be converted to {kind.__name__}: {layers}")
+            raise ValueError(
+                f"cannot convert to {kind.__name__}, nothing was changed: {_few(refused)}"
+            )
     except BaseException:
         for layer, old_kind, attributes in before:
             layer.__class__ = old_kind
@@ -81,10 +82,22 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
         raise
     for layer, _, attributes in before:
         _give_back(layer, attributes)
-    others = [f"{n} ({type(m).__name__})" for n, m in model.named_modules() if _stays(m)]
+    others = defaultdict(list)
+    for name, module in model.named_modules():
+        if _stays(module):
+            others[f"{type(module).__name__} is no nn.Conv2d"].append(name or "the layer")
     if others:
-        warnings.warn(f"not nn.Conv2d, so left as they are: {', '.join(others)}", stacklevel=2)
+        warnings.warn(f"not converted: {_few(others)}", stacklevel=2)
     return model
+
+
+def _few(layers: dict[str, list[str]]) -> str:
+    """Reasons, each with the number of its layers and the first of their names."""
+    return "; ".join(
+        f"{reason} ({len(names)} layer{'s' * (len(names) > 1)}: {', '.join(names[:3])}"
+        f"{', ...' if len(names) > 3 else ''})"
+        for reason, names in layers.items()
+    )
 
 
 def _class_and_options(backend: Any) -> tuple[type[nn.Conv2d], dict[str, Any]]:
@@ -115,9 +128,13 @@ def _is_conv2d(module: nn.Module) -> bool:
 
 
 def _stays(module: nn.Module) -> bool:
-    """Whether it is some other convolution: torchvision's deformable one, a quantised one."""
+    """Whether it is some other convolution: torchvision's deformable one, a quantised one. A block
+    without parameters of its own, around layers that were converted, is none."""
     named_so = "Conv" in type(module).__name__ and hasattr(module, "kernel_size")
-    return isinstance(module, OTHERS) or (named_so and not isinstance(module, nn.Conv2d))
+    block = not module._parameters and any(_is_conv2d(child) for child in module.modules())
+    return isinstance(module, OTHERS) or (
+        named_so and not isinstance(module, nn.Conv2d) and not block
+    )
 
 
 def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
@@ -133,7 +150,10 @@ def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
     if type(conv) is not kind:
         own += _overrides(type(conv))
     if own := [name for name in dict.fromkeys(own) if name not in COSMETIC]:
-        return f"{type(conv).__name__} has its own {', '.join(own)}"
+        return (
+            f"{type(conv).__name__} has its own {', '.join(own)}; derive it from the backend's class, "
+            "or convert only the modules without it"
+        )
     return None
 
 
@@ -159,7 +179,7 @@ def _construct(conv: nn.Conv2d, kind: type[nn.Conv2d], options: dict[str, Any]) 
         weight, wanted = conv.weight, _properties(conv)
         pads = tuple(conv._reversed_padding_repeated_twice)
         if conv.padding_mode != "zeros" and pads != wanted["padding"]:
-            return "its padding was changed after it was made, and it pads by the old one"
+            return "its padding was changed after it was made, and it pads by the old one; make it anew"
         arguments = _arguments(conv)
         conv.__class__ = kind
         vars(conv).clear()

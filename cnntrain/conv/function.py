@@ -10,6 +10,17 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+HALF = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+
+
+def for_sums(t: Tensor) -> Tensor:
+    """t in the dtype that its products are added in: float32 for half types, else its own."""
+    return t.to(HALF.get(t.dtype, t.dtype))
+
 
 def run(method: Callable[..., Tensor], a: Tensor, b: Tensor, *how: Any) -> Tensor:
     """What an algorithm computes, in the dtype of its inputs, as a tensor of its own.
@@ -33,8 +44,11 @@ def autocasts(device: str) -> bool:
 
 
 def _share_memory(result: Tensor, *inputs: Tensor) -> bool:
-    storage = result.untyped_storage().data_ptr()
-    return any(t.untyped_storage().data_ptr() == storage for t in inputs)
+    try:
+        storage = result.untyped_storage().data_ptr()
+        return any(t.untyped_storage().data_ptr() == storage for t in inputs)
+    except RuntimeError:  # a tensor subclass without storage of its own: it cannot be known
+        return True
 
 
 def keep(ctx: Any, a: Tensor, b: Tensor) -> None:

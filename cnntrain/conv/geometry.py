@@ -36,6 +36,12 @@ class Geometry:
         (h, w), (kh, kw), (sh, sw), (dh, dw) = input_size, kernel_size, self.stride, self.dilation
         return (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1
 
+    def reach(self, i: int, j: int, output_size: Pair) -> tuple[slice, slice]:
+        """The rows and the columns of the padded input that tap (i, j) of the kernel meets."""
+        (oh, ow), (sh, sw), (dh, dw) = output_size, self.stride, self.dilation
+        top, left = i * dh, j * dw
+        return slice(top, top + sh * (oh - 1) + 1, sh), slice(left, left + sw * (ow - 1) + 1, sw)
+
     def macs(
         self, in_channels: int, out_channels: int, kernel_size: Pair, output_size: Pair
     ) -> int:
@@ -77,12 +83,22 @@ def crop(x: Tensor, amounts: Amounts) -> Tensor:
 def pad(x: Tensor, amounts: Amounts, mode: str = "zeros") -> Tensor:
     """Pads (N, C, H, W) once, so that no algorithm has to know of padding.
 
-    amounts: pixels at (left, right, top, bottom); negative ones cut off, with zeros only.
+    amounts: pixels at (left, right, top, bottom).
     mode: 'zeros', 'reflect', 'replicate' or 'circular'.
     """
     if not any(amounts):
         return x
     return F.pad(x, amounts, mode="constant" if mode == "zeros" else mode)
+
+
+def batch_last(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (C, H, W, N), contiguous"""
+    return x.flatten(1).t().contiguous().view(*x.shape[1:], -1)
+
+
+def batch_first(x: Tensor) -> Tensor:
+    """(C, H, W, N) -> (N, C, H, W), contiguous"""
+    return x.flatten(0, 2).t().contiguous().view(-1, *x.shape[:3])
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -10,66 +10,98 @@ row of K numbers of the weight matrix W. Then
 where col2im adds each number to the pixel that im2col copied it from. Source: K. Chellapilla,
 S. Puri, P. Simard, "High Performance Convolutional Neural Networks for Document Processing", 2006.
 
-How the matrices lie in memory, such that little has to be copied, is the business of a layout
-(columns.py), which may also cut K into parts. Depthwise convolutions have depthwise.py.
+`Unfolded` is this and nothing else. `Im2col` computes the same in parts that fit into a memory
+limit (parts.py), with memory layouts that copy less (columns.py).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby, product
+from operator import attrgetter
 from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from cnntrain.conv import depthwise
 from cnntrain.conv.autograd import Algorithm
-from cnntrain.conv.columns import RUN, Index, batches, layout, tiles
+from cnntrain.conv.columns import allocated, layout
+from cnntrain.conv.function import for_sums
 from cnntrain.conv.geometry import NONE, Amounts, Geometry, Pair, crop, pad, padded
 from cnntrain.conv.module import Conv2d
+from cnntrain.conv.parts import Part, parts
 
-# On CPU, what stays in the caches is fastest. Best of 1, 2, 4, 8.
-CACHE_MIB = 4
-
-
-def output(x: Tensor, w: Tensor, how: Geometry) -> Tensor:
-    """Y = W @ columns"""
-    matrices = layout(x.shape, w.shape[2:], how)
-    filters, columns = matrices.filters(w), matrices.columns(x)
-    rows = torch.bmm(filters[0], columns[0])
-    for more_filters, more_columns in zip(filters[1:], columns[1:], strict=True):
-        rows.baddbmm_(more_filters, more_columns)
-    return matrices.output(rows)
+# On a CPU, what stays in its caches is fastest. Best of 2, 4, 8, 16.
+CACHE_MIB = 8
 
 
-def weight_gradient(g: Tensor, x: Tensor, kernel: Pair, how: Geometry) -> Tensor:
-    """dW = G @ columns^T"""
-    matrices = layout(x.shape, kernel, how)
-    return matrices.weight(matrices.correlate(g, x))
+class Unfolded(Algorithm):
+    """The textbook's im2col: one matrix of all columns of the batch, one product for each group.
+
+    Nothing depends on the size of the input, so a graph that is traced holds for any size.
+    """
+
+    def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
+        oh, ow = geometry.output_size(x.shape[2:], w.shape[2:])
+        y = torch.bmm(_filters(w, geometry), _columns(x, w.shape[2:], geometry))
+        return y.view(w.shape[0], x.shape[0], oh, ow).transpose(0, 1).contiguous()
+
+    def grad_input(self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry) -> Tensor:
+        (n, _, oh, ow), (_, depth, kh, kw) = g.shape, w.shape
+        (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
+        columns = torch.bmm(_filters(w, geometry).mT, _rows(g, geometry))
+        columns = columns.view(depth * geometry.groups, kh, kw, n, oh, ow)
+        dx = g.new_zeros(columns.shape[0], n, *input_size)
+        channel, image, row, _ = dx.stride()
+        for i, j in product(range(kh), range(kw)):  # col2im
+            # A view of the pixels under tap (i, j): as slices, whose ends are clamped, a traced
+            # graph would hold for one remainder of the size by the stride only.
+            steps, first = (channel, image, sh * row, sw), i * dh * row + j * dw
+            dx.as_strided((columns.shape[0], n, oh, ow), steps, first).add_(columns[:, i, j])
+        return dx.transpose(0, 1).contiguous()
+
+    def grad_weight(self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
+        dw = torch.bmm(_rows(g, geometry), _columns(x, kernel_size, geometry).mT)
+        return dw.view(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
 
 
-def input_gradient(g: Tensor, w: Tensor, plane: Pair, how: Geometry) -> Tensor:
-    """dX = col2im(W^T @ G)"""
-    matrices = layout((len(g), w.shape[1] * how.groups, *plane), w.shape[2:], how)
-    return matrices.col2im(w, matrices.rows(g))
+def _columns(x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
+    """im2col: (N, C, H, W) -> (groups, K, N * OH * OW)"""
+    (kh, kw), (sh, sw), (dh, dw) = kernel_size, geometry.stride, geometry.dilation
+    windows = x.unfold(2, dh * (kh - 1) + 1, sh).unfold(3, dw * (kw - 1) + 1, sw)
+    windows = windows[..., ::dh, ::dw]  # (N, C, OH, OW, kh, kw), a view
+    # Not `reshape`: whether it copies depends on the size, which a traced graph would hold to.
+    columns = windows.permute(1, 4, 5, 0, 2, 3).clone(memory_format=torch.contiguous_format)
+    return columns.view(geometry.groups, x.shape[1] // geometry.groups * kh * kw, -1)
+
+
+def _rows(g: Tensor, geometry: Geometry) -> Tensor:
+    """(N, O, OH, OW) -> (groups, O/groups, N * OH * OW)"""
+    return g.transpose(0, 1).flatten(1).unflatten(0, (geometry.groups, -1))
+
+
+def _filters(w: Tensor, geometry: Geometry) -> Tensor:
+    """(O, C/groups, kh, kw) -> (groups, O/groups, K)"""
+    return w.flatten(1).unflatten(0, (geometry.groups, -1))
 
 
 @dataclass(frozen=True)
 class Im2col(Algorithm):
-    """The three products, for as much of the input at a time as ``max_column_mib`` has room for.
+    """im2col in parts: besides input, weight and result, a call allocates ``max_column_mib`` at
+    most, unless a single window or a single filter takes more.
 
-    A part of the batch is padded when its turn comes: all of it at once would not stay in the
-    caches, and take longer than many a product.
+    bfloat16 and float16 are converted to float32 part by part, and results are rounded once.
     """
 
     max_column_mib: int = 64
 
+    def traceable(self) -> Algorithm:
+        return Unfolded()
+
     def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
-        return self.padded_forward(x, w, geometry, NONE)
+        return self.padded_forward(x, w, None, geometry, NONE)
 
     def grad_input(self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry) -> Tensor:
         return self.padded_grad_input(g, w, input_size, geometry, NONE)
@@ -77,105 +109,75 @@ class Im2col(Algorithm):
     def grad_weight(self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
         return self.padded_grad_weight(g, x, kernel_size, geometry, NONE)
 
-    def padded_forward(self, x: Tensor, w: Tensor, geometry: Geometry, zeros: Amounts) -> Tensor:
-        make = self._of(w, geometry, output, depthwise.forward)
-        size = (*x.shape[:2], *padded(x.shape[2:], zeros))
-        parts = self._parts(x, size, w, geometry)
-        if len(parts) == 1:
-            return make(pad(x, zeros), w, geometry).contiguous()
-        y = x.new_empty(len(x), len(w), *geometry.output_size(size[2:], w.shape[2:]))
-        if _are_tiles(parts):
-            x, zeros = pad(x, zeros), NONE
-        for here, there in parts:
-            y[there] = make(pad(x[here], zeros), w, geometry)
+    def padded_forward(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, zeros: Amounts
+    ) -> Tensor:
+        size = geometry.output_size(padded(x.shape[2:], zeros), w.shape[2:])
+        y = x.new_empty(len(x), len(w), *size)
+        for part in self._parts(x, x.shape, w.shape, geometry, zeros):
+            inputs, filters = pad(for_sums(x[part.input]), part.zeros), for_sums(w[part.weight])
+            made = layout(inputs.shape, filters.shape, part.geometry).forward(inputs, filters)
+            y[part.output] = made if bias is None else made.add_(bias[part.weight[0], None, None])
         return y
 
     def padded_grad_weight(
         self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, zeros: Amounts
     ) -> Tensor:
-        dw = g.new_zeros(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
-        make = self._of(dw, geometry, weight_gradient, depthwise.grad_weight)
-        parts = self._parts(x, (*x.shape[:2], *padded(x.shape[2:], zeros)), dw, geometry)
-        if _are_tiles(parts):
-            x, zeros = pad(x, zeros), NONE
-        for here, there in parts:
-            dw += make(g[there], pad(x[here], zeros), kernel_size, geometry)
+        dw = g.new_empty(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
+        parts = self._parts(x, x.shape, dw.shape, geometry, zeros)
+        for index, same in groupby(parts, attrgetter("weight")):
+            total = for_sums(torch.zeros_like(dw[index]))
+            for part in same:
+                inputs = pad(for_sums(x[part.input]), part.zeros)
+                products = layout(inputs.shape, total.shape, part.geometry)
+                total += products.grad_weight(for_sums(g[part.output]), inputs)
+            dw[index] = total
         return dw
 
     def padded_grad_input(
         self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry, zeros: Amounts
     ) -> Tensor:
-        if is_cheaper_as_forward(g, w, input_size, geometry):
-            (left, right, top, bottom), (kh, kw) = zeros, w.shape[2:]
-            down, over = geometry.dilation[0] * (kh - 1), geometry.dilation[1] * (kw - 1)
-            around = over - left, over - right, down - top, down - bottom
-            return self.padded_forward(g, w.flip(2, 3).transpose(0, 1), geometry, around)
-        make = self._of(w, geometry, input_gradient, depthwise.grad_input)
-        channels, plane = w.shape[1] * geometry.groups, padded(input_size, zeros)
-        parts = self._parts(g, (len(g), channels, *plane), w, geometry)
-        if len(parts) == 1:
-            return crop(make(g, w, plane, geometry), zeros).contiguous()
-        if _are_tiles(parts):  # which overlap
-            dx = g.new_zeros(len(g), channels, *plane)
-            for here, there in parts:
-                dx[here] += make(g[there], w, dx[here].shape[2:], geometry)
-            return crop(dx, zeros).contiguous()
-        dx = g.new_empty(len(g), channels, *input_size)
-        for here, there in parts:
-            dx[here] = crop(make(g[there], w, plane, geometry), zeros)
+        dx = g.new_empty(len(g), w.shape[1] * geometry.groups, *input_size)
+        for part in self._parts(g, dx.shape, w.shape, geometry, zeros, of_input=True):
+            block, filters = dx[part.input], for_sums(w[part.weight])
+            size = (*block.shape[:2], *padded(block.shape[2:], part.zeros))
+            products = layout(size, filters.shape, part.geometry)
+            made = products.grad_input(for_sums(g[part.output]), filters)
+            block.copy_(crop(made, part.zeros))
         return dx
 
-    def _of(
-        self, w: Tensor, how: Geometry, usual: Callable[..., Tensor], special: Callable[..., Tensor]
-    ) -> Callable[..., Tensor]:
-        return partial(special, room=self._room(w)) if is_depthwise(w, how) else usual
-
     def _parts(
-        self, like: Tensor, size: tuple[int, ...], w: Tensor, how: Geometry
-    ) -> list[tuple[Index, Index]]:
-        """Indices into a padded input of this size and into its output."""
-        limit = self.max_column_mib * 2**20 // like.element_size()
-        cache = CACHE_MIB * 2**20 // like.element_size() if like.is_cpu else limit
-        if is_depthwise(w, how):  # a part's input and output, and matrices of half their size
-            image = math.prod(size[1:])
-            return batches(size[0], max(1, min(limit // (3 * image), max(cache // image, 4 * RUN))))
-        return tiles(size, w.shape[2:], how, limit, cache)
-
-    def _room(self, like: Tensor) -> int:
-        """Bytes for the matrices of a depthwise convolution."""
-        mib = min(self.max_column_mib, CACHE_MIB) if like.is_cpu else self.max_column_mib
-        return mib * 2**20
-
-
-def _are_tiles(parts: list[tuple[Index, Index]]) -> bool:
-    """Whether parts are tiles of single images."""
-    return len(parts[0][0]) > 1
-
-
-def is_depthwise(w: Tensor, how: Geometry) -> bool:
-    return how.groups == w.shape[0] > 1 and w.shape[1] == 1
-
-
-def is_cheaper_as_forward(g: Tensor, w: Tensor, input_size: Pair, how: Geometry) -> bool:
-    """Whether the input gradient should be computed as what it is for a stride of one: the
-    convolution of the padded output gradient with the flipped filters.
-
-    Its products are longer, and nothing is added; but there are as many as input pixels.
-    """
-    more = math.prod(input_size) / math.prod(g.shape[2:])
-    large = w.shape[1] >= 16 and math.prod(w.shape[2:]) > 1
-    return how.stride == (1, 1) and how.groups == 1 and large and more <= 1.2
+        self,
+        like: Tensor,
+        size: tuple[int, ...],
+        weight: tuple[int, ...],
+        geometry: Geometry,
+        zeros: Amounts,
+        of_input: bool = False,
+    ) -> Iterator[Part]:
+        mib = 2**20 // for_sums(like[:0]).element_size()  # in numbers
+        room = self.max_column_mib * mib
+        cache = CACHE_MIB * mib if like.is_cpu else room
+        return parts(size, weight, geometry, zeros, allocated, room, cache, of_input)
 
 
 class Im2colConv2d(Conv2d):
     """``nn.Conv2d`` by im2col and a matrix product.
 
     Args:
-        max_column_mib: MiB that the unrolled columns may take at most: a larger batch, or a larger
-            image, is worked off in parts. One window's column is the least. The backward keeps the
-            input, never the columns.
+        max_column_mib: MiB that a forward or one of the two gradients may allocate besides input,
+            weight and result; a larger batch, or a larger image, is computed in parts. One window
+            and one filter are the least. The backward keeps the input, never the columns. Compiled
+            or exported, and for tensor subclasses, everything is computed at once.
+
+    Raises:
+        ValueError: ``max_column_mib`` is no positive whole number.
     """
 
     def __init__(self, *args: Any, max_column_mib: PositiveInt = 64, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if type(max_column_mib) is not int or max_column_mib < 1:
+            raise ValueError(
+                f"max_column_mib must be a positive whole number (MiB), not {max_column_mib!r}"
+            )
         self.algorithm = Im2col(max_column_mib)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from cnntrain.conv.autograd import Algorithm, convolve
 from cnntrain.conv.function import autocasts
@@ -46,7 +47,10 @@ class Conv2d(nn.Conv2d):
         _check_input(input, weight, geometry, amounts)
         unbatched = input.dim() == 3
         x = input.unsqueeze(0) if unbatched else input
-        y = convolve(x, weight, bias, geometry, self.algorithm, amounts)  # (N, O, OH, OW)
+        algorithm = self.algorithm
+        if is_compiling() or any(type(t) not in (Tensor, nn.Parameter) for t in (x, weight)):
+            algorithm = algorithm.traceable()
+        y = convolve(x, weight, bias, geometry, algorithm, amounts)  # (N, O, OH, OW)
         return y.squeeze(0) if unbatched else y
 
 
@@ -62,11 +66,11 @@ def _autocast(t: Tensor) -> Tensor:
 
 
 def _check_parameters(w: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-    steps = *geometry.stride, *geometry.dilation
-    said = f"stride={geometry.stride} and dilation={geometry.dilation}"
-    if not all(hasattr(step, "__index__") for step in steps):
+    numbers = *geometry.stride, *geometry.dilation, geometry.groups
+    said = f"stride={geometry.stride}, dilation={geometry.dilation} and groups={geometry.groups}"
+    if not all(hasattr(number, "__index__") for number in numbers):
         raise TypeError(f"{said} should be whole numbers")
-    if min(steps) < 1:
+    if min(numbers) < 1:
         raise RuntimeError(f"{said} should be greater than zero")
     if w.dim() != 4 or min(w.shape) < 1 or w.shape[0] % geometry.groups:
         raise RuntimeError(
@@ -97,6 +101,10 @@ def _check_input(
             f"{list(x.shape)} to have {channels} channels, but it has {x.shape[-3]}"
         )
     _check_same("input", x, w)
+    if not all(hasattr(amount, "__index__") for amount in padding):
+        raise TypeError(
+            f"padding should be whole numbers, got {padding} (left, right, top, bottom)"
+        )
     if min(padding) < 0:
         raise RuntimeError(
             f"negative padding is not supported, got {padding} (left, right, top, bottom)"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.conv.autograd import Algorithm
-from cnntrain.conv.geometry import Geometry, Pair
+from cnntrain.conv.geometry import Geometry, Pair, batch_first, batch_last
 from cnntrain.conv.module import Conv2d
 
 
@@ -70,16 +70,6 @@ def window(x: Tensor, row: int, column: int, kernel: Pair, geometry: Geometry) -
 def filter_matrix(w: Tensor, geometry: Geometry) -> Tensor:
     """(O, C/groups, kh, kw) -> (groups, O/groups, K)"""
     return w.reshape(geometry.groups, w.shape[0] // geometry.groups, w[0].numel())
-
-
-def batch_last(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (C, H, W, N)"""
-    return x.flatten(1).t().contiguous().view(*x.shape[1:], -1)
-
-
-def batch_first(x: Tensor) -> Tensor:
-    """(C, H, W, N) -> (N, C, H, W)"""
-    return x.flatten(0, 2).t().contiguous().view(-1, *x.shape[:3])
 
 
 class NaiveConv2d(Conv2d):
