@@ -149,6 +149,7 @@ class Line:
     """A line of the report.
 
     Attributes:
+        unit: of error and budget.
         cases, failed: how many cases there were, and how many of them exceeded the budget.
         error: the worst error. Infinite if there was an exception, or a result that no number can
             be compared with.
@@ -157,6 +158,7 @@ class Line:
 
     name: str
     budget: float
+    unit: str
     cases: int = 0
     failed: int = 0
     error: float = 0.0
@@ -187,9 +189,10 @@ class Check:
     cases: Callable[[Subject], Iterable[Any]]
     measure: Callable[..., Iterator[Finding]]
     budget: Callable[[Subject], float]
+    unit: str
 
     def run(self, subject: Subject) -> list[Line]:
-        lines = {name: Line(name, self.budget(subject)) for name in self.lines}
+        lines = {name: Line(name, self.budget(subject), self.unit) for name in self.lines}
         for arguments in self.cases(subject):
             arguments = arguments if isinstance(arguments, tuple) else (arguments,)
             case, *words = arguments
@@ -218,7 +221,11 @@ def check(
     *lines: str,
     cases: Callable[[Subject], Iterable[Any]],
     budget: float | Callable[[Subject], float] = 0.0,
+    unit: str = "",
 ) -> Callable[[Callable[..., Iterator[Finding]]], Check]:
-    """Makes a check of a function that measures a case."""
+    """Makes a check of a function that measures a case. Without a unit, errors are relative to the
+    largest number expected, or, where the budget is 0, are 1 for what is wrong and else 0."""
     limit = budget if callable(budget) else lambda subject: budget
-    return lambda measure: Check(lines, cases, measure, limit)
+    return lambda measure: Check(
+        lines, cases, measure, limit, unit or ("relative" if budget else "0 or 1")
+    )

@@ -23,22 +23,23 @@ from torch import nn
 
 import cnntrain
 from cnntrain.config import ConfigError
-from cnntrain.lab.verify import errors, history, memory, module, numerics
+from cnntrain.lab.verify import errors, history, memory, module, numerics, rounding
 from cnntrain.lab.verify.check import Line, Subject
 
 CHECKS = [
     numerics.seven_loops,
     numerics.scipy_signal,
     numerics.random_layers,
-    numerics.integers,
-    numerics.float32,
-    numerics.bfloat16,
-    numerics.float16,
+    rounding.integers,
+    rounding.float32,
+    rounding.bfloat16,
+    rounding.float16,
     numerics.adjoint,
     numerics.linearity,
     numerics.groups,
     numerics.split_batch,
     numerics.second_derivatives,
+    numerics.reach,
     memory.strides,
     memory.in_place,
     memory.shared,

@@ -108,7 +108,7 @@ EMPTY = [
 ]
 
 
-@check("empty batch", cases=lambda _: EMPTY)
+@check("empty batch", cases=lambda _: EMPTY, unit="relative")
 def empty(subject: Subject, case: Case) -> Iterator[Finding]:
     """An empty output, and zeros for the gradients of weight and bias."""
     p = Problem.normal(case, subject.seed)

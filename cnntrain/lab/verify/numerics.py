@@ -6,20 +6,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
-from cnntrain.lab.verify.cases import (
-    SHORT_GRIDS,
-    Case,
-    corners,
-    grid,
-    large,
-    layers,
-    random_cases,
-)
+from cnntrain.lab.verify.cases import SHORT_GRIDS, Case, corners, grid, random_cases, special
 from cnntrain.lab.verify.check import (
     Check,
     Finding,
@@ -37,6 +28,7 @@ from cnntrain.lab.verify.oracles import (
     OUTPUT,
     QUANTITIES,
     WEIGHT,
+    Array,
     Problem,
     Truth,
     loops,
@@ -84,67 +76,6 @@ def definite(subject: Subject, part: int) -> list[Case]:
 seven_loops = against(loops, "seven loops", lambda subject: definite(subject, 0))
 scipy_signal = against(scipys, "scipy.signal", lambda subject: definite(subject, 1))
 random_layers = against(taps, "random layers", drawn)
-
-
-def rounding_budget(subject: Subject) -> float:
-    return float(getattr(subject.kind, "rounding_budget", 4.0))
-
-
-def rounding_unit(p: Problem, dtype: torch.dtype) -> Truth:
-    """sqrt(K) u sum |x| |w|, K being the number of products in a sum."""
-    filters, channels, kh, kw = p.w.shape
-    terms = {
-        OUTPUT: channels * kh * kw,
-        INPUT: filters // p.case.groups * kh * kw,
-        WEIGHT: p.g.size // filters,
-        BIAS: p.g.size // filters,
-    }
-    u = torch.finfo(dtype).eps / 2  # the largest relative error of rounding a number
-    sums = taps(p.map(np.abs))
-    return {q: math.sqrt(terms[q]) * u * sums[q] for q in sums}
-
-
-def exact(subject: Subject) -> bool:
-    return getattr(subject.kind, "exact_on_integers", True)
-
-
-@check(
-    *each("{}, small integers"),
-    cases=lambda s: [*corners(), *large(s.short), *drawn(s)],
-    budget=lambda s: 0.0 if exact(s) else 0.5,
-)
-def integers(subject: Subject, case: Case) -> Iterator[Finding]:
-    """In float32, where sums of whole numbers below 2^24 have no rounding errors."""
-    p = Problem.integers(case, subject.seed)
-    scale: dict[str, Any] | float = 1.0
-    if not exact(subject):  # then rounded they are right, unless sums are so large
-        most = {
-            q: 2 * rounding_budget(subject) * t for q, t in rounding_unit(p, torch.float32).items()
-        }
-        scale = {q: np.maximum(1.0, t) for q, t in most.items()}
-    found = subject.results(p, torch.float32)
-    yield from compare(found, taps(p), scale, torch.float32, "{}, small integers")
-
-
-def rounding(dtype: torch.dtype) -> Check:
-    """Output and gradients of numbers of a type against what they are in float64."""
-    line = f"{{}}, {str(dtype).removeprefix('torch.')}"
-
-    @check(
-        *each(line),
-        cases=lambda s: itertools.product(layers(s.short), ["normal", "positive"]),
-        budget=rounding_budget,
-    )
-    def measure(subject: Subject, case: Case, numbers: str) -> Iterator[Finding]:
-        p = (Problem.normal if numbers == "normal" else Problem.positive)(case, subject.seed)
-        p = p.map(lambda t: torch.tensor(t).to(dtype).double().numpy())
-        scale = rounding_unit(p, dtype)
-        yield from compare(subject.results(p, dtype), taps(p), scale, dtype, line)
-
-    return measure
-
-
-float32, bfloat16, float16 = map(rounding, (torch.float32, torch.bfloat16, torch.float16))
 
 
 ADJOINT = "adjoint identity, input", "adjoint identity, weight"
@@ -250,3 +181,55 @@ def second_derivatives(subject: Subject, case: Case) -> Iterator[Finding]:
     for name, quantity, found in zip("gxw", truth, (dg, dx, dw), strict=True):
         error, text, _ = deviation(found, truth[quantity])
         yield Finding(error, f"the derivative with respect to {name} {text}")
+
+
+FACTORS = {"input": "x", "weight": "w", "output gradient": "g"}
+REACH = "{}, NaN, Inf and -0.0"
+
+
+@check(
+    *(REACH.format(quantity) for quantity in (OUTPUT, INPUT, WEIGHT)),
+    cases=lambda _: itertools.product(special(), FACTORS),
+    unit="elements",
+)
+def reach(subject: Subject, case: Case, name: str) -> Iterator[Finding]:
+    """With one number of a tensor made NaN, Inf or 1, among positive numbers or negative zeros,
+    results that it is a factor of are NaN, Inf or finite, and all others keep their bits. NaN or
+    Inf times a zero of the padding may count or not: nn.Conv2d does either, by dtype and CPU."""
+    p, factor = Problem.positive(case, subject.seed), FACTORS[name]
+    numbers = getattr(p, factor)
+    index = tuple(np.random.default_rng(subject.seed).integers(0, numbers.shape).tolist())
+
+    def with_(base: Array, value: float) -> Problem:
+        changed = base.copy()
+        changed[index] = value
+        return replace(p, **{factor: changed})  # type: ignore[arg-type]
+
+    with np.errstate(invalid="ignore"):
+        truth = taps(with_(numbers, math.inf))  # zeros of the padding make NaN of it
+    spreads = getattr(subject.kind, "spreads_non_finite", False)
+    for base, among in (numbers, "positive numbers"), (np.full_like(numbers, -0.0), "-0.0"):
+        before = truth_of(subject.results(replace(p, **{factor: base}), torch.float32))
+        for value, right in (math.nan, np.isnan), (math.inf, np.isposinf), (1.0, np.isfinite):
+            found = truth_of(subject.results(with_(base, value), torch.float32))
+            for quantity, y in found.items():
+                hit, padding = np.isinf(truth[quantity]), np.isnan(truth[quantity])
+                equal = y == before[quantity]
+                good = np.where(
+                    hit, right(y), equal & (np.signbit(y) == np.signbit(before[quantity]))
+                )
+                good |= padding & (equal | np.isnan(y) & (value != 1))
+                if spreads:  # then within an image, or a filter's gradient
+                    near = (hit | padding).any(tuple(range(1, y.ndim)), keepdims=True)
+                    good = (value == 1) | np.where(
+                        hit, ~np.isfinite(y), near | ~near.any() | np.isfinite(y)
+                    )
+                wrong = np.argwhere(~good)
+                text = ""
+                if len(wrong):
+                    at = tuple(wrong[0].tolist())
+                    text = (
+                        f"{value} at {index} among {among}: {len(wrong)} numbers of the {quantity} "
+                        f"are wrong, first {y[at]:g} at {at}, {before[quantity][at]:g} without it"
+                    )
+                yield Finding(len(wrong), text, REACH.format(quantity))
