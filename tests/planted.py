@@ -1,9 +1,11 @@
 """Faults to be planted one by one in a small sound backend, a sum over the kernel's taps."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from cnntrain.conv import Conv2d
@@ -11,9 +13,21 @@ from cnntrain.conv.autograd import Algorithm
 from cnntrain.lab.verify import verify
 
 
+def in_32_bits(method):
+    """A sum of half types in float32, rounded once."""
+
+    @functools.wraps(method)
+    def wide(self, a, b, *how):
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return method(self, a.to(dtype), b.to(dtype), *how).to(a.dtype)
+
+    return wide
+
+
 class Taps(Algorithm):
     """y, dx and dw as sums over the kernel's positions."""
 
+    @in_32_bits
     def forward(self, x, w, geometry):
         size = geometry.output_size(x.shape[2:], w.shape[2:])
         filters = w.unflatten(0, (geometry.groups, -1))  # (groups, O/groups, C/groups, kh, kw)
@@ -22,6 +36,7 @@ class Taps(Algorithm):
             y += filters[..., i, j] @ grouped(x[met], geometry)
         return y.view(len(x), len(w), *size)
 
+    @in_32_bits
     def grad_input(self, g, w, input_size, geometry):
         filters = w.unflatten(0, (geometry.groups, -1)).transpose(1, 2)
         dx = g.new_zeros(len(g), w.shape[1] * geometry.groups, *input_size)
@@ -29,6 +44,7 @@ class Taps(Algorithm):
             dx[met] += (filters[..., i, j] @ grouped(g, geometry)).view(dx[met].shape)
         return dx
 
+    @in_32_bits
     def grad_weight(self, g, x, kernel_size, geometry):
         dw = g.new_zeros(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
         for i, j, met in taps(kernel_size, g.shape[2:], geometry):

@@ -16,7 +16,7 @@ from cnntrain.lab.verify import verify
 def test_the_sound_backend_passes():
     report = verify(Sound, short=True, cases=40)
     assert report.passed, [line.failure for line in report.lines if not line.passed]
-    assert len(report.lines) == 48
+    assert len(report.lines) == 51
     assert all(line.cases for line in report.lines)
 
 

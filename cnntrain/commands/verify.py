@@ -12,7 +12,7 @@ from cnntrain.config import ConfigError, build, writable
 if TYPE_CHECKING:
     from cnntrain.lab.verify import Line
 
-ROW = "{:36}{:>6}  {:>12}  {:>8}   {}"
+ROW = "{:36}{:>6}  {:>11}  {:>8} {:9}  {}"
 
 
 def main() -> None:
@@ -39,15 +39,13 @@ def _verify(cfg: DictConfig) -> None:
 
     def show(line: "Line") -> None:
         if not shown:
-            print(ROW.format("check", "cases", "worst error", "budget", "").rstrip())
+            print(ROW.format("check", "cases", "worst error", "budget", "unit", "").rstrip())
         shown.append(line)
         said = "ok" if line.passed else f"FAILS on {line.failed:,}, first {line.failure}"
-        numbers = f"{line.cases:,}", f"{line.error:.2g}", f"{line.budget:g}"
+        numbers = f"{line.cases:,}", f"{line.error:.2g}", f"{line.budget:g}", line.unit
         print(ROW.format(line.name, *numbers, said), flush=True)
 
     found = verify(build(cfg.backend), **{**options, "report": None if to_terminal else show})
-    failed = sum(not line.passed for line in found.lines)
-    verdict = f"fails {failed} of {len(found.lines)} checks" if failed else "passes every check"
-    print(found.json() if to_terminal else f"\n{found.backend} {verdict} ({found.seconds:.0f} s)")
-    if failed:
+    print(found.json() if to_terminal else f"\n{found.summary()}")
+    if not found.passed:
         sys.exit(1)

@@ -3,7 +3,7 @@
 - `cases.py`: the layers that it is tried on.
 - `oracles.py`: what their outputs and gradients should be.
 - `check.py`: what a check is.
-- `numerics.py`, `memory.py`, `history.py`, `module.py`, `errors.py`: the checks.
+- `numerics.py`, `rounding.py`, `memory.py`, `history.py`, `module.py`, `errors.py`: the checks.
 - `contract.py`: all of them, and the report.
 """
 

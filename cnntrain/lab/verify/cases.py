@@ -258,7 +258,7 @@ def layers(short: bool) -> list[Case]:
         Case(256, 64, 1, (2, 8, 8)),
         Case(32, 32, 3, (4, 9, 9), padding=1, groups=32),
         Case(32, 64, 3, (2, 9, 9), stride=2, padding=1),
-        Case(1, 1, 1, (1, 64, 64), bias=False),  # from here on without what a bias' rounding allows
+        Case(8, 8, 1, (1, 64, 64), bias=False),  # from here on without the rounding before a bias
         Case(1, 6, 5, (40, 28, 28), padding=2, bias=False),
         Case(256, 6, 3, (2, 6, 6), padding=1, bias=False),
         Case(6, 256, 3, (2, 6, 6), padding=2, dilation=2, bias=False),

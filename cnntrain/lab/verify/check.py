@@ -224,8 +224,8 @@ def check(
     unit: str = "",
 ) -> Callable[[Callable[..., Iterator[Finding]]], Check]:
     """Makes a check of a function that measures a case. Without a unit, errors are relative to the
-    largest number expected, or, where the budget is 0, are 1 for what is wrong and else 0."""
+    largest number expected, or, where the budget is 0, 1 for a failure."""
     limit = budget if callable(budget) else lambda subject: budget
     return lambda measure: Check(
-        lines, cases, measure, limit, unit or ("relative" if budget else "0 or 1")
+        lines, cases, measure, limit, unit or ("relative" if budget else "failures")
     )

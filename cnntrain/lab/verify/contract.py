@@ -64,16 +64,30 @@ class Report:
         options: those of `verify`, as they were used.
         lines: one for each check.
         seconds: what it took.
+        total: how many checks there are, those that `only` left out included.
     """
 
     backend: str
     options: dict[str, Any]
     lines: list[Line]
     seconds: float
+    total: int
 
     @property
     def passed(self) -> bool:
         return all(line.passed for line in self.lines)
+
+    def summary(self) -> str:
+        """One line: what was run, and how many checks failed."""
+        run, failed = len(self.lines), sum(not line.passed for line in self.lines)
+        part = f"the {run} checks run, of {self.total}"
+        if run == self.total:
+            part = f"{run} checks" if failed else f"all {run} checks"
+        kept = {"only": "", "short": False, "cases": 200 if self.options["short"] else 1000}
+        given = {k: self.options[k] for k, default in kept.items() if self.options[k] != default}
+        how = [f"{k}={'true' if value is True else value}" for k, value in given.items()]
+        verdict = f"fails {failed} of {part}" if failed else f"passes {part}"
+        return f"{self.backend} {verdict} ({', '.join([*how, f'{self.seconds:.0f} s'])})"
 
     def json(self) -> str:
         """All of it. An infinite error is null."""
@@ -107,18 +121,22 @@ def verify(
     """Check everything that a backend has to do as ``nn.Conv2d`` does it.
 
     ``backend`` is called with ``nn.Conv2d``'s arguments, all of them; a class with options of its
-    own is given as a ``functools.partial``. Two attributes of the class say what its algorithm
-    cannot help:
+    own is given as a ``functools.partial``. Three attributes of the class declare what its
+    algorithm cannot help:
 
-        rounding_budget = 4.0: the largest error in float32, bfloat16 and float16, in units of
-            sqrt(K) u sum |x| |w|, where K is the number of products in a sum and u the largest
-            relative error of rounding a number, 2^-24, 2^-8 and 2^-11. Adding K products one by
-            one is off by at most about K u sum |x| |w| (N. Higham, "Accuracy and Stability of
+        rounding_budget = 4.0: the largest error of a sum in float32, in units of sqrt(K) u S, where
+            K is the number of products in the sum, u = 2^-24 and S = sum |x| |w|. Adding K products
+            one by one is off by at most about K u S (N. Higham, "Accuracy and Stability of
             Numerical Algorithms", 2002, section 3.1), and by its square root as a rule, since
-            roundings cancel. Winograd's and Fourier's transforms need more.
+            roundings cancel. Winograd's and Fourier's transforms need more. Results in bfloat16
+            and float16 are such a sum rounded once, by at most 2^-8 or 2^-11 of it; the output
+            may be rounded before the bias is added, too. A class that calls torch.conv2d may be
+            off by as much as nn.Conv2d is, whose kernels for some CPUs add in the half type.
         exact_on_integers = True: whether sums of small whole numbers have no error at all. False
             for an algorithm that divides: its results are right when rounded, or off by no more
             than in float32.
+        spreads_non_finite = False: whether a NaN or Inf may reach results of the same image that
+            it is no factor of, as with Winograd's and Fourier's transforms.
 
     Args:
         cases: random layers; by default 1000, in the short form 200.
@@ -154,7 +172,8 @@ def verify(
     if isinstance(backend, partial):
         options["backend"] = dict(backend.keywords)
     name = f"{subject.kind.__module__}.{subject.name}"
-    found = Report(name, options, lines, time.perf_counter() - start)
+    total = sum(len(check.lines) for check in CHECKS)
+    found = Report(name, options, lines, time.perf_counter() - start, total)
     if json:
         json.write_text(found.json() + "\n")
     return found

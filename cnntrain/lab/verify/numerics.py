@@ -28,7 +28,6 @@ from cnntrain.lab.verify.oracles import (
     OUTPUT,
     QUANTITIES,
     WEIGHT,
-    Array,
     Problem,
     Truth,
     loops,
@@ -193,43 +192,47 @@ REACH = "{}, NaN, Inf and -0.0"
     unit="elements",
 )
 def reach(subject: Subject, case: Case, name: str) -> Iterator[Finding]:
-    """With one number of a tensor made NaN, Inf or 1, among positive numbers or negative zeros,
-    results that it is a factor of are NaN, Inf or finite, and all others keep their bits. NaN or
-    Inf times a zero of the padding may count or not: nn.Conv2d does either, by dtype and CPU."""
+    """One number of a tensor is made NaN, Inf or 1. Results that it is a factor of have to be NaN,
+    Inf or finite, and all others keep their bits. NaN or Inf times a zero of the padding may count
+    or not: nn.Conv2d does either, by dtype and CPU."""
     p, factor = Problem.positive(case, subject.seed), FACTORS[name]
-    numbers = getattr(p, factor)
-    index = tuple(np.random.default_rng(subject.seed).integers(0, numbers.shape).tolist())
+    zeros = p.map(lambda t: np.full_like(t, -0.0))
+    shape = getattr(p, factor).shape
+    index = tuple(np.random.default_rng(subject.seed).integers(0, shape).tolist())
 
-    def with_(base: Array, value: float) -> Problem:
-        changed = base.copy()
+    def with_(value: float, p: Problem) -> Problem:
+        changed = getattr(p, factor).copy()
         changed[index] = value
-        return replace(p, **{factor: changed})  # type: ignore[arg-type]
+        return replace(p, **{factor: changed})
 
     with np.errstate(invalid="ignore"):
-        truth = taps(with_(numbers, math.inf))  # zeros of the padding make NaN of it
+        truth = taps(with_(math.inf, p))  # zeros of the padding make NaN of it
     spreads = getattr(subject.kind, "spreads_non_finite", False)
-    for base, among in (numbers, "positive numbers"), (np.full_like(numbers, -0.0), "-0.0"):
-        before = truth_of(subject.results(replace(p, **{factor: base}), torch.float32))
-        for value, right in (math.nan, np.isnan), (math.inf, np.isposinf), (1.0, np.isfinite):
-            found = truth_of(subject.results(with_(base, value), torch.float32))
+    bases = {
+        "among positive numbers": p,
+        "among -0.0": replace(p, **{factor: getattr(zeros, factor)}),
+        "times -0.0": replace(zeros, **{factor: getattr(p, factor)}),
+    }
+    for words, base in bases.items():
+        before = truth_of(subject.results(base, torch.float32))
+        of_inf = np.isnan if words == "times -0.0" else np.isposinf
+        for value, right in (math.nan, np.isnan), (math.inf, of_inf), (1.0, np.isfinite):
+            found = truth_of(subject.results(with_(value, base), torch.float32))
             for quantity, y in found.items():
                 hit, padding = np.isinf(truth[quantity]), np.isnan(truth[quantity])
                 equal = y == before[quantity]
-                good = np.where(
-                    hit, right(y), equal & (np.signbit(y) == np.signbit(before[quantity]))
-                )
+                same = equal & (np.signbit(y) == np.signbit(before[quantity]))
+                good = np.where(hit, right(y), same)
                 good |= padding & (equal | np.isnan(y) & (value != 1))
                 if spreads:  # then within an image, or a filter's gradient
                     near = (hit | padding).any(tuple(range(1, y.ndim)), keepdims=True)
-                    good = (value == 1) | np.where(
-                        hit, ~np.isfinite(y), near | ~near.any() | np.isfinite(y)
-                    )
-                wrong = np.argwhere(~good)
-                text = ""
+                    near = near | ~near.any() | np.isfinite(y)
+                    good = (value == 1) | np.where(hit, ~np.isfinite(y), near)
+                wrong, text = np.argwhere(~good), ""
                 if len(wrong):
                     at = tuple(wrong[0].tolist())
                     text = (
-                        f"{value} at {index} among {among}: {len(wrong)} numbers of the {quantity} "
-                        f"are wrong, first {y[at]:g} at {at}, {before[quantity][at]:g} without it"
+                        f"{value} at {index} {words}: {len(wrong)} numbers of the {quantity} are "
+                        f"wrong, first {y[at]:g} at {at}, {before[quantity][at]:g} without it"
                     )
                 yield Finding(len(wrong), text, REACH.format(quantity))
