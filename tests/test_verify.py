@@ -105,17 +105,21 @@ def test_a_sound_backend_passes(backend):
     assert report.passed, [line.failure for line in report.lines if not line.passed]
 
 
-def test_a_forward_of_ones_own_passes_but_for_the_errors():
+def test_a_forward_of_ones_own_passes_but_for_the_errors_and_its_sums_in_half_types():
+    """fold adds windows, and matmul's gradient images, in the input's type."""
     report = verify(Unfolding, short=True, cases=10)
-    (failed,) = [line for line in report.lines if not line.passed]
-    assert failed.name == "errors that nn.Conv2d raises"
-    assert failed.failure == "Unfolding(3, 4, 3)(None): raises AttributeError, not TypeError"
+    failed = {line.name: line.failure for line in report.lines if not line.passed}
+    errors = failed.pop("errors that nn.Conv2d raises")
+    assert errors == "Unfolding(3, 4, 3)(None): raises AttributeError, not TypeError"
+    gradients = ("input gradient", "weight gradient")
+    assert set(failed) == {f"{q}, {t}" for q in gradients for t in ("bfloat16", "float16")}
 
 
 def test_an_algorithm_has_to_declare_what_it_cannot_help():
     report = verify(UndeclaredFourierConv2d, short=True, cases=10, only="output, ")
     failed = [line.name for line in report.lines if not line.passed]
-    assert failed == ["output, small integers", "output, float32"]
+    kinds = ("small integers", "float32", "bfloat16", "float16", "NaN, Inf and -0.0")
+    assert failed == [f"output, {kind}" for kind in kinds]
 
 
 # The report.
@@ -135,6 +139,15 @@ def test_cases_and_seed():
 def test_only_takes_part_of_a_name():
     report = verify(NaiveConv2d, cases=3, only="Weight gradient, r")
     assert [line.name for line in report.lines] == ["weight gradient, random layers"]
+    assert report.summary().startswith(
+        "cnntrain.conv.naive.NaiveConv2d passes the 1 checks run, of 51 "
+        "(only=Weight gradient, r, cases=3, "
+    )
+
+
+def test_every_line_has_a_unit():
+    units = {check.unit for check in CHECKS}
+    assert units == {"relative", "absolute", "sqrt(K)uS", "roundings", "elements", "failures"}
 
 
 def test_the_short_form_has_every_check():
@@ -144,6 +157,9 @@ def test_the_short_form_has_every_check():
     assert [line.name for line in report.lines] == names
     assert all(line.cases for line in report.lines)
     assert report.passed
+    assert re.fullmatch(
+        r"\S+ passes all 51 checks \(short=true, cases=5, \d+ s\)", report.summary()
+    )
 
 
 class Raising(nn.Conv2d):
@@ -273,16 +289,20 @@ def test_a_faulty_class_of_ones_own(command, tmp_path):
     done = command(*options, "json=report.json")
     assert done.returncode == 1, done.stderr
     head, output, *gradients, _, verdict = done.stdout.splitlines()
-    assert head.split() == ["check", "cases", "worst", "error", "budget"]
-    row = r"output, random layers +30 +[\d.]+ +1e-12   FAILS on (\d+), first (.*): output is off.*"
+    assert head.split() == ["check", "cases", "worst", "error", "budget", "unit"]
+    row = (
+        r"output, random layers +30 +[\d.]+ +1e-12 relative   "
+        r"FAILS on (\d+), first (.*): output is off.*"
+    )
     number, case = re.fullmatch(row, output).groups()
     with_bias = [case.call("Twice") for case in random_cases(4, 30) if case.bias]
     assert (int(number), case) == (len(with_bias), with_bias[0])
-    good = r"(input|weight|bias) gradient, random layers +\d+ +[\d.e-]+ +1e-12   ok"
+    good = r"(input|weight|bias) gradient, random layers +\d+ +[\d.e-]+ +1e-12 relative   ok"
     assert [re.fullmatch(good, line) is not None for line in gradients] == [True, True, False]
-    assert re.fullmatch(r"mypkg\.Twice fails 2 of 4 checks \(\d+ s\)", verdict)
+    how = r"\(only=random layers, cases=30, \d+ s\)"
+    assert re.fullmatch(rf"mypkg\.Twice fails 2 of the 4 checks run, of 51 {how}", verdict)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["passed"], len(report["lines"])) == (False, 4)
+    assert (report["passed"], len(report["lines"]), report["total"]) == (False, 4, 51)
     assert report["lines"][0]["failure"].startswith(f"{case}: output is off by ")
     assert "Traceback" not in done.stderr
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from planted import Faults, Sound, Taps, grouped, taps
+from torch import nn
 
 from cnntrain.conv import Conv2d
 from cnntrain.conv.autograd import Algorithm
@@ -140,6 +141,16 @@ def test_adding_in_a_half_type_is_caught(way, dtype):
     wrong = {line.name: line for line in report.lines if not line.passed}
     assert list(wrong) == [f"{q}, {kind}" for q in ("output", "input gradient", "weight gradient")]
     assert all(line.failure.startswith(f"{way}(") for line in wrong.values())
+
+
+@faults.caught_by("output, bfloat16")
+class AddsTorchsConvolutions(nn.Conv2d):
+    """Of the odd channels and of the even ones."""
+
+    def forward(self, input):
+        odd = (torch.arange(self.weight.shape[1]) % 2)[:, None, None].to(self.weight.dtype)
+        parts = self._conv_forward(input, self.weight * odd, None)
+        return parts + self._conv_forward(input, self.weight * (1 - odd), self.bias)
 
 
 # NaN, Inf and negative zeros.

@@ -91,6 +91,20 @@ def test_the_oracles_agree():
                 )
 
 
+@pytest.mark.parametrize("factor", "xwg")
+def test_taps_and_loops_agree_on_what_nan_inf_and_negative_zeros_reach(factor):
+    case = Case(4, 6, 3, (2, 6, 7), stride=(2, 1), padding=1, dilation=(1, 2), groups=2)
+    p = Problem.positive(case, 0)
+    numbers = getattr(p, factor)
+    numbers[:1] = -0.0
+    numbers[1, 0, 1, 1], numbers[-1, 1, 2, 2] = np.inf, np.nan
+    with np.errstate(invalid="ignore"):
+        for one, other in zip(loops(p).values(), taps(p).values(), strict=True):
+            assert np.array_equal(np.isnan(one), np.isnan(other))
+            assert np.array_equal(np.isinf(one), np.isinf(other))
+            np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
 def test_taps_are_exact_on_integers():
     p = Problem.integers(Case(70, 3, 3, (2, 9, 9)), 0)
     found = taps(p)
