@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from cnntrain.lab.verify.cases import SHORT_GRIDS, Case, corners, grid, random_cases, special
+from cnntrain.lab.verify.cases import SHORT_GRIDS, Case, corners, grid, random_cases
 from cnntrain.lab.verify.check import (
     Check,
     Finding,
@@ -180,59 +178,3 @@ def second_derivatives(subject: Subject, case: Case) -> Iterator[Finding]:
     for name, quantity, found in zip("gxw", truth, (dg, dx, dw), strict=True):
         error, text, _ = deviation(found, truth[quantity])
         yield Finding(error, f"the derivative with respect to {name} {text}")
-
-
-FACTORS = {"input": "x", "weight": "w", "output gradient": "g"}
-REACH = "{}, NaN, Inf and -0.0"
-
-
-@check(
-    *(REACH.format(quantity) for quantity in (OUTPUT, INPUT, WEIGHT)),
-    cases=lambda _: itertools.product(special(), FACTORS),
-    unit="elements",
-)
-def reach(subject: Subject, case: Case, name: str) -> Iterator[Finding]:
-    """One number of a tensor is made NaN, Inf or 1. Results that it is a factor of have to be NaN,
-    Inf or finite, and all others keep their bits. NaN or Inf times a zero of the padding may count
-    or not: nn.Conv2d does either, by dtype and CPU."""
-    p, factor = Problem.positive(case, subject.seed), FACTORS[name]
-    zeros = p.map(lambda t: np.full_like(t, -0.0))
-    shape = getattr(p, factor).shape
-    index = tuple(np.random.default_rng(subject.seed).integers(0, shape).tolist())
-
-    def with_(value: float, p: Problem) -> Problem:
-        changed = getattr(p, factor).copy()
-        changed[index] = value
-        return replace(p, **{factor: changed})
-
-    with np.errstate(invalid="ignore"):
-        truth = taps(with_(math.inf, p))  # zeros of the padding make NaN of it
-    spreads = getattr(subject.kind, "spreads_non_finite", False)
-    bases = {
-        "among positive numbers": p,
-        "among -0.0": replace(p, **{factor: getattr(zeros, factor)}),
-        "times -0.0": replace(zeros, **{factor: getattr(p, factor)}),
-    }
-    for words, base in bases.items():
-        before = truth_of(subject.results(base, torch.float32))
-        of_inf = np.isnan if words == "times -0.0" else np.isposinf
-        for value, right in (math.nan, np.isnan), (math.inf, of_inf), (1.0, np.isfinite):
-            found = truth_of(subject.results(with_(value, base), torch.float32))
-            for quantity, y in found.items():
-                hit, padding = np.isinf(truth[quantity]), np.isnan(truth[quantity])
-                equal = y == before[quantity]
-                same = equal & (np.signbit(y) == np.signbit(before[quantity]))
-                good = np.where(hit, right(y), same)
-                good |= padding & (equal | np.isnan(y) & (value != 1))
-                if spreads:  # then within an image, or a filter's gradient
-                    near = (hit | padding).any(tuple(range(1, y.ndim)), keepdims=True)
-                    near = near | ~near.any() | np.isfinite(y)
-                    good = (value == 1) | np.where(hit, ~np.isfinite(y), near)
-                wrong, text = np.argwhere(~good), ""
-                if len(wrong):
-                    at = tuple(wrong[0].tolist())
-                    text = (
-                        f"{value} at {index} {words}: {len(wrong)} numbers of the {quantity} are "
-                        f"wrong, first {y[at]:g} at {at}, {before[quantity][at]:g} without it"
-                    )
-                yield Finding(len(wrong), text, REACH.format(quantity))
