@@ -114,7 +114,6 @@ LBFGS = (
         "trainer.precision=bf16-mixed",
         "trainer.gradient_clip_val=0.5",
         "trainer.accumulate_grad_batches=2",
-        "+trainer.profiler=simple",
         f"{LBFGS} scheduler=none",  # computes the loss several times
     ],
 )

@@ -108,7 +108,8 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
         elif any(str(inner) == "_target_" for inner in _keys(value)):
             problems.append(f"{option}: a _target_ may stand only in {', '.join(NODES)}")
         elif name in node.given:
-            problems.append(f"{option}: is decided by the program; leave it out")
+            instead = node.instead.get(name, "leave it out")
+            problems.append(f"{option}: is decided by the program; {instead}")
         elif name not in accepted.types and not accepted.open:
             names = [n for n in accepted.types if n not in node.given]
             problems.append(f"{option}: {unknown(f'{target} has', 'option', name, names)}")
@@ -132,7 +133,9 @@ def mismatch(kind: Any, value: Any) -> str | None:
             "has too few values" if e["type"] == "missing" else e["msg"][0].lower() + e["msg"][1:]
             for e in error.errors()
         ]
-        return ", or ".join(dict.fromkeys(found))
+        marks = getattr(kind, "__metadata__", ())  # of an Annotated type
+        explained = [f": {text}" for m in marks if (text := getattr(m, "description", None))]
+        return "".join([", or ".join(dict.fromkeys(found)), *explained])
     except PydanticSchemaGenerationError:
         pass  # a type that is not for plain values: its constructor will say
     return None

@@ -128,11 +128,23 @@ def _trainer(cfg: DictConfig) -> list[str]:
         option = f"trainer.limit_{part}_batches={shown(limit)}"
         if limit == 0:
             problems.append(f"{option}: a run has to {what}; take 1 or more, or leave it out")
+        elif limit is not None and part != "test" and trainer.get("overfit_batches"):
+            problems.append(f"{option}: trainer.overfit_batches sets it; leave one of them out")
     limit = trainer.get("limit_test_batches")
     if isinstance(limit, float) and 0 < limit < 1:
         problems.append(
             f"trainer.limit_test_batches={limit}: how many batches that is shows only at the end; "
             "take a whole number of them, or leave it out"
+        )
+    if trainer.get("gradient_clip_algorithm") and trainer.get("gradient_clip_val") is None:
+        problems.append(
+            f"trainer.gradient_clip_algorithm={trainer.gradient_clip_algorithm}: needs a limit; "
+            "add trainer.gradient_clip_val=1"
+        )
+    if trainer.get("benchmark") and trainer.get("deterministic"):
+        problems.append(
+            "trainer.benchmark=true: chooses algorithms by their speed, which "
+            "trainer.deterministic=true rules out; leave one of them out"
         )
     epochs, least = trainer.get("max_epochs"), trainer.get("min_epochs")
     if epochs is not None and least is not None and least > epochs:
@@ -183,14 +195,15 @@ def data_contradictions(cfg: DictConfig, data: Any) -> list[str]:
     whole = math.ceil(images / data.batch_size)
     batches = {"train": whole, "val": math.ceil(data.val_size / data.eval_batch_size)}
     for part, number in batches.items():
-        limit = cfg.trainer.get(f"limit_{part}_batches")
+        name = "overfit_batches" if cfg.trainer.get("overfit_batches") else f"limit_{part}_batches"
+        limit = cfg.trainer.get(name)
         if isinstance(limit, float) and 0 < limit <= 1:
             batches[part] = int(number * limit)
         elif isinstance(limit, int):
             batches[part] = min(number, limit)
         if batches[part] == 0:
             problems.append(
-                f"trainer.limit_{part}_batches={limit}: is less than one of {number} batches; "
+                f"trainer.{name}={limit}: is less than one of {number} {part} batches; "
                 "take a larger share, or a whole number"
             )
     accumulated = cfg.trainer.get("accumulate_grad_batches", 1)

@@ -3,28 +3,37 @@
 This file knows groups and kinds by name, and imports no class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-# What the run itself needs to have its way with: whole epochs in a process for each device,
-# validated once each, recorded, tested once.
-TRAINER_GIVEN = (
-    "default_root_dir",
-    "logger",
-    "callbacks",
-    "plugins",
-    "strategy",
-    "processes",
-    "enable_checkpointing",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "num_sanity_val_steps",
-    "check_val_every_n_epoch",
-    "val_check_interval",
-    "max_steps",
-    "fast_dev_run",
-    "barebones",
-)
+# Arguments of Lightning's trainer that a run decides itself, and what to use in their place.
+TRAINER_GIVEN = {
+    "default_root_dir": "hydra.run.dir is the run directory",
+    "logger": "a run writes TensorBoard files and metrics.csv; tensorboard=full or scalars",
+    "callbacks": "cnntrain.training.train(cfg, directory, callbacks=[...]) takes them in Python",
+    "plugins": "trainer.precision and trainer=ddp choose them",
+    "strategy": "trainer=ddp trainer.devices=2 trains in several processes",
+    "processes": "trainer=ddp trainer.devices=2 trains in several processes",
+    "enable_checkpointing": "trainer.checkpoint_every_n_epochs says how often a run is saved",
+    "enable_progress_bar": "take trainer.progress_bar",
+    "enable_model_summary": "the table of layers is always shown; leave it out",
+    "num_sanity_val_steps": "the network is tried on one batch before every run; leave it out",
+    "check_val_every_n_epoch": "every epoch is validated; +trainer.limit_val_batches=1 shortens it",
+    "val_check_interval": "every epoch is validated; +trainer.limit_train_batches=100 shortens one",
+    "max_steps": "take trainer.max_epochs, and +trainer.limit_train_batches for shorter epochs",
+    "min_steps": "take +trainer.min_epochs",
+    "max_time": "take trainer.max_epochs, or `timeout -s INT 1h` before the command, which saves "
+    "the run; resume=<run directory> continues it",
+    "fast_dev_run": "take trainer.max_epochs=1 +trainer.limit_train_batches=1",
+    "barebones": "take trainer.progress_bar=false tensorboard=scalars",
+    "limit_predict_batches": "`cnntrain predict` takes the images to predict",
+    "use_distributed_sampler": "each process gets its share of every batch; leave it out",
+    "reload_dataloaders_every_n_epochs": "every epoch has a new order; leave it out",
+    "profiler": "take profile=true",
+    "detect_anomaly": "a run ends at the first NaN or Inf and names the layer; leave it out",
+    "enable_autolog_hparams": "the config is always recorded; leave it out",
+    "model_registry": "`cnntrain export` writes a model",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Node:
     """What a node of the config with a `_target_` has to be."""
 
     kind: str  # the class that the target must be or derive from
-    given: tuple[str, ...] = ()  # parameters that the program decides, not the config
+    given: Sequence[str] = ()  # parameters that the program decides, not the config
+    instead: Mapping[str, str] = field(default_factory=dict)  # of these: what to use in their place
     partial: bool = False  # called later, with what is given
     filled: bool = False  # and all of that has to be taken
     unfit: Mapping[str, str] = field(default_factory=dict)  # of that kind, and of no use: why
@@ -61,7 +71,7 @@ NODES = {
         },
     ),
     "loss": Node("torch.nn.Module"),
-    "trainer": Node("lightning.pytorch.Trainer", TRAINER_GIVEN),
+    "trainer": Node("lightning.pytorch.Trainer", tuple(TRAINER_GIVEN), instead=TRAINER_GIVEN),
     "tensorboard": Node("cnntrain.training.Insights", ("board", "data")),
     "search": Node("cnntrain.sweeps.search.Search", extra="optuna"),
     "search.sampler": Node(

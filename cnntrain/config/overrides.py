@@ -150,7 +150,9 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
             return f"{text}: {unknown('there is', 'option', key, list(_flat(base)))}"
         target = node.get("_target_")
         if target and not text.startswith(("+", "~")) and name in _parameters(target):
-            return f"{text}: {target} has it, but the config does not: add it with +{text}"
+            return _value_problem(parent, node, name, override.value()) or (
+                f"{text}: {target} has it, but the config does not: add it with +{text}"
+            )
         names = [str(k) for k in node if not str(k).startswith("_")]
         inner = [full for full in _flat(base) if full.endswith(f".{name}")]
         if not parent and inner:
@@ -195,6 +197,16 @@ def quoted(text: str) -> str:
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     text = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
+
+
+def _value_problem(key: str, node: DictConfig, name: str, value: Any) -> str | None:
+    """What `check` would say of the value, were the option in the config."""
+    from cnntrain.config.checks import check_node  # which imports this module
+    from cnntrain.config.nodes import NODES
+
+    target = {k: node[k] for k in ("_target_", "_partial_") if k in node}
+    problems = check_node(key, NODES[key], {**target, name: value}) if key in NODES else []
+    return next((p for p in problems if p.startswith(f"{key}.{name}=")), None)
 
 
 def _parameters(target: str) -> Iterable[str]:

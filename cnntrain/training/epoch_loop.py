@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as lightning
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 CALLBACK_HOOKS = [
@@ -28,7 +27,7 @@ class EpochLoop(_TrainingEpochLoop):
     Lightning hands a step down as closures through a dozen layers, each of which may be another for
     other strategies and precisions, and asks all callbacks for all hooks. Kernels leave little of
     Python in a core's caches, so that with a small network this takes a tenth of a step. Where it
-    comes to nothing (one process, float32, no accumulation, clipping or profiler, validation after
+    comes to nothing (one process, float32, no accumulation or clipping, validation after
     the epoch) the same is done here, in the same order; in all other cases by Lightning.
     """
 
@@ -94,7 +93,6 @@ class EpochLoop(_TrainingEpochLoop):
         return (
             type(trainer.strategy) is SingleDeviceStrategy
             and type(trainer.precision_plugin) is Precision
-            and isinstance(trainer.profiler, PassThroughProfiler)
             and trainer.accumulate_grad_batches == 1
             and not trainer.gradient_clip_val
             and trainer.val_check_batch == trainer.num_training_batches

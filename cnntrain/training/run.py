@@ -126,6 +126,8 @@ def fit_and_test(
     """What every process of a run does with its share of the data."""
     device, share = trainer.strategy.root_device, {"rank": place.rank, "world": place.world}
     loaders = data.train_loader(cfg.seed, device, **share), data.val_loader(device, **share)
+    # Lightning's rule for overfit_batches, which it applies to PyTorch's DataLoader alone.
+    loaders[0].shuffle = not trainer.overfit_batches  # type: ignore[attr-defined]
     if device.type == "cpu":
         keep_freed_memory()
     with interruption.answering("note"):

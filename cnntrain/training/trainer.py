@@ -20,6 +20,14 @@ from cnntrain.training.epoch_loop import EpochLoop
 from cnntrain.training.progress import Progress
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
+Devices = Annotated[
+    int,
+    Field(
+        gt=0,
+        description="the number of processes, one for each GPU; to choose GPUs, set "
+        "CUDA_VISIBLE_DEVICES=0,1 in the environment",
+    ),
+]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal[32, "32", "32-true", "bf16-mixed", "16-mixed"]
 
@@ -36,8 +44,9 @@ class NoProfiler(PassThroughProfiler):
 class Trainer(lightning.Trainer):
     """`lightning.Trainer` with checkpoints and early stopping by one metric.
 
-    `checkpoints/last.ckpt` and `best.ckpt` are written under `default_root_dir`. Whatever else
-    Lightning's trainer takes can be given as well, but for what a run decides itself.
+    `checkpoints/last.ckpt` and `best.ckpt` are written under `default_root_dir`.
+    `lightning_options` are other arguments of Lightning's trainer, except those in
+    `cnntrain.config.nodes.TRAINER_GIVEN`.
 
     `devices` on each of `num_nodes` machines train together, a process for each; `processes` says
     which of them this is. Starting them is not the trainer's business.
@@ -47,7 +56,7 @@ class Trainer(lightning.Trainer):
         self,
         *,
         accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
-        devices: PositiveInt = 1,
+        devices: Devices = 1,
         num_nodes: PositiveInt = 1,
         max_epochs: PositiveInt = 10,
         precision: Precision = 32,
@@ -90,7 +99,6 @@ class Trainer(lightning.Trainer):
             own.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
         if processes.world_size() > 1:
             lightning_options["strategy"] = DDPStrategy(cluster_environment=processes)
-        lightning_options.setdefault("profiler", NoProfiler())
         self.compile_network, self.cuda_graphs = compile, cuda_graphs
         self.channels_last, self.monitor = channels_last, monitor
         self.test_checkpoint = test_checkpoint
@@ -107,6 +115,7 @@ class Trainer(lightning.Trainer):
             default_root_dir=default_root_dir,
             callbacks=[*own, self.checkpoints],
             plugins=[CheckpointFiles()],
+            profiler=NoProfiler(),
             # What these would print, the run says itself, and the weights are new, not suspect.
             enable_progress_bar=False,
             enable_model_summary=False,
