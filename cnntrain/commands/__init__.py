@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 
 import cnntrain
@@ -21,6 +22,7 @@ COMMANDS = {
 
 def main() -> None:
     """`cnntrain COMMAND ...`: the console script."""
+    use_utf8_file_names()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
         sys.argv[:2] = [f"cnntrain {command}"]
@@ -37,3 +39,18 @@ def main() -> None:
         hint = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(COMMANDS)}"
         print(f"cnntrain: no command {command!r}; {hint}", file=sys.stderr)
         sys.exit(2)
+
+
+def use_utf8_file_names() -> None:
+    """Restart Python in its UTF-8 mode where it reads file names in an encoding that they are not
+    in: ASCII (LC_ALL=C with PYTHONUTF8=0), or one that the command line is not valid in.
+
+    The standard streams keep the encoding of the locale.
+    """
+    encoding = sys.getfilesystemencoding()
+    invalid = any("\ud800" <= character <= "\udfff" for text in sys.argv for character in text)
+    if encoding == "ascii" or (invalid and encoding != "utf-8"):
+        streams = getattr(sys.stdout, "encoding", None) or encoding
+        os.environ.setdefault("PYTHONIOENCODING", f"{streams}:backslashreplace")
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -17,7 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain import config
-from cnntrain.commands.plan import places, plan
+from cnntrain.commands.plan import places, plan, show_config
+from cnntrain.config.overrides import merged
 from cnntrain.launched import launched
 
 Run = Callable[[DictConfig], float | None]
@@ -62,12 +63,14 @@ def start(
         flags.append(f"--config-path={Path(arguments.config_path).absolute()}")
     sys.argv[1:] = [*flags, *arguments.overrides]
     sweep = many(arguments) if many else None
+    if _only_asks(arguments) and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as any program's does
     try:
         sweeping = _check(arguments, name, rehearse, resuming, one, sweep)
     except config.ConfigError as error:
         refuse(error)
-    if _only_asks(arguments) and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as any program's does
+    if arguments.cfg:
+        return
 
     if sweep and sweeping:
         try:
@@ -79,6 +82,7 @@ def start(
     @wraps(run)
     def guarded(cfg: DictConfig) -> float | None:
         try:
+            config.settle(cfg, HydraConfig.get(), config.ROOTS[name])
             return run(cfg)
         except config.ConfigError as error:
             refuse(error)
@@ -103,6 +107,7 @@ def command_line() -> argparse.Namespace:
         sys.path.insert(1, here)
     if garbled := [text for text in sys.argv[1:] if any(map(_surrogate, text))]:
         refuse(config.ConfigError([f"{text}: is not UTF-8" for text in garbled]))
+    sys.argv[1:] = merged(sys.argv[1:])
     # Hydra's parser takes overrides only in one place; a person writes -m wherever it fits.
     parser = get_args_parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
@@ -169,6 +174,9 @@ def _check(
     """Find all that is wrong with the command line before anything is written; whether it is a
     sweep that is to be run."""
     if arguments.hydra_help or arguments.shell_completion:
+        return False
+    if arguments.cfg:
+        show_config(arguments, name)
         return False
     planned = plan(arguments, name)
     cfgs, sweep = planned.cfgs, planned.sweep

@@ -9,10 +9,12 @@ from typing import Any
 
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from cnntrain import config
 from cnntrain.config import ConfigError
-from cnntrain.config.overrides import combinations, key_of, sweeps
+from cnntrain.config.hydra_options import as_if_running
+from cnntrain.config.overrides import combinations, key_of, one_line, sweeps
 
 MOST_RUNS = 10_000  # a sweep of which all configs are composed before the first run begins
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -63,13 +65,41 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
             cfgs = _composed(runs, where, problems)
         empty = [o for o in overrides if sweeps(o) and not combinations([o], where["folder"], 1)]
         problems += [f"{text}: stands for no value at all" for text in empty]
-    if arguments.package not in (None, "_global_") and not problems:
-        shown = cfgs[0].hydra if arguments.cfg == "hydra" else cfgs[0]
-        if OmegaConf.select(shown, arguments.package) is None:
-            problems.append(f"--package={arguments.package}: there is no such node")
     if problems:
         raise ConfigError(problems)
     return Plan(cfgs, sweep, list(dict.fromkeys(varied)))
+
+
+def show_config(arguments: argparse.Namespace, name: str) -> None:
+    """`--cfg`: print the config as it is used, with what can be applied of an invalid command line;
+    then raise ConfigError with all that is wrong."""
+    if problems := _flag_problems(arguments):
+        raise ConfigError(problems)
+    root = arguments.config_name or name
+    cfg, problems = config.compose_valid(arguments.overrides, root, name, **places(arguments))
+    if cfg is None:
+        raise ConfigError(problems)
+    if arguments.resolve:
+        resolved = cfg.copy()
+        OmegaConf.set_readonly(resolved.hydra, None)
+        try:
+            with as_if_running(resolved, 0):
+                OmegaConf.resolve(resolved)
+            cfg = resolved
+        except (OmegaConfBaseException, RecursionError) as error:
+            problems = problems or [f"--resolve: {one_line(error)}"]
+    keys = [
+        key for key in cfg if arguments.cfg == "all" or (key == "hydra") != (arguments.cfg == "job")
+    ]
+    shown: Any = OmegaConf.masked_copy(cfg, keys)
+    if arguments.package not in (None, "_global_"):
+        shown = OmegaConf.select(shown, arguments.package)
+        if shown is None:
+            raise ConfigError([*problems, f"--package={arguments.package}: there is no such node"])
+        print(f"# @package {arguments.package}")
+    print(OmegaConf.to_yaml(shown).rstrip() if OmegaConf.is_config(shown) else shown)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _composed(

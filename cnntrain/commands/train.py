@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from cnntrain.commands import use_utf8_file_names
 from cnntrain.commands.app import command_line, refuse, short, start, told
 from cnntrain.commands.plan import places
 from cnntrain.commands.sweeping import SweepCommand
@@ -34,6 +35,7 @@ from cnntrain.launched import launched
 
 
 def main() -> None:
+    use_utf8_file_names()
     place = launched()
     if place and place.rank > 0:  # the first process has the command line, and the last word
         sys.path.insert(1, os.getcwd())  # as `command_line` does

@@ -24,12 +24,13 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain.config.checks import check
+from cnntrain.config.checks import settle as settle
 from cnntrain.config.contradictions import contradictions
 from cnntrain.config.nodes import NODES as NODES
 from cnntrain.config.nodes import ROOTS as ROOTS
 from cnntrain.config.nodes import Root as Root
 from cnntrain.config.overrides import first_line as first_line
-from cnntrain.config.overrides import load_all, misplaced, one_line
+from cnntrain.config.overrides import load_all, merged, misplaced, one_line
 from cnntrain.config.overrides import quoted as quoted
 
 # In a wheel conf/ lies in the package, in a checkout beside it.
@@ -96,19 +97,30 @@ def compose_all(
     extra: Path | None = None,
 ) -> DictConfig:
     """As `compose`, with Hydra's own options, unchecked, under `hydra`."""
-    root = ROOTS.get(command or name, ROOTS["train"])  # one of the user's own is trained
+    cfg, problems = compose_valid(overrides, name, command or name, folder, extra)
+    if problems or cfg is None:
+        raise ConfigError(problems)
+    return cfg
+
+
+def compose_valid(
+    overrides: Sequence[str], name: str, command: str, folder: Path, extra: Path | None
+) -> tuple[DictConfig | None, list[str]]:
+    """As `compose_all`, of the overrides that can be applied, and every problem found; None if
+    nothing can be composed."""
+    root = ROOTS.get(command, ROOTS["train"])  # one of the user's own is trained
+    overrides = merged(overrides)
     cfg, problems = _load(overrides, name, folder, extra)
     problems += misplaced(overrides, root.nodes)
     if cfg is None:
-        raise ConfigError(problems)
+        return None, problems
+    settle(cfg, cfg.hydra, root)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     problems += check(own, root)
     related = ("trainer", "optimizer", "scheduler")
     if "trainer" in root.nodes and not any(p.lstrip("+~").startswith(related) for p in problems):
         problems += contradictions(own)
-    if problems:
-        raise ConfigError(problems)
-    return cfg
+    return cfg, problems
 
 
 def fixed_run_directory(

@@ -4,18 +4,21 @@ The signature of what a node names is the schema: there is no second copy of it 
 imports no torch.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from cnntrain.config.choices import defaults
 from cnntrain.config.nodes import NODES, ROOTS, Node, Root
-from cnntrain.config.overrides import first_line, one_line, shown, unknown
-from cnntrain.config.signatures import is_subclass, signature
+from cnntrain.config.overrides import first_line, one_line, options_of, shown, unknown
+from cnntrain.config.signatures import Signature, is_subclass, signature
 
 
 def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
@@ -65,6 +68,75 @@ def _resolved(cfg: DictConfig, key: str) -> tuple[Any, str | None]:
         return OmegaConf.to_container(cfg)[key], one_line(error)  # type: ignore[index, call-overload]
     except RecursionError:
         return OmegaConf.to_container(cfg)[key], "refers to itself"  # type: ignore[index, call-overload]
+
+
+def settle(cfg: DictConfig, hydra: DictConfig, root: Root = ROOTS["train"]) -> None:
+    """Adapt a composed config, in place, to the types of the options; `hydra` says what was typed.
+
+    Where another class was put in the place of a choice's, the choice's options that it does not
+    take are removed, unless they were typed themselves. Text that comes from an interpolation, such
+    as ${oc.env:LR}, is read as YAML where the option takes no text.
+    """
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task)
+    typed = set(options_of(overrides))
+    options = {"seed": lambda: int, "profile": lambda: bool}
+    options |= signature(root.target).types if root.target else {}
+    with open_dict(cfg):
+        _read_text(cfg, options)
+        for key, node in NODES.items():
+            with contextlib.suppress(OmegaConfBaseException, ImportError, RecursionError):
+                values = OmegaConf.select(cfg, key)
+                if not isinstance(values, DictConfig) or not isinstance(values._target_, str):
+                    continue
+                accepted = signature(values._target_)
+                _read_text(values, accepted.types)
+                replaced = f"{key}._target_" in typed
+                file = defaults(key, str(hydra.runtime.choices.get(key)))
+                if not replaced and values._target_ == file.get("_target_", values._target_):
+                    continue
+                for name, value in list(values.items()):
+                    option = f"{key}.{name}"
+                    if option in typed or option in NODES or str(name).startswith("_"):
+                        continue
+                    old = replaced or file.get(name, ...) == value
+                    if old and not _takes(accepted, str(name), value):
+                        del values[name]
+                if node.partial and "_partial_" not in values:
+                    values._partial_ = True
+
+
+def _takes(accepted: Signature, name: str, value: Any) -> bool:
+    if name not in accepted.types:
+        return accepted.open
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return mismatch(accepted.types[name](), plain) is None
+
+
+def _read_text(node: DictConfig, types: Mapping[str, Callable[[], Any]]) -> None:
+    for key, raw in list(node.items_ex(resolve=False)):
+        name, raw = str(key), OmegaConf.to_container(raw) if OmegaConf.is_config(raw) else raw
+        if name not in types or "${" not in str(raw):
+            continue
+        with contextlib.suppress(OmegaConfBaseException, YAMLError):
+            value, kind = node[name], types[name]()
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
+            read = _as_yaml(raw, value)
+            # Without an annotation only the text itself tells.
+            wanted = "oc.env" in str(raw) if kind is Any else mismatch(kind, value)
+            if wanted and not mismatch(kind, read):
+                node[name] = read
+
+
+def _as_yaml(raw: Any, value: Any) -> Any:
+    if isinstance(raw, list) and isinstance(value, list):
+        return [_as_yaml(*pair) for pair in zip(raw, value, strict=True)]
+    if isinstance(raw, dict) and isinstance(value, dict):
+        return {key: _as_yaml(raw[key], inner) for key, inner in value.items()}
+    if "${" in str(raw) and isinstance(value, str):
+        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+        return read["value"]
+    return value
 
 
 def _check_seed(value: Any) -> list[str]:

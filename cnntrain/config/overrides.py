@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cnntrain.config.nodes import NODES
 from cnntrain.config.signatures import signature
 
 TERSE = (LookupError, ArithmeticError, AttributeError, AssertionError, SystemExit)
@@ -61,6 +62,27 @@ def key_of(text: str) -> str:
     return str(OverridesParser.create().parse_override(text).key_or_group)
 
 
+def options_of(overrides: Sequence[str]) -> Iterator[str]:
+    """The options that overrides are of: `model`, `model.width` of model={width: 8}."""
+    for text in overrides:
+        key, _, value = text.lstrip("+~").partition("=")
+        yield key
+        if value.startswith("{"):
+            names = OverridesParser.create().parse_override(text).value()
+            yield from (f"{key}.{name}" for name in names)
+
+
+def merged(overrides: Sequence[str]) -> list[str]:
+    """Overrides that Hydra reads as they are meant: model={...} gives options of the node, new
+    ones too, and letters beyond ASCII stand in quotes."""
+    nodes = "|".join(map(re.escape, NODES))
+    overrides = [re.sub(rf"^\+?(?=({nodes})=\{{)", "++", text) for text in overrides]
+    return [
+        re.sub(r"=([^'\"\[{(,][^',]*)$", r"='\1'", text) if not text.isascii() else text
+        for text in overrides
+    ]
+
+
 def _values(text: str, parser: OverridesParser, most: int | None) -> list[str]:
     try:
         (override,) = parser.parse_overrides([text])
@@ -91,8 +113,10 @@ def load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None,
         return base, [_explain(overrides[0], refusal, base)]
     problems: list[str] = []
     kept: list[str] = []
-    # Choices first: whether `model.dropout` exists depends on `model=`.
-    for text in sorted(overrides, key=lambda text: "." in text.split("=")[0]):
+    # Choices and classes first: whether `model.dropout` exists depends on `model=`.
+    for text in sorted(
+        overrides, key=lambda text: ("." in text.split("=")[0], "._target_=" not in text)
+    ):
         try:
             base = load([*kept, text])
             kept.append(text)
@@ -202,7 +226,6 @@ def quoted(text: str) -> str:
 def _value_problem(key: str, node: DictConfig, name: str, value: Any) -> str | None:
     """What `check` would say of the value, were the option in the config."""
     from cnntrain.config.checks import check_node  # which imports this module
-    from cnntrain.config.nodes import NODES
 
     target = {k: node[k] for k in ("_target_", "_partial_") if k in node}
     problems = check_node(key, NODES[key], {**target, name: value}) if key in NODES else []

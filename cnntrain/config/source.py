@@ -1,8 +1,12 @@
 """Names followed through source files, as Python itself would follow them, without importing."""
 
 import ast
+import difflib
 import importlib
 import importlib.util
+import os
+import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -154,23 +158,41 @@ def resolve(expression: ast.expr, module: str) -> Definition:
 
 
 def load(target: str) -> Any:
-    """Import the object with the dotted name `target`; ImportError if that fails, however."""
+    """Import the object with the dotted name `target`; ImportError, in one line, if that fails."""
     parts = target.split(".")
     for cut in range(len(parts), 0, -1):
         module = ".".join(parts[:cut])
         try:
             found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name and (module == error.name or module.startswith(error.name + ".")):
-                continue
-            raise
-        except ImportError:
-            raise
         except (Exception, SystemExit) as error:  # what a module's author did on its top level
-            raise ImportError(f"it raises {type(error).__name__}: {error}") from error
+            absent = isinstance(error, ModuleNotFoundError) and error.name
+            if absent and (module == error.name or module.startswith(f"{error.name}.")):
+                continue
+            said = " ".join(str(error).split())
+            place = _place(error, parts[0])
+            raise ImportError(f"{place} raises {type(error).__name__}: {said}") from error
         for name in parts[cut:]:
             if not hasattr(found, name):
-                raise ImportError(f"{module} has no {name!r}")
+                near = difflib.get_close_matches(name, dir(found), n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                file = getattr(found, "__file__", None)
+                raise ImportError(f"{module}{f' ({file})' if file else ''} has no {name!r}{hint}")
             found = getattr(found, name)
         return found
-    raise ImportError(f"there is no module {parts[0]!r}")
+    own = [path for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix))]
+    places = ", ".join(dict.fromkeys(os.path.abspath(path) for path in own if path != sys.argv[0]))
+    raise ImportError(
+        f"there is no module {parts[0]!r} among the installed packages, nor in {places}; to look "
+        "in other folders, set PYTHONPATH=<folder>"
+    )
+
+
+def _place(error: BaseException, package: str) -> str:
+    """The file and line of an error that a package raised while it was imported."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    source = _source(package)
+    home = str(source.parent if source and source.name == "__init__.py" else source)
+    own = [f for f in frames if f.filename.startswith(home)] or frames
+    return f"{own[-1].filename}:{own[-1].lineno}"

@@ -25,7 +25,7 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.atomic import write_json
-from cnntrain.config import ConfigError, config_hash
+from cnntrain.config import ConfigError, config_hash, settle
 from cnntrain.config.resume import RESULT, at_work, completed, read_result, run_only, seal
 from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.sweeps.record import METRICS, history
@@ -79,6 +79,7 @@ class MemberTask:
             _end_with_launcher()
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, _begin_no_other)
+        settle(cfg, hydra)
         groups = {k: v for k, v in hydra.runtime.choices.items() if v}
         choices = {k: v for k, v in groups.items() if not str(k).startswith(("hydra/", "search"))}
         job = Job(

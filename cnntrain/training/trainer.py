@@ -24,7 +24,7 @@ Devices = Annotated[
     int,
     Field(
         gt=0,
-        description="the number of processes, one for each GPU; to choose GPUs, set "
+        description="the number of processes, such as 1 or 2; to choose GPUs, set "
         "CUDA_VISIBLE_DEVICES=0,1 in the environment",
     ),
 ]
