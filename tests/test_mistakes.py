@@ -220,11 +220,13 @@ def test_schedule_by_epochs(tmp_path: Path, name: str, option: str, said: str) -
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        ("raise RuntimeError('boom')", "it raises RuntimeError: boom"),
-        ("import sys; sys.exit(0)", "it raises SystemExit"),
-        ("def (", "it raises SyntaxError"),
-        ("class C(C): pass", "it raises NameError"),
-        ("import nowhere_at_all", "nowhere_at_all"),
+        ("\nraise RuntimeError('boom')", "HERE/mine.py:2 raises RuntimeError: boom"),
+        ("import sys; sys.exit(0)", "HERE/mine.py:1 raises SystemExit"),
+        ("\n\ndef (", "HERE/mine.py:3 raises SyntaxError"),
+        ("class C(C): pass", "HERE/mine.py:1 raises NameError"),
+        ("import nowhere_at_all", "HERE/mine.py:1 raises ModuleNotFoundError: No module named"),
+        ("import torch\ntorch.ones(2) @ torch.ones(3)", "HERE/mine.py:2 raises RuntimeError"),
+        ("class Cc: pass", "mine (HERE/mine.py) has no 'C'; did you mean 'Cc'?"),
         ("def C(): pass", "must be a class derived from torch.nn.Conv2d"),
     ],
 )
@@ -236,7 +238,18 @@ def test_module_of_ones_own(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError) as caught:
         compose([f"backend._target_={name}.C"])
-    assert said in caught.value.problems[0].replace(name, "mine")
+    problem = caught.value.problems[0].replace(name, "mine").replace(str(tmp_path), "HERE")
+    assert f"cannot be imported: {said}" in problem or "must be a class" in said in problem
+
+
+def test_module_that_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        compose(["backend._target_=nowhere.C"])
+    (problem,) = caught.value.problems
+    assert "there is no module 'nowhere' among the installed packages, nor in " in problem
+    assert f"{tmp_path}, " in problem
+    assert problem.endswith("to look in other folders, set PYTHONPATH=<folder>")
 
 
 @pytest.mark.parametrize(

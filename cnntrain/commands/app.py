@@ -107,11 +107,14 @@ def command_line() -> argparse.Namespace:
         sys.path.insert(1, here)
     if garbled := [text for text in sys.argv[1:] if any(map(_surrogate, text))]:
         refuse(config.ConfigError([f"{text}: is not UTF-8" for text in garbled]))
-    sys.argv[1:] = merged(sys.argv[1:])
     # Hydra's parser takes overrides only in one place; a person writes -m wherever it fits.
     parser = get_args_parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
+    arguments.overrides = merged(arguments.overrides)
+    sys.argv[1:] = [*flags, *arguments.overrides]
+    return arguments
 
 
 def short(path: Path) -> str:

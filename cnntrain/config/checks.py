@@ -74,7 +74,7 @@ def settle(cfg: DictConfig, hydra: DictConfig, root: Root = ROOTS["train"]) -> N
     """Adapt a composed config, in place, to the types of the options; `hydra` says what was typed.
 
     Where another class was put in the place of a choice's, the choice's options that it does not
-    take are removed, unless they were typed themselves. Text that comes from an interpolation, such
+    take are removed, unless they were typed themselves; model={_target_: ...} removes all. Text that comes from an interpolation, such
     as ${oc.env:LR}, is read as YAML where the option takes no text.
     """
     overrides: Any = OmegaConf.to_container(hydra.overrides.task)
@@ -91,6 +91,7 @@ def settle(cfg: DictConfig, hydra: DictConfig, root: Root = ROOTS["train"]) -> N
                 accepted = signature(values._target_)
                 _read_text(values, accepted.types)
                 replaced = f"{key}._target_" in typed
+                whole = any(text.lstrip("+~").startswith(f"{key}={{") for text in overrides)
                 file = defaults(key, str(hydra.runtime.choices.get(key)))
                 if not replaced and values._target_ == file.get("_target_", values._target_):
                     continue
@@ -99,7 +100,7 @@ def settle(cfg: DictConfig, hydra: DictConfig, root: Root = ROOTS["train"]) -> N
                     if option in typed or option in NODES or str(name).startswith("_"):
                         continue
                     old = replaced or file.get(name, ...) == value
-                    if old and not _takes(accepted, str(name), value):
+                    if old and (whole or not _takes(accepted, str(name), value)):
                         del values[name]
                 if node.partial and "_partial_" not in values:
                     values._partial_ = True

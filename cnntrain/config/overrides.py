@@ -73,13 +73,13 @@ def options_of(overrides: Sequence[str]) -> Iterator[str]:
 
 
 def merged(overrides: Sequence[str]) -> list[str]:
-    """Overrides that Hydra reads as they are meant: model={...} gives options of the node, new
-    ones too, and letters beyond ASCII stand in quotes."""
+    """Overrides as Hydra takes them: model={...} may have new options of the node, and a value with
+    letters beyond ASCII is quoted."""
     nodes = "|".join(map(re.escape, NODES))
-    overrides = [re.sub(rf"^\+?(?=({nodes})=\{{)", "++", text) for text in overrides]
+    texts = [re.sub(rf"^\+?(?=({nodes})=\{{)", "++", text) for text in overrides]
     return [
-        re.sub(r"=([^'\"\[{(,][^',]*)$", r"='\1'", text) if not text.isascii() else text
-        for text in overrides
+        text if text.isascii() else re.sub(r"^([^=]+)=([^'\"\[{(,][^',]*)$", r"\1='\2'", text)
+        for text in texts
     ]
 
 
