@@ -88,9 +88,8 @@ def show_config(arguments: argparse.Namespace, name: str) -> None:
             cfg = resolved
         except (OmegaConfBaseException, RecursionError) as error:
             problems = problems or [f"--resolve: {one_line(error)}"]
-    keys = [
-        key for key in cfg if arguments.cfg == "all" or (key == "hydra") != (arguments.cfg == "job")
-    ]
+    job = [str(key) for key in cfg if key != "hydra"]
+    keys = {"job": job, "hydra": ["hydra"], "all": ["hydra", *job]}[arguments.cfg]
     shown: Any = OmegaConf.masked_copy(cfg, keys)
     if arguments.package not in (None, "_global_"):
         shown = OmegaConf.select(shown, arguments.package)

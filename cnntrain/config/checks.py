@@ -70,16 +70,17 @@ def _resolved(cfg: DictConfig, key: str) -> tuple[Any, str | None]:
         return OmegaConf.to_container(cfg)[key], "refers to itself"  # type: ignore[index, call-overload]
 
 
-def settle(cfg: DictConfig, hydra: DictConfig, root: Root = ROOTS["train"]) -> None:
+def settle(cfg: DictConfig, hydra: Any, root: Root = ROOTS["train"]) -> None:
     """Adapt a composed config, in place, to the types of the options; `hydra` says what was typed.
 
     Where another class was put in the place of a choice's, the choice's options that it does not
-    take are removed, unless they were typed themselves; model={_target_: ...} removes all. Text that comes from an interpolation, such
-    as ${oc.env:LR}, is read as YAML where the option takes no text.
+    take are removed, unless they were typed themselves; model={_target_: ...} removes all. Text
+    that comes from an interpolation, such as ${oc.env:LR}, is read as YAML where the option takes
+    no text.
     """
     overrides: Any = OmegaConf.to_container(hydra.overrides.task)
     typed = set(options_of(overrides))
-    options = {"seed": lambda: int, "profile": lambda: bool}
+    options: dict[str, Callable[[], Any]] = {"seed": lambda: int, "profile": lambda: bool}
     options |= signature(root.target).types if root.target else {}
     with open_dict(cfg):
         _read_text(cfg, options)
@@ -95,12 +96,12 @@ def settle(cfg: DictConfig, hydra: DictConfig, root: Root = ROOTS["train"]) -> N
                 file = defaults(key, str(hydra.runtime.choices.get(key)))
                 if not replaced and values._target_ == file.get("_target_", values._target_):
                     continue
-                for name, value in list(values.items()):
+                for name, value in [(str(name), value) for name, value in values.items()]:
                     option = f"{key}.{name}"
-                    if option in typed or option in NODES or str(name).startswith("_"):
+                    if option in typed or option in NODES or name.startswith("_"):
                         continue
                     old = replaced or file.get(name, ...) == value
-                    if old and (whole or not _takes(accepted, str(name), value)):
+                    if old and (whole or not _takes(accepted, name, value)):
                         del values[name]
                 if node.partial and "_partial_" not in values:
                     values._partial_ = True

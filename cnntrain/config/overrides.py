@@ -68,8 +68,8 @@ def options_of(overrides: Sequence[str]) -> Iterator[str]:
         key, _, value = text.lstrip("+~").partition("=")
         yield key
         if value.startswith("{"):
-            names = OverridesParser.create().parse_override(text).value()
-            yield from (f"{key}.{name}" for name in names)
+            inner: Any = OverridesParser.create().parse_override(text).value()
+            yield from (f"{key}.{name}" for name in inner)
 
 
 def merged(overrides: Sequence[str]) -> list[str]:

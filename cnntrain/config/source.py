@@ -165,8 +165,8 @@ def load(target: str) -> Any:
         try:
             found = importlib.import_module(module)
         except (Exception, SystemExit) as error:  # what a module's author did on its top level
-            absent = isinstance(error, ModuleNotFoundError) and error.name
-            if absent and (module == error.name or module.startswith(f"{error.name}.")):
+            absent = error.name if isinstance(error, ModuleNotFoundError) else None
+            if absent and (module == absent or module.startswith(f"{absent}.")):
                 continue
             said = " ".join(str(error).split())
             place = _place(error, parts[0])
