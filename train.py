@@ -1,7 +1,4 @@
-from cnntrain.interruption import watching
+from cnntrain.commands import main
 
 if __name__ == "__main__":
-    with watching("leave"):  # also while what the command needs is imported
-        from cnntrain.commands.train import main
-
-        main()
+    main("train")

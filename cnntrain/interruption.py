@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Literal
 
+from cnntrain.terminal import write_stderr
+
 # SIGUSR1 is what Slurm can be asked to send ahead of a job's end, SIGUSR2 what submitit asks it to;
 # Windows has neither.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
@@ -83,7 +85,7 @@ class Interruption:
     def _say(self, text: str) -> None:
         # Not by way of print or logging, in the middle of which the signal may have come.
         if not self.quiet:
-            os.write(2, f"\ncnntrain: {text}\n".encode())
+            write_stderr(f"\ncnntrain: {text}")
 
 
 interruption = Interruption()

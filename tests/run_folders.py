@@ -36,7 +36,7 @@ def write_run(
     cfg.seed = seed
     (directory / ".hydra").mkdir(parents=True)
     (directory / ".hydra/config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    rows = [[i, 10 * i + 10, 0.01, 1 - v, v + 0.01, 1.1 - v, v, 1.0] for i, v in enumerate(val)]
+    rows = [[i, 10 * i, 0.01, 1 - v, v + 0.01, 1.1 - v, v, 1.0] for i, v in enumerate(val, 1)]
     with (directory / "metrics.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
     content: dict[str, Any] = {"status": status, "config_hash": config_hash(cfg), "seed": seed}
@@ -46,7 +46,7 @@ def write_run(
     if status == "completed":
         content["metrics"] |= {"test/loss": 1.2 - val[-1], "test/acc": val[-1] - 0.01}
         content["metrics"] |= metrics or {}
-        content["tested_epoch"] = len(rows) - 1
+        content["tested_epoch"] = len(rows)
         content["timings"] = {"seconds": seconds, "images_per_second": 1000.0}
     if error:
         content["error"] = error

@@ -173,7 +173,7 @@ def test_nothing_is_updated_from_the_bad_batch_on(
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
     assert run.trainer.global_step == (2 * BATCHES if deferred else step)  # it was bad for long
     found = error.details["not_finite"]
-    assert (found["epoch"], found["batch"], found["step"]) == (1, 3, step)
+    assert (found["epoch"], found["batch"], found["step"]) == (2, 4, step)
     assert (found["layer"], found["layer_type"]) == ("features.3", "Fault")
     assert found["loss"] in ("inf", "nan")
     # one_cycle, cosine up: from lr / 25 at step 0 to lr at the step half of the run - 1
@@ -302,7 +302,7 @@ def test_first_bad_batch_of_an_update(
     run = Run(tmp_path, *options, deferred=deferred, snapshots=(1, 5))
     run.plant("features.3", fault, run.train_batch(1, 5))
     found = run.stopped().details["not_finite"]
-    assert (found["epoch"], found["batch"], found["step"]) == (1, 5, 3)
+    assert (found["epoch"], found["batch"], found["step"]) == (2, 6, 3)
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
 
 
@@ -321,7 +321,7 @@ def test_validation(tmp_path: Path, average: tuple[str, ...], deferred: bool) ->
     run.plant("features.7", infinite, run.loaders[1].batch(0, 3)[0])
     error = run.stopped()
     found = error.details["not_finite"]
-    wanted = {"stage": "val", "epoch": 0, "batch": 3, "step": BATCHES, "layer": "features.7"}
+    wanted = {"stage": "val", "epoch": 1, "batch": 4, "step": BATCHES, "layer": "features.7"}
     assert {key: found[key] for key in wanted} == wanted
     assert str(error).startswith(f"validation of epoch 1/3, batch 4, step {BATCHES}, lr ")
     assert "the loss of 100 images is nan; the first layer" in str(error)

@@ -1,5 +1,6 @@
 """Runs ranked: numbers against NumPy, SciPy and by hand."""
 
+import contextlib
 import csv
 import io
 import logging
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from rich.console import Console
 from run_folders import write_run
 
 from cnntrain.sweeps.collect import Collection, collect
@@ -221,5 +221,6 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
 def shown(collection: Collection) -> str:
     """The table of the terminal, its lines joined."""
     out = io.StringIO()
-    print_ranked(collection, Console(file=out, width=400))
+    with contextlib.redirect_stdout(out):
+        print_ranked(collection)
     return out.getvalue()

@@ -27,7 +27,7 @@ def test_the_table_is_of_the_last_weights_of_all_seeds(tmp_path: Path) -> None:
     folder = tmp_path / "outputs/sweeps/results_lenet5_quick"
     runs = sorted(file.parent for file in folder.glob("*/result.json"))
     results = [json.loads((run / "result.json").read_text()) for run in runs]
-    assert [result["tested_epoch"] for result in results] == [1, 1]
+    assert [result["tested_epoch"] for result in results] == [2, 2]
     plain = [100 * result["metrics"]["test/acc"] for result in results]
     mirrored = [100 * evaluate(run, checkpoint="last", tta="flip").accuracy for run in runs]
     lines = (tmp_path / "outputs/sweeps/results.md").read_text().splitlines()

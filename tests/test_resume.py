@@ -1,5 +1,6 @@
 """A run that is interrupted and goes on ends with the bits of one that was not."""
 
+import csv
 import json
 import logging
 import random
@@ -15,6 +16,7 @@ from torturing.runs import differences, record
 from cnntrain.config import ConfigError, compose, flat
 from cnntrain.config.resume import changed, read_result, run_config, run_only
 from cnntrain.interruption import Interrupted, interruption
+from cnntrain.sweeps.record import history
 from cnntrain.training import CheckpointError, checkpoint_file, train
 from cnntrain.training.checkpoints import Checkpoints
 
@@ -245,6 +247,19 @@ def halfway(undisturbed: Path, stops: Stops, tmp_path: Path) -> Path:
         train(compose(EVERYTHING), tmp_path / "run")
     interruption.received = None
     return tmp_path / "run"
+
+
+def test_an_old_run_keeps_its_numbers(halfway: Path) -> None:
+    """Earlier versions counted epochs from 0; a report shows them from 1 all the same."""
+    content = checkpoint_file.read(halfway / "checkpoints/last.ckpt")
+    content["callbacks"]["Record"]["epochs"][0]["epoch"] = 0
+    checkpoint_file.write(halfway / "checkpoints/last.ckpt", content)
+    train(compose(EVERYTHING), halfway, resume=True)
+    rows = list(csv.DictReader((halfway / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    result = json.loads((halfway / "result.json").read_text())
+    assert result["metrics"]["val/acc"] == float(rows[result["tested_epoch"]]["val/acc"])
+    assert [row["epoch"] for row in history(halfway)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

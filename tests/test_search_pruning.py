@@ -24,7 +24,7 @@ RUN = [*QUIET, "+trainer.limit_train_batches=3", "trainer.max_epochs=4", "schedu
 def begin(sweep: Path, others: float, *overrides: str) -> tuple[Study, Asked]:
     """A search in which five trials are completed, with this accuracy in each of four epochs."""
     sweep.mkdir()
-    node = search(*(overrides or ["search.pruner.n_warmup_steps=1"]), space=SPACE)
+    node = search(*(overrides or ["search.pruner.n_warmup_steps=2"]), space=SPACE)
     study = Study(sweep, node, seed=0)
     add_others(study, 5, others)
     (asked,) = study.ask()
@@ -37,7 +37,7 @@ def add_others(study: Study, count: int, accuracy: float) -> None:
     for asked in (trial for _ in range(count) for trial in study.ask()):
         (trial,) = (t for t in study.study.get_trials() if t.number == asked.number)
         reporting = optuna.trial.Trial(study.study, trial._trial_id)
-        for epoch in range(4):
+        for epoch in range(1, 5):
             reporting.report(accuracy, epoch)
         study.tell({asked.number: {"status": "completed", "metrics": {"val/acc": accuracy}}})
 
@@ -63,10 +63,10 @@ def test_a_trial_that_is_worse_is_ended(tmp_path: Path) -> None:
         run(sweep, asked)
     result = read_result(sweep / asked.name)
     assert result is not None
-    assert (result["status"], result["epochs"]) == ("pruned", 2)  # one was warm-up
+    assert (result["status"], result["epochs"]) == ("pruned", 2)  # which it has in any case
     reported = values(sweep / asked.name)
-    assert list(reported) == [0, 1]
-    assert result["metrics"]["val/acc"] == reported[1]
+    assert list(reported) == [1, 2]
+    assert result["metrics"]["val/acc"] == reported[2]
     assert not any(name.startswith("test/") for name in result["metrics"])
 
     # Ended again should its record have been lost, though others have become worse.
@@ -78,7 +78,7 @@ def test_a_trial_that_is_worse_is_ended(tmp_path: Path) -> None:
 
     study.tell({asked.number: result})
     trial = study.study.trials[asked.number]
-    assert (trial.state.name, trial.value) == ("PRUNED", reported[1])
+    assert (trial.state.name, trial.value) == ("PRUNED", reported[2])
     assert trial.intermediate_values == reported
     assert summary(study)[0].endswith("5 completed, 1 pruned, 0 failed")
 
@@ -114,12 +114,12 @@ def test_a_decision_stands(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cut"):
         run(sweep, asked, Cut(1))
     before = load(sweep).trials[asked.number].intermediate_values
-    assert list(before) == [0, 1]
+    assert list(before) == [1, 2]
     add_others(study, 8, 0.999)
     with pytest.raises(Pruned, match="others did better in epoch 3"):
         run(sweep, asked, resume=True)
     reported = values(sweep / asked.name)
-    assert list(reported) == [0, 1, 2]
+    assert list(reported) == [1, 2, 3]
     trial = load(sweep).trials[asked.number]
     assert trial.intermediate_values == reported
     assert {k: reported[k] for k in before} == before
@@ -128,7 +128,7 @@ def test_a_decision_stands(tmp_path: Path) -> None:
         for line in (sweep / STUDY).read_text().splitlines()
         if '"op_code":7' in line and f'"trial_id":{trial._trial_id},' in line
     ]
-    assert steps == [0, 1, 2]  # each once
+    assert steps == [1, 2, 3]  # each once
 
 
 def test_a_pruner_of_another_kind_is_not_built(tmp_path: Path) -> None:

@@ -10,39 +10,40 @@ from cnntrain.sweeps.tables import print_ranked
 
 
 def test_a_failure_is_one_line_however_long(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
     error = "OSError: no space left for " + "word " * 40
     member = Member("seed=0", Path("s/seed=0"), {"seed": 0}, "failed", error=error)
     collection = Collection("s", Path("s"), "val/acc", True, {"seed": [0]}, (member,))
-    print_ranked(collection, Console(width=110))
+    print_ranked(collection)
     assert f"failed: seed=0: {error}".strip() in [
         line.strip() for line in capsys.readouterr().out.splitlines()
     ]
 
 
-def test_a_group_is_one_line_of_whole_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where there is no room, metrics are left out, and said to be; options never."""
-    from rich.console import Console
-
+@pytest.mark.parametrize("width", [40, 60, 80, 110, 200, None])
+def test_the_table_fits_the_width_and_names_the_columns_left_out(
+    width: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics are left out before options, in a fixed order; in a file nothing is."""
+    if width:
+        monkeypatch.setenv("COLUMNS", str(width))
+    else:
+        monkeypatch.delenv("COLUMNS", raising=False)
     values = {f"optimizer.option_{i}": 0.123456 + i for i in range(8)}
     metrics = {"val/acc": 0.5, "test/acc": 0.4, "val/loss": 1.25, "train/acc": 0.75}
     member = Member("a", Path("s/a"), values, "completed", metrics, seconds=9.5)
     over = {option: [value, 1.0] for option, value in values.items()}
-    collection = Collection("s", Path("s"), "val/acc", True, over, (member,))
-    numbers = ["0.1235", *(f"{i}.123" for i in range(1, 8)), "50.00"]
-    printed = {}
-    for width in (60, 140, 400):
-        print_ranked(collection, Console(width=width))
-        printed[width] = capsys.readouterr().out
-    rows = {
-        width: next(line.split() for line in text.splitlines() if line.startswith("1 "))
-        for width, text in printed.items()
-    }
-    assert rows[60] == ["1", *numbers, "40.00", "1"]
-    assert rows[140] == ["1", *numbers, "40.00", "1.2500", "9.5", "1"]
-    assert rows[400] == ["1", *numbers, "40.00", "75.00", "1.2500", "9.5", "1"]
-    left_out = "No room for {}: a wider terminal or the report shows them."
-    assert left_out.format("train/acc, val/loss, seconds") in printed[60]
-    assert left_out.format("train/acc") in printed[140]
-    assert "No room" not in printed[400]
+    print_ranked(Collection("s", Path("s"), "val/acc", True, over, (member,)))
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= (width or 200)
+    numbers = ["0.1235", *(f"{i}.123" for i in range(1, 8))]
+    row = next(line.split() for line in text.splitlines() if line.startswith("1 "))
+    said = " ".join(text.split()).partition("No room for ")[2].partition(": a wider")[0]
+    left_out = said.split(", ") if said else []
+    metrics_first = ["train/acc", "val/loss", "seconds", "test/acc", "n", "− best"]
+    options_last = [f"option_{i}" for i in range(7, 0, -1)]
+    wanted = {40: 11, 60: 9, 80: 7, 110: 4, 200: 0, None: 0}[width]
+    assert left_out == [*metrics_first, *options_last][:wanted]
+    kept = [n for i, n in enumerate(numbers) if f"option_{i}" not in left_out]
+    shown = [("40.00", "test/acc"), ("75.00", "train/acc"), ("1.2500", "val/loss")]
+    shown += [("9.5", "seconds"), ("1", "n")]
+    assert row == ["1", *kept, "50.00", *(n for n, name in shown if name not in left_out)]

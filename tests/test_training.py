@@ -184,7 +184,7 @@ def test_run_directory_is_the_whole_record(tmp_path: Path) -> None:
         f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "acc")
     }
     rows = list(csv.DictReader((directory / "metrics.csv").open()))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [row["step"] for row in rows] == ["6", "12", "18"]
     for tag in ("train/loss", "train/acc", "val/loss", "val/acc"):
         logged = [float(row[tag]) for row in rows]
@@ -195,7 +195,7 @@ def test_run_directory_is_the_whole_record(tmp_path: Path) -> None:
     }
     assert saved == {"best": 0, "last": 2}
     assert result.metrics["val/acc"] == float(rows[0]["val/acc"])
-    assert recorded["tested_epoch"] == 0
+    assert recorded["tested_epoch"] == 1
     assert len(scalars(directory, "grad_norm")) == len(scalars(directory, "lr")) == 9
     assert len(scalars(directory, "images_per_second")) == 3
 

@@ -7,6 +7,7 @@ import sys
 
 import cnntrain
 from cnntrain.interruption import watching
+from cnntrain.terminal import safe_streams
 
 COMMANDS = {
     "train": "train a network from a config",
@@ -20,16 +21,24 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """`cnntrain COMMAND ...`: the console script."""
+def main(command: str | None = None) -> None:
+    """`cnntrain COMMAND ...`, the console script; `python train.py ...` with `command` given.
+
+    A closed pipe (`| head`) changes neither what a command does nor its exit code.
+    """
     use_utf8_file_names()
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in COMMANDS:
+    with watching("leave"), safe_streams():  # also while what the command needs is imported
+        _main(command)
+
+
+def _main(command: str | None) -> None:
+    if command is None:
+        command = sys.argv[1] if len(sys.argv) > 1 else "--help"
         sys.argv[:2] = [f"cnntrain {command}"]
-        with watching("leave"):  # also while what the command needs is imported
-            importlib.import_module(f"cnntrain.commands.{command}").main()
-    elif command in ("--version", "version"):
+    if command in ("--version", "version") or "--version" in sys.argv[1:]:
         print(f"cnntrain {cnntrain.__version__}")
+    elif command in COMMANDS:
+        importlib.import_module(f"cnntrain.commands.{command}").main()
     elif command in ("--help", "-h", "help"):
         print("cnntrain COMMAND [...]      (cnntrain COMMAND --help tells more)\n")
         for name, purpose in COMMANDS.items():

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -63,8 +62,6 @@ def start(
         flags.append(f"--config-path={Path(arguments.config_path).absolute()}")
     sys.argv[1:] = [*flags, *arguments.overrides]
     sweep = many(arguments) if many else None
-    if _only_asks(arguments) and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as any program's does
     try:
         sweeping = _check(arguments, name, rehearse, resuming, one, sweep)
     except config.ConfigError as error:

@@ -1,12 +1,12 @@
 """`cnntrain evaluate`: how good a trained network is."""
 
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from cnntrain import terminal
 from cnntrain.commands.app import short
 from cnntrain.commands.finished import start_on_run, telling_errors
 
@@ -38,27 +38,24 @@ def _evaluate(cfg: DictConfig, trained: "Trained") -> None:
         found = evaluate_trained(trained, split=cfg.split, tta=cfg.tta, precision=cfg.precision)
         # The files first, as whoever reads the table may stop reading.
         files = found.write(Path(HydraConfig.get().runtime.output_dir))
-        if hasattr(signal, "SIGPIPE"):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         _show(found)
     print("\n" + "\n".join(short(file) for file in files))
 
 
 def _show(found: "Evaluation") -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     trained, outcome = found.trained, found.outcome
     flip = ", with the mirror images" if found.tta else ""
-    print(
+    terminal.paragraph(
         f"{found.split} accuracy   {found.accuracy:.2%}   (loss {found.loss:.4f}, "
         f"calibration error {outcome.calibration_error:.2%})\n"
-        f"{len(found.images):,} images{flip}, weights of epoch {trained.epoch + 1} "
-        f"({short(trained.checkpoint)}), on {trained.backend}\n"
+        f"{len(found.images):,} images{flip}, weights of epoch {trained.epoch} "
+        f"({short(trained.checkpoint)}), on {trained.backend}\n\n"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("class")
     for title in ("images", "precision", "recall", "F1", "taken for most often"):
         table.add_column(title, justify="left" if "taken" in title else "right")
@@ -72,5 +69,6 @@ def _show(found: "Evaluation") -> None:
             for measure in ("precision", "recall", "f1")
         ]
         cells = [row["class"], f"{row['images']:,}", *shares, other]
-        table.add_row(*map(Text, cells))
-    Console().print(table)
+        table.add_row(*(Text(terminal.encodable(cell)) for cell in cells))
+    optional = ("precision", "images", "F1", "taken for most often")
+    terminal.print_table(table, optional, " or evaluation.json")

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ LESSONS = {
 
 
 def main() -> None:
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends as any program's does
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("", "--help", "-h"):
         print(

@@ -1,6 +1,5 @@
 """`cnntrain predict`: what is on pictures, a line for each."""
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,9 +48,9 @@ def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[Path]]") -> None:
             stream.write(one.json() + "\n")
             count, failed = count + 1, failed + bool(one.error)
             if cfg.json:
-                _say(one.json())
+                print(one.json(), flush=True)
             elif not one.error and count - failed <= SHOWN:
-                _say(_line(one))
+                print(_line(one), flush=True)
             if one.error:
                 print(f"cnntrain: {printable(one.name)}: {one.error}", file=sys.stderr)
             elif len(found) < DRAWN:
@@ -60,21 +59,21 @@ def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[Path]]") -> None:
             draw(found, grid)
     if not cfg.json:
         more = count - failed - SHOWN
-        _say(f"... and {more:,} more" if more > 0 else "")
-        _say("\n".join(short(file) for file in (lines, grid) if file.exists()))
+        print(f"... and {more:,} more" if more > 0 else "")
+        print("\n".join(short(file) for file in (lines, grid) if file.exists()))
     if failed:
         print(f"cnntrain: {failed} of {count} could not be read", file=sys.stderr)
         sys.exit(1)
 
 
-def _say(text: str) -> None:
-    """Print; to nobody, once whoever was reading has gone. The files are written to their end."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-
 def _line(one: "Prediction") -> str:
-    answers = "".join(f"{f'{name} {share:.1%}':24}" for name, share in one.classes)
-    return f"{printable(one.name):32} {answers}".rstrip()
+    """A picture's name and its classes; the last ones are left out where there is no room, and the
+    name has a line of its own where there is still none."""
+
+    def build(left_out: Sequence[str]) -> str:
+        classes = one.classes[: len(one.classes) - len(left_out)]
+        answers = "".join(f"{f'{name} {share:.1%}':24}" for name, share in classes)
+        return f"{printable(one.name):32} {answers}".rstrip()
+
+    line, _ = fit_line(build, [f"class {i}" for i in range(len(one.classes), 1, -1)])
+    return line if len(line) <= width() else line.replace(" " * 3, "\n  ", 1)

@@ -1,7 +1,6 @@
 """`cnntrain report`: the ranked table of a folder of runs, and a page with pictures."""
 
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -34,8 +33,6 @@ def main() -> None:
     if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
         print(HELP, end="")
         sys.exit(0 if sys.argv[1:] else 2)
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends as any program's does
     logging.getLogger("cnntrain.config.resume").setLevel(logging.ERROR)  # the report tells of it
     try:
         folder, options = _parsed(sys.argv[1:])
@@ -56,8 +53,6 @@ def main() -> None:
 
 def _report(collection: Collection, out: Path) -> None:
     """The files first, as whoever reads the table may stop reading; but the table in any case."""
-    from rich.console import Console
-
     from cnntrain.sweeps.report import write_report
     from cnntrain.sweeps.switches import print_switches
     from cnntrain.sweeps.tables import print_ranked
@@ -67,9 +62,8 @@ def _report(collection: Collection, out: Path) -> None:
         files = write_report(collection, out)
     except OSError as error:
         problem = error
-    console = Console()
-    print_ranked(collection, console)
-    print_switches(collection, console)
+    print_ranked(collection)
+    print_switches(collection)
     if problem:
         print(f"cnntrain: {told(problem)}; out=<folder> writes elsewhere", file=sys.stderr)
         sys.exit(1)

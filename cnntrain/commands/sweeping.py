@@ -212,12 +212,10 @@ def _say(text: str) -> None:
 
 def _end(outcome: Outcome, found: Sequence[str]) -> None:
     """The answer, the counts, and what failed."""
-    from rich.console import Console
-
     from cnntrain.sweeps.tables import print_ranked
 
     failed, unfinished = outcome.failed, outcome.unfinished
-    print_ranked(collect(outcome.folder.path), Console())
+    print_ranked(collect(outcome.folder.path))
     for line in found:
         _say(line)
     counts = {"failed": len(failed), "unfinished": len(unfinished)}

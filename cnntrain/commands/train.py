@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands import use_utf8_file_names
 from cnntrain.commands.app import command_line, refuse, short, start, told
 from cnntrain.commands.plan import places
 from cnntrain.commands.sweeping import SweepCommand
@@ -32,10 +31,10 @@ from cnntrain.config.resume import (
 )
 from cnntrain.interruption import Interrupted, watching
 from cnntrain.launched import launched
+from cnntrain.terminal import paragraph
 
 
 def main() -> None:
-    use_utf8_file_names()
     place = launched()
     if place and place.rank > 0:  # the first process has the command line, and the last word
         sys.path.insert(1, os.getcwd())  # as `command_line` does
@@ -196,7 +195,7 @@ def _unquoted(value: str) -> str:
 
 
 def _show(metrics: dict[str, Any], seconds: float, directory: Path) -> None:
-    print(
+    paragraph(
         f"\ntest accuracy   {metrics['test/acc']:.2%}   (loss "
         f"{metrics['test/loss']:.4f}, {seconds:.0f} s in all)\n"
         f"run directory   {short(directory)}\n"

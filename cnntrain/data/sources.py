@@ -122,7 +122,9 @@ def _run(command: list[str], what: str, timeout: float, folder: Path) -> None:
     if status < 0:
         raise SourceError(f"{what}: ended by {signal.Signals(-status).name}")
     if status != 0:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+        lines = [
+            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        ]
         lines = [line for line in lines if line] or [f"exit code {status}"]
         errors = [line for line in lines if line.startswith("E: ")] or lines
         raise SourceError(f"{what}: {errors[-1]}")

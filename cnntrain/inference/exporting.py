@@ -142,7 +142,7 @@ def _facts(trained: Trained) -> dict[str, Any]:
         "output": "logits, float32 (N, classes)",
         "model": trained.cfg.model._target_,
         "trained_on": trained.cfg.backend._target_,
-        "epoch": trained.epoch + 1,
+        "epoch": trained.epoch,
         "cnntrain": cnntrain.__version__,
     }
 

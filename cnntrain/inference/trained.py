@@ -33,7 +33,7 @@ class Trained:
 
     run: Path
     checkpoint: Path
-    epoch: int  # whose weights these are, from 0
+    epoch: int  # whose weights these are, from 1
     cfg: DictConfig  # of the run; its backend may be another one
     data: ImageData  # not read
     network: nn.Module  # in evaluation, on `device`
@@ -84,7 +84,7 @@ def load_trained(
         raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
     network.load_state_dict(weights)
     where = _device(device)
-    return Trained(folder, path, content["epoch"], cfg, data, network.eval().to(where), where)
+    return Trained(folder, path, content["epoch"] + 1, cfg, data, network.eval().to(where), where)
 
 
 def _checkpoint(folder: Path, checkpoint: str) -> Path:

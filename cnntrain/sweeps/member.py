@@ -29,6 +29,7 @@ from cnntrain.config import ConfigError, config_hash, settle
 from cnntrain.config.resume import RESULT, at_work, completed, read_result, run_only, seal
 from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.sweeps.record import METRICS, history
+from cnntrain.terminal import output
 
 STOP = ".stop"  # in the sweep's folder: no more members are to begin,
 LEAVE = "leave"  # and if it says so, those at work are to save and end
@@ -180,7 +181,7 @@ def _in_a_process(job: Job, stop: Path) -> str:
     asked = False
     while process.is_alive():
         process.join(LOOK)
-        if not asked and stop.exists() and stop.read_text() == LEAVE:
+        if not asked and stop.exists() and stop.read_text(encoding="utf-8") == LEAVE:
             process.terminate()  # it saves, and says so in its result.json
             asked = True
     try:
@@ -218,7 +219,7 @@ def _member(job: Job, reason: Any) -> None:
         _leave_with_parent()
         configure_log(OmegaConf.create(job.logging), False)
         root = logging.getLogger()  # the log's own file is what the terminal would be
-        root.handlers = [h for h in root.handlers if type(h) is not logging.StreamHandler]
+        root.handlers = [h for h in root.handlers if getattr(h, "stream", None) is not sys.stdout]
         try:
             _train(job)
         except Interrupted as error:
@@ -261,6 +262,7 @@ def _write_all_to(log: Path) -> None:
     for standard in (1, 2):
         os.dup2(file, standard)
     os.close(file)
+    sys.stdout, sys.stderr = output(1, "utf-8"), output(2, "utf-8")
 
 
 def _leave_with_parent() -> None:

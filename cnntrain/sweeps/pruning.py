@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 from cnntrain.config import NODES, ConfigError, build
 from cnntrain.config.checks import check_node
 from cnntrain.sweeps.journal import load, quietly
+from cnntrain.sweeps.study import FIRST_EPOCH
 from cnntrain.training import Pruned
 
-GOES_ON = "goes on after epoch"  # the last epoch for which that was decided; from 0
+GOES_ON = "goes on after epoch"  # the last epoch for which that was decided
 ENDS = "pruned after epoch"
 
 
@@ -35,15 +36,16 @@ class Pruning(lightning.Callback):
         with quietly():
             study.pruner = build(OmegaConf.create(pruner))
         self.metric: str = study.user_attrs["metric"]
+        self.first_epoch: int = study.user_attrs.get(FIRST_EPOCH, 0)
         frozen = study.get_trials(deepcopy=False)[self.number]
         self.trial = optuna.trial.Trial(study, frozen._trial_id)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        epoch = trainer.current_epoch
+        epoch = trainer.current_epoch + 1
         with quietly():
-            ends = self._ends(epoch, module)
-        if ends and epoch + 1 != trainer.max_epochs:  # else there is nothing left to save
-            raise Pruned(f"others did better in epoch {epoch + 1}")
+            ends = self._ends(epoch - 1 + self.first_epoch, module)
+        if ends and epoch != trainer.max_epochs:  # else there is nothing left to save
+            raise Pruned(f"others did better in epoch {epoch}")
 
     def _ends(self, epoch: int, module: Any) -> bool:
         stage = self.metric.partition("/")[0]

@@ -58,9 +58,10 @@ def read_member(name: str, directory: Path, values: dict[str, Any]) -> Member:
 
 
 def history(directory: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv, an epoch each, without what is missing or no number.
+    """The rows of metrics.csv, an epoch each from 1, without what is missing or no number.
 
-    A row that is half written, as of a run that is at work, is left out.
+    A row that is half written, as of a run that is at work, is left out. Epochs of earlier versions
+    count from 0 there.
     """
     rows: list[dict[str, float]] = []
     try:
@@ -72,6 +73,8 @@ def history(directory: Path) -> list[dict[str, float]]:
                     rows.append(numbers)
     except (OSError, UnicodeDecodeError, csv.Error):
         pass
+    if rows and rows[0]["epoch"] == 0:
+        rows = [row | {"epoch": row["epoch"] + 1} for row in rows]
     return rows
 
 

@@ -19,6 +19,7 @@ from cnntrain.sweeps.dimension import override, typed
 from cnntrain.sweeps.journal import load, quietly, storage
 from cnntrain.sweeps.search import Search
 
+FIRST_EPOCH = "first epoch"  # the step of a trial's first report; missing: 0, in earlier versions
 # Optuna's names for a trial that takes the place of a failed one, as its own callbacks give them.
 FIRST, HISTORY = "failed_trial", "retry_history"
 ERROR, DIVERGED = "error", "diverged"  # ours, of a failed trial
@@ -59,6 +60,8 @@ class Study:
             before = {key: self.study.user_attrs.get(key) for key in fixed}
             if problems := _differences(before, fixed):
                 raise ConfigError([f"{text} (says {folder})" for text in problems])
+        else:
+            self.study.set_user_attr(FIRST_EPOCH, 1)
         # What members ask whether to go on, and how trials were chosen: these may change.
         attributes = {**fixed, "sampler": content["sampler"], "pruner": content["pruner"]}
         for key, value in attributes.items():

@@ -183,7 +183,7 @@ class Outcome:
     def _look_for_signals(self) -> None:
         """Pass a request to stop on to the members, wherever they are, by a file that they see."""
         if interruption.received is not None and not self.passed_on:
-            self.stop.write_text(LEAVE)
+            self.stop.write_text(LEAVE, encoding="utf-8")
             self.passed_on = True
 
     def _wait_for_those_at_work(self) -> None:

@@ -7,10 +7,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cnntrain import terminal
 from cnntrain.sweeps.collect import Collection
 from cnntrain.sweeps.ranking import Ranking, rank, text
 from cnntrain.sweeps.record import Member, plain
@@ -67,19 +67,19 @@ def switches_markdown(ranking: Ranking) -> str:
     return f"## What each option brings\n\n{table}\n\n{of_pairs(metric)}\n"
 
 
-def print_switches(collection: Collection, console: Console) -> None:
+def print_switches(collection: Collection) -> None:
     """The same for the terminal; nothing if there are none."""
-    ranking = rank(collection)
-    found = switches(ranking)
+    found = switches(rank(collection))
     if not found:
         return
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, title in enumerate(COLUMNS):
-        table.add_column(title, justify="right" if i > 1 else "left", no_wrap=True)
+        table.add_column(title, justify="right" if i > 1 else "left")
     for switch in found:
-        table.add_row(*map(Text, switch.row(collection.metric)))
-    console.print(Text("\nWhat each option brings\n"), table, Text(), sep="\n")
-    console.print(Text(of_pairs(collection.metric), style="dim"))
+        table.add_row(*(Text(terminal.encodable(cell)) for cell in switch.row(collection.metric)))
+    print("\nWhat each option brings\n")
+    terminal.print_table(table, ("better in", "pairs"), " or the report")
+    terminal.paragraph(f"\n{of_pairs(collection.metric)}")
 
 
 def switches(ranking: Ranking) -> list[Switch]:

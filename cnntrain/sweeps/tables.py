@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cnntrain import terminal
 from cnntrain.sweeps.collect import Collection
 from cnntrain.sweeps.ranking import (
     DIFFERS,
@@ -26,61 +26,45 @@ from cnntrain.sweeps.ranking import (
 from cnntrain.sweeps.record import METRICS, plain
 
 MOST_ROWS = 30  # on the terminal
-LEAST_WIDTH = 110  # characters, of a terminal that is narrower or none
-DISPENSABLE = ("train/acc", "train/loss", "val/loss", "seconds", "val/acc")  # the first one first
+# Columns that a narrow terminal does without, the first one first; then the last options.
+OPTIONAL = (
+    *("train/acc", "train/loss", "val/loss", "seconds", "val/acc", "test/loss", "test/acc"),
+    *("n", "− best", "verdict"),
+)
 SHOWN = ("val/acc", "test/acc", "train/acc", "val/loss")  # beside the metric that ranks
 FEW_SEEDS = "n = 1 in every row: nothing tells a difference from chance; add seeds (seed=0,1,2)."
 OF_THE_TEST = "Ranked on the test set: what is chosen by it has no unbiased test accuracy any more."
 
 
-def print_ranked(collection: Collection, console: Console) -> None:
+def print_ranked(collection: Collection) -> None:
     """The groups, best first, the rule by which they are told apart, and what failed."""
-    console.width = max(console.width, LEAST_WIDTH)
     ranking = rank(collection)
-    table, left_out = _table(ranking, console.width)
-    console.print(Text(headline(ranking)), Text(), table, sep="\n", crop=False)
+    needed = [collection.metric, *_titles(collection.options)]
+    optional = [name for name in OPTIONAL if name not in needed] + needed[:1:-1]
+    terminal.paragraph(f"{headline(ranking)}\n\n")
+    terminal.print_table(_table(ranking), optional, " or the report")
     if (more := len(ranking.groups) - MOST_ROWS) > 0:
-        console.print(Text(f"and {more} more", style="dim"))
-    if left_out:
-        missing = f"No room for {', '.join(left_out)}: a wider terminal or the report shows them."
-        console.print(Text(missing, style="dim"))
-    console.print(Text(), Text(note(ranking), style="dim"), sep="\n")
+        print(f"and {more} more")
+    terminal.paragraph(f"\n{note(ranking)}")
     failed = [m for m in collection.members if m.status in ("failed", "damaged")]
     lines = [f"{m.status}: {m.name}: {m.error or 'no reason is recorded'}" for m in failed]
     for line in [*lines, *collection.problems]:  # a line each, for who searches or copies it
-        console.print(Text(line), no_wrap=True, overflow="ignore", crop=False)
+        print(terminal.encodable(line))
 
 
-def _table(ranking: Ranking, width: int) -> tuple[Table, list[str]]:
-    """A line for each group, and what is left out so that it has so many characters.
-
-    With more options than have room it is longer than that: in narrower columns, cells of several
-    lines, nobody could read it.
-    """
-    body = rows(ranking)[:MOST_ROWS]
-    shown = [
-        (title.removesuffix(" %"), ["%" if title.endswith(" %") else "", *cells])
-        for title, *cells in zip(columns(ranking), *body, strict=True)
-    ]
-
-    def needed() -> int:
-        return sum(max(map(len, (title, *cells))) + 2 for title, cells in shown) - 2
-
+def _table(ranking: Ranking) -> Table:
+    """A line for each group."""
     options = _titles(ranking.collection.options)
-    left_out = []
-    for name in DISPENSABLE:
-        of_it = name in dict(shown) and name not in (ranking.collection.metric, *options)
-        if of_it and needed() > width:
-            shown = [(title, cells) for title, cells in shown if title != name]
-            left_out.append(name)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    table.width = needed()
-    for title, (unit, *_) in shown:
-        left = title in (*options, "n", "verdict")
-        table.add_column(f"{title}\n{unit}", justify="left" if left else "right", no_wrap=True)
-    for group, *row in zip(ranking.groups, *(cells[1:] for _, cells in shown), strict=False):
-        table.add_row(*map(Text, row), style="bold" if group is ranking.best else "")
-    return table, left_out
+    for title in columns(ranking):
+        name = title.removesuffix(" %")
+        left = name in (*options, "n", "verdict")
+        head = f"{name}\n{'%' if name != title else ''}"
+        table.add_column(terminal.encodable(head), justify="left" if left else "right")
+    for group, row in zip(ranking.groups, rows(ranking)[:MOST_ROWS], strict=False):
+        cells = [Text(terminal.encodable(cell)) for cell in row]
+        table.add_row(*cells, style="bold" if group is ranking.best else "")
+    return table
 
 
 def headline(ranking: Ranking) -> str:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from cnntrain.launched import Place
+from cnntrain.terminal import write_stderr
 from cnntrain.training.distributed import group
 
 PATIENCE = timedelta(minutes=30)  # for processes that have to come, or to fetch their data
@@ -158,7 +159,7 @@ class Others:
             why = self._ending(rank)
             with contextlib.suppress(Exception):
                 self.lost(why)
-            os.write(2, f"\ncnntrain: {why}\n".encode())
+            write_stderr(f"\ncnntrain: {why}")
             os._exit(1)
 
     def ended(self, seconds: float = 2) -> str | None:

@@ -25,7 +25,7 @@ class NotFinite(Exception):
     """A loss, a gradient or a weight is not finite; the message says where, in one line.
 
     `details` holds the same for result.json, as {"not_finite": {...}}: epoch and batch count from
-    0 as in metrics.csv, `step` is the number of updates made, `indices` are the places of the
+    1 as in metrics.csv, `step` is the number of updates made, `indices` are the places of the
     batch's images in the data set's own files.
     """
 
@@ -200,8 +200,8 @@ def report(file: Path, trainer: lightning.Trainer, module: Any, finding: Finding
     loss = float(place.loss)
     facts: dict[str, Any] = {
         "stage": place.stage,
-        "epoch": place.epoch,
-        "batch": place.batch,
+        "epoch": place.epoch + 1,
+        "batch": place.batch + 1,
         "step": place.step,
         "lr": place.lr,
         "loss": loss,

@@ -129,7 +129,7 @@ class Insights(lightning.Callback):
             images, labels = (part[:BATCH].cpu() for part in batch)
             names = [self.data.classes[label] for label in labels]
             seen = pictures.pixels(images, self.data.mean, self.data.std)
-            self.board.picture("train/batch", pictures.captioned(seen, names), 0)
+            self.board.picture("train/batch", pictures.captioned(seen, names), self._epoch(trainer))
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         # Here and not at the epoch's end: a run that is interrupted has no gradient afterwards.
@@ -139,13 +139,13 @@ class Insights(lightning.Callback):
             for name, parameter in module.network.named_parameters():
                 if parameter.grad is not None:
                     gradient = parameter.grad / scale
-                    self.board.histogram(f"gradients/{name}", gradient, trainer.current_epoch)
+                    self.board.histogram(f"gradients/{name}", gradient, self._epoch(trainer))
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         # Now, as a moving average of the weights is in its place only during validation.
         if not self._due(trainer):
             return
-        epoch, network = trainer.current_epoch, module.network
+        epoch, network = self._epoch(trainer), module.network
         if self.histograms:
             for name, parameter in network.named_parameters():
                 self.board.histogram(f"weights/{name}", parameter, epoch)
@@ -160,7 +160,7 @@ class Insights(lightning.Callback):
                 self.board.picture(f"features/{name}", _maps(maps, seen), epoch)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        epoch, outcome = trainer.current_epoch, module.outcome
+        epoch, outcome = self._epoch(trainer), module.outcome
         names, counts = self.data.classes, outcome.confusion
         if self.classes and len(names) <= CURVES:
             for name, row, right in zip(names, counts, counts.diagonal(), strict=True):
@@ -175,10 +175,13 @@ class Insights(lightning.Callback):
                 self.writer.add_pr_curve(f"pr/{name}", outcome.labels == k, scores, epoch)
 
     def on_test_end(self, trainer: Any, module: Any) -> None:
-        epoch = max(trainer.current_epoch - 1, 0)
-        self._show(module.outcome, trainer.test_dataloaders, "test", epoch)
+        last = self.board.numbered(max(trainer.current_epoch - 1, 0))  # the count of those done
+        self._show(module.outcome, trainer.test_dataloaders, "test", last)
         if self.embedding:
             self._embed(module.network, trainer.test_dataloaders, module.outcome)
+
+    def _epoch(self, trainer: Any) -> int:
+        return self.board.numbered(trainer.current_epoch)
 
     def _due(self, trainer: Any) -> bool:
         done, every = trainer.current_epoch + 1, self.every_n_epochs

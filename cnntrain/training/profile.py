@@ -91,7 +91,7 @@ class Profile(lightning.Callback):
         trace, table = self.folder / "trace.json", self.folder / "operators.txt"
         profiler.export_chrome_trace(str(trace))
         averages = profiler.key_averages()
-        table.write_text(averages.table(sort_by=self.by, row_limit=100))
+        table.write_text(averages.table(sort_by=self.by, row_limit=100), encoding="utf-8")
         where, batches = os.path.relpath(self.folder), "batch" if self.steps == 1 else "batches"
         log.info(f"{self.steps} {batches}, in {where}: {trace.name}, {table.name}; most went to")
         log.info(_costliest(averages, "cuda" in self.by, self.steps))

@@ -33,7 +33,7 @@ class Progress(lightning.Callback):
             desc=name,
             unit="batch",
             leave=False,
-            disable=not (notebook or sys.stderr.isatty()),
+            disable=not (notebook or (sys.stderr and sys.stderr.isatty())),
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )

@@ -4,12 +4,15 @@ import csv
 import io
 import logging
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 
 from cnntrain.atomic import replacing
+from cnntrain.terminal import fit_line, left_out_lines
 from cnntrain.training.insights import Insights
 from cnntrain.training.tensorboard import METRICS, TensorBoard
 from cnntrain.training.trainer import Trainer
@@ -17,6 +20,9 @@ from cnntrain.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 COLUMNS = ["epoch", "step", "lr", *METRICS, "grad_norm"]
+
+# What a narrow terminal does without, the first one first.
+OPTIONAL = ("images/s", "seconds", "train loss", "train acc", "val loss")
 
 
 class Record(lightning.Callback):
@@ -37,6 +43,7 @@ class Record(lightning.Callback):
         self.clock: float | None = None  # when the seconds were last added up
         self.data_clock = 0.0  # and those of the loader
         self.loader: Any = None
+        self.reported = False  # which parts of the line the terminal has no room for
 
     def state_dict(self) -> dict[str, Any]:
         self._count()
@@ -51,6 +58,8 @@ class Record(lightning.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs, self.images = state["epochs"], state["images"]
         self.logged = state["logged"]
+        if self.epochs:
+            self.tensorboard.first_epoch = self.epochs[0]["epoch"]
         seconds = [*state["seconds"], 0.0]  # earlier versions did not look at the loader
         self.in_all, self.in_epoch, self.in_training, self.in_data = seconds[:4]
 
@@ -100,7 +109,7 @@ class Record(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         train, val = module.totals["train"], module.totals.get("val")
         row = {
-            "epoch": trainer.current_epoch,
+            "epoch": self.tensorboard.numbered(trainer.current_epoch),
             "step": trainer.global_step,
             "lr": learning_rate(trainer),
             **train.metrics("train"),
@@ -109,7 +118,7 @@ class Record(lightning.Callback):
         }
         self.epochs.append(row)
         self.images += train.images
-        with self.file.open("a", newline="") as file:
+        with self.file.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
         self._count()
         seconds = self.in_training or self.in_epoch
@@ -120,16 +129,14 @@ class Record(lightning.Callback):
         self.tensorboard.log_metrics(metrics, row["epoch"])
         self.tensorboard.experiment.flush()  # to be seen now, by whoever is watching
 
-        width = len(str(trainer.max_epochs))
-        shown = "".join(
-            f"{stage} loss {row[f'{stage}/loss']:.4f} acc {row[f'{stage}/acc']:7.2%}  "
-            for stage in ("train", "val")
-            if f"{stage}/loss" in row
-        )
-        log.info(
-            f"epoch {row['epoch'] + 1:>{width}}/{trainer.max_epochs}  {shown}"
-            f"{speed:,.0f} images/s  {self.in_epoch:.1f} s"
-        )
+        digits = len(str(trainer.max_epochs))
+        epoch = f"epoch {trainer.current_epoch + 1:>{digits}}/{trainer.max_epochs}"
+        line = partial(_line, epoch, row, speed, self.in_epoch)
+        fitted, left_out = fit_line(line, OPTIONAL)
+        if not self.reported:
+            self.reported = True
+            fitted = "\n".join([fitted, *left_out_lines(left_out, " or train.log")])
+        log.info(line([]), extra={"terminal": fitted})
 
     def so_far(self) -> dict[str, Any]:
         """What result.json says of a run that has not come to its end."""
@@ -145,6 +152,19 @@ class Record(lightning.Callback):
         if trainer.test_checkpoint == "last" or best is None:
             return self.epochs[-1]
         return self.epochs[best["epoch"]]
+
+
+def _line(
+    epoch: str, row: dict[str, Any], speed: float, seconds: float, left_out: Sequence[str]
+) -> str:
+    """An epoch in a line, without the parts that are left out."""
+    found = [epoch]
+    for stage in [stage for stage in ("train", "val") if f"{stage}/loss" in row]:
+        parts = {"loss": f"{row[f'{stage}/loss']:.4f}", "acc": f"{row[f'{stage}/acc']:7.2%}"}
+        kept = [f"{k} {v}" for k, v in parts.items() if f"{stage} {k}" not in left_out]
+        found += [" ".join([stage, *kept])] if kept else []
+    more = {"images/s": f"{speed:,.0f} images/s", "seconds": f"{seconds:.1f} s"}
+    return "  ".join([*found, *(text for name, text in more.items() if name not in left_out)])
 
 
 def learning_rate(trainer: lightning.Trainer) -> float:

@@ -1,7 +1,6 @@
 """One run, from a config to a result."""
 
 import contextlib
-import io
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as lightning
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from cnntrain.config import ConfigError, blame, build, config_hash
 from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
@@ -19,6 +17,7 @@ from cnntrain.data import ImageData
 from cnntrain.interruption import interruption, watching
 from cnntrain.launched import Place, launched
 from cnntrain.models import layer_table
+from cnntrain.terminal import UNLIMITED, table_text, width
 from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.checkpoint_file import CheckpointError, Content, newest
 from cnntrain.training.checkpoints import shape_differences
@@ -30,7 +29,7 @@ from cnntrain.training.memory import keep_freed_memory
 from cnntrain.training.record import Record
 from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS, TensorBoard
-from cnntrain.training.trainer import Trainer
+from cnntrain.training.trainer import Trainer, device_text
 
 log = logging.getLogger(__name__)
 
@@ -191,9 +190,10 @@ def _run(
         data.prepare()
     tensorboard = record.tensorboard
     trainer = build_trainer(cfg, place, directory, data, module, record, callbacks)
-    text = io.StringIO()
-    Console(file=text, width=100).print(layer_table(module.network, data.shape))
-    log.info(text.getvalue().strip("\n"))
+    log.info(f"device: {device_text(trainer)}")
+    table, optional = layer_table(module.network, data.shape), ("output", "type", "parameters")
+    whole, fitted = (table_text(table, optional, columns) for columns in (UNLIMITED, width()))
+    log.info(whole, extra={"terminal": fitted})
 
     before = 0.0
     if saved:

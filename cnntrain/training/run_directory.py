@@ -127,7 +127,9 @@ def _git(*arguments: str) -> str | None:
     for folder in (Path(__file__).parent, Path.cwd()):
         command = ["git", "-C", str(folder), *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         if done.returncode == 0:

@@ -46,6 +46,12 @@ class TensorBoard(TensorBoardLogger):
     def __init__(self, directory: Path):
         super().__init__(directory, name="", version="", default_hp_metric=False)
         self.directory = directory
+        self.first_epoch = 1  # 0 in a run that an earlier version has begun: it keeps its numbers
+
+    def numbered(self, epoch: int) -> int:
+        """The number of an epoch in metrics.csv, result.json and TensorBoard; Lightning's own count
+        from 0."""
+        return epoch + self.first_epoch
 
     def begin(self, cfg: DictConfig, labels: Mapping[str, Any] | None = None) -> None:
         """Start the stream: the HParams tab has the options now, the metrics as they are logged

@@ -140,3 +140,14 @@ class Trainer(lightning.Trainer):
         if self.test_checkpoint == "best" and best:
             return best["state_dict"]
         return self.checkpoints.weights
+
+
+def device_text(trainer: lightning.Trainer) -> str:
+    """What a run computes on: `cpu, 2 threads`, `2 x cuda (NVIDIA H200)`, `mps`."""
+    device, world = trainer.strategy.root_device, trainer.world_size
+    count = f"{world} x " if world > 1 else ""
+    if device.type == "cuda":
+        return f"{count}cuda ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    each = f", {threads} thread{'s' * (threads > 1)}{' each' * (world > 1)}"
+    return f"{count}{device.type}{each if device.type == 'cpu' else ''}"

@@ -196,7 +196,7 @@ class Report:
         """results.csv, a row a line; results.json, with `meta`, `rows`, `sums` and `speedups`."""
         directory.mkdir(parents=True, exist_ok=True)
         rows = [row.flat() for row in self.rows]
-        with (directory / "results.csv").open("w", newline="") as file:
+        with (directory / "results.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -232,7 +232,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 def processor() -> str:
     """The CPU's name: on Linux the kernel's, since `platform` doesn't know it there."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -175,7 +175,7 @@ def verify(
     total = sum(len(check.lines) for check in CHECKS)
     found = Report(name, options, lines, time.perf_counter() - start, total)
     if json:
-        json.write_text(found.json() + "\n")
+        json.write_text(found.json() + "\n", encoding="utf-8")
     return found
 
 

@@ -167,7 +167,7 @@ def _mean_curve(runs: Sequence[Sequence[dict[str, float]]], metric: str) -> Curv
     for rows in runs:
         for row in rows:
             if metric in row and math.isfinite(row[metric]):
-                by_epoch.setdefault(row["epoch"] + 1, []).append(row[metric])
+                by_epoch.setdefault(row["epoch"], []).append(row[metric])
     epochs = sorted(by_epoch)
     deviations = [stdev(by_epoch[e]) if len(by_epoch[e]) > 1 else 0.0 for e in epochs]
     return epochs, [fmean(by_epoch[e]) for e in epochs], deviations
