@@ -171,10 +171,12 @@ def write_table(table: Table, optional: Sequence[str], console: Console, where: 
     from rich.table import Table
 
     def build(left_out: Sequence[str]) -> Table:
-        kept = [c for c in table.columns if str(c.header).split("\n")[0] not in left_out]
+        kept = [c for c in table.columns if str(c.header).strip().split("\n")[0] not in left_out]
         new = Table(**{name: getattr(table, name) for name in LOOK})
         for c in kept:
-            new.add_column(c.header, c.footer, justify=c.justify, overflow="fold")
+            new.add_column(
+                c.header, c.footer, justify=c.justify, max_width=c.max_width, overflow="fold"
+            )
         for row, *cells in zip(table.rows, *(c.cells for c in kept), strict=True):
             new.add_row(*cells, style=row.style)
         return new

@@ -1,5 +1,6 @@
 """The benchmark: its numbers against numbers worked out by hand. No test says what is fast."""
 
+import contextlib
 import csv
 import io
 import json
@@ -12,11 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError
-from cnntrain.lab.benchmark import Report, benchmark, draw, report_tables, timing
+from cnntrain.lab.benchmark import Report, benchmark, draw, print_report, timing
 from cnntrain.lab.benchmark.layers import layer, layer_sets
 from cnntrain.lab.benchmark.measure import Case, Measured
 from cnntrain.lab.benchmark.memory import Memory, measure_memory
@@ -36,9 +36,9 @@ def flat(report: Report, **wanted: Any) -> list[dict[str, Any]]:
 
 
 def shown(report: Report) -> str:
-    console = Console(width=110, file=io.StringIO(), record=True)
-    console.print(report_tables(report))
-    return console.export_text()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print_report(report)
+    return out.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,11 @@ def _check(
         return False
     planned = plan(arguments, name)
     cfgs, sweep = planned.cfgs, planned.sweep
+    if arguments.help:
+        from cnntrain.commands.help import show_help
+
+        show_help(cfgs[0], arguments.config_name or name, **places(arguments))
+        sys.exit()
     if _only_asks(arguments):
         return False
     from cnntrain.config.hydra_options import hydra_problems

@@ -26,16 +26,13 @@ def _rehearse(cfg: DictConfig) -> None:
 
 def _benchmark(cfg: DictConfig) -> None:
     directory = Path(HydraConfig.get().runtime.output_dir)
-    from rich.console import Console
-
-    from cnntrain.lab.benchmark import benchmark, draw, report_tables
+    from cnntrain.lab.benchmark import benchmark, draw, print_report
 
     layers, options = _wanted(cfg)
     report = benchmark(layers, **options)
     report.write(directory)
     draw(report, directory / "benchmark.png")
-    console = Console()
-    Console(width=max(console.width, 110)).print(report_tables(report))
+    print_report(report)
     files = [directory / name for name in ("results.csv", "results.json", "benchmark.png")]
     print("\n" + "\n".join(short(file) for file in files))
 

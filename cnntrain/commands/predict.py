@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from cnntrain.commands.app import printable, short
 from cnntrain.commands.finished import start_on_run, telling_errors
 from cnntrain.config import ConfigError
+from cnntrain.terminal import width
 
 if TYPE_CHECKING:
     from cnntrain.inference import Prediction, Trained
@@ -67,13 +68,7 @@ def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[Path]]") -> None:
 
 
 def _line(one: "Prediction") -> str:
-    """A picture's name and its classes; the last ones are left out where there is no room, and the
-    name has a line of its own where there is still none."""
-
-    def build(left_out: Sequence[str]) -> str:
-        classes = one.classes[: len(one.classes) - len(left_out)]
-        answers = "".join(f"{f'{name} {share:.1%}':24}" for name, share in classes)
-        return f"{printable(one.name):32} {answers}".rstrip()
-
-    line, _ = fit_line(build, [f"class {i}" for i in range(len(one.classes), 1, -1)])
-    return line if len(line) <= width() else line.replace(" " * 3, "\n  ", 1)
+    """A picture's name and its classes: in a line, or in a narrow terminal in one each."""
+    name, classes = printable(one.name), [f"{name} {share:.1%}" for name, share in one.classes]
+    line = f"{name:32} {''.join(f'{text:24}' for text in classes)}".rstrip()
+    return line if len(line) <= width() else "\n  ".join([name, *classes])

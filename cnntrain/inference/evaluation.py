@@ -131,7 +131,7 @@ def evaluate(
         backend: A node of a config; None: the run's own.
         tta: flip: the mean of the answers to an image and to its mirror image.
         precision: As `trainer.precision`; None: the run's own.
-        device: cpu, cuda, or auto: a GPU where there is one.
+        device: cpu, cuda, mps, or auto: a GPU where there is one.
         root: The data set's folder, where that is not the one that the run had.
 
     Raises:
@@ -157,7 +157,7 @@ def evaluate_trained(
     network = Flipped(trained.network) if tta == "flip" else trained.network
     module = Classifier(network, loss, torch.optim.SGD)
     trainer = lightning.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
+        accelerator=device.type,
         devices=1,
         precision=precision_for(trained, precision),
         logger=False,

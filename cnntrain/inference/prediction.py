@@ -59,7 +59,7 @@ def predict(
         invert: Dark becomes light first: for what is dark on light.
         checkpoint: best, last, or a file.
         backend: A node of a config; None: the run's own.
-        device: cpu, cuda, or auto: a GPU where there is one.
+        device: cpu, cuda, mps, or auto: a GPU where there is one.
         max_pixels: A larger picture is not decoded.
 
     Raises:

@@ -23,7 +23,7 @@ from cnntrain.training.checkpoint_file import (
 )
 from cnntrain.training.checkpoints import shape_differences
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 NAMED = {"best": BEST, "last": LAST}
 
 
@@ -83,7 +83,7 @@ def load_trained(
     if different := shape_differences(weights, network.state_dict()):
         raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
     network.load_state_dict(weights)
-    where = _device(device)
+    where = choose_device(device)
     return Trained(folder, path, content["epoch"] + 1, cfg, data, network.eval().to(where), where)
 
 
@@ -122,11 +122,17 @@ def _config(path: Path, content: Content, backend: DictConfig | None) -> DictCon
     return cfg
 
 
-def _device(device: Device) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            ["device=cuda: this machine has no GPU that PyTorch can use; take device=cpu or auto"]
-        )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+def choose_device(device: Device) -> torch.device:
+    """The device of this name; of `auto` the first that this machine has. ConfigError if it is not
+    there."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    for name, there in available.items():
+        if there and device in (name, "auto"):
+            return torch.device(name)
+    raise ConfigError(
+        [f"device={device}: this machine has no GPU that PyTorch can use; take device=cpu or auto"]
+    )

@@ -10,6 +10,6 @@
 from cnntrain.lab.benchmark.picture import draw
 from cnntrain.lab.benchmark.report import Report
 from cnntrain.lab.benchmark.run import benchmark
-from cnntrain.lab.benchmark.tables import report_tables
+from cnntrain.lab.benchmark.tables import print_report
 
-__all__ = ["Report", "benchmark", "draw", "report_tables"]
+__all__ = ["Report", "benchmark", "draw", "print_report"]

@@ -42,7 +42,7 @@ def draw(report: Report, file: Path) -> None:
     what = "forward and backward" if report.meta["backward"] else "the forward"
     baseline = report.meta["baseline"]
     figure.suptitle(f"Time of {what} relative to {baseline}: lower is faster", fontsize=12)
-    notes = f"ms: the time of {baseline}\n{heading(report.meta).plain}"
+    notes = f"ms: the time of {baseline}\n{heading(report.meta)}"
     figure.supxlabel(notes, fontsize=8, color=INK)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)

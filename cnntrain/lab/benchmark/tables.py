@@ -7,16 +7,16 @@ from itertools import groupby
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cnntrain import terminal
 from cnntrain.lab.benchmark.layers import Layer
 from cnntrain.lab.benchmark.measure import Case
 from cnntrain.lab.benchmark.report import Report, Row, Speedup, Spread, Sum
 
 NOTES = """\
-ms: medians over the rounds, ± half the interquartile range. x {baseline}: the time over that of
+ms: medians over the rounds, ± half the interquartile range. x {baseline}: the time over that of \
 {baseline} in the same round, in brackets the quartiles. GFLOP/s: 2 MACs{three}.
 extra MiB: the most in use at once beyond input, weight and results{kept}.
 error: max|a - b| / max|b|, b in float64, {errors}."""
@@ -27,18 +27,25 @@ WITH_BACKWARD = {
 }
 FORWARD_ALONE = {"three": "", "kept": "", "errors": "of the output"}
 WIDTH = 28  # that layers take before they are wrapped
+FILES = " or results.csv"
+# Columns that a narrow terminal does without, the first one first.
+OPTIONAL = ("error", "kept", "extra", "GFLOP", "backward", "forward")
 
 
-def report_tables(report: Report) -> Group:
+def print_report(report: Report) -> None:
     """Every row, under its set, batch size, dtype and layer; then the sums and how they compare."""
-    parts: list[RenderableType] = [heading(report.meta)]
+    terminal.paragraph(heading(report.meta))
     for group, rows in groupby(report.rows, lambda row: _sum_name(row.case)):
-        parts += [Text(f"\n{group}", style="bold"), _rows_table(list(rows), report)]
-    parts += [Text(problem) for problem in problems(report.rows)]
+        print(f"\n{group}")
+        terminal.print_table(_rows_table(list(rows), report), OPTIONAL, FILES)
+    for problem in problems(report.rows):  # a line each, for who searches or copies it
+        print(terminal.encodable(problem))
     said = WITH_BACKWARD if report.meta["backward"] else FORWARD_ALONE
     notes = NOTES.format(baseline=report.meta["baseline"], **said)
-    parts += [Text(f"\n{notes}\n", style="dim"), sums_table(report), Text()]
-    return Group(*parts, *map(Text, speedup_lines(report.speedups)))
+    terminal.paragraph(f"\n{notes}\n\n")
+    others = [backend for backend in report.backends if backend != report.meta["baseline"]]
+    terminal.print_table(sums_table(report), others[:0:-1], FILES)
+    terminal.paragraph("\n".join(["", *speedup_lines(report.speedups)]))
 
 
 def sums_table(report: Report) -> Table:
@@ -50,7 +57,8 @@ def sums_table(report: Report) -> Table:
         table.add_column(title, justify="right")
     for name, group in groupby(report.sums, _sum_name):
         sums = {found.backend: found for found in group}
-        table.add_row(name, _ms(sums[baseline].total), *(_ratio(sums[b].ratio) for b in others))
+        total = terminal.encodable(_ms(sums[baseline].total))
+        table.add_row(name, total, *(_ratio(sums[b].ratio) for b in others))
     return table
 
 
@@ -78,12 +86,12 @@ def problems(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{row.backend}, {where}: {row.measured.problem}"
 
 
-def heading(meta: dict[str, Any]) -> Text:
+def heading(meta: dict[str, Any]) -> str:
     """What the numbers depend on, in a line."""
     where = meta["gpu"] or f"{meta['processor']} ({meta['instructions']})"
     threads = f"{meta['threads']} thread{'s' if meta['threads'] > 1 else ''}"
     torch, rounds = f"torch {meta['versions']['torch']}", f"{meta['rounds']} rounds"
-    return Text(", ".join([where, threads, torch, meta["memory_format"], rounds]))
+    return ", ".join([where, threads, torch, meta["memory_format"], rounds])
 
 
 def _rows_table(rows: Sequence[Row], report: Report) -> Table:
@@ -93,14 +101,14 @@ def _rows_table(rows: Sequence[Row], report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     widest = max(len(line) for row in report.rows for line in _lines(row.case.layer))
     width = max(min(widest, WIDTH), *(len(backend) + 2 for backend in report.backends))
-    table.add_column("layer\n  backend", width=width)  # the same in all tables
+    table.add_column(f"layer\n{'  backend':{width}}", max_width=width)  # the same in all tables
     for title in [*spans, f"\nx {baseline}", "GFLOP\n/s", *memory, "\nerror"]:
         table.add_column(title, justify="right", no_wrap=True)
     for layer, group in groupby(rows, lambda row: row.case.layer):
         for line in _lines(layer):
-            table.add_row(Text(line, style="bold"))
+            table.add_row(Text(terminal.encodable(line), style="bold"))
         for row in group:
-            table.add_row(f"  {row.backend}", *_cells(row, backward))
+            table.add_row(f"  {row.backend}", *map(terminal.encodable, _cells(row, backward)))
     return table
 
 

@@ -1,0 +1,94 @@
+"""`--help`: every option with its value and the comment of its YAML file. Imports no torch."""
+
+import string
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from cnntrain.config import searching
+from cnntrain.terminal import PARAGRAPH, paragraph, width
+
+COMMENTS = 36  # the column in which they begin, where there is room
+
+
+def show_help(cfg: DictConfig, name: str, folder: Path, extra: Path | None) -> None:
+    """Print the help of a composed config, Hydra's options in it, whose root is `name`.yaml.
+
+    `folder` holds that, `extra` may hold further configs.
+    """
+    with searching(folder, extra, name):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        groups = hydra.format_config_groups(lambda group: not group.startswith("hydra"))
+    options: Any = OmegaConf.to_container(cfg)
+    chosen = options.pop("hydra")["runtime"]["choices"]
+    files = {name: ""} | {f"{k}/{v}": k.replace("/", ".") for k, v in chosen.items() if v}
+    comments: dict[str, str] = {}
+    for path, package in files.items():
+        for root in (folder, extra):
+            if root:
+                comments |= _comments(root / f"{path}.yaml", package)
+    text = "\n".join(_lines(options, comments, min(width(), PARAGRAPH)))
+    template = string.Template(cfg.hydra.help.template)
+    paragraph(template.safe_substitute(APP_CONFIG_GROUPS=groups, CONFIG=f"{text}\n"))
+
+
+def _comments(file: Path, package: str) -> dict[str, str]:
+    """Comments of a config file and of those in its folder that it is made from, by option: what
+    stands behind a value, or else right above it."""
+    if not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    lines, found = text.splitlines(), dict[str, str]()
+    for parent in (yaml.safe_load(text) or {}).get("defaults", []):
+        if isinstance(parent, str) and parent != "_self_":
+            found |= _comments(file.with_name(f"{parent}.yaml"), package)
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.value:
+            block = isinstance(value, yaml.CollectionNode) and not value.flow_style
+            end = (key if block else value).end_mark
+            behind = "".join(lines[end.line : end.line + 1])[end.column :].partition("#")[2]
+            above: list[str] = []
+            for line in reversed(lines[: key.start_mark.line]):
+                if not line.strip().startswith("#"):
+                    break
+                above.insert(0, line.strip("# "))
+            if comment := behind.strip() or " ".join(above):
+                found[f"{prefix}{key.value}"] = comment
+            if isinstance(value, yaml.MappingNode):
+                walk(value, f"{prefix}{key.value}.")
+
+    own = "" if "# @package _global_" in text else f"{package}."
+    if isinstance(root := yaml.compose(text), yaml.MappingNode):
+        walk(root, own if package else "")
+    return found
+
+
+def _lines(
+    node: Mapping[str, Any], comments: Mapping[str, str], columns: int, prefix: str = ""
+) -> Iterator[str]:
+    """Options as YAML, each with its comment in lines of at most so many `columns`."""
+    column = min(COMMENTS, columns // 2)
+    for key, value in node.items():
+        nested = isinstance(value, Mapping) and value
+        shown = "" if nested else " " + yaml.safe_dump(value, default_flow_style=True, width=1e9)
+        line = f"{'  ' * prefix.count('.')}{key}:{shown}".removesuffix("\n...\n").rstrip()
+        comment = comments.get(f"{prefix}{key}", "")
+        beside = len(line) + 2 <= column or len(line) + 24 <= columns  # else beneath it
+        if not (comment and beside):
+            yield line
+        yield from textwrap.wrap(
+            f"# {comment}" if comment else "",
+            columns,
+            initial_indent=f"{line if beside else '':{column - 2}}  ",
+            subsequent_indent=f"{'':{column}}# ",
+            break_on_hyphens=False,
+        )
+        if nested:
+            yield from _lines(value, comments, columns, f"{prefix}{key}.")
