@@ -1,6 +1,8 @@
 """`cnntrain verify`: one line per check of a backend, then the verdict."""
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +10,13 @@ from omegaconf import DictConfig
 
 from cnntrain.commands.app import start
 from cnntrain.config import ConfigError, build, writable
+from cnntrain.terminal import fit_line, left_out_lines, paragraph, width
 
 if TYPE_CHECKING:
     from cnntrain.lab.verify import Line
 
-ROW = "{:36}{:>6}  {:>11}  {:>8} {:9}  {}"
+COLUMNS = {"check": "36", "cases": ">6", "worst error": ">14", "budget": ">10", "unit": "11"}
+OPTIONAL = ("unit", "budget", "cases", "worst error")  # in a narrow terminal, the first one first
 
 
 def main() -> None:
@@ -36,16 +40,30 @@ def _verify(cfg: DictConfig) -> None:
     if options["json"] is not None:
         options["json"] = None if to_terminal else Path(options["json"])
     shown: list[Line] = []
+    head, left_out = fit_line(partial(_row, [*COLUMNS]), OPTIONAL, width() - len("  ok"))
 
     def show(line: "Line") -> None:
         if not shown:
-            print(ROW.format("check", "cases", "worst error", "budget", "unit", "").rstrip())
+            print("\n".join([*left_out_lines(left_out, " or json=<file>"), head]))
         shown.append(line)
+        numbers = f"{line.cases:,}", f"{line.error:.2g}", f"{line.budget:g}", f" {line.unit}"
+        text = _row([line.name, *numbers], left_out)
         said = "ok" if line.passed else f"FAILS on {line.failed:,}, first {line.failure}"
-        numbers = f"{line.cases:,}", f"{line.error:.2g}", f"{line.budget:g}", line.unit
-        print(ROW.format(line.name, *numbers, said), flush=True)
+        fits = len(text) + 2 + len(said) <= width()
+        print(text, end="  " if fits else "\n  ")
+        paragraph(said)
+        sys.stdout.flush()
 
     found = verify(build(cfg.backend), **{**options, "report": None if to_terminal else show})
-    print(found.json() if to_terminal else f"\n{found.summary()}")
+    if to_terminal:
+        print(found.json())
+    else:
+        paragraph(f"\n{found.summary()}")
     if not found.passed:
         sys.exit(1)
+
+
+def _row(cells: Sequence[str], left_out: Sequence[str]) -> str:
+    """A line of the report, without the columns that are left out."""
+    named = zip(COLUMNS.items(), cells, strict=True)
+    return "".join(f"{cell:{form}}" for (name, form), cell in named if name not in left_out)
