@@ -74,13 +74,14 @@ def _lines(
     node: Mapping[str, Any], comments: Mapping[str, str], columns: int, prefix: str = ""
 ) -> Iterator[str]:
     """Options as YAML, each with its comment in lines of at most so many `columns`."""
-    column = min(COMMENTS, columns // 2)
     for key, value in node.items():
         nested = isinstance(value, Mapping) and value
         shown = "" if nested else " " + yaml.safe_dump(value, default_flow_style=True, width=1e9)
-        line = f"{'  ' * prefix.count('.')}{key}:{shown}".removesuffix("\n...\n").rstrip()
+        indent = "  " * prefix.count(".")
+        line = f"{indent}{key}:{shown}".removesuffix("\n...\n").rstrip()
         comment = comments.get(f"{prefix}{key}", "")
-        beside = len(line) + 2 <= column or len(line) + 24 <= columns  # else beneath it
+        column = COMMENTS if columns >= 2 * COMMENTS else len(indent) + 4
+        beside = columns >= 2 * COMMENTS and len(line) + 24 <= columns  # else beneath it
         if not (comment and beside):
             yield line
         yield from textwrap.wrap(

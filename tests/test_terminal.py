@@ -1,0 +1,201 @@
+"""Standard streams of every kind, the terminal's width, --help and --version."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cnntrain import commands
+from cnntrain.commands.help import show_help
+from cnntrain.commands.predict import _line as prediction_line
+from cnntrain.config import CONF, ConfigError, compose_all
+from cnntrain.conv import BACKENDS
+from cnntrain.inference.prediction import Prediction
+from cnntrain.inference.trained import choose_device
+from cnntrain.models import LeNet5, layer_table
+from cnntrain.terminal import UNLIMITED, fit_line, output, table_text
+from cnntrain.training.record import OPTIONAL, _line
+from cnntrain.training.trainer import device_text
+
+ROOT = Path(__file__).parents[1]
+TEXT = "− 1 ± 2 ≈ – × ≥ ─ é 中"
+WIDTHS = [40, 60, 80, 110, 200]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252", "cp949"])
+def test_a_stream_has_every_character(encoding: str) -> None:
+    """As it is where the encoding has it, else in ASCII."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as pipe:
+        print(TEXT, file=output(writer, encoding), flush=True)
+        os.close(writer)
+        found = pipe.read().decode(encoding).strip()
+    instead = ["-", "1", "+-", "2", "~", "-", "x", ">=", "-", r"\xe9", r"\u4e2d"]
+    for shown, ascii_text, character in zip(found.split(), instead, TEXT.split(), strict=True):
+        there = character.encode(encoding, "ignore")
+        assert shown == (character if there else ascii_text)
+
+
+SCRIPT = f"""
+import os, sys
+from cnntrain.terminal import safe_streams
+with safe_streams():
+    file = open(sys.argv[1], "w")  # gets none of the standard streams' descriptors
+    for _ in range(2000):
+        print({TEXT!r}, {TEXT!r})
+        print({TEXT!r}, file=sys.stderr)
+    sys.stdin.read()
+    file.write("completed")
+    file.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        (">&- 2>&- <&-", 0, ""),
+        ("2>&- >/dev/null </dev/null", 0, ""),
+        (">&- 2>/dev/null </dev/null", 0, ""),
+        ("2>/dev/null </dev/null | head -n 1; exit ${PIPESTATUS[0]}", 0, TEXT),
+        ("</dev/null 2>&1 | head -n 1; exit ${PIPESTATUS[0]}", 0, ""),
+        (">/dev/null </dev/null 2>/dev/full", 0, ""),
+        ("2>&1 >/dev/full </dev/null | grep cnntrain; exit ${PIPESTATUS[0]}", 1,
+         "cnntrain: standard output: No space left on device"),
+    ],
+)  # fmt: skip
+def test_streams_that_are_closed_or_full(
+    streams: str, code: int, said: str, tmp_path: Path
+) -> None:
+    """What is done is done to its end; only output that is lost to an error is one."""
+    command = f"'{sys.executable}' -c \"$SCRIPT\" '{tmp_path / 'done'}' {streams}"
+    environment = {**os.environ, "SCRIPT": SCRIPT, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert done.returncode == code
+    assert said in done.stdout
+    assert "Error" not in done.stdout + done.stderr
+    assert (tmp_path / "done").read_text() == "completed"
+
+
+def test_a_sweep_in_another_encoding_without_stderr(tmp_path: Path) -> None:
+    options = "data=fashion_mnist_mini model=shallow tensorboard=scalars trainer.max_epochs=1"
+    options += " +trainer.limit_train_batches=2 seed=0 hydra.sweep.dir=sweep"
+    command = f"'{sys.executable}' -m cnntrain train -m {options} 2>&- | head -n 1"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout.startswith("sweep sweep: 1 members")) == (0, True)
+    log = (tmp_path / "sweep/seed=0/train.log").read_text(encoding="utf-8")
+    assert re.search(r"device: cpu, 1 thread\n", log)
+    assert "────" in log
+    assert "epoch 1/1  train loss" in log
+
+
+@pytest.mark.parametrize("columns", [*WIDTHS, UNLIMITED])
+def test_lines_and_tables_fit(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part is shown, or named as left out."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    table = layer_table(LeNet5(conv=BACKENDS["native"]), (1, 28, 28))
+    text = table_text(table, ("output", "type", "parameters"), columns)
+    assert max(map(len, text.splitlines())) <= columns
+    for title in ("output", "type", "parameters", "MACs / image"):
+        assert title in " ".join(text.split())
+    assert ("No room for" in text) == (columns < 80)
+
+    row = {"train/loss": 0.5, "train/acc": 0.75, "val/loss": 0.625, "val/acc": 1.0}
+    parts = {"images/s": "1,234 images/s", "seconds": "5.6 s", "train loss": "train loss 0.5000"}
+    parts |= {"train acc": " 75.00%", "val loss": "loss 0.6250"}
+    line, left_out = fit_line(
+        lambda left: _line("epoch 10/10", row, 1234, 5.6, left), OPTIONAL, columns
+    )
+    assert len(line) <= columns
+    assert line.startswith("epoch 10/10")
+    assert "acc 100.00%" in line
+    assert [name for name in OPTIONAL if parts[name] not in line] == left_out
+    assert len(left_out) == {40: 4, 60: 3, 80: 1}.get(columns, 0)
+
+    found = Prediction("photo.png", [("T-shirt/top", 0.9), ("Shirt", 0.08), ("Coat", 0.02)])
+    lines = prediction_line(found).splitlines()
+    assert max(map(len, lines)) <= columns
+    shown = " ".join(" ".join(lines).split())
+    assert shown == "photo.png T-shirt/top 90.0% Shirt 8.0% Coat 2.0%"
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "verify", "benchmark"])
+def test_help_has_the_comment_of_each_option(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = {"train": ["trainer=cpu", "model=shallow"]}.get(name, [])
+    cfg = compose_all(overrides, name=name)
+    files = [f"{name}.yaml"]
+    if name == "train":
+        files += ["trainer/auto.yaml", "model/shallow.yaml", "optimizer/adam.yaml"]
+    contents = [(CONF / file).read_text(encoding="utf-8").partition("\nhydra:") for file in files]
+    found = [
+        (option, " ".join(comment.replace("#", " ").split()))
+        for content, *_ in contents
+        for option, comment in re.findall(r"^ *(\w+):.*?  +# (.+)$", content, re.MULTILINE)
+    ]
+    assert len(found) >= 4
+    for columns in (40, 80, UNLIMITED):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        show_help(cfg, name, CONF, None)
+        text = " ".join(capsys.readouterr().out.replace("#", " ").split())
+        for option, comment in found:
+            _, option_there, rest = text.partition(f" {option}: ")
+            assert option_there
+            assert comment in rest
+
+
+@pytest.mark.parametrize("typed", [["train.py", "--version"], ["cnntrain", "--version"],
+                                   ["cnntrain", "report", "--version"]])  # fmt: skip
+def test_version(
+    typed: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", typed)
+    commands.main("train" if typed[0] == "train.py" else None)
+    assert capsys.readouterr().out == f"cnntrain {commands.cnntrain.__version__}\n"
+
+
+def test_the_device_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda in (False, True):
+        for mps in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+            monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+            best = "cuda" if cuda else "mps" if mps else "cpu"
+            assert choose_device("auto") == torch.device(best)
+            assert choose_device("cpu") == torch.device("cpu")
+            if mps:
+                assert choose_device("mps") == torch.device("mps")
+            else:
+                with pytest.raises(ConfigError, match="device=mps: this machine has no GPU"):
+                    choose_device("mps")
+
+
+def test_the_device_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+
+    def text(device: str, world: int) -> str:
+        strategy = SimpleNamespace(root_device=torch.device(device))
+        trainer: Any = SimpleNamespace(strategy=strategy, world_size=world)
+        return device_text(trainer)
+
+    assert text("cpu", 1) == "cpu, 2 threads"
+    assert text("cpu", 3) == "3 x cpu, 2 threads each"
+    assert text("mps", 1) == "mps"
+    assert text("cuda:0", 1) == "cuda (NVIDIA H200)"
