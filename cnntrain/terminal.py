@@ -141,11 +141,11 @@ def fit(
     return shown, left_out
 
 
-def fit_line(
+def fit_lines(
     build: Callable[[Sequence[str]], str], optional: Sequence[str], columns: int | None = None
 ) -> tuple[str, list[str]]:
-    """`fit` for a line of text."""
-    return fit(build, optional, columns or width(), len)
+    """`fit` for lines of text."""
+    return fit(build, optional, columns or width(), lambda s: max(map(len, s.splitlines())))
 
 
 def print_table(table: Table, optional: Sequence[str], where: str = "") -> None:

@@ -19,7 +19,7 @@ from cnntrain.conv import BACKENDS
 from cnntrain.inference.prediction import Prediction
 from cnntrain.inference.trained import choose_device
 from cnntrain.models import LeNet5, layer_table
-from cnntrain.terminal import UNLIMITED, fit_line, output, table_text
+from cnntrain.terminal import UNLIMITED, fit_lines, output, table_text
 from cnntrain.training.record import OPTIONAL, _line
 from cnntrain.training.trainer import device_text
 
@@ -119,7 +119,7 @@ def test_lines_and_tables_fit(columns: int, monkeypatch: pytest.MonkeyPatch) -> 
     row = {"train/loss": 0.5, "train/acc": 0.75, "val/loss": 0.625, "val/acc": 1.0}
     parts = {"images/s": "1,234 images/s", "seconds": "5.6 s", "train loss": "train loss 0.5000"}
     parts |= {"train acc": " 75.00%", "val loss": "loss 0.6250"}
-    line, left_out = fit_line(
+    line, left_out = fit_lines(
         lambda left: _line("epoch 10/10", row, 1234, 5.6, left), OPTIONAL, columns
     )
     assert len(line) <= columns

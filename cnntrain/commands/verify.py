@@ -10,12 +10,12 @@ from omegaconf import DictConfig
 
 from cnntrain.commands.app import start
 from cnntrain.config import ConfigError, build, writable
-from cnntrain.terminal import fit_line, left_out_lines, paragraph, width
+from cnntrain.terminal import fit_lines, left_out_lines, paragraph, width
 
 if TYPE_CHECKING:
     from cnntrain.lab.verify import Line
 
-COLUMNS = {"check": "36", "cases": ">6", "worst error": ">14", "budget": ">10", "unit": "11"}
+COLUMNS = {"check": "36", "cases": ">6", "worst error": ">14", "budget": ">10", "unit": ">11"}
 OPTIONAL = ("unit", "budget", "cases", "worst error")  # in a narrow terminal, the first one first
 
 
@@ -40,13 +40,13 @@ def _verify(cfg: DictConfig) -> None:
     if options["json"] is not None:
         options["json"] = None if to_terminal else Path(options["json"])
     shown: list[Line] = []
-    head, left_out = fit_line(partial(_row, [*COLUMNS]), OPTIONAL, width() - len("  ok"))
+    head, left_out = fit_lines(partial(_row, [*COLUMNS]), OPTIONAL, width() - len("  ok"))
 
     def show(line: "Line") -> None:
         if not shown:
             print("\n".join([*left_out_lines(left_out, " or json=<file>"), head]))
         shown.append(line)
-        numbers = f"{line.cases:,}", f"{line.error:.2g}", f"{line.budget:g}", f" {line.unit}"
+        numbers = f"{line.cases:,}", f"{line.error:.2g}", f"{line.budget:g}", line.unit
         text = _row([line.name, *numbers], left_out)
         said = "ok" if line.passed else f"FAILS on {line.failed:,}, first {line.failure}"
         fits = len(text) + 2 + len(said) <= width()

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as lightning
 
 from cnntrain.atomic import replacing
-from cnntrain.terminal import fit_line, left_out_lines
+from cnntrain.terminal import fit_lines, left_out_lines
 from cnntrain.training.insights import Insights
 from cnntrain.training.tensorboard import METRICS, TensorBoard
 from cnntrain.training.trainer import Trainer
@@ -132,7 +132,7 @@ class Record(lightning.Callback):
         digits = len(str(trainer.max_epochs))
         epoch = f"epoch {trainer.current_epoch + 1:>{digits}}/{trainer.max_epochs}"
         line = partial(_line, epoch, row, speed, self.in_epoch)
-        fitted, left_out = fit_line(line, OPTIONAL)
+        fitted, left_out = fit_lines(line, OPTIONAL)
         if not self.reported:
             self.reported = True
             fitted = "\n".join([fitted, *left_out_lines(left_out, " or train.log")])

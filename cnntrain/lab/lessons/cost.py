@@ -1,6 +1,7 @@
 """Where a network's work is, and where its time goes."""
 
 import statistics
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from cnntrain.conv import BACKENDS
 from cnntrain.lab.lessons.lesson import Lesson
 from cnntrain.models import Layer, summarise, uncounted
 from cnntrain.models.inside import leaves, watching
+from cnntrain.terminal import fit_lines, left_out_lines, width
 
 IMAGE = (1, 28, 28)  # (C, H, W)
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
@@ -59,7 +61,11 @@ def cost(
     torch.set_num_threads(threads or before)
     try:
         times = layer_times(networks, batch_size, rounds)
-        text = "\n".join(_lines(model, layers, times, batch_size))
+        text, left_out = fit_lines(
+            lambda left_out: "\n".join(_lines(model, layers, times, batch_size, left_out)),
+            ("share", "GMAC/s", "MACs/image", *names[:0:-1]),
+        )
+        text = "\n".join([text, *left_out_lines(left_out)])
     finally:
         torch.set_num_threads(before)
     return Lesson(text, lambda: _draw(model, layers, times))
@@ -117,28 +123,42 @@ def _timed(network: nn.Module, images: Tensor) -> list[float]:
 
 
 def _lines(
-    model: str, layers: Sequence[Layer], times: dict[str, list[float]], batch_size: int
+    model: str,
+    layers: Sequence[Layer],
+    times: dict[str, list[float]],
+    batch_size: int,
+    left_out: Sequence[str],
 ) -> list[str]:
+    times = {name: taken for name, taken in times.items() if name not in left_out}
     total = sum(layer.macs for layer in layers) or 1
     kinds = [_kind(layer) for layer in layers]
     wide = max(len(layer.name) + len(kind) + 2 for layer, kind in zip(layers, kinds, strict=True))
-    lines = [
-        f"{model}, a batch of {batch_size}, forward, {torch.get_num_threads()} threads; in ms",
-        "",
-        f"{'layer':{wide}}{'MACs/image':>14}{'share':>8}"
-        + "".join(f"{name:>12}{'GMAC/s':>8}" for name in times),
-    ]
+
+    def row(name: str, macs: str, share: str, cells: Sequence[tuple[str, str]]) -> str:
+        columns = [("layer", name, wide), ("MACs/image", f"{macs:>14}", 14)]
+        columns += [("share", f"{share:>8}", 8)]
+        for taken, rate in cells:
+            columns += [("ms", f"{taken:>12}", 12), ("GMAC/s", f"{rate:>8}", 8)]
+        shown = [f"{text:{size}}" for title, text, size in columns if title not in left_out]
+        return "".join(shown).rstrip()
+
+    lines = [row("layer", "MACs/image", "share", [(name, "GMAC/s") for name in times])]
     for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
-        row = f"{layer.name + '  ' + kind:{wide}}"
-        row += f"{layer.macs:>14,}{layer.macs / total:>8.1%}" if layer.macs else " " * 22
-        for taken in times.values():
-            rate = layer.macs * batch_size / taken[i] / 1e9
-            row += f"{taken[i] * 1000:12.3f}" + (f"{rate:8.1f}" if layer.macs else " " * 8)
-        lines.append(row.rstrip())
-    row = f"{'total':{wide}}{sum(layer.macs for layer in layers):>14,}{'':8}"
-    for taken in times.values():
-        row += f"{sum(taken) * 1000:12.3f}{total * batch_size / sum(taken) / 1e9:8.1f}"
-    return [*lines, "", row]
+        rates = [layer.macs * batch_size / taken[i] / 1e9 for taken in times.values()]
+        cells = [
+            (f"{taken[i] * 1000:.3f}", f"{rate:.1f}" if layer.macs else "")
+            for taken, rate in zip(times.values(), rates, strict=True)
+        ]
+        macs, share = f"{layer.macs:,}", f"{layer.macs / total:.1%}"
+        name = f"{layer.name}  {kind}"
+        lines.append(row(name, macs, share, cells) if layer.macs else row(name, "", "", cells))
+    cells = [
+        (f"{sum(taken) * 1000:.3f}", f"{total * batch_size / sum(taken) / 1e9:.1f}")
+        for taken in times.values()
+    ]
+    last = row("total", f"{sum(layer.macs for layer in layers):,}", "", cells)
+    head = f"{model}, a batch of {batch_size}, forward, {torch.get_num_threads()} threads; in ms"
+    return [*textwrap.wrap(head, width()), "", *lines, "", last]
 
 
 def _draw(model: str, layers: Sequence[Layer], times: dict[str, list[float]]) -> Figure:
