@@ -99,7 +99,8 @@ def test_a_sweep_in_another_encoding_without_stderr(tmp_path: Path) -> None:
         timeout=300,
     )
     assert (done.returncode, done.stdout.startswith("sweep sweep: 1 members")) == (0, True)
-    log = (tmp_path / "sweep/seed=0/train.log").read_text(encoding="utf-8")
+    (file,) = tmp_path.glob("sweep/*/train.log")
+    log = file.read_text(encoding="utf-8")
     assert re.search(r"device: cpu, 1 thread\n", log)
     assert "────" in log
     assert "epoch 1/1  train loss" in log

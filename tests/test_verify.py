@@ -291,13 +291,13 @@ def test_a_faulty_class_of_ones_own(command, tmp_path):
     head, output, *gradients, _, verdict = done.stdout.splitlines()
     assert head.split() == ["check", "cases", "worst", "error", "budget", "unit"]
     row = (
-        r"output, random layers +30 +[\d.]+ +1e-12 relative   "
+        r"output, random layers +30 +[\d.]+ +1e-12 +relative  "
         r"FAILS on (\d+), first (.*): output is off.*"
     )
     number, case = re.fullmatch(row, output).groups()
     with_bias = [case.call("Twice") for case in random_cases(4, 30) if case.bias]
     assert (int(number), case) == (len(with_bias), with_bias[0])
-    good = r"(input|weight|bias) gradient, random layers +\d+ +[\d.e-]+ +1e-12 relative   ok"
+    good = r"(input|weight|bias) gradient, random layers +\d+ +[\d.e-]+ +1e-12 +relative  ok"
     assert [re.fullmatch(good, line) is not None for line in gradients] == [True, True, False]
     how = r"\(only=random layers, cases=30, \d+ s\)"
     assert re.fullmatch(rf"mypkg\.Twice fails 2 of the 4 checks run, of 51 {how}", verdict)
