@@ -199,8 +199,8 @@ def left_out_lines(
 
 
 def paragraph(text: str) -> None:
-    """Print prose in lines that fit."""
-    print("\n".join(_wrapped(text, width())))
+    """Print prose in lines that fit, at once."""
+    print("\n".join(_wrapped(text, width())), flush=True)
 
 
 def _wrapped(text: str, columns: int) -> list[str]:

@@ -21,7 +21,8 @@ class Server:
     def __enter__(self) -> str:
         script = "from tensorboard.main import run_main; run_main()"
         where = ["--logdir", str(self.logdir), "--host", "127.0.0.1", "--port", "0"]
-        self.log = tempfile.TemporaryFile("w+")  # not a pipe, which would have to be emptied
+        # Not a pipe, which would have to be emptied.
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, "-c", script, *where, *self.options], stderr=self.log
         )

@@ -23,6 +23,7 @@ from cnntrain.sweeps.collect import collect
 from cnntrain.sweeps.member import MemberTask, prepare_processes
 from cnntrain.sweeps.members import of_the_run
 from cnntrain.sweeps.sweep import Launch, Outcome, Sweep, Sweeping
+from cnntrain.terminal import paragraph
 
 if TYPE_CHECKING:
     from cnntrain.sweeps.searching import Searching
@@ -109,16 +110,16 @@ class SweepCommand:
     def run(self) -> None:
         """Run it and tell how it ended; exit code 1 if not all is completed."""
         path = self.sweeping.folder.path
-        print(f"sweep {path.name}: {self._size()}; {path}", flush=True)
+        paragraph(f"sweep {path.name}: {self._size()}; {path}")
         launch = _launch(self.arguments, path)
         found: list[str] = []
         try:
             if isinstance(self.sweeping, Sweeping):
-                outcome = self.sweeping.run(launch, _say)
+                outcome = self.sweeping.run(launch, paragraph)
             else:
-                outcome, found = self.sweeping.run(launch, _say)
+                outcome, found = self.sweeping.run(launch, paragraph)
         except Interrupted as error:
-            _say(f"\ninterrupted by {error}; the same command goes on with what is left")
+            paragraph(f"\ninterrupted by {error}; the same command goes on with what is left")
             sys.exit(error.exit_code)
         _end(outcome, found)
 
@@ -206,21 +207,17 @@ def _join_ray(launcher: Any) -> None:
     interruption.install()
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
 def _end(outcome: Outcome, found: Sequence[str]) -> None:
     """The answer, the counts, and what failed."""
     from cnntrain.sweeps.tables import print_ranked
 
     failed, unfinished = outcome.failed, outcome.unfinished
     print_ranked(collect(outcome.folder.path))
-    for line in found:
-        _say(line)
+    for line in found:  # not wrapped: one of them is a command to be copied
+        print(line)
     counts = {"failed": len(failed), "unfinished": len(unfinished)}
     ended = outcome.progress.total - sum(counts.values())
     shown = [f"{ended} {'ended' if found else 'completed'}"]
-    _say(", ".join([*shown, *(f"{n} {what}" for what, n in counts.items() if n)]))
+    paragraph(", ".join([*shown, *(f"{n} {what}" for what, n in counts.items() if n)]))
     if failed or unfinished:
         sys.exit(1)

@@ -52,7 +52,6 @@ def _verify(cfg: DictConfig) -> None:
         fits = len(text) + 2 + len(said) <= width()
         print(text, end="  " if fits else "\n  ")
         paragraph(said)
-        sys.stdout.flush()
 
     found = verify(build(cfg.backend), **{**options, "report": None if to_terminal else show})
     if to_terminal:

@@ -90,7 +90,7 @@ def run_in_peace(arguments: list[str], log: Path, phase: mmap.mmap) -> dict[str,
     seen: dict[str, float] = {}
     while (code := ended(pid, 0.001)) is None:
         seen.setdefault(NAMES[phase[0]], time.monotonic() - started)
-    assert code == 0, log.read_text()
+    assert code == 0, log.read_text(encoding="utf-8")
     return {**seen, "end": time.monotonic() - started}
 
 
