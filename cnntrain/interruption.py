@@ -4,12 +4,16 @@ Nothing here imports torch: a signal may come while that is imported.
 """
 
 import contextlib
+import functools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
+
+from cnntrain.notebook import OneLine
 
 from cnntrain.terminal import write_stderr
 
@@ -19,6 +23,9 @@ NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 Answer = Literal["leave", "raise", "note"]
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
 
 
 class Interrupted(BaseException):
@@ -34,12 +41,33 @@ class Interrupted(BaseException):
         return 128 + self.signal
 
 
+class InterruptedCall(OneLine, Interrupted, KeyboardInterrupt):
+    """What a function called from Python raises after a signal; the message says how to continue.
+
+    A KeyboardInterrupt, so that callers stop as they do after Ctrl-C.
+    """
+
+    def __init__(self, signum: int, hint: str = ""):
+        super().__init__(signum)
+        self.args = (f"interrupted by {self.signal.name}{hint}",)
+
+
+class InterruptedScript(InterruptedCall, SystemExit):
+    """In a script, which ends with the exit code of the signal and without a traceback, unless
+    it catches KeyboardInterrupt."""
+
+    def __init__(self, signum: int, hint: str = ""):
+        super().__init__(signum, hint)
+        self.code = self.exit_code
+
+
 class Interruption:
     """What signals ask for. There is one for the process, as signals are the process's.
 
     The answer to a signal is to `leave` at once where there is nothing to lose, as while modules
     are imported, which an exception would leave half made; to `raise` Interrupted; or to `note`
-    it until `check` is called, as while training. A second SIGINT leaves at once in any case.
+    it until `check` is called, as while training. A second SIGINT leaves at once in any case; where
+    the process is the caller's, as in a notebook, it raises Interrupted at once instead.
     """
 
     def __init__(self) -> None:
@@ -47,6 +75,7 @@ class Interruption:
         self.answer: Answer = "raise"
         self.before_leaving: Callable[[], None] | None = None
         self.quiet = False  # in processes for which another one speaks
+        self.owns_process = False  # else the caller's process must survive a second SIGINT
 
     def install(self) -> None:
         """Handle the signals from here on, also those that a library has taken over."""
@@ -71,15 +100,16 @@ class Interruption:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         again = self.received is not None and signum == signal.SIGINT
         self.received = signum
-        if self.answer == "leave" or again:
+        if self.answer == "leave" or (again and self.owns_process):
             with contextlib.suppress(Exception):
                 if self.before_leaving is not None:
                     self.before_leaving()
             self._say(f"interrupted by {signal.Signals(signum).name}")
             os._exit(Interrupted(signum).exit_code)
-        if self.answer == "raise":
+        if self.answer == "raise" or again:
             raise Interrupted(signum)
-        hint = "; Ctrl-C again leaves at once" if signum == signal.SIGINT else ""
+        again_leaves = "Ctrl-C again leaves" if self.owns_process else "interrupt again to stop"
+        hint = f"; {again_leaves} at once" if signum == signal.SIGINT else ""
         self._say(f"{signal.Signals(signum).name}: saving a checkpoint{hint}")
 
     def _say(self, text: str) -> None:
@@ -104,6 +134,7 @@ def watching(answer: Answer = "raise") -> Iterator[None]:
         yield
         return
     interruption.received, interruption.answer = None, answer
+    interruption.owns_process = answer == "leave"
     interruption.install()
     try:
         yield
@@ -113,3 +144,28 @@ def watching(answer: Answer = "raise") -> Iterator[None]:
             interruption.received = None
             for signum, handler in before.items():
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
+
+def call_interrupted(error: Interrupted, hint: str = "") -> InterruptedCall:
+    """What to raise from a function called from Python, by a script or in an interactive session.
+
+    For a script the message is printed here: Python prints nothing for a SystemExit.
+    """
+    if hasattr(sys, "ps1"):  # a notebook, IPython or Python's own prompt: it must not be closed
+        return InterruptedCall(error.signal, hint)
+    print(f"cnntrain: interrupted by {error.signal.name}{hint}", file=sys.stderr)
+    return InterruptedScript(error.signal, hint)
+
+
+def interruptible(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Let a function that is called from Python end in one line after a signal, as `train` does."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        try:
+            with watching():
+                return function(*args, **kwargs)
+        except Interrupted as error:
+            raise call_interrupted(error) from None
+
+    return wrapper

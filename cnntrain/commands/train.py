@@ -79,7 +79,8 @@ class Resumed:
 
 def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     from cnntrain.data import DataError
-    from cnntrain.training import CheckpointError, NotFinite, ProcessLost, Profile, train
+    from cnntrain.training import CheckpointError, NotFinite, ProcessLost, Profile
+    from cnntrain.training.run import run_training
 
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
@@ -89,7 +90,7 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     run = resumed or Resumed(cfg, typed)
     callbacks = [Profile(directory)] if cfg.get("profile") else []
     try:
-        result = train(
+        result = run_training(
             run.cfg,
             directory,
             resume=resumed is not None,

@@ -32,6 +32,7 @@ from cnntrain.config.nodes import Root as Root
 from cnntrain.config.overrides import first_line as first_line
 from cnntrain.config.overrides import load_all, merged, misplaced, one_line
 from cnntrain.config.overrides import quoted as quoted
+from cnntrain.notebook import OneLine
 
 # In a wheel conf/ lies in the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def incidental(option: str) -> bool:
 LONGEST_PATH = 3900  # bytes: of the 4096 that systems take, what files below may need is left
 
 
-class ConfigError(Exception):
+class ConfigError(OneLine, Exception):
     """What is wrong with a config: `problems`, one line each, for the person who wrote it."""
 
     def __init__(self, problems: Sequence[str]):
@@ -69,12 +70,12 @@ class ConfigError(Exception):
 
 
 def compose(
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     *,
     name: str = "train",
     command: str | None = None,
-    folder: Path = CONF,
-    extra: Path | None = None,
+    folder: str | os.PathLike[str] = CONF,
+    extra: str | os.PathLike[str] | None = None,
 ) -> DictConfig:
     """The config that `python train.py <overrides>` would run, checked.
 
@@ -82,7 +83,9 @@ def compose(
     whose config it has to be, if not that of the command called `name`. Raises ConfigError with
     every problem found.
     """
-    cfg = compose_all(overrides, name=name, command=command, folder=folder, extra=extra)
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    places = {"folder": Path(folder), "extra": None if extra is None else Path(extra).absolute()}
+    cfg = compose_all(overrides, name=name, command=command, **places)
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg
@@ -206,9 +209,10 @@ def run_directory_problem(directory: str, option: str = "hydra.run.dir") -> str 
     """Why a run cannot have this directory for its own, if so: nothing is written to find out."""
     path = Path(directory).absolute()
     if directory and any(os.path.lexists(path / name) for name in ("result.json", "results.json")):
+        how = "resume=True" if option == "directory" else f"resume={directory}"  # as in Python
         return (
             f"{option}={directory}: holds another run already; go on with that one "
-            f"(resume={directory}), or give this one its own folder"
+            f"({how}), or give this one its own folder"
         )
     return folder_problem(directory, option)
 
@@ -226,7 +230,7 @@ def folder_problem(directory: str, option: str) -> str | None:
         return f"{option}=: must name a folder"
     if directory.startswith("~"):
         home = os.path.expanduser(directory)
-        return f"{option}={directory}: is not expanded by the shell; write {option}={home}"
+        return f"{option}={directory}: ~ is not expanded; write {option}={home}"
     path = Path(directory).absolute()
     if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(p)) > 255 for p in path.parts):
         return f"{option}={directory}: is too long a name; a folder's has at most 255 bytes"

@@ -39,14 +39,11 @@ def at_work(directory: Path) -> bool:
         return False
 
 
-def in_use(directory: Path) -> str | None:
+def in_use(directory: Path, option: str = "hydra.run.dir") -> str | None:
     """The line that says so if a process is training there, or that one cannot know."""
     try:
         if _locked(directory):
-            return (
-                f"hydra.run.dir={directory}: another process is training there; wait for it or "
-                "end it"
-            )
+            return f"{option}={directory}: another process is training there; wait for it or end it"
     except OSError as error:
         return f"{directory / LOCK}: cannot be written: {error.strerror}"
     return None

@@ -20,11 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cnntrain.notebook import OneLine
+
 UNSIGNED_BYTE = 0x08
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-class DataError(RuntimeError):
+class DataError(OneLine, RuntimeError):
     """A data set cannot be read or obtained; the message says which file and what to do."""
 
 

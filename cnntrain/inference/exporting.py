@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import cnntrain
 from cnntrain.config import ConfigError
 from cnntrain.inference.trained import Trained, load_trained
+from cnntrain.notebook import OneLine
 from cnntrain.training.building import build_network
 from cnntrain.training.checkpoints import shape_differences
 
@@ -30,7 +31,7 @@ BATCHES = (1, 2, 7, 256)  # sizes in which the file is tried
 TOLERANCE = 1e-4  # of the largest logit: float32 in another order of sums
 
 
-class ExportError(RuntimeError):
+class ExportError(OneLine, RuntimeError):
     """A network that PyTorch cannot export; no file is left."""
 
 

@@ -236,7 +236,7 @@ def _member(job: Job, reason: Any) -> None:
 def _train(job: Job) -> None:
     import torch
 
-    from cnntrain.training import Pruned, train
+    from cnntrain.training.run import Pruned, run_training
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -246,7 +246,7 @@ def _train(job: Job) -> None:
 
         callbacks.append(Pruning(job.directory.parent, job.trial))
     with contextlib.suppress(Pruned):  # as its result.json says
-        train(
+        run_training(
             OmegaConf.create(job.config),
             job.directory,
             resume=True,

@@ -8,7 +8,8 @@ from cnntrain.training.insights import Insights
 from cnntrain.training.muon import Muon
 from cnntrain.training.objective import CrossEntropy, HalfSquaredError, OneCycle, WarmupCosine
 from cnntrain.training.profile import Profile
-from cnntrain.training.run import Pruned, Result, train
+from cnntrain.training.result import Result
+from cnntrain.training.run import Pruned, train
 from cnntrain.training.trainer import Trainer
 
 __all__ = [

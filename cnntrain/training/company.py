@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from cnntrain.launched import Place
 from cnntrain.terminal import write_stderr
+from cnntrain.notebook import OneLine
 from cnntrain.training.distributed import group
 
 PATIENCE = timedelta(minutes=30)  # for processes that have to come, or to fetch their data
@@ -33,7 +34,7 @@ FOLLOW = (
 )
 
 
-class ProcessLost(Exception):
+class ProcessLost(OneLine, Exception):
     """One of the other processes of a run has ended before its time; the message says how."""
 
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cnntrain.atomic import replacing
+from cnntrain.notebook import OneLine
 from cnntrain.training.tally import Stage
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
 Layer = tuple[str, nn.Module]  # its name in the network
 
 
-class NotFinite(Exception):
+class NotFinite(OneLine, Exception):
     """A loss, a gradient or a weight is not finite; the message says where, in one line.
 
     `details` holds the same for result.json, as {"not_finite": {...}}: epoch and batch count from

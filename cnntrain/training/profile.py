@@ -28,8 +28,8 @@ class Profile(lightning.Callback):
     itself; that table is logged, too. What is trained stays the same, bit for bit.
     """
 
-    def __init__(self, directory: Path):
-        self.folder = directory / FOLDER
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.folder = Path(directory, FOLDER)
         self.profiler: profile | None = None
         self.hooks: list[Any] = []
         self.done = False

@@ -2,31 +2,44 @@
 
 import contextlib
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from cnntrain.config import ConfigError, blame, build, config_hash
+from cnntrain.config import (
+    ConfigError,
+    blame,
+    build,
+    config_hash,
+    folder_problem,
+    run_directory_problem,
+)
 from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
 from cnntrain.data import ImageData
-from cnntrain.interruption import interruption, watching
+from cnntrain.interruption import Interrupted, call_interrupted, interruption, watching
 from cnntrain.launched import Place, launched
 from cnntrain.models import layer_table
 from cnntrain.terminal import UNLIMITED, table_text, width
+from cnntrain.notebook import OneLine
 from cnntrain.training.building import build_run, build_trainer
-from cnntrain.training.checkpoint_file import CheckpointError, Content, newest
+from cnntrain.training.checkpoint_file import BEST, LAST, CheckpointError, Content, newest, read
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.company import company
 from cnntrain.training.distributed import cores_shared
 from cnntrain.training.insights import Insights
 from cnntrain.training.memory import keep_freed_memory
+from cnntrain.training.profile import Profile
 from cnntrain.training.record import Record
+from cnntrain.training.result import Result, logged, read_history
 from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS, TensorBoard
 from cnntrain.training.trainer import Trainer, device_text
@@ -34,21 +47,70 @@ from cnntrain.training.trainer import Trainer, device_text
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a run ended. `metrics` are losses in nats and accuracies from 0 to 1, as logged."""
-
-    metrics: dict[str, float]
-    directory: Path
-    seconds: float  # in all, over all processes that had a part in it
-    images_per_second: float  # training images by the time that fitting took, validation included
-
-
-class Pruned(Exception):
+class Pruned(OneLine, Exception):
     """A run was ended on purpose, by a callback: others do better. The message says why."""
 
 
+_one_run = threading.Lock()
+
+
 def train(
+    cfg: DictConfig,
+    directory: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    callbacks: Sequence[lightning.Callback] = (),
+) -> Result:
+    """Train, validate every epoch, test once, and leave the whole record in `directory`.
+
+    Shows what the command line shows, on stdout, and logs it to train.log; logging need not be
+    configured. One run at a time: it seeds the generators of the process.
+
+    Args:
+        cfg: What `compose` returns.
+        directory: The run directory; made where there is none.
+        resume: Continue the run that `directory` holds from its last checkpoint, as if it had
+            never stopped, or return its result if it is completed.
+        callbacks: Called after the run's own and before its checkpoints.
+
+    Raises:
+        InterruptedCall: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved. It is a
+            KeyboardInterrupt. A notebook shows it as one line; a script that does not catch it
+            ends with one line and exit code 128 + signal.
+        ConfigError, CheckpointError, DataError, NotFinite, Pruned, ProcessLost, OSError: As
+            `run_training`.
+    """
+    path = Path(directory)
+    wrong = folder_problem if resume else run_directory_problem
+    problem = wrong(os.fspath(directory), "directory")
+    if cfg.get("resume"):
+        problem = f"resume={cfg.resume}: in Python, call train(cfg, directory, resume=True)"
+    if cfg.get("search"):
+        problem = "search: is of the command line only; leave it out"
+    if not problem and not _one_run.acquire(blocking=False):
+        problem = f"directory={path}: another run is training in this process; wait for it"
+    if problem:
+        raise ConfigError([problem])
+    try:
+        result = run_training(
+            cfg,
+            path,
+            resume=resume,
+            callbacks=[*callbacks, *([Profile(path)] if cfg.get("profile") else [])],
+            option="directory",
+            lines=logged(path),
+        )
+        with logged(path):
+            log.info(result.text())
+        return result
+    except Interrupted as error:
+        hint = f"; continue with train(cfg, {str(path)!r}, resume=True)"
+        raise call_interrupted(error, hint) from None
+    finally:
+        _one_run.release()
+
+
+def run_training(
     cfg: DictConfig,
     directory: Path,
     *,
@@ -56,14 +118,15 @@ def train(
     overrides: Sequence[str] | None = None,
     callbacks: Sequence[lightning.Callback] = (),
     labels: Mapping[str, Any] | None = None,
+    option: str = "hydra.run.dir",
+    lines: AbstractContextManager[None] | None = None,
 ) -> Result:
-    """Train, validate every epoch, test once, and leave the whole record in `directory`.
+    """As `train`, for commands, which have logging configured and handle signals themselves.
 
-    With `resume`, a run that `directory` holds is continued from its last checkpoint, as if it
-    had never stopped; a completed one is answered with its result. `overrides` are what was typed
-    for the run, for its record. `labels` are for a member of a sweep: options by name that the
-    HParams tab shows beside those of the config, in columns that the sweep lays down. `callbacks`
-    come after the run's own and before its checkpoints.
+    `overrides` are what was typed for the run, for its record. `labels` are for a member of a
+    sweep: options by name that the HParams tab shows beside those of the config, in columns that
+    the sweep lays down. `option` is what errors call the directory. `lines` is entered once the
+    directory is this run's own.
 
     Raises:
         ConfigError: The config cannot be built, the directory holds another run, or the run that
@@ -79,9 +142,11 @@ def train(
     cfg = run_only(cfg)
     data, module = build_run(cfg)
     place = _place(cfg)
-    with watching(), cores_shared(place), RunDirectory(directory, resume=resume) as run:
+    owned = RunDirectory(directory, resume=resume, option=option)
+    with watching(), cores_shared(place), owned as run, lines or contextlib.nullcontext():
         if resume and (recorded := completed(directory, cfg)):
-            return Result(recorded["metrics"], directory, **recorded["timings"])
+            log.info("already completed")
+            return _result(directory, recorded, lambda: _tested(directory, cfg, module))
         saved = newest(directory / CHECKPOINTS) if resume else None
         if saved:
             _check(*saved, cfg, module)
@@ -111,7 +176,19 @@ def train(
             raise
         finally:
             interruption.before_leaving = None
-    return Result(content["metrics"], directory, **content["timings"])
+        return _result(directory, content, module.network.eval)
+
+
+def _result(directory: Path, recorded: Mapping[str, Any], load: Callable[[], nn.Module]) -> Result:
+    history = read_history(directory / "metrics.csv")
+    return Result(recorded["metrics"], directory, **recorded["timings"], history=history, load=load)
+
+
+def _tested(directory: Path, cfg: DictConfig, module: Classifier) -> nn.Module:
+    """The network of a completed run with the weights that were tested."""
+    name = LAST if cfg.trainer.get("test_checkpoint") == "last" else BEST
+    module.load_state_dict(read(directory / CHECKPOINTS / name)["state_dict"])
+    return module.network.eval()
 
 
 def fit_and_test(

@@ -27,10 +27,10 @@ class RunDirectory:
     """A directory that belongs to one run, and to one process at a time: a context manager.
 
     Raises ConfigError if another process is training there, or if another run has it already and
-    it is not meant to be continued.
+    it is not meant to be continued; `option` is what its message calls the directory.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False):
+    def __init__(self, path: Path, *, resume: bool = False, option: str = "hydra.run.dir"):
         self.path, self.result = path, path / RESULT
         self.facts: dict[str, Any] = {}
         path.mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,8 @@ class RunDirectory:
             # asks whether it is in use.
             self.lock.acquire(timeout=1, poll_interval=0.02)
         except Timeout:
-            raise ConfigError([str(in_use(path))]) from None
-        if not resume and (problem := run_directory_problem(str(path))):
+            raise ConfigError([str(in_use(path, option))]) from None
+        if not resume and (problem := run_directory_problem(str(path), option)):
             self.lock.release()
             raise ConfigError([problem])
 
@@ -63,9 +63,9 @@ class RunDirectory:
         (self.path / CONFIG).parent.mkdir(exist_ok=True)
         with replacing(self.path / CONFIG) as file:
             file.write(OmegaConf.to_yaml(cfg).encode())
-        if overrides is not None:
+        if overrides is not None or not (self.path / OVERRIDES).exists():
             with replacing(self.path / OVERRIDES) as file:
-                file.write(OmegaConf.to_yaml(OmegaConf.create(list(overrides))).encode())
+                file.write(OmegaConf.to_yaml(OmegaConf.create(list(overrides or ()))).encode())
         self._write_environment()
         self.write_result("running")
 

@@ -1,0 +1,158 @@
+"""What a run leaves for Python, and the lines that it logs while a script or notebook waits."""
+
+import contextlib
+import csv
+import io
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from matplotlib import figure
+from matplotlib.ticker import MaxNLocator
+from torch import nn
+
+from cnntrain.notebook import png_html, table_html
+
+log = logging.getLogger(__name__)
+
+
+class Figure(figure.Figure):
+    """A matplotlib figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `metrics` are losses in nats and accuracies from 0 to 1, as logged.
+
+    Functions that take a run's folder take this as well.
+    """
+
+    metrics: dict[str, float]
+    directory: Path
+    seconds: float  # in all, over all processes that had a part in it
+    images_per_second: float  # training images by the time that fitting took, validation included
+    # metrics.csv: a column's name to its values, one an epoch, NaN where there is none.
+    history: dict[str, np.ndarray] = field(repr=False, compare=False)
+    load: Callable[[], nn.Module] = field(repr=False, compare=False)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained network, in evaluation mode on the CPU, with the weights that were tested.
+
+        Those are of the best epoch, or of the last with `trainer.test_checkpoint=last`. It takes
+        normalised images, float32 (N, C, H, W), and returns logits (N, classes). Raises
+        CheckpointError where the run was completed earlier and its checkpoint is gone.
+        """
+        return self.load()
+
+    def __fspath__(self) -> str:
+        return str(self.directory)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        return f"Result({str(self.directory)!r}: {shown}; {self.seconds:.0f} s)"
+
+    def _repr_html_(self) -> str:
+        table = table_html([*self.metrics], [[f"{value:.4f}" for value in self.metrics.values()]])
+        return f"{table}{png_html(self.plot()._repr_png_())}"
+
+    def plot(self) -> Figure:
+        """The learning curves: loss in nats and accuracy over epochs."""
+        whole = Figure(figsize=(9, 3.5), layout="constrained")
+        for axes, name, label in zip(
+            whole.subplots(1, 2), ("loss", "acc"), ("loss (nats)", "accuracy"), strict=True
+        ):
+            for stage, colour in (("train", "#4477AA"), ("val", "#CC6677")):
+                if (values := self.history.get(f"{stage}/{name}")) is not None:
+                    axes.plot(self.history["epoch"], values, ".-", color=colour, label=stage)
+            if f"test/{name}" in self.metrics:
+                tested = self.metrics[f"test/{name}"]
+                axes.axhline(tested, color="#555555", linestyle=":", label="test")
+            axes.set(xlabel="epoch", ylabel=label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.legend()
+        return whole
+
+    def text(self) -> str:
+        """The last lines of a run."""
+        return (
+            f"\ntest accuracy   {self.metrics['test/acc']:.2%}   (loss "
+            f"{self.metrics['test/loss']:.4f}, {self.seconds:.0f} s in all)\n"
+            f"run directory   {self.directory}\n"
+            f"TensorBoard     tensorboard --logdir {shlex.quote(str(self.directory))}"
+        )
+
+
+def read_history(file: Path) -> dict[str, np.ndarray]:
+    """metrics.csv as arrays (epochs,): epoch and step as integers, the others as float64.
+
+    Columns without a value are left out; nothing is left of a file that is gone or damaged.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {
+        name: values.astype(int) if name in ("epoch", "step") else values
+        for name, values in columns.items()
+        if not np.isnan(values).all()
+    }
+
+
+@contextlib.contextmanager
+def logged(directory: Path) -> Iterator[None]:
+    """Show the run's lines on stdout and write them to train.log, as the command line does.
+
+    A line is not shown twice: where the caller's own handlers write such lines to stdout or
+    stderr, they are left to do so. A level that the caller has given the logger `cnntrain` holds.
+    """
+    logger = logging.getLogger("cnntrain")
+    callers = [*_handlers(logger)]
+    level = logger.level
+    if level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    file = logging.FileHandler(directory / "train.log", encoding="utf-8", delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    added: list[logging.Handler] = [file]
+    if any(getattr(handler, "baseFilename", "") == file.baseFilename for handler in callers):
+        added = []
+    shown = min((handler.level for handler in callers if _on_terminal(handler)), default=100)
+    if shown > logging.INFO:
+        added.append(logging.StreamHandler(sys.stdout))
+        added[-1].addFilter(lambda record: record.levelno < shown)
+    for handler in added:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for handler in added:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _handlers(logger: logging.Logger | None) -> Iterator[logging.Handler]:
+    """All that a record of this logger reaches."""
+    while logger:
+        yield from logger.handlers
+        logger = logger.parent if logger.propagate else None
+
+
+def _on_terminal(handler: logging.Handler) -> bool:
+    """Whether a handler, logging's own or rich's, writes to the terminal or the notebook."""
+    stream = getattr(handler, "stream", None)
+    stream = stream or getattr(getattr(handler, "console", None), "file", None)
+    standard = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return stream is not None and stream in standard
