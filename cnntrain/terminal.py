@@ -159,7 +159,9 @@ def table_text(table: Table, optional: Sequence[str], columns: int) -> str:
     """A table as `write_table` has it, so many characters wide."""
     from rich.console import Console
 
-    write_table(table, optional, Console(file=(text := io.StringIO()), width=columns))
+    text = io.StringIO()  # a notebook would else show the table itself
+    console = Console(file=text, width=columns, force_jupyter=False, color_system=None)
+    write_table(table, optional, console)
     return text.getvalue().rstrip("\n")
 
 

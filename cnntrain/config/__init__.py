@@ -84,8 +84,8 @@ def compose(
     every problem found.
     """
     overrides = [overrides] if isinstance(overrides, str) else overrides
-    places = {"folder": Path(folder), "extra": None if extra is None else Path(extra).absolute()}
-    cfg = compose_all(overrides, name=name, command=command, **places)
+    more = None if extra is None else Path(extra)
+    cfg = compose_all(overrides, name=name, command=command, folder=Path(folder), extra=more)
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg

@@ -1,6 +1,8 @@
 """How good a trained network is: `cnntrain evaluate`."""
 
+import html
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,8 @@ from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, blame, build
 from cnntrain.data import Loader
 from cnntrain.inference.trained import Device, Trained, load_trained
+from cnntrain.interruption import interruptible
+from cnntrain.notebook import png_html, table_html
 from cnntrain.training.building import quieten_lightning
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.classifier import Classifier
@@ -80,8 +84,26 @@ class Evaluation:
             for i in outcome.mistakes(MISTAKES).tolist()
         ]
 
-    def write(self, folder: Path) -> list[Path]:
+    def __repr__(self) -> str:
+        trained, flip = self.trained, f", tta={self.tta}" if self.tta else ""
+        return (
+            f"Evaluation({str(trained.run)!r}, split={self.split}{flip}: accuracy "
+            f"{self.accuracy:.2%}, loss {self.loss:.4f}, {len(self.images):,} images;\n"
+            f"  {trained.checkpoint.name} on {trained.backend}, {trained.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = (
+            [f"{v:.4f}" if isinstance(v, float) else v for v in c.values()] for c in self.classes
+        )
+        names = self.trained.data.classes
+        picture = pictures.png(pictures.confusion(self.outcome.confusion, names))
+        head = ("class", "images", "precision", "recall", "f1")
+        return f"<pre>{html.escape(repr(self))}</pre>{table_html(head, rows)}{png_html(picture)}"
+
+    def write(self, folder: str | os.PathLike[str]) -> list[Path]:
         """evaluation.json, confusion.png and mistakes.png, if any were made; the files."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         trained, names = self.trained, self.trained.data.classes
         write_json(
@@ -111,24 +133,25 @@ class Evaluation:
         return [folder / name for name in ("evaluation.json", *drawn)]
 
 
+@interruptible
 def evaluate(
-    run: str | Path,
+    run: str | os.PathLike[str],
     *,
-    checkpoint: str = "best",
+    checkpoint: str | os.PathLike[str] = "best",
     split: Literal["test", "val"] = "test",
-    backend: DictConfig | None = None,
+    backend: str | DictConfig | None = None,
     tta: Literal["flip"] | None = None,
     precision: Precision | None = None,
     device: Device = "auto",
-    root: str | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """Show a run's network all images of a split, and add up what it says.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or a Result.
         checkpoint: best, last, or a file.
         split: The test set, or the part of the training set that the run validated with.
-        backend: A node of a config; None: the run's own.
+        backend: A choice by name, or a node of a config; None: the run's own.
         tta: flip: the mean of the answers to an image and to its mirror image.
         precision: As `trainer.precision`; None: the run's own.
         device: cpu, cuda, mps, or auto: a GPU where there is one.

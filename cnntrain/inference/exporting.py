@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import cnntrain
 from cnntrain.config import ConfigError
 from cnntrain.inference.trained import Trained, load_trained
+from cnntrain.interruption import interruptible
 from cnntrain.notebook import OneLine
 from cnntrain.training.building import build_network
 from cnntrain.training.checkpoints import shape_differences
@@ -50,13 +51,14 @@ class Exported:
     answers: int  # images that both take for the same
 
 
+@interruptible
 def export(
-    run: str | Path,
+    run: str | os.PathLike[str],
     format: Format,
     *,
-    checkpoint: str = "best",
-    root: str | None = None,
-    folder: Path | None = None,
+    checkpoint: str | os.PathLike[str] = "best",
+    root: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Exported:
     """Write a run's network into `folder`, by default the run's folder export/.
 
@@ -71,7 +73,7 @@ def export(
     than nn.Conv2d's is exported as it computes.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or a Result.
         format: onnx, or torch: a program of torch.export.
         checkpoint: best, last, or a file.
         root: The data set's folder, where that is not the one that the run had.
@@ -95,8 +97,9 @@ def check_installed(format: Format) -> None:
         )
 
 
-def export_trained(trained: Trained, format: Format, folder: Path) -> Exported:
+def export_trained(trained: Trained, format: Format, folder: str | os.PathLike[str]) -> Exported:
     """As `export`, of a network that is loaded on the CPU."""
+    folder = Path(folder)
     data = trained.data
     images = data.val_loader().rows(torch.arange(min(max(BATCHES), data.val_size)))
     # Not `convert`, which refuses a convolution of somebody's own that computes in its own way.

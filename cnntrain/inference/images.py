@@ -1,19 +1,25 @@
-"""Pictures from files, of any size and kind, as a network was trained on them."""
+"""Pictures from files and arrays, of any size and kind, as a network was trained on them."""
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cnntrain.config import ConfigError
 from cnntrain.data.idx import GZIP_MAGIC, DataError, parse_idx, read_bytes
 
 PICTURES = (".png", ".jpg", ".jpeg")
 IDX = (".idx", "-ubyte", ".idx.gz", "-ubyte.gz")
 LARGEST_IDX = 2**32  # bytes
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+
+Given = Path | tuple[str, Image.Image]  # a file or folder; or a picture in memory and its name
 
 
 class Unreadable(Exception):
@@ -82,6 +88,83 @@ def read_pictures(
         raise Unreadable(said or "does not fit into the memory") from error
 
 
+def given_pictures(images: Any, name: str = "images") -> Iterator[Given]:
+    """All pictures in what `predict` was given, arrays as PIL images.
+
+    Raises ConfigError for an object that is no picture, or an array whose shape, dtype or values
+    leave open what it shows.
+    """
+    if isinstance(images, (str, os.PathLike)):
+        if not os.fspath(images):
+            raise ConfigError([f"{name}=: there is no such file"])
+        yield Path(images)
+    elif isinstance(images, Image.Image):
+        yield getattr(images, "filename", "") or name, images
+    elif hasattr(images, "__array__"):
+        pixels = _channels_last(images, name)
+        for i, one in enumerate(pixels):
+            image = Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one)
+            yield name if len(pixels) == 1 else f"{name}[{i}]", image
+    elif isinstance(images, Iterable):
+        for i, one in enumerate(images):
+            yield from given_pictures(one, f"{name}[{i}]")
+    else:
+        kinds = "a path, a PIL image, an array, a tensor, or a list of these"
+        raise ConfigError([f"{name}: is {type(images).__name__}; give {kinds}"])
+
+
+def _channels_last(images: Any, name: str) -> np.ndarray:
+    """One or several images in an array or tensor as uint8 (N, H, W, C), C in CHANNELS."""
+    tensor = isinstance(images, torch.Tensor)
+    if tensor:
+        images = images.detach().cpu()
+        images = images.float() if images.is_floating_point() else images
+    array = np.asarray(images)
+    shape, what = array.shape, f"{name}: {'tensor' if tensor else 'array'} of shape {array.shape}"
+    first = len(shape) > 2 and shape[-3] in CHANNELS
+    last = len(shape) > 2 and shape[-1] in CHANNELS
+    stack = "several images are (N, H, W, C) or (N, C, H, W)"
+    if array.size == 0:
+        raise ConfigError([f"{what}: has no pixel"])
+    if array.ndim == 2:
+        array = array[None, ..., None]
+    elif array.ndim == 3 and first and tensor:
+        array = array.transpose(1, 2, 0)[None]
+    elif array.ndim == 3 and last:
+        array = array[None]
+    elif array.ndim == 3 and not tensor and shape[0] not in CHANNELS[1:]:
+        array = array[..., None]  # grey images (N, H, W)
+    elif array.ndim == 4 and first and (tensor or not last):
+        array = array.transpose(0, 2, 3, 1)
+    elif array.ndim == 3 and first:
+        stacks = f"{(1, *shape)} or {(shape[0], 1, *shape[1:])}"
+        raise ConfigError([f"{what}: is one image or {shape[0]} grey ones; give {stacks}"])
+    elif array.ndim != 4 or first or not last:
+        one = "(C, H, W)" if tensor else "(H, W, C)"
+        raise ConfigError([f"{what}: one image is (H, W) or {one}, with C of 1, 3 or 4; {stack}"])
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    integers = np.issubdtype(array.dtype, np.integer)
+    if not integers and not np.issubdtype(array.dtype, np.floating):
+        raise ConfigError([f"{what}: is of {array.dtype}; give uint8, or floats from 0 to 1"])
+    low, high, top = array.min(), array.max(), 255 if integers else 1
+    if not (low >= 0 and high <= top):  # NaN included
+        kind = "integers are from 0 to 255" if integers else "floats from 0 to 1"
+        raise ConfigError([f"{what}: has values from {low:.4g} to {high:.4g}; {kind}"])
+    return (array if integers else (array * 255.0).round()).astype(np.uint8)
+
+
+def memory_picture(
+    name: str, image: Image.Image, shape: tuple[int, int, int], *, invert: bool, max_pixels: int
+) -> Picture:
+    """A picture in memory, `fitted`. Raises Unreadable as `read_pictures` does."""
+    try:
+        _limit(*image.size, max_pixels)
+        return Picture(Path(name), None, fitted(_upright(image), shape, invert))
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:
+        raise Unreadable(str(error).split("\n")[0] or "cannot be decoded") from error
+
+
 def _idx(file: Path, max_pixels: int) -> np.ndarray:
     """uint8 (N, H, W)."""
     if file.stat().st_size > LARGEST_IDX:
@@ -108,12 +191,16 @@ def _opened(file: Path, max_pixels: int) -> Image.Image:
             image = Image.open(file, formats=["PNG", "JPEG"])
             _limit(*image.size, max_pixels)
             image.load()
-            try:
-                return ImageOps.exif_transpose(image)
-            except Exception:  # of many classes: EXIF that is damaged; the picture itself is not
-                return image
+            return _upright(image)
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of many classes: EXIF that is damaged; the picture itself is not
+        return image
 
 
 def _limit(width: int, height: int, max_pixels: int) -> None:

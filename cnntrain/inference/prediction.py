@@ -1,25 +1,46 @@
 """What a trained network takes pictures for: `cnntrain predict`."""
 
+import html
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 from pydantic import PositiveInt
 
 from cnntrain import pictures
 from cnntrain.config import ConfigError
-from cnntrain.inference.images import Picture, Unreadable, picture_files, read_pictures
+from cnntrain.inference.images import (
+    Given,
+    Picture,
+    Unreadable,
+    given_pictures,
+    memory_picture,
+    picture_files,
+    read_pictures,
+)
 from cnntrain.inference.trained import Device, Trained, load_trained
+from cnntrain.interruption import interruptible
 from cnntrain.models.inside import evaluating
+from cnntrain.notebook import png_html, table_html
 
 BATCH = 256
 DRAWN = 80  # pictures in the grid
+SHOWN = 20  # of a list, in a notebook
+
+
+class Array(Protocol):
+    """What NumPy takes for an array: ndarray, torch.Tensor and others."""
+
+    def __array__(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,19 @@ class Prediction:
     pixels: np.ndarray | None = None  # uint8 (C, H, W), as the network saw it
     error: str | None = None
 
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in self.classes)
+        return f"Prediction({self.name!r}: {self.error or shares})"
+
+    def _repr_html_(self) -> str:
+        seen = ""
+        if self.pixels is not None:
+            tile = torch.tensor(self.pixels[None])
+            seen = png_html(pictures.png(pictures.grid(pictures.in_colour(tile), 1)))
+        rows = ((name, f"{share:.1%}") for name, share in self.classes)
+        said = f"<br>{html.escape(self.error)}" if self.error else table_html([], rows)
+        return f"<div>{html.escape(self.name)}<br>{seen}{said}</div>"
+
     def json(self) -> str:
         """One line."""
         if self.error:
@@ -39,40 +73,64 @@ class Prediction:
         return json.dumps({"image": self.name, "predictions": answers})
 
 
+class Predictions(list[Prediction]):
+    """A list that a notebook shows with its first pictures."""
+
+    def _repr_html_(self) -> str:
+        more = f"... and {len(self) - SHOWN:,} more" if len(self) > SHOWN else ""
+        return "".join(one._repr_html_() for one in self[:SHOWN]) + more
+
+
+@interruptible
 def predict(
-    run: str | Path,
-    images: str | list[str],
+    run: str | os.PathLike[str],
+    images: str | os.PathLike[str] | Image.Image | Array | Iterable[Any],
     *,
     top: PositiveInt = 3,
     invert: bool = False,
-    checkpoint: str = "best",
-    backend: DictConfig | None = None,
+    checkpoint: str | os.PathLike[str] = "best",
+    backend: str | DictConfig | None = None,
     device: Device = "auto",
     max_pixels: PositiveInt = 100_000_000,
-) -> Iterator[Prediction]:
-    """Show a run's network pictures of any size and kind.
+) -> Predictions:
+    """The classes of pictures of any size and kind by a run's network, in their order.
+
+    An array or tensor holds uint8 from 0 to 255, or floats from 0 to 1, not normalised. One image
+    is (H, W), or (H, W, C) in an array and (C, H, W) in a tensor; several are (N, C, H, W) or
+    (N, H, W, C), in an array also (N, H, W). C is 1, 3 or 4: grey, RGB, RGBA.
 
     Args:
-        run: The run's folder.
-        images: PNG, JPEG and idx files, and folders with such.
+        run: The run's folder, or a Result.
+        images: A path of a PNG, JPEG or idx file or of a folder with such, a PIL image, an array,
+            a tensor, or an iterable of any of these.
         top: The most probable classes that are wanted of each.
         invert: Dark becomes light first: for what is dark on light.
         checkpoint: best, last, or a file.
-        backend: A node of a config; None: the run's own.
+        backend: A choice by name, or a node of a config; None: the run's own.
         device: cpu, cuda, mps, or auto: a GPU where there is one.
         max_pixels: A larger picture is not decoded.
 
     Raises:
-        ConfigError, CheckpointError: As `load_trained`; or a file or folder is not there.
+        ConfigError, CheckpointError: As `load_trained`; or a file or folder is not there, or an
+            array's shape, dtype or values are none of these.
     """
+    given = list(given_pictures(images))
+    paths = [one for one in given if isinstance(one, Path)]
+    if paths or not given:
+        files(paths)
     trained = load_trained(run, checkpoint, backend=backend, device=device)
-    return predictions(trained, files(images), top=top, invert=invert, max_pixels=max_pixels)
+    each = (one for item in given for one in _expanded(item))
+    return Predictions(predictions(trained, each, top=top, invert=invert, max_pixels=max_pixels))
 
 
-def files(images: str | list[str]) -> list[Path]:
+def _expanded(given: Given) -> list[Given]:
+    return [*picture_files(given)] if isinstance(given, Path) else [given]
+
+
+def files(images: str | Iterable[str | Path]) -> list[Path]:
     """All files with pictures that are named, or in folders that are; ConfigError if one is not
     there."""
-    named = [images] if isinstance(images, str) else list(images)
+    named = [images] if isinstance(images, str) else [str(name) for name in images]
     found: list[Path] = []
     problems = []
     for name in named:
@@ -88,7 +146,7 @@ def files(images: str | list[str]) -> list[Path]:
 
 
 def predictions(
-    trained: Trained, files: Iterable[Path], *, top: int, invert: bool, max_pixels: int
+    trained: Trained, files: Iterable[Given], *, top: int, invert: bool, max_pixels: int
 ) -> Iterator[Prediction]:
     """One for each picture, in their order; of a file that cannot be read, one with its `error`."""
     shape = trained.data.shape
@@ -108,13 +166,18 @@ def predictions(
 
 
 def _each(
-    files: Iterable[Path], shape: tuple[int, int, int], invert: bool, max_pixels: int
+    files: Iterable[Given], shape: tuple[int, int, int], invert: bool, max_pixels: int
 ) -> Iterator[Picture | Prediction]:
+    how: dict[str, Any] = {"invert": invert, "max_pixels": max_pixels}
     for file in files:
         try:
-            yield from read_pictures(file, shape, invert=invert, max_pixels=max_pixels)
+            if isinstance(file, Path):
+                yield from read_pictures(file, shape, **how)
+            else:
+                yield memory_picture(*file, shape, **how)
         except Unreadable as error:
-            yield Prediction(str(file), [], error=str(error))
+            name = str(file) if isinstance(file, Path) else file[0]
+            yield Prediction(name, [], error=str(error))
 
 
 def _classes(trained: Trained, shown: list[Picture], top: int) -> list[list[tuple[str, float]]]:

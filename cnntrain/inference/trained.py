@@ -1,5 +1,6 @@
 """What a run has left: its network with the weights of a checkpoint, and what it was trained on."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,7 @@ import torch
 from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
-from cnntrain.config import ConfigError, blame, build, check
+from cnntrain.config import ConfigError, blame, build, check, compose
 from cnntrain.config.rehearsal import rehearsal_problems
 from cnntrain.config.resume import CHECKPOINTS, begun
 from cnntrain.data import ImageData
@@ -47,17 +48,17 @@ class Trained:
 
 
 def load_trained(
-    run: str | Path,
-    checkpoint: str = "best",
+    run: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] = "best",
     *,
-    backend: DictConfig | None = None,
+    backend: str | DictConfig | None = None,
     device: Device = "auto",
-    root: str | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> Trained:
     """The network of the run in the folder `run`, on `backend`, whatever it was trained on.
 
-    `checkpoint` is best, last, or a file. `root` is the data set's folder where that is not the
-    one that the run had.
+    `checkpoint` is best, last, or a file. `backend` is a choice by name or a node of a config.
+    `root` is the data set's folder where that is not the one that the run had.
 
     Raises:
         ConfigError: There is no such run or checkpoint, or the network cannot be built.
@@ -71,7 +72,7 @@ def load_trained(
         if root is not None:
             if "root" not in cfg.data:
                 raise ConfigError([f"root={root}: the data set of this run has no folder"])
-            cfg.data.root = root
+            cfg.data.root = os.fspath(root)
     with blame("data"):
         data = build(cfg.data)
     network = build_network(cfg, data)
@@ -87,16 +88,16 @@ def load_trained(
     return Trained(folder, path, content["epoch"] + 1, cfg, data, network.eval().to(where), where)
 
 
-def _checkpoint(folder: Path, checkpoint: str) -> Path:
+def _checkpoint(folder: Path, checkpoint: str | os.PathLike[str]) -> Path:
     """The file; ConfigError if there is none."""
     if not begun(folder):
         home = "; ~ is not expanded there" if str(folder).startswith("~") else ""
         raise ConfigError([f"run={folder}: holds no run; name the folder of one{home}"])
-    if checkpoint not in NAMED:
+    if str(checkpoint) not in NAMED:
         if not Path(checkpoint).is_file():
             raise ConfigError([f"checkpoint={checkpoint}: is no file; take best, last, or a path"])
         return Path(checkpoint)
-    path = folder / CHECKPOINTS / NAMED[checkpoint]
+    path = folder / CHECKPOINTS / NAMED[str(checkpoint)]
     if not path.exists():
         others = sorted((folder / CHECKPOINTS).glob("*.ckpt"))
         there = ", ".join(map(str, others)) or "none: the run was not saved yet"
@@ -104,7 +105,7 @@ def _checkpoint(folder: Path, checkpoint: str) -> Path:
     return path
 
 
-def _config(path: Path, content: Content, backend: DictConfig | None) -> DictConfig:
+def _config(path: Path, content: Content, backend: str | DictConfig | None) -> DictConfig:
     """Of the run that has written a checkpoint, on another `backend` if one is given.
 
     It is checked as one that is typed: nothing that a stranger has put into it is called.
@@ -114,6 +115,8 @@ def _config(path: Path, content: Content, backend: DictConfig | None) -> DictCon
     if not whole or any(not isinstance(tensor, Tensor) for tensor in dict(weights or {}).values()):
         raise DamagedError(f"{path}: has no weights or no config in it")
     cfg = DictConfig(config)
+    if isinstance(backend, str):
+        backend = compose([f"backend={backend}"]).backend
     if backend is not None:
         with open_dict(cfg):
             cfg.backend = backend

@@ -52,12 +52,13 @@ class Collection:
         return {status: found[status] for status in STATUSES if found[status]}
 
 
-def collect(folder: Path, metric: str | None = None) -> Collection:
+def collect(folder: str | os.PathLike[str], metric: str | None = None) -> Collection:
     """The members that sweep.yaml names, or without it all runs below the folder.
 
     `metric` takes the place of the one that sweep.yaml ranks by, or that the runs monitored.
     Raises ConfigError if that is none, or if the folder is none or holds no run.
     """
+    folder = Path(folder)
     if metric is not None and metric not in METRICS:
         raise ConfigError([f"metric={metric}: is no metric; there is {', '.join(METRICS)}"])
     if not folder.is_dir():

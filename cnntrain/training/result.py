@@ -130,7 +130,7 @@ def logged(directory: Path) -> Iterator[None]:
         added = []
     shown = min((handler.level for handler in callers if _on_terminal(handler)), default=100)
     if shown > logging.INFO:
-        added.append(logging.StreamHandler(sys.stdout))
+        added.append(TerminalHandler(sys.stdout))
         added[-1].addFilter(lambda record: record.levelno < shown)
     for handler in added:
         logger.addHandler(handler)

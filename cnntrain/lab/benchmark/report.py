@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -192,8 +193,9 @@ class Report:
                     )
         return found
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: str | os.PathLike[str]) -> None:
         """results.csv, a row a line; results.json, with `meta`, `rows`, `sums` and `speedups`."""
+        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         rows = [row.flat() for row in self.rows]
         with (directory / "results.csv").open("w", newline="", encoding="utf-8") as file:

@@ -1,5 +1,8 @@
 """What a lesson leaves: text, and a picture."""
 
+import html
+import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,19 +10,32 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cnntrain.notebook import png_html
+
 INK, SOFT = "#333333", "#bbbbbb"
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """`text` is for the terminal; `draw` makes the picture that belongs to it."""
+    """`text` is for the terminal; `draw` makes the picture that belongs to it.
+
+    A notebook shows both.
+    """
 
     text: str
     draw: Callable[[], Figure]
 
-    def write(self, file: Path) -> None:
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        file = io.BytesIO()
+        self.draw().savefig(file, format="png", dpi=110)
+        return f"<pre>{html.escape(self.text)}</pre>{png_html(file.getvalue())}"
+
+    def write(self, file: str | os.PathLike[str]) -> None:
         """The picture, as PNG."""
-        file.parent.mkdir(parents=True, exist_ok=True)
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         self.draw().savefig(file, dpi=110)
 
 

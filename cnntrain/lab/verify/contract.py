@@ -115,7 +115,7 @@ def verify(
     short: bool = False,
     only: str = "",
     device: str = "cpu",
-    json: Path | None = None,
+    json: str | os.PathLike[str] | None = None,
     report: Callable | None = None,
 ) -> Report:
     """Check everything that a backend has to do as ``nn.Conv2d`` does it.
@@ -157,7 +157,7 @@ def verify(
     if not chosen:
         names = "; ".join(line for check in CHECKS for line in check.lines)
         raise ConfigError([f"only={only}: no check has this in its name; there is {names}"])
-    if json and (problem := _unwritable(json)):
+    if json and (problem := _unwritable(Path(json))):
         raise ConfigError([f"json={json}: {problem}"])
     subject = Subject(backend, cases or (200 if short else 1000), seed, short, _device(device))
     start, lines = time.perf_counter(), []
@@ -175,7 +175,7 @@ def verify(
     total = sum(len(check.lines) for check in CHECKS)
     found = Report(name, options, lines, time.perf_counter() - start, total)
     if json:
-        json.write_text(found.json() + "\n", encoding="utf-8")
+        Path(json).write_text(found.json() + "\n", encoding="utf-8")
     return found
 
 

@@ -1,5 +1,6 @@
 """What a folder of runs says, as files: a page with pictures, Markdown, CSV."""
 
+import os
 from pathlib import Path
 
 from cnntrain.atomic import replacing
@@ -10,8 +11,9 @@ from cnntrain.sweeps.switches import switches_markdown
 from cnntrain.sweeps.tables import group_csv, markdown
 
 
-def write_report(collection: Collection, folder: Path) -> list[Path]:
+def write_report(collection: Collection, folder: str | os.PathLike[str]) -> list[Path]:
     """Write report.html, report.md and report.csv; returns their paths. Raises OSError."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "report.html": page(collection, folder),
