@@ -4,14 +4,13 @@ Nothing here imports torch: a signal may come while that is imported.
 """
 
 import contextlib
-import functools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal
 
 from cnntrain.notebook import OneLine
 
@@ -23,9 +22,6 @@ NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 Answer = Literal["leave", "raise", "note"]
-
-Parameters = ParamSpec("Parameters")
-Returned = TypeVar("Returned")
 
 
 class Interrupted(BaseException):
@@ -53,12 +49,9 @@ class InterruptedCall(OneLine, Interrupted, KeyboardInterrupt):
 
 
 class InterruptedScript(InterruptedCall, SystemExit):
-    """In a script, which ends with the exit code of the signal and without a traceback, unless
-    it catches KeyboardInterrupt."""
+    """Uncaught, it ends a script with the exit code of the signal and without a traceback."""
 
-    def __init__(self, signum: int, hint: str = ""):
-        super().__init__(signum, hint)
-        self.code = self.exit_code
+    code = Interrupted.exit_code
 
 
 class Interruption:
@@ -146,26 +139,17 @@ def watching(answer: Answer = "raise") -> Iterator[None]:
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 
 
-def call_interrupted(error: Interrupted, hint: str = "") -> InterruptedCall:
-    """What to raise from a function called from Python, by a script or in an interactive session.
+@contextlib.contextmanager
+def interruptible(hint: str = "") -> Iterator[None]:
+    """For a function called from Python: after a signal, raise what its caller shows as one line.
 
-    For a script the message is printed here: Python prints nothing for a SystemExit.
+    A decorator as well. The error starts with the message and ends with `hint`.
     """
-    if hasattr(sys, "ps1"):  # a notebook, IPython or Python's own prompt: it must not be closed
-        return InterruptedCall(error.signal, hint)
-    print(f"cnntrain: interrupted by {error.signal.name}{hint}", file=sys.stderr)
-    return InterruptedScript(error.signal, hint)
-
-
-def interruptible(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-    """Let a function that is called from Python end in one line after a signal, as `train` does."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
-        try:
-            with watching():
-                return function(*args, **kwargs)
-        except Interrupted as error:
-            raise call_interrupted(error) from None
-
-    return wrapper
+    try:
+        with watching():
+            yield
+    except Interrupted as error:
+        if hasattr(sys, "ps1"):  # a notebook, IPython or Python's own prompt: it must not be closed
+            raise InterruptedCall(error.signal, hint) from None
+        print(f"cnntrain: interrupted by {error.signal.name}{hint}", file=sys.stderr)
+        raise InterruptedScript(error.signal, hint) from None

@@ -145,7 +145,8 @@ def test_benchmark_writes_its_ratios(tmp_path: Path) -> None:
         assert float(row["to_bare"]) == pytest.approx(ratio, abs=2e-3, rel=2e-3)
 
 
-def test_readme_python() -> None:
+def test_readme_python(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
     assert blocks
     for block in blocks:

@@ -27,6 +27,7 @@ from cnntrain.training.outcome import Outcome
 from cnntrain.training.trainer import Precision
 
 MISTAKES = 40  # the worst, shown and listed
+SHOWN = 100  # classes in a notebook; the confusion of more is not drawn there
 
 
 class Flipped(nn.Module):
@@ -93,13 +94,15 @@ class Evaluation:
         )
 
     def _repr_html_(self) -> str:
-        rows = (
-            [f"{v:.4f}" if isinstance(v, float) else v for v in c.values()] for c in self.classes
-        )
-        names = self.trained.data.classes
-        picture = pictures.png(pictures.confusion(self.outcome.confusion, names))
-        head = ("class", "images", "precision", "recall", "f1")
-        return f"<pre>{html.escape(repr(self))}</pre>{table_html(head, rows)}{png_html(picture)}"
+        names, picture = self.trained.data.classes, ""
+        rows = [
+            [f"{value:.4f}" if isinstance(value, float) else value for value in row.values()]
+            for row in self.classes[:SHOWN]
+        ]
+        if len(names) <= SHOWN:
+            picture = png_html(pictures.png(pictures.confusion(self.outcome.confusion, names)))
+        head = ("class", "images", "precision", "recall", "F1")
+        return f"<pre>{html.escape(repr(self))}</pre>{table_html(head, rows)}{picture}"
 
     def write(self, folder: str | os.PathLike[str]) -> list[Path]:
         """evaluation.json, confusion.png and mistakes.png, if any were made; the files."""
@@ -133,7 +136,7 @@ class Evaluation:
         return [folder / name for name in ("evaluation.json", *drawn)]
 
 
-@interruptible
+@interruptible()
 def evaluate(
     run: str | os.PathLike[str],
     *,

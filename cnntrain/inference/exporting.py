@@ -51,7 +51,7 @@ class Exported:
     answers: int  # images that both take for the same
 
 
-@interruptible
+@interruptible()
 def export(
     run: str | os.PathLike[str],
     format: Format,

@@ -62,14 +62,19 @@ def _named_as_pictures(file: Path) -> bool:
 
 
 def read_pictures(
-    file: Path, shape: tuple[int, int, int], *, invert: bool, max_pixels: int
+    given: Given, shape: tuple[int, int, int], *, invert: bool, max_pixels: int
 ) -> Iterator[Picture]:
-    """All pictures in a PNG, JPEG or idx file, each `fitted`.
+    """All pictures in a PNG, JPEG or idx file, or the one in memory, each `fitted`.
 
     Raises:
         Unreadable: It is damaged, of another kind, or beyond `max_pixels`.
     """
+    file = given if isinstance(given, Path) else Path(given[0])
     try:
+        if not isinstance(given, Path):
+            _limit(*given[1].size, max_pixels)
+            yield Picture(file, None, fitted(_upright(given[1]), shape, invert))
+            return
         if file.is_dir():
             raise Unreadable("a folder that cannot be looked into")
         with file.open("rb") as stream:
@@ -96,7 +101,7 @@ def given_pictures(images: Any, name: str = "images") -> Iterator[Given]:
     """
     if isinstance(images, (str, os.PathLike)):
         if not os.fspath(images):
-            raise ConfigError([f"{name}=: there is no such file"])
+            raise ConfigError(["images=: there is no such file"])
         yield Path(images)
     elif isinstance(images, Image.Image):
         yield getattr(images, "filename", "") or name, images
@@ -120,49 +125,22 @@ def _channels_last(images: Any, name: str) -> np.ndarray:
         images = images.detach().cpu()
         images = images.float() if images.is_floating_point() else images
     array = np.asarray(images)
-    shape, what = array.shape, f"{name}: {'tensor' if tensor else 'array'} of shape {array.shape}"
-    first = len(shape) > 2 and shape[-3] in CHANNELS
-    last = len(shape) > 2 and shape[-1] in CHANNELS
-    stack = "several images are (N, H, W, C) or (N, C, H, W)"
-    if array.size == 0:
-        raise ConfigError([f"{what}: has no pixel"])
-    if array.ndim == 2:
-        array = array[None, ..., None]
-    elif array.ndim == 3 and first and tensor:
-        array = array.transpose(1, 2, 0)[None]
-    elif array.ndim == 3 and last:
-        array = array[None]
-    elif array.ndim == 3 and not tensor and shape[0] not in CHANNELS[1:]:
-        array = array[..., None]  # grey images (N, H, W)
-    elif array.ndim == 4 and first and (tensor or not last):
-        array = array.transpose(0, 2, 3, 1)
-    elif array.ndim == 3 and first:
-        stacks = f"{(1, *shape)} or {(shape[0], 1, *shape[1:])}"
-        raise ConfigError([f"{what}: is one image or {shape[0]} grey ones; give {stacks}"])
-    elif array.ndim != 4 or first or not last:
-        one = "(C, H, W)" if tensor else "(H, W, C)"
-        raise ConfigError([f"{what}: one image is (H, W) or {one}, with C of 1, 3 or 4; {stack}"])
-    if array.dtype == bool:
-        return array.astype(np.uint8) * np.uint8(255)
-    integers = np.issubdtype(array.dtype, np.integer)
-    if not integers and not np.issubdtype(array.dtype, np.floating):
-        raise ConfigError([f"{what}: is of {array.dtype}; give uint8, or floats from 0 to 1"])
-    low, high, top = array.min(), array.max(), 255 if integers else 1
-    if not (low >= 0 and high <= top):  # NaN included
-        kind = "integers are from 0 to 255" if integers else "floats from 0 to 1"
-        raise ConfigError([f"{what}: has values from {low:.4g} to {high:.4g}; {kind}"])
-    return (array if integers else (array * 255.0).round()).astype(np.uint8)
-
-
-def memory_picture(
-    name: str, image: Image.Image, shape: tuple[int, int, int], *, invert: bool, max_pixels: int
-) -> Picture:
-    """A picture in memory, `fitted`. Raises Unreadable as `read_pictures` does."""
-    try:
-        _limit(*image.size, max_pixels)
-        return Picture(Path(name), None, fitted(_upright(image), shape, invert))
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        raise Unreadable(str(error).split("\n")[0] or "cannot be decoded") from error
+    what = f"{name}: {'tensor' if tensor else 'array'} of {array.dtype}, shape {array.shape}"
+    # Whether the first or the last dimension of an image can be its channels.
+    first, last = (array.ndim in (3, 4) and array.shape[i] in CHANNELS for i in (-3, -1))
+    several = array.ndim == 3 and not (tensor or last or array.shape[0] in CHANNELS[1:])
+    if array.ndim == 2 or several:
+        array = array[..., None]
+    elif first and (tensor or (array.ndim == 4 and not last)):
+        array = np.moveaxis(array, -3, -1)
+    elif not last or (first and array.ndim == 4):
+        shapes = f"(H, W) or {'(C, H, W)' if tensor else '(H, W, C)'}; several are (N, C, H, W)"
+        raise ConfigError([f"{what}: the shape of one image is {shapes}; C is 1, 3 or 4"])
+    kind, top = array.dtype.kind, 1 if array.dtype.kind in "bf" else 255
+    # NaN is rejected as well.
+    if not array.size or kind not in "buif" or not (array.min() >= 0 and array.max() <= top):
+        raise ConfigError([f"{what}: give integers from 0 to 255 or floats from 0 to 1"])
+    return (array * (255 / top)).round().astype(np.uint8).reshape(-1, *array.shape[-3:])
 
 
 def _idx(file: Path, max_pixels: int) -> np.ndarray:

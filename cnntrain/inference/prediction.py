@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from pydantic import PositiveInt
 
 from cnntrain import pictures
@@ -23,7 +22,6 @@ from cnntrain.inference.images import (
     Picture,
     Unreadable,
     given_pictures,
-    memory_picture,
     picture_files,
     read_pictures,
 )
@@ -35,12 +33,6 @@ from cnntrain.notebook import png_html, table_html
 BATCH = 256
 DRAWN = 80  # pictures in the grid
 SHOWN = 20  # of a list, in a notebook
-
-
-class Array(Protocol):
-    """What NumPy takes for an array: ndarray, torch.Tensor and others."""
-
-    def __array__(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -81,10 +73,10 @@ class Predictions(list[Prediction]):
         return "".join(one._repr_html_() for one in self[:SHOWN]) + more
 
 
-@interruptible
+@interruptible()
 def predict(
     run: str | os.PathLike[str],
-    images: str | os.PathLike[str] | Image.Image | Array | Iterable[Any],
+    images: Any,
     *,
     top: PositiveInt = 3,
     invert: bool = False,
@@ -117,14 +109,14 @@ def predict(
     given = list(given_pictures(images))
     paths = [one for one in given if isinstance(one, Path)]
     if paths or not given:
-        files(paths)
+        files(paths)  # all are there
+    each = (
+        picture
+        for one in given
+        for picture in (picture_files(one) if isinstance(one, Path) else [one])
+    )
     trained = load_trained(run, checkpoint, backend=backend, device=device)
-    each = (one for item in given for one in _expanded(item))
     return Predictions(predictions(trained, each, top=top, invert=invert, max_pixels=max_pixels))
-
-
-def _expanded(given: Given) -> list[Given]:
-    return [*picture_files(given)] if isinstance(given, Path) else [given]
 
 
 def files(images: str | Iterable[str | Path]) -> list[Path]:
@@ -168,16 +160,12 @@ def predictions(
 def _each(
     files: Iterable[Given], shape: tuple[int, int, int], invert: bool, max_pixels: int
 ) -> Iterator[Picture | Prediction]:
-    how: dict[str, Any] = {"invert": invert, "max_pixels": max_pixels}
     for file in files:
         try:
-            if isinstance(file, Path):
-                yield from read_pictures(file, shape, **how)
-            else:
-                yield memory_picture(*file, shape, **how)
+            yield from read_pictures(file, shape, invert=invert, max_pixels=max_pixels)
         except Unreadable as error:
-            name = str(file) if isinstance(file, Path) else file[0]
-            yield Prediction(name, [], error=str(error))
+            name = file if isinstance(file, Path) else file[0]
+            yield Prediction(str(name), [], error=str(error))
 
 
 def _classes(trained: Trained, shown: list[Picture], top: int) -> list[list[tuple[str, float]]]:

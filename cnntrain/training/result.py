@@ -6,10 +6,11 @@ import io
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import figure
@@ -17,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from cnntrain.notebook import png_html, table_html
+from cnntrain.terminal import TerminalHandler
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,25 @@ class Result:
         """
         return self.load()
 
+    @classmethod
+    def of(
+        cls, recorded: Mapping[str, Any], directory: Path, load: Callable[[], nn.Module]
+    ) -> "Result":
+        """From what result.json records of a completed run, and its metrics.csv."""
+        history = {}
+        # A damaged metrics.csv does not take the rest away.
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            with (directory / "metrics.csv").open(newline="", encoding="utf-8") as lines:
+                rows = list(csv.DictReader(lines))
+            names = [name for name in rows[0] if any(row[name] for row in rows)]
+            kinds = {"epoch": int, "step": int}
+            history = {
+                name: np.array([row[name] or "nan" for row in rows]).astype(kinds.get(name, float))
+                for name in names
+            }
+        timings = recorded["timings"]
+        return cls(recorded["metrics"], directory, **timings, history=history, load=load)
+
     def __fspath__(self) -> str:
         return str(self.directory)
 
@@ -91,24 +112,6 @@ class Result:
             f"run directory   {self.directory}\n"
             f"TensorBoard     tensorboard --logdir {shlex.quote(str(self.directory))}"
         )
-
-
-def read_history(file: Path) -> dict[str, np.ndarray]:
-    """metrics.csv as arrays (epochs,): epoch and step as integers, the others as float64.
-
-    Columns without a value are left out; nothing is left of a file that is gone or damaged.
-    """
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-        columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
-    except (OSError, ValueError, IndexError):
-        return {}
-    return {
-        name: values.astype(int) if name in ("epoch", "step") else values
-        for name, values in columns.items()
-        if not np.isnan(values).all()
-    }
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from cnntrain.config import (
 )
 from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
 from cnntrain.data import ImageData
-from cnntrain.interruption import Interrupted, call_interrupted, interruption, watching
+from cnntrain.interruption import interruptible, interruption, watching
 from cnntrain.launched import Place, launched
 from cnntrain.models import layer_table
 from cnntrain.terminal import UNLIMITED, table_text, width
@@ -39,7 +39,7 @@ from cnntrain.training.insights import Insights
 from cnntrain.training.memory import keep_freed_memory
 from cnntrain.training.profile import Profile
 from cnntrain.training.record import Record
-from cnntrain.training.result import Result, logged, read_history
+from cnntrain.training.result import Result, logged
 from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS, TensorBoard
 from cnntrain.training.trainer import Trainer, device_text
@@ -91,21 +91,14 @@ def train(
         problem = f"directory={path}: another run is training in this process; wait for it"
     if problem:
         raise ConfigError([problem])
+    callbacks = [*callbacks, *([Profile(path)] if cfg.get("profile") else [])]
+    how: dict[str, Any] = {"resume": resume, "callbacks": callbacks, "option": "directory"}
     try:
-        result = run_training(
-            cfg,
-            path,
-            resume=resume,
-            callbacks=[*callbacks, *([Profile(path)] if cfg.get("profile") else [])],
-            option="directory",
-            lines=logged(path),
-        )
-        with logged(path):
-            log.info(result.text())
-        return result
-    except Interrupted as error:
-        hint = f"; continue with train(cfg, {str(path)!r}, resume=True)"
-        raise call_interrupted(error, hint) from None
+        with interruptible(f"; continue with train(cfg, {str(path)!r}, resume=True)"):
+            result = run_training(cfg, path, lines=logged(path), **how)
+            with logged(path):
+                log.info(result.text())
+            return result
     finally:
         _one_run.release()
 
@@ -146,7 +139,7 @@ def run_training(
     with watching(), cores_shared(place), owned as run, lines or contextlib.nullcontext():
         if resume and (recorded := completed(directory, cfg)):
             log.info("already completed")
-            return _result(directory, recorded, lambda: _tested(directory, cfg, module))
+            return Result.of(recorded, directory, lambda: _tested(directory, cfg, module))
         saved = newest(directory / CHECKPOINTS) if resume else None
         if saved:
             _check(*saved, cfg, module)
@@ -176,12 +169,7 @@ def run_training(
             raise
         finally:
             interruption.before_leaving = None
-        return _result(directory, content, module.network.eval)
-
-
-def _result(directory: Path, recorded: Mapping[str, Any], load: Callable[[], nn.Module]) -> Result:
-    history = read_history(directory / "metrics.csv")
-    return Result(recorded["metrics"], directory, **recorded["timings"], history=history, load=load)
+        return Result.of(content, directory, module.network.cpu().eval)
 
 
 def _tested(directory: Path, cfg: DictConfig, module: Classifier) -> nn.Module:
