@@ -232,6 +232,8 @@ def test_messages_name_arguments(result: Result, tmp_path: Path) -> None:
             train(compose(options), directory)
         assert "hydra" not in str(caught.value)
         assert caught.value._render_traceback_() == [f"ConfigError: {caught.value}"]
+    with pytest.raises(ConfigError, match=r"^cfg: is list; give what compose\(\[...\]\) returns"):
+        train(FEW, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert not Path("~").exists()
 

@@ -162,6 +162,7 @@ def test_run_directory_is_the_whole_record(tmp_path: Path) -> None:
     assert files == {
         ".hydra",
         ".hydra/config.yaml",
+        ".hydra/overrides.yaml",
         ".lock",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
@@ -174,6 +175,7 @@ def test_run_directory_is_the_whole_record(tmp_path: Path) -> None:
         "projector/words.tsv",
         "projector_config.pbtxt",
         "result.json",
+        "train.log",
     }
     assert len(list(directory.glob("events*"))) == 1
 

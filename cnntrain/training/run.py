@@ -80,6 +80,8 @@ def train(
         ConfigError, CheckpointError, DataError, NotFinite, Pruned, ProcessLost, OSError: As
             `run_training`.
     """
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError([f"cfg: is {type(cfg).__name__}; give what compose([...]) returns"])
     path = Path(directory)
     wrong = folder_problem if resume else run_directory_problem
     problem = wrong(os.fspath(directory), "directory")
