@@ -77,8 +77,7 @@ def train(
         InterruptedCall: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved. It is a
             KeyboardInterrupt. A notebook shows it as one line; a script that does not catch it
             ends with one line and exit code 128 + signal.
-        ConfigError, CheckpointError, DataError, NotFinite, Pruned, ProcessLost, OSError: As
-            `run_training`.
+        As `run_training` apart from that.
     """
     if not isinstance(cfg, DictConfig):
         raise ConfigError([f"cfg: is {type(cfg).__name__}; give what compose([...]) returns"])
@@ -93,8 +92,8 @@ def train(
         problem = f"directory={path}: another run is training in this process; wait for it"
     if problem:
         raise ConfigError([problem])
-    callbacks = [*callbacks, *([Profile(path)] if cfg.get("profile") else [])]
-    how: dict[str, Any] = {"resume": resume, "callbacks": callbacks, "option": "directory"}
+    further = [*callbacks, *([Profile(path)] if cfg.get("profile") else [])]
+    how: dict[str, Any] = {"resume": resume, "callbacks": further, "option": "directory"}
     try:
         with interruptible(f"; continue with train(cfg, {str(path)!r}, resume=True)"):
             result = run_training(cfg, path, lines=logged(path), **how)
