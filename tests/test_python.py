@@ -85,7 +85,7 @@ def test_script(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "script.py", *FEW],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1"},  # as in a notebook
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
