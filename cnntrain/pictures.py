@@ -4,22 +4,24 @@ A picture is uint8 (H, W, 3), as TensorBoard and Pillow take it. Nothing here kn
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from matplotlib import color_sequences, colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 Picture = np.ndarray
 
 PAPER, INK = (255, 255, 255), (30, 30, 30)
-RIGHT, WRONG = (0, 110, 40), (180, 20, 20)  # of captions
 NEGATIVE, POSITIVE = (33, 102, 172), (178, 24, 43)  # the ends of ColorBrewer's RdBu
 GAP = 4  # pixels between tiles
 TEXT, LINE = 12, 15  # pixels: height of letters in a caption, and from line to line
+CHARACTERS = 26  # in a line of a caption
+SCALE = (0, 1, 5, 10, 25, 50, 75, 100)  # %: ticks of the confusion matrix's colour bar
 
 
 def signed(values: Tensor) -> Tensor:
@@ -31,6 +33,14 @@ def signed(values: Tensor) -> Tensor:
     share = values / (largest if largest > 0 else 1)  # -1 to 1
     shade = (share * 127).round().long() + 127
     return _shades()[:, shade.cpu()].movedim(0, -3)
+
+
+def legend(values: Tensor) -> str:
+    """What the colours of `signed` say."""
+    return (
+        "Red is positive, blue negative, white 0; full colour is "
+        f"±{float(values.abs().max()):.3g}, the same for all."
+    )
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -53,13 +63,10 @@ def enlarged(tiles: Tensor, size: int) -> Tensor:
     return repeated.flatten(-4, -3).flatten(-2)
 
 
-def grid(tiles: Tensor, columns: int, size: int = 56, gap: int = GAP) -> Picture:
-    """Tiles, uint8 (N, 3, H, W), side by side, each `enlarged`."""
-    tiles = F.pad(enlarged(tiles, size), (0, gap, 0, gap), value=255)
-    columns = min(columns, len(tiles))
-    rows = -(-len(tiles) // columns)
-    missing = tiles.new_full((rows * columns - len(tiles), *tiles.shape[1:]), 255)
-    sheet = torch.cat([tiles, missing]).unflatten(0, (rows, columns))  # (R, C, 3, H, W)
+def grid(tiles: Tensor, columns: int) -> Picture:
+    """Tiles, uint8 (N, 3, H, W), side by side in reading order, without gaps."""
+    missing = tiles.new_full((-len(tiles) % columns, *tiles.shape[1:]), 255)
+    sheet = torch.cat([tiles, missing]).unflatten(0, (-1, columns))  # (R, C, 3, H, W)
     return sheet.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy()
 
 
@@ -69,23 +76,27 @@ def captioned(
     *,
     columns: int = 8,
     size: int = 84,
-    colours: Sequence[tuple[int, int, int]] | None = None,
+    heading: str = "",
 ) -> Picture:
-    """Tiles, uint8 (N, 3, H, W), with a text below each, of one or several lines."""
+    """Tiles, uint8 (N, 3, H, W), with a text below each, and a heading above all of them.
+
+    Long lines of a text are wrapped, never cut.
+    """
     tiles = enlarged(tiles, size).cpu()
     height, width = tiles.shape[-2:]
-    inks = colours or [INK] * len(captions)
-    texts = [
-        [_written(line, ink) for line in text.split("\n")]
-        for text, ink in zip(captions, inks, strict=True)
-    ]
+    texts = [[_written(line) for line in _wrapped(text, CHARACTERS)] for text in captions]
     lines = max((len(text) for text in texts), default=0)
     cell_w = max([width, *(line.width for text in texts for line in text)]) + 3 * GAP
     cell_h = height + lines * LINE + 3 * GAP
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (min(columns, len(tiles)) * cell_w, rows * cell_h), PAPER)
+    across, rows = min(columns, len(tiles)) * cell_w, -(-len(tiles) // columns)
+    head = [_written(line) for line in _wrapped(heading, max(40, across // 7))]
+    top = len(head) * LINE + GAP if heading else 0
+    across = max([across, *(line.width + 2 * GAP for line in head)])
+    sheet = Image.new("RGB", (across, top + rows * cell_h), PAPER)
+    for i, line in enumerate(head):
+        sheet.paste(line, (GAP, GAP + i * LINE))
     for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
-        x, y = number % columns * cell_w, number // columns * cell_h
+        x, y = number % columns * cell_w, top + number // columns * cell_h
         image = Image.fromarray(tile.movedim(0, -1).contiguous().numpy())
         sheet.paste(image, (x + (cell_w - width) // 2, y + GAP))
         for i, line in enumerate(text):
@@ -93,47 +104,74 @@ def captioned(
     return np.asarray(sheet)
 
 
+def _wrapped(text: str, most: int) -> list[str]:
+    """Lines of at most so many characters."""
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, most)]
+
+
 @lru_cache(maxsize=1000)
-def _written(text: str, ink: tuple[int, int, int]) -> Image.Image:
+def _written(text: str) -> Image.Image:
     """A line of a caption. Most captions come again and again, and writing takes longer than all
     else about a picture."""
     font = _font(TEXT)
     strip = Image.new("RGB", (int(font.getlength(text)) + 1, LINE), PAPER)
-    ImageDraw.Draw(strip).text((0, 0), text, fill=ink, font=font)
+    ImageDraw.Draw(strip).text((0, 0), text, fill=INK, font=font)
     return strip
 
 
-def confusion(counts: Tensor, names: Sequence[str]) -> Picture:
-    """How often an image of a class (row) is taken for another (column): counts (K, K).
+def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
+    """A confusion matrix: how often an image of a class (row) is taken for another (column).
 
-    The shade is the share of the row. Where there are many classes, numbers and names are left out.
+    The colour is the share of the row's images, from 0 to 100 % on a square-root scale, as small
+    shares are what one looks for. Numbers and names are left out beyond 20 classes.
+
+    Args:
+        counts: Integers (K, K).
+        names: Of the K classes; long ones are shortened.
+        split: test or val, whose images are counted.
     """
     classes, font = len(names), _font(13)
     cell, numbered = (46, True) if classes <= 20 else (max(1, 920 // classes), False)
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+    part = "validation" if split == "val" else split
+    title = f"Confusion matrix of {int(counts.sum()):,} {part} images"
     margin = int(max(font.getlength(name) for name in names)) + 12 if numbered else 0
-    left, side = margin + 20, classes * cell
-    sheet = Image.new("RGB", (left + side + 4, side + margin + 24), PAPER)
+    left, top, side = margin + 24, 28, classes * cell
+    bar, tall = left + side + 24, max(side, 160)  # the colour bar
+    width = max(bar + 90, int(font.getlength(title)) + 12)
+    sheet = Image.new("RGB", (width, top + max(side + margin + 28, tall + 12)), PAPER)
     draw = ImageDraw.Draw(sheet)
+    draw.text((6, 5), title, fill=INK, font=font)
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu()
-    own = torch.eye(classes, dtype=torch.bool)
-    full = torch.where(own[..., None], torch.tensor(RIGHT), torch.tensor(WRONG))
-    paper = torch.tensor(PAPER)
-    shades = (paper + shares.sqrt()[..., None] * (full - paper)).round().to(torch.uint8)
-    cells = enlarged(shades.permute(2, 0, 1)[None], side)[0]
+    cells = enlarged(_shaded(shares).permute(2, 0, 1)[None], side)[0].clone()
     if cell >= 4:  # lines between them
         cells[:, cell - 1 :: cell] = cells[:, :, cell - 1 :: cell] = 255
-    sheet.paste(Image.fromarray(cells.permute(1, 2, 0).contiguous().numpy()), (left, 0))
+    sheet.paste(Image.fromarray(cells.permute(1, 2, 0).contiguous().numpy()), (left, top))
     for row, column in counts.cpu().nonzero().tolist() if numbered else ():
-        middle = (left + column * cell + cell // 2 - 1, row * cell + cell // 2 - 1)
-        ink = PAPER if shares[row, column] > 0.35 else INK
+        middle = (left + column * cell + cell // 2 - 1, top + row * cell + cell // 2 - 1)
+        ink = PAPER if shares[row, column] > 0.2 else INK
         text = str(int(counts[row, column]))
         draw.text(middle, text, fill=ink, font=_font(12), anchor="mm")
     for place, name in enumerate(names if numbered else ()):
-        draw.text((left - 6, place * cell + cell // 2), name, fill=INK, font=font, anchor="rm")
-        _upwards(sheet, name, (left + place * cell, side + 2), (margin, cell))
-    draw.text((left + side // 2, side + margin + 4), "predicted", fill=INK, font=font, anchor="ma")
-    _upwards(sheet, "true class", (0, side // 2 - 45), (90, 18))
+        draw.text((left - 6, top + place * cell + cell // 2), name, INK, font, anchor="rm")
+        _upwards(sheet, name, (left + place * cell, top + side + 2), (margin, cell))
+    bottom = top + side + margin + 4
+    draw.text((left + side // 2, bottom), "predicted class", INK, font, anchor="ma")
+    _upwards(sheet, "true class", (0, max(top, top + side // 2 - 45)), (90, 18))
+    shades = _shaded(torch.linspace(1, 0, tall).square()[:, None].expand(-1, 16))
+    sheet.paste(Image.fromarray(shades.numpy()), (bar, top))
+    for tick in SCALE:
+        y = top + round((1 - (tick / 100) ** 0.5) * (tall - 1))
+        draw.line((bar + 16, y, bar + 20, y), fill=INK)
+        draw.text((bar + 24, y), f"{tick} %", fill=INK, font=_font(12), anchor="lm")
+    _upwards(sheet, "share of the true class", (bar + 64, top + tall // 2 - 80), (160, 18))
     return np.asarray(sheet)
+
+
+def _shaded(shares: Tensor) -> Tensor:
+    """Shares from 0 to 1 as colours of a sequential map, uint8 (..., 3)."""
+    colours = torch.from_numpy(colormaps["magma_r"](np.linspace(0, 1, 256), bytes=True)[:, :3])
+    return colours[(shares.sqrt() * 255).round().long()]
 
 
 def _upwards(sheet: Image.Image, text: str, place: tuple[int, int], size: tuple[int, int]) -> None:
@@ -143,6 +181,21 @@ def _upwards(sheet: Image.Image, text: str, place: tuple[int, int], size: tuple[
     middle = (size[0] - 6, size[1] // 2)
     ImageDraw.Draw(strip).text(middle, text, fill=INK, font=_font(13), anchor="rm")
     sheet.paste(strip.rotate(90, expand=True), place)
+
+
+def framed(images: Tensor, labels: Sequence[int], classes: int) -> Tensor:
+    """Images, uint8 (N, 3, H, W), in frames of the colours of their classes.
+
+    Ten classes have colours that colour-blind readers can tell apart (Petroff 2021).
+    """
+    ten = color_sequences["petroff10"] if classes <= 10 else None
+    colours = np.array(ten or colormaps["turbo"](np.linspace(0, 1, classes))[:, :3]) * 255
+    width = max(2, max(images.shape[2:]) // 10)
+    height, across = (side + 2 * width for side in images.shape[2:])
+    frames = torch.from_numpy(colours.round().astype(np.uint8))[labels, :, None, None]
+    sheet = frames.repeat(1, 1, height, across)
+    sheet[:, :, width:-width, width:-width] = images
+    return sheet
 
 
 @cache

@@ -20,7 +20,7 @@ from test_training import load
 from cnntrain.config import ConfigError, build, compose, config_hash
 from cnntrain.config.resume import read_result
 from cnntrain.interruption import Interrupted, interruption
-from cnntrain.pictures import GAP
+from cnntrain.pictures import GAP, LINE
 from cnntrain.training import insights, train
 from cnntrain.training.checkpoints import Checkpoints
 from cnntrain.training.tensorboard import TensorBoard
@@ -127,8 +127,9 @@ def test_kernels_are_the_weights(events: EventAccumulator, answers: Any) -> None
     network, *_ = answers
     weight = network.features[0].weight.detach()[:, 0]  # (6, 5, 5)
     shown = picture(events, "kernels/features.0").astype(int)
-    side, cell = 55, 59  # five pixels of eleven, and the gap
-    assert shown.shape == (cell, 6 * cell, 3)
+    side, cell = 55, 67  # five pixels of eleven, and gaps
+    shown = shown[-(side + LINE + 3 * GAP) + GAP :, 6:]  # without its heading
+    assert shown.shape[1] == 6 * cell - 6
     largest = weight.abs().max()
     for k in range(6):
         for y in range(5):
@@ -150,15 +151,46 @@ def test_feature_maps_are_what_a_convolution_makes(
     with torch.no_grad():
         maps = network.features[0](images[rows])  # (4, 6, 28, 28)
     shown = picture(events, "features/features.0").astype(int)
-    cell = 2 * 28 + 4
-    assert shown.shape == (4 * cell, 7 * cell, 3)
+    across, cell = 68, 2 * 28 + LINE + 3 * GAP
+    shown = shown[-4 * cell + GAP :, 6:]  # without its heading
+    assert shown.shape[1] == 7 * across - 6
     raw = loader.images[rows, 0].numpy()
     assert (shown[0:56:2, 0:56:2, 0] == raw[0]).all()  # the image first
     share = (maps / maps.abs().max()).numpy()
     for i, c in [(0, 0), (1, 3), (3, 5)]:
-        tile = shown[i * cell : i * cell + 56 : 2, (c + 1) * cell : (c + 1) * cell + 56 : 2]
+        tile = shown[i * cell : i * cell + 56 : 2, (c + 1) * across : (c + 1) * across + 56 : 2]
         clear = np.abs(share[i, c]) > 0.05
         assert ((tile[..., 0] > tile[..., 2]) == (share[i, c] > 0))[clear].all()
+
+
+def test_pictures_say_what_their_colours_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of feature maps and kernels of any number of channels: every tile has a number."""
+    texts: list[tuple[list[str], str]] = []
+
+    def captioned(tiles: torch.Tensor, captions: list[str], **options: Any) -> np.ndarray:
+        assert len(tiles) == len(captions)
+        texts.append((captions, options["heading"]))
+        return np.zeros((1, 1, 3), np.uint8)
+
+    monkeypatch.setattr(insights.pictures, "captioned", captioned)
+    seen = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    insights._maps(torch.tensor([1.0, -2.5]).repeat(2, 20, 2, 1), seen)
+    insights._maps(torch.tensor([1.0, -2.5])[:, None, None].repeat(2, 20, 1, 1), seen)
+    insights._kernels(torch.tensor([1.0, -2.5]).repeat(80, 1, 2, 1))
+    insights._kernels(torch.tensor([1.0, -2.5]).repeat(3, 20, 2, 1))
+    insights._kernels(torch.tensor([1.0, -2.5]).repeat(3, 3, 2, 1))
+    maps, strips, grey, deep, colour = texts
+    signs = "Red is positive, blue negative, white 0; full colour is ±2.5, the same for all."
+    assert all(heading.endswith(signs) for _, heading in (maps, strips, grey, deep))
+    assert maps[0] == ["image", *map(str, range(16))] * 2
+    assert "(the first 16 of 20)" in maps[1]
+    assert strips == (["image 0", "image 1"], f"Channels 0 to 39 from left to right. {signs}")
+    assert grey[0] == [str(i) for i in range(64)]
+    assert "number of the kernel (the first 64 of 80)" in grey[1]
+    assert deep[0][14:18] == ["0, 14", "0, 15", "1, 0", "1, 1"]
+    assert "kernel, input channel (the first 16 of 20)" in deep[1]
+    assert colour[0] == ["0", "1", "2"]
+    assert "red, green and blue: -2.5 is dark, 1 is full" in colour[1]
 
 
 def test_the_batch_is_shown_as_it_was_augmented(events: EventAccumulator) -> None:
@@ -184,10 +216,16 @@ def test_the_projector_has_the_penultimate_layer(run: Path, answers: Any) -> Non
     names = build(compose(OPTIONS).data).classes
     assert [row["class"] for row in words] == [names[k] for k in labels]
     assert [row["predicted"] for row in words] == [names[k] for k in predicted]
-    sprite = np.asarray(Image.open(run / "projector/images.png"))
-    assert sprite.shape == (32 * 28, 32 * 28)  # grey
+    sprite = np.asarray(Image.open(run / "projector/images.png")).astype(int)
+    assert sprite.shape == (32 * 32, 32 * 32, 3)  # 28 pixels, and 2 of the frame on each side
     raw = build(compose(OPTIONS).data).test_loader().images[33, 0].numpy()
-    assert (sprite[28:56, 28:56] == raw).all()
+    tiles = sprite.reshape(32, 32, 32, 32, 3).swapaxes(1, 2).reshape(1024, 32, 32, 3)[:1000]
+    assert (tiles[33, 2:30, 2:30] == raw[..., None]).all()
+    frames = {int(k): tuple(tiles[i, 0, 0]) for i, k in enumerate(labels)}
+    assert all((tiles[i, :2] == frames[int(k)]).all() for i, k in enumerate(labels))
+    colours = np.array(list(frames.values()))  # of the classes: far apart, and no grey
+    apart = np.abs(colours[:, None] - colours[None]).sum(-1) + 999 * np.eye(10, dtype=int)
+    assert apart.min() > 30
 
 
 def test_config_environment_graph_and_charts(events: EventAccumulator, run: Path) -> None:
@@ -302,9 +340,9 @@ def test_other_kinds_of_networks_and_data(tmp_path: Path) -> None:
 def test_of_few_classes_more_images_are_shown(tmp_path: Path) -> None:
     train(compose(["experiment=strokes", "trainer.max_epochs=1"]), tmp_path / "run")
     maps = picture(read(tmp_path / "run"), "features/features.0", 0)
-    first = maps[:, : maps.shape[1] // 11]  # the drawing itself, then ten channels
-    side = len(first) // 4
-    rows = [first[i * side : i * side + side - GAP] for i in range(4)]
+    cell = 54 + LINE + 3 * GAP  # six pixels of nine, and the number of the channel
+    first = maps[-4 * cell + GAP :, 6 : 6 + 54]  # the drawing itself, before ten channels
+    rows = [first[i * cell : i * cell + 54] for i in range(4)]
     assert all(row.min() == 0 for row in rows)
     assert len({row.tobytes() for row in rows}) == 4
 

@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_window_says_every_number(options: dict, tmp_path: Path) -> None:
     formula = lines[1].split("=")[1].replace("floor", "int")
     assert eval(formula) == size[1]  # the numbers that are filled in
     plain = lesson.text.replace("[", " ").replace("]", " ")
-    block = plain.split("input, padded")[1].splitlines()[1 : 1 + found.padded.shape[1]]
+    block = plain.split("\ninput")[1].splitlines()[1 : 1 + found.padded.shape[1]]
     assert [[float(n) for n in line.split()] for line in block] == found.padded[0].tolist()
     last = plain.splitlines()[-size[1] :]
     assert [[float(n) for n in line.split()] for line in last] == found.output[-1].tolist()
@@ -190,6 +191,72 @@ def test_a_kernel_that_is_too_large_is_explained(options: dict, helps) -> None:
 def test_what_window_refuses(options: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         window(**options)
+
+
+def panels(**options: Any) -> dict[str, tuple[float, float]]:
+    """Where the titles of the lesson's picture stand, in pixels; all of them are inside it."""
+    figure = window(**options).draw()
+    figure.canvas.draw()
+    found = {}
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 <= box.y0
+        assert box.x1 <= figure.bbox.width
+        assert box.y1 <= figure.bbox.height
+        if text.get_fontsize() == 9 and text.get_ha() == "left":
+            assert text.get_text() not in found, "two panels have one title"
+            found[text.get_text()] = (box.x0, box.y0)
+    return found
+
+
+def test_a_row_of_panels_is_one_group() -> None:
+    two = panels(in_channels=4, groups=2, out_channels=4, kernel=2, size=3, padding=1)
+    for group, channels in enumerate(((0, 1), (2, 3))):
+        row = {f"input, padded, channel {c}" for c in channels}
+        row |= {f"output, channel {c}" for c in channels}
+        row |= {f"kernel {o}, channel {c}" for o in channels for c in channels}
+        below = f"kernels {channels[0]} to {channels[1]}, a row each"
+        assert row <= set(two)
+        others = [y for title, (_, y) in two.items() if title.endswith(f"channel {3 - group * 3}")]
+        for title in row:  # all above their product, and on one side of the other group
+            assert two[title][1] > two[below][1]
+            assert {two[title][1] > y for y in others} == {group == 0}
+    assert "columns of channels 2 to 3, one for each window" in two
+    assert "product, channels 2 to 3" in two
+    deep = panels(in_channels=6, groups=6, out_channels=6, kernel=1, size=2)
+    assert {f"input, channel {c}" for c in range(6)} <= set(deep)
+    assert {"kernel 5, as a row", "product, channel 5"} <= set(deep)
+
+
+@pytest.mark.parametrize(
+    ("options", "padded"),
+    [
+        ({}, False),
+        ({"padding": "valid"}, False),
+        ({"padding": "same", "kernel": 1}, False),
+        ({"padding": (0, 1)}, True),
+        ({"padding": "same", "kernel": 2}, True),  # on one side only
+    ],
+)
+def test_an_input_is_called_padded_where_it_is(options: dict, padded: bool) -> None:
+    name = "input, padded" if padded else "input"
+    assert {title for title in panels(**options) if title.startswith("input")} == {name}
+    assert f"\n{name}: window 0 in [ ]\n" in window(**options).text
+
+
+def test_patterns_have_one_scale_a_row_and_say_so() -> None:
+    figure = patterns().draw()
+    axes = np.array(figure.axes).reshape(3, 4)
+    for row, largest in ((1, 3), (2, 8)):
+        limits = {axes[row, column].images[0].get_clim() for column in (1, 2, 3)}
+        assert limits == {(-1.6 * largest, 1.6 * largest)}
+    inputs = [axes[0, 1], axes[0, 2], axes[0, 3], axes[1, 0], axes[2, 0]]
+    assert {one.images[0].get_clim() for one in inputs} == {(-1.6, 1.6)}
+    (note,) = axes[0, 0].texts
+    assert "the darkest red is 1 in" in note.get_text()
+    figure.canvas.draw()
+    box, place = note.get_window_extent(), axes[0, 1].get_window_extent()
+    assert 0 <= box.x0 < box.x1 < place.x0
 
 
 def test_cost_has_the_work_of_every_layer() -> None:

@@ -128,7 +128,8 @@ class Evaluation:
             },
         )
         (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier one
-        drawn = {"confusion.png": pictures.confusion(self.outcome.confusion, names)}
+        confusion = pictures.confusion(self.outcome.confusion, names, self.split)
+        drawn = {"confusion.png": confusion}
         if self.mistakes:
             drawn["mistakes.png"] = worst(self.outcome, self.images, names, MISTAKES)
         for name, picture in drawn.items():

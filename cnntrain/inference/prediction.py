@@ -185,7 +185,7 @@ def _classes(trained: Trained, shown: list[Picture], top: int) -> list[list[tupl
 def draw(found: list[Prediction], file: Path) -> None:
     """Pictures that were read, as the network saw them, with their class and its probability."""
     tiles = torch.from_numpy(np.stack([one.pixels for one in found if one.pixels is not None]))
-    texts = [f"{Path(one.name).name[-18:]}\n{_first(one)}" for one in found]
+    texts = [f"{Path(one.name).name}\n{_first(one)}" for one in found]
     columns = min(8, len(found))
     picture = pictures.captioned(pictures.in_colour(tiles), texts, columns=columns)
     file.write_bytes(pictures.png(picture))

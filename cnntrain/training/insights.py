@@ -192,7 +192,7 @@ class Insights(lightning.Callback):
         """What was taken for what."""
         names = self.data.classes
         if self.confusion:
-            picture = pictures.confusion(outcome.confusion, names)
+            picture = pictures.confusion(outcome.confusion, names, stage)
             self.board.picture(f"{stage}/confusion", picture, epoch)
         if self.mistakes and len(outcome.mistakes(MISTAKES)):
             picture = worst(outcome, loader.images, names, MISTAKES)
@@ -212,8 +212,11 @@ class Insights(lightning.Callback):
         step = -(-max(images.shape[2:]) // SPRITE)
         images = images[:, :, ::step, ::step]
         names = self.data.classes
-        answers = zip(outcome.labels[:count].tolist(), outcome.predicted.tolist(), strict=False)
+        labels = outcome.labels[:count].tolist()
+        answers = zip(labels, outcome.predicted.tolist(), strict=False)
         about = [(names[true], names[answer]) for true, answer in answers]
+        # TensorBoard colours nothing by itself: "Color by" is empty until it is chosen.
+        images = pictures.framed(images, labels, len(names))
         self.board.embed(points, ("class", "predicted"), about, images)
 
     def _examples(self, labels: Tensor) -> Tensor:
@@ -225,12 +228,13 @@ class Insights(lightning.Callback):
 
 
 def worst(outcome: Outcome, images: Tensor, names: Sequence[str], most: int) -> pictures.Picture:
-    """The most confident mistakes among images (N, C, H, W), uint8: what each was taken for, with
-    what confidence, and what it is."""
+    """The most confident mistakes among images (N, C, H, W), uint8: of each the predicted class
+    with its probability, and the true class."""
     wrong = outcome.mistakes(most)
     answers, labels = outcome.predicted.tolist(), outcome.labels.tolist()
     captions = [
-        f"{names[answers[i]]} {outcome.probabilities[i].max():.0%}\nis {names[labels[i]]}"
+        f"predicted {names[answers[i]]} {outcome.probabilities[i].max():.0%}\n"
+        f"true {names[labels[i]]}"
         for i in wrong.tolist()
     ]
     return pictures.captioned(pictures.in_colour(images[wrong.to(images.device)]), captions)
@@ -242,15 +246,26 @@ def _code(text: str) -> str:
 
 
 def _kernels(weight: Tensor) -> pictures.Picture:
-    """A tile for each kernel (out, in, H, W), in colour where it sees three channels, else one for
-    each of its channels; at most 64 rows and 16 columns."""
-    channels = weight.shape[1]
+    """Kernels (out, in, H, W) with their numbers, in colour where there are three input channels,
+    else a tile for each input channel; at most 64 kernels, and 16 input channels of each."""
+    kernels, channels = weight.shape[:2]
+    weight = weight[:64] if channels == 3 else weight[:64, :16]
+    shown = f" (the first {len(weight)} of {kernels})" if kernels > len(weight) else ""
+    numbers, columns, below = [str(i) for i in range(len(weight))], 16, "number of the kernel"
     if channels == 3:
         low, high = weight.amin(), weight.amax()
         tiles = ((weight - low) / (high - low).clamp(min=1e-12) * 255).to(torch.uint8)
-        return pictures.grid(tiles, 16)
-    tiles = pictures.signed(weight[:64, :16])
-    return pictures.grid(tiles.flatten(0, 1), 16 if channels == 1 else min(channels, 16))
+        legend = f"Weights as red, green and blue: {low:.3g} is dark, {high:.3g} is full."
+    else:
+        tiles, legend = pictures.signed(weight).flatten(0, 1), pictures.legend(weight)
+    if channels not in (1, 3):
+        seen = weight.shape[1]
+        numbers = [f"{number}, {channel}" for number in numbers for channel in range(seen)]
+        columns = seen * (16 // seen)
+        below = f"kernel{shown}, input channel"
+        shown = f" (the first {seen} of {channels})" if channels > seen else ""
+    heading = f"Below each: {below}{shown}. {legend}"
+    return pictures.captioned(tiles, numbers, columns=columns, size=56, heading=heading)
 
 
 def _maps(maps: Tensor, seen: Tensor) -> pictures.Picture:
@@ -258,10 +273,19 @@ def _maps(maps: Tensor, seen: Tensor) -> pictures.Picture:
 
     `seen` are the images as one sees them, (N, 3, H, W), uint8.
     """
+    channels = maps.shape[1]
     if maps.shape[2:] == (1, 1):  # all channels, as one strip of colours
-        strip = maps.reshape(len(maps), 1, -1).expand(-1, 4, -1)
-        return pictures.grid(pictures.signed(strip), 1, 900)
-    tiles = pictures.signed(maps[:, :CHANNELS])  # (N, C, 3, H, W)
+        strip = pictures.signed(maps.reshape(len(maps), 1, -1).expand(-1, 4, -1))
+        heading = f"Channels 0 to {channels - 1} from left to right. {pictures.legend(maps)}"
+        images = [f"image {i}" for i in range(len(maps))]
+        return pictures.captioned(strip, images, columns=1, size=900, heading=heading)
+    maps = maps[:, :CHANNELS]
+    tiles = pictures.signed(maps)  # (N, C, 3, H, W)
     first = F.interpolate(seen.float().cpu(), tiles.shape[3:], mode="area").to(torch.uint8)
     tiles = torch.cat([first[:, None], tiles], 1)
-    return pictures.grid(tiles.flatten(0, 1), tiles.shape[1])
+    captions = ["image", *map(str, range(maps.shape[1]))] * len(maps)
+    shown = f" (the first {CHANNELS} of {channels})" if channels > CHANNELS else ""
+    heading = f"Below each: number of the channel{shown}. {pictures.legend(maps)}"
+    return pictures.captioned(
+        tiles.flatten(0, 1), captions, columns=tiles.shape[1], size=56, heading=heading
+    )

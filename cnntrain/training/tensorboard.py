@@ -161,7 +161,7 @@ class TensorBoard(TensorBoardLogger):
         for name, rows in [("points", (map(str, row) for row in numbers)), ("words", words)]:
             lines = ("\t".join(row) + "\n" for row in rows)
             (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
-        sprite = grid(images, math.ceil(math.sqrt(len(images))), size=1, gap=0)
+        sprite = grid(images, math.ceil(math.sqrt(len(images))))
         (folder / "images.png").write_bytes(png(sprite))
         config = ProjectorConfig()
         embedding = config.embeddings.add(tensor_name="penultimate layer, test images")

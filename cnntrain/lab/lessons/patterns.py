@@ -5,7 +5,7 @@ from torch import Tensor, tensor
 
 from cnntrain.config import ConfigError
 from cnntrain.conv import BACKENDS
-from cnntrain.lab.lessons.lesson import Lesson, matrix, plain, show_matrix, side_by_side
+from cnntrain.lab.lessons.lesson import INK, Lesson, matrix, plain, show_matrix, side_by_side
 
 KERNELS = {
     "diagonal": [[0, 0, 1], [0, 1, 0], [1, 0, 0]],
@@ -62,12 +62,16 @@ def _draw(found: dict[tuple[str, str], Tensor]) -> Figure:
     figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots(len(IMAGES) + 1, len(KERNELS) + 1)
     axes[0, 0].set_axis_off()
-    axes[0, 0].text(0.5, 0.5, "each kernel on\neach image", ha="center", va="center", fontsize=11)
+    text = (
+        "each kernel on\neach image\n\nthe darkest red is 1 in\nimages and kernels, and\n"
+        "the largest number of\nits row in outputs"
+    )
+    axes[0, 0].text(0.5, 0.5, text, ha="center", va="center", fontsize=11, color=INK)
     for column, (name, kernel) in enumerate(KERNELS.items(), start=1):
         show_matrix(axes[0, column], kernel, f"kernel: {name}")
-    largest = max(maps.max().item() for maps in found.values())
     for row, image in enumerate(IMAGES, start=1):
         show_matrix(axes[row, 0], _pixels(IMAGES[image]), f"image: {image}")
+        largest = max(found[image, name].max().item() for name in KERNELS)
         for column, name in enumerate(KERNELS, start=1):
             maps = found[image, name]
             title = f"strongest: {plain(maps.max().item())}"

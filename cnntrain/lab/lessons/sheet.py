@@ -57,7 +57,8 @@ class Sheet:
 
     def line(self) -> None:
         """What comes next stands below."""
-        self.lines.append([])
+        if self.lines[-1]:
+            self.lines.append([])
 
     def figure(self, title: str) -> Figure:
         tall = [

@@ -1,5 +1,6 @@
 """Every number of an im2col: the padded input, a window, the column matrix, the product."""
 
+import math
 from collections.abc import Iterator
 
 from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def _lines(example: Example, position: int) -> Iterator[str]:
     taps = set(example.taps(position))
     for number, image in enumerate(example.padded):
         yield ""
-        yield _titled("input, padded", number, len(example.padded), f"window {position} in [ ]")
+        yield f"{_input(example, number)}: window {position} in [ ]"
         yield from _marked(image, taps)
     yield ""
     yield (
@@ -88,7 +89,7 @@ def _lines(example: Example, position: int) -> Iterator[str]:
         yield from _product(example, group, position)
     for number, image in enumerate(example.output):
         yield ""
-        yield _titled("output", number, len(example.output), "the product, row by row")
+        yield f"output{_channel(number, len(example.output))}: the product, row by row"
         width = example.output.shape[2]
         yield from _marked(image, {(position // width, position % width)})
 
@@ -119,32 +120,57 @@ def _marked(values: Tensor, marked: set[tuple[int, int]]) -> list[str]:
     ]
 
 
-def _titled(name: str, number: int, count: int, what: str) -> str:
-    return f"{name}, channel {number}: {what}" if count > 1 else f"{name}: {what}"
+def _input(example: Example, number: int) -> str:
+    """What a channel of the input is called: padded only where there is padding."""
+    padded = ", padded" if any(example.amounts) else ""
+    return f"input{padded}{_channel(number, len(example.padded))}"
+
+
+def _channel(number: int, count: int) -> str:
+    return f", channel {number}" if count > 1 else ""
+
+
+def _numbered(name: str, group: int, groups: int, count: int) -> str:
+    """A group's part of `count`: `kernel 2`, `channels 4 to 7`; no number where there is one."""
+    first, last = group * count // groups, (group + 1) * count // groups - 1
+    if first == last:
+        return f"{name} {first}" if count > 1 else name
+    return f"{name}s {first} to {last}"
 
 
 def _draw(example: Example, position: int) -> Figure:
-    """All in cells of one size: images and kernels, then for each group the product."""
+    """All in cells of one size, of each group: a row of its input, kernels and output, and below
+    it the product."""
     groups, rows, count = example.columns.shape
     of_group, width = example.products.shape[1], example.output.shape[2]
     here = (position // width, position % width)
-    sheet = Sheet(across=max(24.0, rows + 2 * count + 12.0))
-    for image in example.padded:
-        sheet.put(image, "input, padded", example.taps(position), _inside(example))
-    for kernel in example.weight.flatten(0, 1):
-        sheet.put(kernel, "kernel")
-    for image in example.output:
-        sheet.put(image, "output", [here])
+    channels, kernels = len(example.padded), len(example.weight)
+    sheet = Sheet(across=max(24.0, rows + 2 * count + 12.0) if groups == 1 else math.inf)
     weights = example.weight.reshape(groups, of_group, rows)
     for group in range(groups):
-        named = f" of group {group}" if groups > 1 else ""
-        column, product = ([(y, position) for y in range(n)] for n in (rows, of_group))
+        inputs = range(group * channels // groups, (group + 1) * channels // groups)
+        outputs = range(group * of_group, (group + 1) * of_group)
         sheet.line()
-        sheet.put(weights[group], f"kernels{named}, a row each")
+        for i in inputs:
+            name = _input(example, i)
+            sheet.put(example.padded[i], name, example.taps(position), _inside(example))
+        for o in outputs:
+            number = f" {o}" if kernels > 1 else ""
+            for i in inputs:
+                name = f"kernel{number}{_channel(i, channels)}"
+                sheet.put(example.weight[o, i - inputs[0]], name)
+        for o in outputs:
+            sheet.put(example.output[o], f"output{_channel(o, kernels)}", [here])
+        column, product = ([(y, position) for y in range(n)] for n in (rows, of_group))
+        seen, made = (_numbered("channel", group, groups, n) for n in (channels, kernels))
+        sheet.line()
+        name = _numbered("kernel", group, groups, kernels)
+        sheet.put(weights[group], f"{name}, {'as a row' if of_group == 1 else 'a row each'}")
         sheet.say("×")
-        sheet.put(example.columns[group], "columns, one for each window", column)
+        name = f"columns of {seen}, one for each window"
+        sheet.put(example.columns[group], name.replace(" of channel,", ","), column)
         sheet.say("=")
-        sheet.put(example.products[group], "product", product)
+        sheet.put(example.products[group], f"product, {made}".removesuffix(", channel"), product)
     return sheet.figure("\n".join(formula(example)))
 
 
