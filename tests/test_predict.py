@@ -19,7 +19,13 @@ from test_data_idx import idx_bytes
 from cnntrain.config import ConfigError
 from cnntrain.data import FashionMNISTMini
 from cnntrain.inference import predict
-from cnntrain.inference.images import Unreadable, fitted, picture_files, read_pictures
+from cnntrain.inference.images import (
+    Unreadable,
+    fitted,
+    lighter_border,
+    picture_files,
+    read_pictures,
+)
 
 SHAPE = (1, 28, 28)
 
@@ -245,7 +251,10 @@ def test_command(run: Path, tmp_path: Path, pixels) -> None:
         "cnntrain: broken.png: is neither PNG, JPEG nor idx",
         "cnntrain: 1 of 2 could not be read",
     ]
-    assert done.stdout.splitlines()[0].startswith("photo.jpg  ")
+    head, line = done.stdout.splitlines()[:2]
+    assert head.split("  ")[0] == "picture"
+    assert head.endswith(" one of 10 classes, the most probable first")
+    assert line.startswith("photo.jpg  ")
     lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
     assert [line["image"] for line in lines] == ["photo.jpg", "broken.png"]
     assert len(lines[0]["predictions"]) == 2
@@ -253,13 +262,83 @@ def test_command(run: Path, tmp_path: Path, pixels) -> None:
     picture = Image.open(tmp_path / "out/predictions.png")
     assert min(picture.size) >= 84
     assert picture.getextrema() != (255, 255)
+    photo(pixels[1], 250, 20).save(tmp_path / "my, pictures/paper.jpg")
     done = command("predict", f"run={run}", "images=my, pictures", "json=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (line,) = map(json.loads, done.stdout.splitlines())
-    assert line["image"] == "my, pictures/one.png"
+    assert done.stderr == (
+        "cnntrain: my, pictures/paper.jpg is lighter at the border than in the middle, and the "
+        "network was trained on light objects on a dark ground: invert=true is probably missing\n"
+    )
+    line, paper = map(json.loads, done.stdout.splitlines())
+    assert [line["image"], paper["image"]] == ["my, pictures/one.png", "my, pictures/paper.jpg"]
     shares = [answer["probability"] for answer in line["predictions"]]
     assert shares == sorted(shares, reverse=True)
     assert len(list((run / "predict").iterdir())) == 1
+
+
+def photo(pixels: np.ndarray, ground: int, ink: int, size: tuple[int, int] = (300, 300)) -> Any:
+    """An object of brightness `ink` on a ground, with a gradient of light and a camera's noise."""
+    object = Image.fromarray(pixels).resize((200, 200), Image.Resampling.BICUBIC)
+    share = np.zeros((size[1], size[0]))
+    top, left = (size[1] - 200) // 2, (size[0] - 200) // 2
+    share[top : top + 200, left : left + 200] = np.asarray(object) / 255
+    light = np.linspace(0.85, 1, size[0])[None]
+    noise = np.random.default_rng(0).normal(0, 4, share.shape)
+    grey = (ground + (ink - ground) * share) * light + noise
+    colour = grey[..., None] * np.array([1, 0.95, 0.9])
+    return Image.fromarray(colour.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("ground", "ink", "size", "hint"),
+    [
+        (250, 20, (300, 300), True),
+        (250, 20, (600, 220), True),  # black is added above and below: that is no border
+        (250, 20, (220, 640), True),
+        (120, 10, (300, 300), True),  # dark on grey
+        (230, 140, (900, 900), True),  # small on paper
+        (10, 240, (300, 300), False),
+        (10, 90, (600, 220), False),
+        (90, 250, (300, 300), False),  # the ground is not black, but inverted it would be worse
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_photo_of_dark_on_light_is_noticed(
+    which: int, ground: int, ink: int, size: Any, hint: bool, run: Path, tmp_path: Path, pixels
+) -> None:
+    photo(pixels[which], ground, ink, size).save(tmp_path / "a.jpg", quality=80)
+    (found,) = predict(run, str(tmp_path / "a.jpg"))
+    assert found.dark_on_light is hint
+    (inverted,) = predict(run, str(tmp_path / "a.jpg"), invert=True)
+    assert not inverted.dark_on_light
+
+
+def test_no_image_of_the_data_set_is_taken_for_dark_on_light(
+    run: Path, tmp_path: Path, pixels
+) -> None:
+    train = FashionMNISTMini().read("train")[0][:, 0]
+    for images in (train, pixels):
+        assert not any(map(lighter_border, images))
+        assert all(map(lighter_border, 255 - images))
+    (tmp_path / "test.idx").write_bytes(idx_bytes(pixels[:300]))
+    assert not any(one.dark_on_light for one in predict(run, str(tmp_path / "test.idx")))
+
+
+@pytest.mark.parametrize("grey", [0, 3, 128, 255])
+def test_a_picture_of_one_colour_has_no_lighter_border(grey: int) -> None:
+    for shape in ((28, 28), (28, 28, 3), (1, 28), (2, 2), (224, 224)):
+        assert lighter_border(np.full(shape, grey, np.uint8)) == 0
+
+
+def test_photographs_that_fill_their_frame_get_no_hint(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels
+) -> None:
+    """Of CIFAR-10's brightness: what is lighter at the border is no sign of anything."""
+    photo(pixels[0], 250, 20).save(tmp_path / "a.png")
+    monkeypatch.setattr(FashionMNISTMini, "mean", (0.4734,))
+    monkeypatch.setattr(FashionMNISTMini, "std", (0.2516,))
+    (found,) = predict(run, str(tmp_path / "a.png"))
+    assert not found.dark_on_light
 
 
 def test_whoever_reads_may_stop_reading(run: Path, tmp_path: Path, pixels) -> None:

@@ -43,14 +43,19 @@ def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[Path]]") -> None:
     grid.unlink(missing_ok=True)  # of an earlier one
     found: list[Prediction] = []  # those that are drawn
     count = failed = 0
+    light: list[str] = []  # those that probably want invert=true
     with telling_errors(), lines.open("w", encoding="utf-8") as stream:
         options = {"top": cfg.top, "invert": cfg.invert, "max_pixels": cfg.max_pixels}
         for one in predictions(trained, files, **options):
             stream.write(one.json() + "\n")
             count, failed = count + 1, failed + bool(one.error)
+            light += [one.name] if one.dark_on_light else []
             if cfg.json:
                 print(one.json(), flush=True)
             elif not one.error and count - failed <= SHOWN:
+                if count - failed == 1:
+                    classes = f"one of {trained.data.num_classes} classes"
+                    print(f"{'picture':32} {classes}, the most probable first")
                 print(_line(one), flush=True)
             if one.error:
                 print(f"cnntrain: {printable(one.name)}: {one.error}", file=sys.stderr)
@@ -62,9 +67,20 @@ def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[Path]]") -> None:
         more = count - failed - SHOWN
         print(f"... and {more:,} more" if more > 0 else "")
         print("\n".join(short(file) for file in (lines, grid) if file.exists()))
+    if light:
+        print(
+            f"cnntrain: {printable(light[0])}{_others(len(light) - 1)} lighter at the border than "
+            "in the middle, and the network was trained on light objects on a dark ground: "
+            "invert=true is probably missing",
+            file=sys.stderr,
+        )
     if failed:
         print(f"cnntrain: {failed} of {count} could not be read", file=sys.stderr)
         sys.exit(1)
+
+
+def _others(more: int) -> str:
+    return f" and {more:,} more are" if more else " is"
 
 
 def _line(one: "Prediction") -> str:

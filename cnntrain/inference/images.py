@@ -33,6 +33,7 @@ class Picture:
     file: Path
     index: int | None
     pixels: np.ndarray  # uint8 (C, H, W), as the network is to see it
+    border: float = 0.0  # brightness along the edge, 0 to 1, if lighter than the middle; else 0
 
     @property
     def name(self) -> str:
@@ -81,9 +82,9 @@ def read_pictures(
             head = stream.read(4)
         if head.startswith(GZIP_MAGIC) or head[:3] == b"\0\0\x08":
             for index, pixels in enumerate(_idx(file, max_pixels)):
-                yield Picture(file, index, fitted(Image.fromarray(pixels), shape, invert))
+                yield _picture(file, index, Image.fromarray(pixels), shape, invert)
         else:
-            yield Picture(file, None, fitted(_opened(file, max_pixels), shape, invert))
+            yield _picture(file, None, _opened(file, max_pixels), shape, invert)
     except (UnidentifiedImageError, OSError) as error:
         strange = isinstance(error, UnidentifiedImageError)
         why = "is neither PNG, JPEG nor idx" if strange else (error.strerror or str(error))
@@ -186,6 +187,33 @@ def _limit(width: int, height: int, max_pixels: int) -> None:
         raise Unreadable(f"has {width:,} x {height:,} pixels, more than max_pixels={max_pixels:,}")
 
 
+def _picture(
+    file: Path, index: int | None, image: Image.Image, shape: tuple[int, int, int], invert: bool
+) -> Picture:
+    scaled = _scaled(image, shape, invert)
+    return Picture(file, index, _centred(scaled, shape), lighter_border(np.asarray(scaled)))
+
+
+def lighter_border(pixels: np.ndarray) -> float:
+    """How bright the edge of a picture (H, W) or (H, W, 3), uint8, is, from 0 to 1; 0 where it is
+    no lighter than the middle.
+
+    The median of a frame of 1/28 of the longer side, as an object may reach the edge. Lighter: what
+    is darker than that in the middle outweighs what is lighter, differences below 8 of 255 left
+    out, so that noise and uneven light do not count, but a small object does.
+    """
+    grey = pixels.reshape(*pixels.shape[:2], -1).mean(2)
+    frame = max(1, max(grey.shape) // 28)
+    middle = grey[frame:-frame, frame:-frame]
+    if not middle.size:
+        return 0.0
+    edge = np.ones(grey.shape, bool)
+    edge[frame:-frame, frame:-frame] = False
+    border = float(np.median(grey[edge]))
+    darker, lighter = ((sign * (border - middle) - 8).clip(0).mean() for sign in (1, -1))
+    return border / 255 if darker > lighter + 0.25 else 0.0
+
+
 def fitted(image: Image.Image, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
     """A picture as large as possible in the middle of a black one of `shape`, (C, H, W), uint8.
 
@@ -196,6 +224,11 @@ def fitted(image: Image.Image, shape: tuple[int, int, int], invert: bool) -> np.
     Raises:
         Unreadable: C is neither 1 nor 3.
     """
+    return _centred(_scaled(image, shape, invert), shape)
+
+
+def _scaled(image: Image.Image, shape: tuple[int, int, int], invert: bool) -> Image.Image:
+    """The part of `fitted` that shows the picture."""
     channels, height, width = shape
     if channels not in (1, 3):
         raise Unreadable(f"is grey or colour, and the network sees {channels} channels")
@@ -212,7 +245,12 @@ def fitted(image: Image.Image, shape: tuple[int, int, int], invert: bool) -> np.
     size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)  # of an area, where it is smaller
+    return image
+
+
+def _centred(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    _, height, width = shape
     whole = Image.new(image.mode, (width, height))
-    whole.paste(image, ((width - size[0]) // 2, (height - size[1]) // 2))
+    whole.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     pixels = np.asarray(whole)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

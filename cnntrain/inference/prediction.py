@@ -37,12 +37,17 @@ SHOWN = 20  # of a list, in a notebook
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one picture the most probable classes, with probabilities; or why it has none."""
+    """Of one picture the most probable classes, with probabilities; or why it has none.
+
+    `dark_on_light`: its border is lighter than its middle, and the network was trained on what is
+    light on dark, so that `invert=True` is probably missing.
+    """
 
     name: str
     classes: list[tuple[str, float]]
     pixels: np.ndarray | None = None  # uint8 (C, H, W), as the network saw it
     error: str | None = None
+    dark_on_light: bool = False
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.classes)
@@ -143,6 +148,11 @@ def predictions(
     """One for each picture, in their order; of a file that cannot be read, one with its `error`."""
     shape = trained.data.shape
     waiting = _each(files, shape, invert, max_pixels)
+    # Where the deviation exceeds the mean most pixels are dark, as the background of digits and
+    # clothes; photographs that fill their frame have a deviation of half their mean.
+    mean, std = trained.data.mean, trained.data.std
+    light_on_dark = all(m < s for m, s in zip(mean, std, strict=True)) and not invert
+    dark = max(mean) / 2
     while batch := list(islice(waiting, BATCH)):
         good = [picture for picture in batch if isinstance(picture, Picture)]
         answers = iter(_classes(trained, good, top))
@@ -154,7 +164,8 @@ def predictions(
                 wrong = (
                     None if math.isfinite(classes[0][1]) else "the network's answer is no number"
                 )
-                yield Prediction(picture.name, classes, picture.pixels, wrong)
+                hint = light_on_dark and picture.border > dark
+                yield Prediction(picture.name, classes, picture.pixels, wrong, hint)
 
 
 def _each(
