@@ -3,17 +3,21 @@
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from run_folders import write_run
 
 from cnntrain.sweeps.collect import collect
 from cnntrain.sweeps.ranking import rank
-from cnntrain.sweeps.report.cost import pareto
+from cnntrain.sweeps.report.cost import cost, pareto
 from cnntrain.sweeps.report.curves import learning_curves
 from cnntrain.sweeps.report.drawing import apart, in_sight
 from cnntrain.sweeps.report.effects import _means
+from cnntrain.sweeps.report.page import page
+from cnntrain.sweeps.tables import rows
 
 
 def test_learning_curves_against_numpy(tmp_path: Path) -> None:
@@ -65,8 +69,115 @@ def test_the_pareto_front_by_brute_force() -> None:
                 a <= x and sign * b >= sign * y and (a, b) != (x, y) for a, b in points.values()
             )
         }
-        assert set(pareto(points, sign == 1)) == front
+        assert set(pareto(points, dict.fromkeys(points, (0.0, 0.0)), sign == 1)) == front
         assert len(front) < 30
+
+
+def test_a_difference_within_the_spread_is_no_domination() -> None:
+    better, as_fast, slow = (10.04, 0.92), (10.0, 0.90), (20.0, 0.93)
+    points = {0: slow, 1: better, 2: as_fast}
+    exact = dict.fromkeys(points, (0.0, 0.0))
+    assert pareto(points, exact, True) == [2, 1, 0]
+    assert pareto(points, dict.fromkeys(points, (0.3, 0.001)), True) == [1, 0]
+    alike = dict.fromkeys(points, (0.3, 0.05))  # nor is one better than another: the slow one goes
+    assert pareto(points, alike, True) == [2, 1]
+    losses = {i: (x, 1 - y) for i, (x, y) in points.items()}
+    assert pareto(losses, dict.fromkeys(points, (0.3, 0.001)), False) == [1, 0]
+
+
+def test_the_cost_has_the_seconds_spread(tmp_path: Path) -> None:
+    """A group that is 0.04 s faster and clearly worse is not on the front, whatever the seeds."""
+    for seeds in (3, 1):
+        folder = tmp_path / str(seeds)
+        for seed in range(seeds):
+            for backend, seconds, val in (("native", 10.04, 0.92), ("im2col", 10.0, 0.8)):
+                write_run(
+                    folder / f"{backend}{seed}",
+                    [f"backend={backend}"],
+                    seed=seed,
+                    val=[val + 0.001 * seed],
+                    seconds=seconds + 0.3 * (seed - 1),
+                )
+        picture = cost(rank(collect(folder)))
+        assert picture
+        assert "the Pareto front is 1: native" in picture.svg
+        assert "im2col" not in picture.caption
+        assert ("a single run are taken to vary by 5%" in picture.caption) == (seeds == 1)
+    groups = rank(collect(tmp_path / "3")).groups
+    assert groups[0].seconds_deviation == pytest.approx(0.3)
+    assert any("10 ± 0.3" in row for row in rows(rank(collect(tmp_path / "3"))))
+
+
+def test_the_headline_names_each_group_once_and_apart(tmp_path: Path) -> None:
+    """Groups whose labels have commas, and values in common."""
+    for backend in ("native", "im2col", "naive"):
+        for seed in range(3):
+            options = [f"backend={backend}", "model=shallow", "optimizer.lr=0.01"]
+            name = f"{backend}{seed}"
+            write_run(tmp_path / name, options, seed=seed, val=[0.9 + 0.01 * seed])
+            options = [f"backend={backend}", "model=lenet5", "optimizer.lr=0.02"]
+            write_run(tmp_path / f"lenet{name}", options, seed=seed, val=[0.3 + 0.01 * seed])
+    text = page(collect(tmp_path), tmp_path)
+    ranking = rank(collect(tmp_path))
+    said = text.split("Not told apart from it: ")[1].split("</span>")[0]
+    second, third = (f"{i} ({ranking.groups[i - 1].label})" for i in (2, 3))
+    assert said == f"{second}; {third}."
+    assert ranking.groups[1].label.count(", ") == 2
+
+
+CURVES = {  # of two groups: two epochs whose finals tie, many epochs, one that learns nothing
+    "ties": [[0.3, 0.9], [0.5, 0.9]],
+    "three": [[0.3, 0.8, 0.9], [0.5, 0.85, 0.91]],
+    "many": [[0.9 - 0.6 * 0.5**i for i in range(20)], [0.91 - 0.5 * 0.6**i for i in range(20)]],
+    "stuck": [[0.9 - 0.6 * 0.5**i for i in range(20)], [0.1] * 20],
+    "one": [[0.7], [0.8]],
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("metric", ["val/acc", "val/loss"])
+def test_learning_curves_show_every_epoch(
+    name: str, metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No point of a line or a band lies outside; a small picture covers none of them."""
+    for backend, curve in zip(("native", "naive"), CURVES[name], strict=True):
+        for seed in (0, 1):
+            val = [value + 0.02 * seed for value in curve]
+            write_run(tmp_path / f"{backend}{seed}", [f"backend={backend}"], seed=seed, val=val)
+    painted: list[Figure] = []
+    savefig = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **options: Any) -> None:
+        savefig(self, *args, **options)
+        painted.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    pictures = learning_curves(rank(collect(tmp_path, metric)))
+    assert len(painted) == len(pictures) == 2
+    for figure, picture in zip(painted, pictures, strict=True):
+        (axes,) = figure.axes
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        drawn = [*(line.get_xydata() for line in axes.lines)]
+        drawn += [path.vertices for band in axes.collections for path in band.get_paths()]
+        assert len(axes.collections) == 2
+        for points in map(np.asarray, drawn):
+            assert ((points[:, 0] >= left) & (points[:, 0] <= right)).all()
+            assert ((points[:, 1] > low) & (points[:, 1] < high)).all()
+        values = np.concatenate([points[:, 1] for points in drawn])
+        assert np.ptp(values) > 0.8 * (high - low)  # and little else is inside
+        insets = axes.child_axes
+        assert len(insets) == (name in ("many", "stuck"))
+        assert ("The small picture" in picture.caption) == bool(insets)
+        for inset in insets:
+            box = inset.get_tightbbox().transformed(axes.transData.inverted())
+            for points in (line.get_xydata() for line in axes.lines):
+                at = np.linspace(box.x0, box.x1, 100)
+                heights = np.interp(at, *np.asarray(points).T)
+                assert ((heights < box.y0) | (heights > box.y1)).all()
+            assert inset.get_xlim()[1] == right
+            better = axes.lines[1].get_xydata()[-1, 1]  # the best is drawn last
+            assert inset.get_ylim()[0] < better < inset.get_ylim()[1]
+            assert np.ptp(inset.get_ylim()) < (high - low) / 3
 
 
 def test_labels_do_not_overlap() -> None:

@@ -44,6 +44,7 @@ class Group:
     means: dict[str, float]  # of every metric that there is, as `samples`
     deviations: dict[str, float]  # of those with two seeds or more
     seconds: float | None  # the mean of the completed members'
+    seconds_deviation: float | None  # of two members or more
     against: Comparison | None = field(default=None)  # the best; None: has no value, or is the best
 
     @property
@@ -163,6 +164,7 @@ def _group(members: Sequence[Member], collection: Collection) -> Group:
         means={metric: fmean(found) for metric, found in by_metric.items() if found},
         deviations={metric: stdev(found) for metric, found in by_metric.items() if len(found) > 1},
         seconds=fmean(seconds) if seconds else None,
+        seconds_deviation=stdev(seconds) if len(seconds) > 1 else None,
     )
 
 

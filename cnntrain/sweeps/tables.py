@@ -119,7 +119,7 @@ def rows(ranking: Ranking) -> list[list[str]]:
                 *options,
                 value(metric, group),
                 *others,
-                duration(group.seconds),
+                duration(group.seconds, group.seconds_deviation),
                 difference(metric, group.against),
                 count(group),
                 *([verdict(ranking, group)] if _told(ranking) else []),
@@ -193,8 +193,12 @@ def value(metric: str, group: Group) -> str:
     return f"{number(metric, group.mean)} ± {number(metric, group.deviation)}"
 
 
-def duration(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
+def duration(seconds: float | None, deviation: float | None = None) -> str:
+    """`9.54`, `120 ± 3`"""
+    if seconds is None:
+        return "–"
+    said = f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
+    return said if deviation is None else f"{said} ± {deviation:.2g}"
 
 
 def difference(metric: str, against: Comparison | None) -> str:

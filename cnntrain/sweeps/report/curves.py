@@ -1,9 +1,10 @@
 """What happened over time: learning curves, and how a search went on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -85,10 +86,33 @@ def _curves(ranking: Ranking, metric: str, curves: dict[int, Curve]) -> Picture:
     banded = [i for i in shown if any(curves[i][2])][:BANDS]
     nameless = any(len(ranking.groups[i].label) > LABEL for i in shown)
 
-    low, high = _curve_limits([curves[i][1] for i in shown or curves], maximise)
+    low, high = _limits([_reach(curves[i], i in banded) for i in curves])
     beneath = _hidden({i: curves[i][1] for i in shown}, 0.008 * (high - low))
+    last = max(curve[0][-1] for curve in curves.values())
+    left, right = (0.5, 1.5) if last == 1 else (1, last)
+    end = _end([curves[i] for i in shown or curves], last, (high - low) / 4, maximise)
+    box = _free_box(curves.values(), (left, right), (low, high), maximise)
+    closer = end if end and box and end[3] - end[2] < (high - low) / 3 else None
 
     def paint(axes: Axes) -> None:
+        lines(axes)
+        axes.set_ylim(low, high)
+        axes.set_xlim(left, right)
+        value_axis(axes, metric)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        axes.set(xlabel="epoch", title=metric)
+        if closer and box:
+            inset = axes.inset_axes(box)
+            lines(inset)
+            inset.set(xlim=closer[:2], ylim=closer[2:])
+            value_axis(inset, metric)
+            inset.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            inset.tick_params(labelsize=7)
+            inset.spines[:].set_visible(True)
+            inset.set_title(f"from epoch {closer[0]:g} on", fontsize=8, pad=3)
+        labels(axes)
+
+    def lines(axes: Axes) -> None:
         for i in sorted(curves, reverse=True):
             epochs, mean, deviation = curves[i]
             style = look(i)
@@ -103,13 +127,9 @@ def _curves(ranking: Ranking, metric: str, curves: dict[int, Curve]) -> Picture:
                       alpha=0.6 if i in beneath or not front else 1,
                       marker="o" if len(epochs) == 1 else None, markersize=4,
                       gid=f"g{i}-line", zorder=3 if front else 2)  # fmt: skip
-        last = max(curve[0][-1] for curve in curves.values())
-        axes.set_ylim(low, high)
-        axes.set_xlim(min(1, last - 0.5), last)
-        value_axis(axes, metric)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set(xlabel="epoch", title=metric)
-        ends = [min(max(curves[i][1][-1], low), high) for i in shown]
+
+    def labels(axes: Axes) -> None:
+        ends = [curves[i][1][-1] for i in shown]
         places = apart(ends, 0.062 * (high - low), low, high)
         for i, end, place in zip(shown, ends, places, strict=True):
             at = curves[i][0][-1]
@@ -121,12 +141,13 @@ def _curves(ranking: Ranking, metric: str, curves: dict[int, Curve]) -> Picture:
                                       "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5),
                                       "shrinkA": 1, "shrinkB": 1})  # fmt: skip
 
-    finals = ", ".join(
+    finals = "; ".join(
         f"{ranking.groups[i].label} {number(metric, curves[i][1][-1])}" for i in shown[:HIGHLIGHTED]
     )
     alt = f"{metric} against the epoch for {len(curves)} groups; at their last epoch: {finals}"
     caption = f"{metric} after each epoch, mean over the seeds"
     caption += ", the band one standard deviation to each side." if banded else "."
+    caption += " The small picture shows the end of the large one." if closer else ""
     caption += " A broad line is one that another, equal to it, would hide." if beneath else ""
     caption += " The numbers are those of the ranking." if nameless else ""
     if len(curves) > len(shown):
@@ -173,16 +194,49 @@ def _mean_curve(runs: Sequence[Sequence[dict[str, float]]], metric: str) -> Curv
     return epochs, [fmean(by_epoch[e]) for e in epochs], deviations
 
 
-def _curve_limits(curves: Sequence[Sequence[float]], maximise: bool) -> tuple[float, float]:
-    """Limits that show the ends well: the first epochs may begin outside."""
-    finals, everything = [curve[-1] for curve in curves], [v for curve in curves for v in curve]
-    best, worst = (max, min) if maximise else (min, max)
-    top, bottom = best(everything), worst(finals)
-    reach = 0.6 * abs(top - bottom) + 0.15 * abs(top - worst(everything))
-    far = best(worst(everything), bottom - (reach if maximise else -reach))
-    margin = 0.05 * abs(top - far) or 0.01
-    low, high = sorted((top, far))
+def _reach(curve: Curve, banded: bool, since: float = 0) -> tuple[float, float]:
+    """The lowest and the highest that is drawn of a curve, its band included, from an epoch on."""
+    rows = [(m, d if banded else 0.0) for e, m, d in zip(*curve, strict=True) if e >= since]
+    return min(m - d for m, d in rows), max(m + d for m, d in rows)
+
+
+def _limits(reaches: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Limits of an axis on which all of these are inside."""
+    low, high = min(low for low, _ in reaches), max(high for _, high in reaches)
+    margin = 0.05 * (high - low) or 0.01 * abs(high) or 0.01
     return low - margin, high + margin
+
+
+def _end(
+    curves: Sequence[Curve], last: float, near: float, maximise: bool
+) -> tuple[float, float, float, float] | None:
+    """The limits (x, x, y, y) of the last third of the epochs, of the curves that end as `near` to
+    the best; None: there are too few epochs."""
+    since = last - max(1, last // 3)
+    ending = [curve for curve in curves if curve[0][-1] >= since]
+    if last < 4:
+        return None
+    best = (max if maximise else min)(curve[1][-1] for curve in ending)
+    inside = [curve for curve in ending if abs(curve[1][-1] - best) <= near]
+    return since, last, *_limits([_reach(curve, True, since) for curve in inside])
+
+
+def _free_box(
+    curves: Iterable[Curve], x: tuple[float, float], y: tuple[float, float], maximise: bool
+) -> tuple[float, float, float, float] | None:
+    """Where an axes has room for a small one, in shares of its width and height; None: nowhere."""
+    drawn = []  # as the axes has them
+    for epochs, mean, deviation in curves:
+        at = np.linspace(0.4, 1, 61)
+        heights = np.interp(x[0] + at * (x[1] - x[0]), epochs, mean)
+        reach = np.interp(x[0] + at * (x[1] - x[0]), epochs, deviation)
+        drawn.append((heights - reach - y[0], heights + reach - y[0]))
+    lower, upper = (np.array(part) / (y[1] - y[0]) for part in zip(*drawn, strict=True))
+    for height in (0.44, 0.34):
+        for bottom in (0.12, 0.3, 0.48) if maximise else (0.48, 0.3, 0.12):
+            if ((upper < bottom - 0.1) | (lower > bottom + height + 0.1)).all():
+                return 0.48, bottom, 0.5, height
+    return None
 
 
 def _metric(member: Member, metric: str) -> float | None:

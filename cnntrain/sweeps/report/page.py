@@ -85,7 +85,8 @@ def _answer(ranking: Ranking) -> str:
     if "test/acc" in best.means and metric != "test/acc":
         said += f"; test/acc {number('test/acc', best.means['test/acc'])} %"
     if same:
-        names = ", ".join(escape(g.label) for g in same[:3])
+        places = {id(g): place for place, g in enumerate(ranking.groups, 1)}
+        names = "; ".join(f"{places[id(g)]} ({escape(g.label)})" for g in same[:3])
         more = f" and {len(same) - 3} more" if len(same) > 3 else ""
         said += f". Not told apart from it: {names}{more}"
     return (
