@@ -149,7 +149,7 @@ def test_two_processes_compute_what_one_does(start: Start, tmp_path: Path) -> No
         ]
         for key, tensor in files[0]["state_dict"].items():
             torch.testing.assert_close(files[1]["state_dict"][key], tensor, rtol=1e-5, atol=1e-6)
-        tags = "train/loss_step", "grad_norm", "train/loss", "train/acc", "val/loss", "val/acc"
+        tags = "train/loss_step", "weight_update/grad_norm", "train/loss", "train/acc", "val/loss"
         for tag in tags:
             one, two = (scalars(tmp_path / run, tag) for run in ("one", name))
             assert len(two) == (6 if tag in tags[:2] else 2)  # updates, or epochs

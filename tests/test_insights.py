@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
+from sweep_commands import hparams
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.util.tensor_util import make_ndarray
@@ -21,6 +22,8 @@ from cnntrain.config import ConfigError, build, compose, config_hash
 from cnntrain.config.resume import read_result
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.pictures import GAP, LINE
+from cnntrain.sweeps.hparams import write_schema
+from cnntrain.sweeps.record import METRICS
 from cnntrain.training import insights, train
 from cnntrain.training.checkpoints import Checkpoints
 from cnntrain.training.tensorboard import TensorBoard
@@ -85,10 +88,47 @@ def test_pictures_after_1_2_4_epochs_and_the_last(events: EventAccumulator) -> N
     }
 
 
+def test_losses_and_accuracies_come_first(events: EventAccumulator) -> None:
+    """TensorBoard sorts the sections, which are named by what is before the slash."""
+    tags = sorted(events.Tags()["scalars"], key=str.lower)
+    others = [tag for tag in tags if tag.split("/")[-1] not in ("loss", "acc", "loss_step")]
+    assert tags[-len(others) :] == others
+    assert {tag.split("/")[0] for tag in tags[: -len(others)]} == {"test", "train", "val"}
+    assert "wall_time/data_share" in others
+    assert "val_class_acc/Bag" in others
+
+
+@pytest.mark.parametrize("single", ["a", "z"])  # the first schema counts
+def test_no_column_is_blank_beside_a_sweep(single: str, tmp_path: Path) -> None:
+    over = {"backend": ["native", "im2col"], "optimizer.lr": [0.01, 0.02]}
+    write_schema(tmp_path / "sweeps", over)
+
+    def shown(name: str, *options: str, labels: dict[str, Any] | None = None) -> None:
+        cfg, board = compose(list(options)), TensorBoard(tmp_path / name)
+        board.begin(cfg, labels)
+        for metric in METRICS:
+            board.log_metrics({metric: 0.5}, 0)
+        board.end(cfg)
+
+    shown(f"{single}/run", "optimizer.lr=0.01")
+    # By itself: choices by their names, and what is varied most often, first.
+    columns, _, rows = hparams(tmp_path / single)
+    first = ["backend", "data", "data.batch_size", "model", "optimizer.lr", "seed"]
+    assert list(columns)[:7] == [*first, "trainer.max_epochs"]
+    assert [rows["run"][c] for c in first[:4]] == ["native", "fashion_mnist", 128, "lenet5"]
+    member = {"backend": "im2col", "optimizer.lr": 0.02}
+    shown("sweeps/one", "backend=im2col", "optimizer.lr=0.02", labels=member)
+    columns, _, rows = hparams(tmp_path)  # of either schema
+    assert set(rows) == {f"{single}/run", "sweeps/one"}
+    assert not any(row[column] in ("", None) for row in rows.values() for column in columns)
+    assert rows[f"{single}/run"]["backend"] == "native"
+    assert rows["sweeps/one"]["backend"] == "im2col"
+
+
 def test_each_class_has_its_accuracy(events: EventAccumulator, answers: Any) -> None:
     _, shares, labels = answers
     for k, name in enumerate(build(compose(OPTIONS).data).classes):
-        (*_, last) = events.Scalars(f"class_acc/{name}")
+        (*_, last) = events.Scalars(f"val_class_acc/{name}")
         right = (shares[labels == k].argmax(1) == k).double().mean().item()
         assert last.step == 5
         assert last.value == pytest.approx(right, abs=1e-6)
@@ -242,20 +282,20 @@ def test_config_environment_graph_and_charts(events: EventAccumulator, run: Path
 
 
 def test_how_much_of_the_time_data_takes(events: EventAccumulator) -> None:
-    shares = [event.value for event in events.Scalars("data_share")]
+    shares = [event.value for event in events.Scalars("wall_time/data_share")]
     assert len(shares) == 5
     assert all(0 < share < 1 for share in shares)
 
 
 EVERYTHING = {
-    "speed": ["scalars images_per_second", "scalars data_share"],
+    "speed": ["scalars wall_time/images_per_second", "scalars wall_time/data_share"],
     "text": ["tensors config/text_summary", "tensors environment/text_summary"],
     "graph": [],
     "batch": ["images train/batch"],
     "kernels": ["images kernels/features.0"],
     "features": ["images features/features.0"],
     "histograms": ["histograms weights/features.0.bias", "histograms gradients/features.0.bias"],
-    "classes": ["scalars class_acc/Bag"],
+    "classes": ["scalars val_class_acc/Bag"],
     "confusion": ["images val/confusion", "images test/confusion"],
     "mistakes": ["images val/mistakes", "images test/mistakes"],
     "pr_curves": ["tensors pr/Bag"],
@@ -290,7 +330,7 @@ def test_scalars_alone(tmp_path: Path) -> None:
     train(compose(options), tmp_path / "run")
     found = read(tmp_path / "run").Tags()
     assert found["images"] == found["histograms"] == []
-    assert {"train/loss", "val/acc", "images_per_second", "data_share"} <= set(found["scalars"])
+    assert {"train/loss", "val/acc", "wall_time/data_share"} <= set(found["scalars"])
 
 
 def test_what_is_shown_changes_nothing(tmp_path: Path, run: Path) -> None:

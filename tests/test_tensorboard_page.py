@@ -34,7 +34,8 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
 
 def test_scalars(board: Board) -> None:
     both = {f"{part}/{name}" for part in ("train", "val") for name in ("loss", "acc")}
-    board.scalars({*both, "images_per_second", "data_share", "class_acc/Trouser"}, points=3)
+    speed = {"wall_time/images_per_second", "wall_time/data_share"}
+    board.scalars({*both, *speed, "val_class_acc/Trouser"}, points=3)
 
 
 def test_training_and_validation_are_in_one_chart(board: Board) -> None:
@@ -52,8 +53,9 @@ def test_images(board: Board) -> None:
 
 
 def test_hparams(board: Board) -> None:
-    data = "cnntrain.data.FashionMNISTMini"
-    board.hparams([{"Trial ID": "mine", "data._target_": data, "data.batch_size": "128.00"}])
+    choices = {"model": "lenet5", "backend": "im2col", "data": "fashion_mnist_mini"}
+    numbers = {"optimizer.lr": "0.0040000", "data.batch_size": "128.00"}
+    board.hparams([{"Trial ID": "mine", **choices, **numbers}])
 
 
 def test_projector(board: Board) -> None:

@@ -198,8 +198,9 @@ def test_run_directory_is_the_whole_record(tmp_path: Path) -> None:
     assert saved == {"best": 0, "last": 2}
     assert result.metrics["val/acc"] == float(rows[0]["val/acc"])
     assert recorded["tested_epoch"] == 1
-    assert len(scalars(directory, "grad_norm")) == len(scalars(directory, "lr")) == 9
-    assert len(scalars(directory, "images_per_second")) == 3
+    norms, rates = (scalars(directory, f"weight_update/{name}") for name in ("grad_norm", "lr"))
+    assert len(norms) == len(rates) == 9
+    assert len(scalars(directory, "wall_time/images_per_second")) == 3
 
     environment = json.loads((directory / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -219,6 +220,8 @@ def test_hparams_tab_has_options_and_final_metrics(tmp_path: Path) -> None:
     assert start["optimizer.lr"].number_value == 0.001
     assert start["model._target_"].string_value == "cnntrain.models.LeNet5"
     assert start["model.norm"].string_value == "true"
+    assert start["model"].string_value == "lenet5"
+    assert start["data"].string_value == "fashion_mnist_mini"
     metrics = content["_hparams_/experiment"].experiment.metric_infos
     assert {m.name.tag for m in metrics} == set(result.metrics)
     for tag, value in result.metrics.items():
@@ -241,8 +244,9 @@ def test_options_reach_the_library(tmp_path: Path) -> None:
         "trainer.test_checkpoint=last",
         "+trainer.limit_train_batches=2",
     )
-    assert len(scalars(tmp_path / "clip", "lr")) == 1  # two batches, one step
-    assert scalars(tmp_path / "clip", "grad_norm")[0] > 0.1  # as it was before clipping
+    assert len(scalars(tmp_path / "clip", "weight_update/lr")) == 1  # two batches, one step
+    norms = scalars(tmp_path / "clip", "weight_update/grad_norm")
+    assert norms[0] > 0.1  # as it was before clipping
     cfg = compose(SHORT)
     import lightning
 

@@ -50,7 +50,7 @@ class Job:
     config: dict[str, Any]
     directory: Path
     overrides: list[str]
-    labels: dict[str, Any]  # the options that vary and the choices made, for HParams
+    labels: dict[str, Any]  # the options that vary, for HParams
     logging: dict[str, Any]
     threads: int | None
     cwd: str
@@ -81,13 +81,11 @@ class MemberTask:
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, _begin_no_other)
         settle(cfg, hydra)
-        groups = {k: v for k, v in hydra.runtime.choices.items() if v}
-        choices = {k: v for k, v in groups.items() if not str(k).startswith(("hydra/", "search"))}
         job = Job(
             OmegaConf.to_container(run_only(cfg), resolve=True),  # type: ignore[arg-type]
             directory,
             [*hydra.overrides.task],
-            {**choices, **self.labels.get(directory.name, {})},
+            self.labels.get(directory.name, {}),
             OmegaConf.to_container(hydra.job_logging, resolve=True),  # type: ignore[arg-type]
             self.threads,
             self.cwd,

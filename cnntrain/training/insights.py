@@ -119,7 +119,7 @@ class Insights(lightning.Callback):
             }
         }
         if self.classes:
-            charts["classes"] = {"validation accuracy": ["Multiline", ["^class_acc/"]]}
+            charts["classes"] = {"validation accuracy": ["Multiline", ["^val_class_acc/"]]}
         return charts
 
     def on_train_batch_start(
@@ -165,7 +165,8 @@ class Insights(lightning.Callback):
         if self.classes and len(names) <= CURVES:
             for name, row, right in zip(names, counts, counts.diagonal(), strict=True):
                 if row.sum():
-                    self.writer.add_scalar(f"class_acc/{name}", float(right / row.sum()), epoch)
+                    accuracy = float(right / row.sum())
+                    self.writer.add_scalar(f"val_class_acc/{name}", accuracy, epoch)
         if not self._due(trainer):
             return
         self._show(outcome, trainer.val_dataloaders, "val", epoch)

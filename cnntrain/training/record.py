@@ -28,7 +28,8 @@ OPTIONAL = ("images/s", "seconds", "train loss", "train acc", "val loss")
 class Record(lightning.Callback):
     """Writes a row of metrics.csv, the scalars of TensorBoard and a line of text every epoch.
 
-    In TensorBoard an epoch's metrics stand over the epoch, a step's over the step.
+    In TensorBoard an epoch's metrics stand over the epoch, a step's over the step. It sorts tags by
+    name: all but losses and accuracies begin with something behind `val/`.
     """
 
     def __init__(self, directory: Path, tensorboard: TensorBoard, insights: Insights):
@@ -101,9 +102,10 @@ class Record(lightning.Callback):
         if step == self.logged or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         self.logged = step
-        scalars = {"train/loss_step": float(module.step_loss), "lr": learning_rate(trainer)}
+        loss, lr = float(module.step_loss), learning_rate(trainer)
+        scalars = {"train/loss_step": loss, "weight_update/lr": lr}
         if module.grad_norm is not None:
-            scalars["grad_norm"] = float(module.grad_norm)
+            scalars["weight_update/grad_norm"] = float(module.grad_norm)
         self.tensorboard.log_metrics(scalars, step)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -125,7 +127,8 @@ class Record(lightning.Callback):
         speed = train.images / seconds
         metrics = {name: row[name] for name in METRICS if name in row}
         if self.insights.speed:
-            metrics |= {"images_per_second": speed, "data_share": self.in_data / seconds}
+            metrics["wall_time/images_per_second"] = speed
+            metrics["wall_time/data_share"] = self.in_data / seconds
         self.tensorboard.log_metrics(metrics, row["epoch"])
         self.tensorboard.experiment.flush()  # to be seen now, by whoever is watching
 

@@ -19,6 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.versions_pb2 import VersionDef
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 from tensorboard.compat.tensorflow_stub.errors import DataLossError
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -26,12 +27,16 @@ from torch.utils.tensorboard.summary import hparams
 
 from cnntrain.atomic import replacing
 from cnntrain.config import flat
+from cnntrain.config.choices import choice
 from cnntrain.models import Node
 from cnntrain.pictures import Picture, grid, png
 
 log = logging.getLogger(__name__)
 
 METRICS = ["train/loss", "train/acc", "val/loss", "val/acc"]
+GROUPS = ("model", "backend", "data", "optimizer", "scheduler", "loss", "trainer")
+# Columns of the HParams tab that come first; it shows five until more are chosen.
+FIRST = {*GROUPS[:3], "optimizer.lr", "data.batch_size", "trainer.max_epochs", "seed"}
 BUCKETS = 64  # of a histogram
 FRAME = 16  # bytes of a record beside its content: length, two checksums
 
@@ -64,6 +69,11 @@ class TensorBoard(TensorBoardLogger):
         self.go_on(0)
         metrics = dict.fromkeys(["test/acc", "val/acc", "test/loss", *METRICS], 0.0)
         columns, values, _ = hparams({**options(cfg), **(labels or {})}, metrics)
+        about = columns.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(about.content)
+        for column in content.experiment.hparam_infos:
+            column.differs = column.name in FIRST  # TensorBoard sorts by this, then by name
+        about.content = content.SerializeToString()
         for summary in [columns, values] if labels is None else [values]:
             self.experiment._get_file_writer().add_summary(summary)
 
@@ -203,9 +213,11 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def options(cfg: DictConfig) -> dict[str, Any]:
-    """The config as one flat table for HParams, `true` as one would type it, not as 1."""
+    """The config as one flat table for HParams, with the choices that were made by their names, and
+    `true` as one would type it, not as 1."""
     left_out = ("._partial_", "tensorboard.")  # what is shown changes nothing
-    found = {k: v for k, v in flat(cfg).items() if not any(part in k for part in left_out)}
+    found = {group: choice(group, cfg[group]) for group in GROUPS if group in cfg}
+    found |= {k: v for k, v in flat(cfg).items() if not any(part in k for part in left_out)}
     plain = {
         k: isinstance(v, str | float | int) and v not in (True, False) for k, v in found.items()
     }

@@ -136,7 +136,7 @@ def record(directory: Path) -> dict[str, Any]:
             "scalars": {
                 tag: [(event.step, event.value) for event in events.Scalars(tag)]
                 for tag in tags["scalars"]
-                if tag not in ("images_per_second", "data_share")
+                if not tag.startswith("wall_time/")
             },
             "images": {
                 tag: [(image.step, image.encoded_image_string) for image in events.Images(tag)]
