@@ -178,7 +178,7 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_good(
 def test_what_is_not_installed(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else 1)
     with pytest.raises(
-        ConfigError, match=r'format=onnx: needs onnxscript; pip install "cnntrain\['
+        ConfigError, match=r"format=onnx: needs onnxscript; pip install onnxscript$"
     ):
         export(runs["native"], "onnx")
 

@@ -19,10 +19,49 @@ from test_data_idx import idx_bytes
 
 def commands_of(page: str, *starts: str) -> list[str]:
     """A page's lines that start so; `pip`, `pytest` and the rest are run by .ci/run."""
-    lines = (ROOT / page).read_text().splitlines()
+    text = (ROOT / page).read_text()
+    for name in ("photo.png", "folder", "scan.jpg"):  # whoever reads has these
+        text = text.replace(f"<{name}>", name)
+    lines = text.splitlines()
     lines = [line.split("   #")[0].strip() for line in lines]
     commands = [c.strip() for line in lines for c in line.removeprefix("$ ").split("&&")]
     return [c for c in commands if c.startswith(starts) and "<" not in c]
+
+
+def test_a_run_is_made_before_it_is_used() -> None:
+    """In the order of the page, in a clone in which nothing has been done."""
+    lines = [
+        c for c in readme_commands("python train.py", "cnntrain ", "echo") if "-m cnn" not in c
+    ]
+    made: set[str] = set()
+    for line in lines:
+        words = shlex.split(line.split("`")[0])
+        if words[0] == "echo":
+            made.add(words[-1])
+        used = [w for w in words if w.startswith("run=")]
+        used += [w for w in words[2:] if w.startswith("outputs/")]
+        for word in used:
+            assert word.removeprefix("run=") in made, line
+        if "mypkg" in line and words[0] != "echo":
+            assert "mypkg.py" in made, line
+        made |= {w.removeprefix("hydra.run.dir=") for w in words if w.startswith("hydra.run.dir=")}
+        made |= {f"outputs/sweeps/{w[6:]}" for w in words if w.startswith("sweep=")}
+        for word in words:  # files that are named are shipped or yours
+            if word.startswith("images=cnntrain/"):
+                assert (ROOT / word.removeprefix("images=")).exists()
+
+
+def test_no_command_installs_what_is_not_published() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    sources = [*(ROOT / "cnntrain").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml")]
+    for file in [*pages, *sources]:
+        text = file.read_text()
+        assert not re.search(r"pip install [\"']?cnntrain", text), file
+    extras = re.findall(r'pip install -e "\.\[([\w,]+)\]"', (ROOT / "README.md").read_text())
+    declared = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    known = re.findall(r"^(\w+) = \[", declared, re.M)
+    assert {name for found in extras for name in found.split(",")} <= set(known)
+    assert len(extras) >= 4
 
 
 def readme_commands(*starts: str) -> list[str]:
@@ -56,7 +95,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "folder").mkdir()
     for name in ("photo.png", "folder/another.jpg", "scan.jpg"):
         Image.new("RGB", (90, 120), (200, 180, 160)).save(folder / name)
-    idx = folder / "t10k-images-idx3-ubyte.gz"
+    idx = folder / "cnntrain/data/fashion_mnist_mini/t10k-images-idx3-ubyte.gz"
+    idx.parent.mkdir(parents=True)
     idx.write_bytes(gzip.compress(idx_bytes(np.zeros((3, 28, 28), np.uint8))))
     return folder
 

@@ -89,10 +89,10 @@ def test_mistakes_do_not_wait_for_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "extra"), [("joblib", "joblib"), ("ray", "ray"), ("submitit_slurm", "slurm")]
+    ("launcher", "package"), [("joblib", "joblib"), ("ray", "ray"), ("submitit_slurm", "submitit")]
 )
 def test_a_launcher_that_is_not_installed(
-    cnntrain: Run, tmp_path: Path, launcher: str, extra: str
+    cnntrain: Run, tmp_path: Path, launcher: str, package: str
 ) -> None:
     hidden = tmp_path / "shadow/hydra_plugins/__init__.py"  # found before the one with plugins
     hidden.parent.mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_a_launcher_that_is_not_installed(
     done = cnntrain("-m", *TINY, "seed=0,1", f"hydra/launcher={launcher}", PYTHONPATH=path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[1:] == [
-        f'  hydra/launcher={launcher}: is not installed; pip install "cnntrain[{extra}]"'
+        f"  hydra/launcher={launcher}: is not installed; pip install hydra-{package}-launcher"
     ]
     assert not (tmp_path / "outputs").exists()
 

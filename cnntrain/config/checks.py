@@ -150,7 +150,7 @@ def _check_seed(value: Any) -> list[str]:
 def check_node(key: str, node: Node, values: Any) -> list[str]:
     """As `check`, of one node in plain containers, whose name in NODES is `key`."""
     if node.extra and find_spec(node.extra) is None:
-        return [f'{key}: needs {node.extra.title()}; pip install "cnntrain[{node.extra}]"']
+        return [f"{key}: needs {node.extra.title()}; pip install {node.extra}"]
     if not isinstance(values, dict) or "_target_" not in values:
         return [f"{key}={shown(values)}: must name a choice, or a class as {key}._target_"]
     target, partial = values.pop("_target_"), values.pop("_partial_", False)

@@ -46,7 +46,7 @@ class Node:
     partial: bool = False  # called later, with what is given
     filled: bool = False  # and all of that has to be taken
     unfit: Mapping[str, str] = field(default_factory=dict)  # of that kind, and of no use: why
-    extra: str | None = None  # of the package's extras the one that has to be installed
+    extra: str | None = None  # a package that has to be installed
 
 
 NODES = {

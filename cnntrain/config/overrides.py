@@ -24,12 +24,12 @@ from cnntrain.config.signatures import signature
 
 TERSE = (LookupError, ArithmeticError, AttributeError, AssertionError, SystemExit)
 
-# Launchers that Hydra knows once they are installed, and the extras that they come with.
+# Launchers that Hydra knows once they are installed, and the packages hydra-*-launcher they are in.
 LAUNCHERS = {
     "joblib": "joblib",
     "ray": "ray",
-    "submitit_local": "slurm",
-    "submitit_slurm": "slurm",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
 }
 
 Loader = Callable[[Sequence[str]], DictConfig]
@@ -161,7 +161,7 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
         choices = [line.strip() for line in listed.split("\n")[1:] if line.strip()]
         value = str(override.value())
         if key == "hydra/launcher" and value in LAUNCHERS:
-            return f'{text}: is not installed; pip install "cnntrain[{LAUNCHERS[value]}]"'
+            return f"{text}: is not installed; pip install hydra-{LAUNCHERS[value]}-launcher"
         return f"{text}: {unknown(f'{key} has', 'choice', value, choices)}"
     if f"Could not load '{key}/" in message:  # one of several: layers=[3x3,foo]
         name = message.split(f"Could not load '{key}/")[1].split("'")[0]

@@ -93,7 +93,7 @@ def check_installed(format: Format) -> None:
     needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
     if missing := [name for name in needed if find_spec(name) is None]:
         raise ConfigError(
-            [f'format={format}: needs {" and ".join(missing)}; pip install "cnntrain[onnx]"']
+            [f"format={format}: needs {' and '.join(missing)}; pip install {' '.join(missing)}"]
         )
 
 
