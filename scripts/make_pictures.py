@@ -43,7 +43,7 @@ def tabs(run: Path) -> None:
         shots = Path(folder)
         with Server(run) as address, Board(address, shots=shots, size=(1200, 800)) as board:
             board.tabs({"projector", "images", "graphs", "custom_scalars"})
-            board.custom_scalars({"loss": 2, "accuracy": 2, "validation accuracy": 10})
+            board.custom_scalars({"loss": 2, "accuracy": 2})
             board.shot()
             board.open("images", "^(features|kernels|val/mistakes|val/confusion)")
             time.sleep(4)

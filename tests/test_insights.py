@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,30 @@ def test_pictures_after_1_2_4_epochs_and_the_last(events: EventAccumulator) -> N
         "test/confusion": [5],
         "test/mistakes": [5],
     }
+
+
+def test_training_and_validation_are_runs_of_their_own(run: Path) -> None:
+    """TensorBoard has a colour for each run; the numbers are those of metrics.csv."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for stage in ("train", "val"):
+        found = read(run / "curves" / stage)
+        for name in ("loss", "acc"):
+            assert [e.step for e in found.Scalars(name)] == [int(row["epoch"]) for row in rows]
+            values = [float(row[f"{stage}/{name}"]) for row in rows]
+            assert [e.value for e in found.Scalars(name)] == pytest.approx(values)
+
+
+def test_a_curve_that_is_continued_forgets_what_comes_again(tmp_path: Path) -> None:
+    for values in ({0: 1.0, 1: 2.0, 2: 3.0}, {1: 4.0, 2: 5.0}):
+        board = TensorBoard(tmp_path)
+        for epoch, value in values.items():
+            board.curve("val", {"loss": value}, epoch)
+        for writer in board.curves.values():
+            writer.close()
+        time.sleep(1.1)  # files are named by the second
+    found = read(tmp_path / "curves/val").Scalars("loss")
+    assert [(e.step, e.value) for e in found] == [(0, 1.0), (1, 4.0), (2, 5.0)]
 
 
 def test_losses_and_accuracies_come_first(events: EventAccumulator) -> None:

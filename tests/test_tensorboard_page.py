@@ -39,7 +39,10 @@ def test_scalars(board: Board) -> None:
 
 
 def test_training_and_validation_are_in_one_chart(board: Board) -> None:
-    board.custom_scalars({"loss": 2, "accuracy": 2, "validation accuracy": 10})
+    board.custom_scalars({"loss": 2, "accuracy": 2})
+    lines = "all('tf-custom-scalar-multi-line-chart-card >>> .line-plot:not(.ghost) >>> path.line')"
+    colours = board.js(f"return {lines}.map(line => getComputedStyle(line).stroke)")
+    assert len(set(colours[:2])) == len(set(colours[2:4])) == 2, colours
 
 
 def test_images(board: Board) -> None:

@@ -49,7 +49,8 @@ class Insights(lightning.Callback):
         mistakes: The wrong answers that were given with the most confidence.
         pr_curves: Precision and recall of each class.
         embedding: What the last layer is given of at most 2,000 images, with a picture of each.
-        charts: Custom scalars: training and validation in one chart.
+        charts: Training and validation as runs, which TensorBoard draws in one chart and in two
+            colours.
         every_n_epochs: How often pictures, histograms and curves are written, and at the last of
             `max_epochs`; None: after 1, 2, 4, 8, ... epochs, as TensorBoard keeps ten pictures of a
             kind.
@@ -111,16 +112,13 @@ class Insights(lightning.Callback):
             self.board.graph(layer_graph(network, self.data.shape))
 
     def _layout(self) -> dict[str, dict[str, list[Any]]]:
-        """Charts with several curves; the curves by regular expressions."""
-        charts = {
+        """Charts with several curves, which are runs; their tags by regular expressions."""
+        return {
             "training and validation": {
-                "loss": ["Multiline", ["^(train|val)/loss$"]],
-                "accuracy": ["Multiline", ["^(train|val)/acc$"]],
+                "loss": ["Multiline", ["^loss$"]],
+                "accuracy": ["Multiline", ["^acc$"]],
             }
         }
-        if self.classes:
-            charts["classes"] = {"validation accuracy": ["Multiline", ["^val_class_acc/"]]}
-        return charts
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int

@@ -52,6 +52,7 @@ class TensorBoard(TensorBoardLogger):
         super().__init__(directory, name="", version="", default_hp_metric=False)
         self.directory = directory
         self.first_epoch = 1  # 0 in a run that an earlier version has begun: it keeps its numbers
+        self.curves: dict[str, SummaryWriter] = {}
 
     def numbered(self, epoch: int) -> int:
         """The number of an epoch in metrics.csv, result.json and TensorBoard; Lightning's own count
@@ -105,6 +106,17 @@ class TensorBoard(TensorBoardLogger):
         self.experiment.flush()
         for file in old:
             file.unlink()
+
+    def curve(self, name: str, values: Mapping[str, float], epoch: int) -> None:
+        """Log scalars in an event file below this one's directory, so that TensorBoard takes them
+        for a run by itself: it has a colour for each run, and one for all lines of a run."""
+        if name not in self.curves:
+            # What another process has logged from this epoch on is forgotten.
+            where = self.directory / "curves" / name
+            self.curves[name] = SummaryWriter(str(where), purge_step=epoch)
+        for tag, value in values.items():
+            self.curves[name].add_scalar(tag, value, epoch)
+        self.curves[name].flush()
 
     def picture(self, tag: str, picture: Picture, step: int) -> None:
         """Not `add_image`, whose PNG takes longer than the picture."""
@@ -199,7 +211,8 @@ class TensorBoard(TensorBoardLogger):
     def end(self, cfg: DictConfig) -> None:
         """Mark the run as finished in the HParams tab, and close the stream."""
         self.experiment._get_file_writer().add_summary(hparams(options(cfg), {})[2])
-        self.experiment.close()
+        for writer in (self.experiment, *self.curves.values()):
+            writer.close()
 
 
 def records(path: Path) -> Iterator[bytes]:
