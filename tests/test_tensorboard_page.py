@@ -48,9 +48,9 @@ def test_training_and_validation_are_in_one_chart(board: Board) -> None:
 def test_images(board: Board) -> None:
     board.images(
         {
-            "features/features.0": (7 * 60, 4 * 60),
-            "features/features.4": (17 * 54, 4 * 54),
-            "kernels/features.0": (6 * 59, 59),
+            "features/features.0": (476, 366),
+            "features/features.4": (1054, 327),
+            "kernels/features.0": (402, 116),
         }
     )
 
