@@ -131,8 +131,8 @@ class Record(lightning.Callback):
             metrics["wall_time/data_share"] = self.in_data / seconds
         self.tensorboard.log_metrics(metrics, row["epoch"])
         for stage in ("train", "val") if self.insights.charts else ():
-            shown = {m: row[f"{stage}/{m}"] for m in ("loss", "acc") if f"{stage}/{m}" in row}
-            self.tensorboard.curve(stage, shown, row["epoch"])
+            values = {m: row[f"{stage}/{m}"] for m in ("loss", "acc") if f"{stage}/{m}" in row}
+            self.tensorboard.curve(stage, values, row["epoch"])
         self.tensorboard.experiment.flush()  # to be seen now, by whoever is watching
 
         digits = len(str(trainer.max_epochs))
