@@ -167,6 +167,8 @@ def test_run_directory_is_the_whole_record(tmp_path: Path) -> None:
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "checkpoints/previous.ckpt",
+        "curves/train/events.out",
+        "curves/val/events.out",
         "environment.json",
         "events.out",
         "metrics.csv",
