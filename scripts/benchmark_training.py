@@ -201,8 +201,8 @@ def load(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     mean, std = (torch.tensor(t).view(-1, 1, 1) for t in (data.mean, data.std))
     floats, raw = {}, {}
     for part, loader in [("train", data.train_loader(0, "cpu")), ("val", data.val_loader("cpu"))]:
-        raw[part] = (loader.images.squeeze(1), loader.labels)
-        normalised = (loader.images.float() / 255 - mean) / std
+        raw[part] = (loader.stored().squeeze(1), loader.labels)
+        normalised = (loader.stored().float() / 255 - mean) / std
         floats[part] = (normalised, loader.labels)
     return floats, raw
 

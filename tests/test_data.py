@@ -258,7 +258,7 @@ def test_mini_loaders():
     data = FashionMNISTMini(batch_size=64, eval_batch_size=300, hflip=0.5)
     train, val, test = data.train_loader(seed=3), data.val_loader(), data.test_loader()
     assert (len(train), len(val), len(test)) == (71, 2, 4)
-    assert (len(train.images), len(val.images), len(test.images)) == (4500, 500, 1000)
+    assert (len(train.labels), len(val.labels), len(test.labels)) == (4500, 500, 1000)
     assert train.augment == Augment(hflip=0.5)
     assert not val.augment
     x, y = next(iter(train))

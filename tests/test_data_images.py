@@ -3,6 +3,8 @@
 import gzip
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -55,7 +57,7 @@ def test_what_is_right_passes(dtype):
     mine = Mine(labels=LABELS.astype(dtype))
     train, val = mine.split()
     assert mine.train_loader().labels.tolist() == LABELS[train].tolist()
-    assert torch.equal(mine.val_loader().images, torch.from_numpy(IMAGES[val]))
+    assert torch.equal(mine.val_loader().stored(), torch.from_numpy(IMAGES[val]))
     assert mine.test_loader().labels.tolist() == LABELS[:TEST].tolist()
 
 
@@ -196,3 +198,47 @@ def test_damaged_mini_set(tmp_path, monkeypatch, number, damage, said):
             getattr(FashionMNISTMini(), ask)()
         problem = said.format(size=file.size)
         assert str(error.value) == f"FashionMNISTMini: {path}: {problem}; install cnntrain again"
+
+
+MEMORY = """
+import os, resource
+import numpy as np, torch
+from cnntrain.data import ImageData
+
+torch.set_num_threads(1)
+N, HALF = 16_000, 8000
+
+class Mine(ImageData):
+    shape, classes, mean, std, train_size = (3, 64, 64), ("a", "b"), (0.5,), (0.5,), N
+
+    def read(self, split):
+        count = N if split == "train" else 1
+        images = np.full((count, 64, 64, 3), 7, np.uint8)
+        if layout == "transposed":
+            images = images.transpose(0, 3, 1, 2)
+        else:
+            images = images.reshape(count, 3, 64, 64)
+        images.flags.writeable = layout != "read-only"
+        return images, np.zeros(count, np.int64)
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+for layout in ("contiguous", "read-only", "transposed"):
+    if (child := os.fork()) == 0:
+        before = peak()
+        data = Mine(val_size=HALF, batch_size=32, eval_batch_size=32)
+        for loader in (data.train_loader(), data.val_loader()):
+            assert all(images.is_contiguous() for images, _ in loader)
+        print(layout, (peak() - before) / (N * 3 * 64 * 64), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_memory_is_that_of_the_images():
+    """Peak of a process, beyond the imports, in bytes of the images: 1 for the images, and some for
+    batches; training and validation images, half each, are no copies."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    times = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+    assert times.keys() == {"contiguous", "read-only", "transposed"}
+    assert max(times.values()) < 1.3, times

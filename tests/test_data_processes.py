@@ -186,7 +186,7 @@ def test_several_at_once(root, tmp_path, monkeypatch, processes, damage):
 
     def work() -> None:
         loader = data(root).train_loader()
-        assert len(loader.images) == TRAIN - 5
+        assert len(loader.labels) == TRAIN - 5
 
     forks = [start(work) for _ in range(processes)]
     assert [end(fork) for fork in forks] == [0] * processes

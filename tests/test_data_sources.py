@@ -219,7 +219,7 @@ with pytest.MonkeyPatch.context() as patch:
     (gate / str(__import__("os").getpid())).touch()
     while len(list(gate.iterdir())) < 8:
         time.sleep(0.01)
-    print(len(t.data(root).train_loader().images), "images")
+    print(len(t.data(root).train_loader().labels), "images")
 """
 
 

@@ -219,7 +219,7 @@ def test_feature_maps_are_what_a_convolution_makes(
     across, cell = 68, 2 * 28 + LINE + 3 * GAP
     shown = shown[-4 * cell + GAP :, 6:]  # without its heading
     assert shown.shape[1] == 7 * across - 6
-    raw = loader.images[rows, 0].numpy()
+    raw = loader.stored(torch.tensor(rows))[:, 0].numpy()
     assert (shown[0:56:2, 0:56:2, 0] == raw[0]).all()  # the image first
     share = (maps / maps.abs().max()).numpy()
     for i, c in [(0, 0), (1, 3), (3, 5)]:

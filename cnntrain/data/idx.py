@@ -126,7 +126,7 @@ def parse_idx(data: bytes, name: str | Path) -> np.ndarray:
         name: The file's name for error messages.
 
     Returns:
-        A writable uint8 array with the dimensions that the file declares.
+        A read-only uint8 array with the dimensions that the file declares.
 
     Raises:
         DataError: The bytes are no idx file of unsigned bytes, or not as long as declared.
@@ -144,8 +144,7 @@ def parse_idx(data: bytes, name: str | Path) -> np.ndarray:
             f"{name}: {len(data) - header} bytes of values, "
             f"but the header {'x'.join(map(str, shape))} calls for {math.prod(shape)}"
         )
-    # frombuffer shares the read-only bytes, which torch.from_numpy warns of: copy.
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal
 
@@ -66,7 +67,7 @@ class ImageData(ABC):
         self.split_seed = split_seed
         self.augment = Augment(hflip=hflip, crop=crop, erase=erase)
         self.augment_epochs = augment_epochs
-        self._parts: dict[str, tuple[Tensor, Tensor]] | None = None
+        self._parts: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -98,11 +99,12 @@ class ImageData(ABC):
                 the file and what is wrong or what to do.
         """
         if self._parts is None:
-            images, labels = self._checked("train")
-            train, val = self.split()
+            images, labels = _tensors(*self._checked("train"))
+            # Both parts index the same images: a copy of each would double the memory.
+            train, val = map(torch.from_numpy, self.split())
             self._parts = {
-                "train": _tensors(images[train], labels[train]),
-                "val": _tensors(images[val], labels[val]),
+                "train": (images, labels[train], train),
+                "val": (images, labels[val], val),
             }
 
     def split(self) -> tuple[np.ndarray, np.ndarray]:
@@ -120,11 +122,12 @@ class ImageData(ABC):
     ) -> Loader:
         """Shuffled and augmented training batches, as `seed` and the epoch determine; of `world`
         processes, the one called `rank` gets its part of each."""
-        images, labels = self._part("train")
+        images, labels, rows = self._part("train")
         return Loader(
             images,
             labels,
             self.batch_size,
+            rows=rows,
             mean=self.mean,
             std=self.std,
             shuffle=True,
@@ -140,7 +143,8 @@ class ImageData(ABC):
         self, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
     ) -> Loader:
         """Validation batches, in the stored order, shared likewise."""
-        return self._eval_loader(*self._part("val"), device, rank, world)
+        images, labels, rows = self._part("val")
+        return self._eval_loader(images, labels, device, rank, world, rows)
 
     def test_loader(
         self, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
@@ -165,18 +169,25 @@ class ImageData(ABC):
             raise DataError(f"{name}: {of_labels}: {problem}")
         return images, labels
 
-    def _part(self, name: str) -> tuple[Tensor, Tensor]:
+    def _part(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         self.prepare()
         assert self._parts is not None
         return self._parts[name]
 
     def _eval_loader(
-        self, images: Tensor, labels: Tensor, device: torch.device | str, rank: int, world: int
+        self,
+        images: Tensor,
+        labels: Tensor,
+        device: torch.device | str,
+        rank: int,
+        world: int,
+        rows: Tensor | None = None,
     ) -> Loader:
         return Loader(
             images,
             labels,
             self.eval_batch_size,
+            rows=rows,
             mean=self.mean,
             std=self.std,
             device=device,
@@ -215,9 +226,11 @@ def _labels_problem(labels: object, size: int, num_classes: int) -> str | None:
 
 
 def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """uint8 (N, C, H, W) and int64 (N,). Copies what torch cannot share, as a read-only array."""
-    images = np.require(images, requirements=["C", "W"])
-    # Of a single channel NumPy's stride may be any, and one of 1 says channels_last to PyTorch,
-    # which then computes by slower kernels.
-    plain = torch.from_numpy(images.ravel()).view(images.shape)
-    return plain, torch.from_numpy(labels.astype(np.int64))
+    """uint8 (N, C, H, W) and int64 (N,). The images share the array's memory, unless it has
+    negative strides, which torch does not support."""
+    if min(images.strides) < 0:
+        images = images.copy()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor written
+        shared = torch.from_numpy(images)
+    return shared, torch.from_numpy(labels.astype(np.int64))

@@ -60,11 +60,13 @@ class Loader:
     changed, and both are the same on every device. Lightning sets the epoch by itself.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: uint8 (M, C, H, W), of any strides.
         labels: int64 (N,).
         batch_size: Samples in a batch, of all processes; the last one holds the rest.
         mean: Of the pixels scaled to 0..1; one number, or one per channel.
         std: Standard deviation, likewise.
+        rows: int64 (N,), the images of these labels; None: all of them, M = N. On the CPU the
+            images are indexed, not copied.
         shuffle: A new order each epoch instead of the stored one.
         seed: Of order and augmentation, not negative.
         augment: What to do to the uint8 images first.
@@ -90,6 +92,7 @@ class Loader:
         *,
         mean: float | Sequence[float],
         std: float | Sequence[float],
+        rows: Tensor | None = None,
         shuffle: bool = False,
         seed: int = 0,
         augment: Augment | None = None,
@@ -102,8 +105,8 @@ class Loader:
             raise ValueError(
                 f"images must be uint8 (N, C, H, W), not {images.dtype} {tuple(images.shape)}"
             )
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"{len(images)} images but labels of shape {tuple(labels.shape)}")
+        if labels.shape != (count := images.shape[:1] if rows is None else rows.shape):
+            raise ValueError(f"{count[0]} images but labels of shape {tuple(labels.shape)}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.batch_size = batch_size
@@ -116,8 +119,14 @@ class Loader:
         self.augment = augment or Augment()
         self.augment_epochs = augment_epochs
         self.device = torch.device(device)
-        home = self.device if fits(images.nbytes, self.device) else torch.device("cpu")
-        self.images = images.to(home)  # (N, C, H, W)
+        nbytes = len(labels) * images[:1].nbytes
+        home = self.device if fits(nbytes, self.device) else torch.device("cpu")
+        self.images, self.index = images, rows  # (M, C, H, W), and (N,) or None
+        if home != images.device:
+            moved = torch.empty((len(labels), *images.shape[1:]), dtype=torch.uint8, device=home)
+            for part in torch.arange(len(labels)).split(4096):  # no copy of all of them here
+                moved[part[0] : part[-1] + 1] = self.stored(part)
+            self.images, self.index = moved, None
         self.labels = labels.to(home)  # (N,)
         self.normalise = Normalise(mean, std, self.device)
         together = TOGETHER.get(self.device.type, TOGETHER["cuda"])
@@ -125,7 +134,7 @@ class Loader:
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
-        return -(-len(self.images) // self.batch_size)
+        return -(-len(self.labels) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the iterations that begin from now on."""
@@ -159,10 +168,10 @@ class Loader:
 
     def size(self, batch: int) -> int:
         """How many images are in a batch, of all processes."""
-        return min(self.batch_size, len(self.images) - batch * self.batch_size)
+        return min(self.batch_size, len(self.labels) - batch * self.batch_size)
 
     def indices(self, epoch: int, batch: int) -> Tensor:
-        """Which images are in a batch of an epoch: int64 (B,), rows of `images`, on the CPU."""
+        """Which images are in a batch of an epoch: int64 (B,), rows of `labels`, on the CPU."""
         return self._parts(self._order(epoch))[batch]
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
@@ -170,12 +179,20 @@ class Loader:
         return next(self.batches(epoch, index))
 
     def rows(self, indices: Tensor) -> Tensor:
-        """These rows of `images` (B,), normalised and not augmented, (B, C, H, W)."""
-        return self.normalise(send(self.images[indices.to(self.images.device)], self.device))
+        """The images of these rows of `labels` (B,), normalised, not augmented, (B, C, H, W)."""
+        return self.normalise(send(self.stored(indices), self.device))
+
+    def stored(self, rows: Tensor | None = None) -> Tensor:
+        """The images of these rows of `labels` (B,), or of all: uint8 (B, C, H, W)."""
+        if rows is None:
+            return self.images if self.index is None else self.images[self.index]
+        rows = rows.to(self.images.device)
+        # Contiguous, whatever the strides of `images`.
+        return self.images.index_select(0, rows if self.index is None else self.index[rows])
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of any epoch from the batch `start` on, as iterating yields them."""
-        n, _, height, width = self.images.shape
+        n, (height, width) = len(self.labels), self.images.shape[2:]
         order = send(self._order(epoch), self.images.device)
         labels = self._parts(send(self.labels.index_select(0, order), self.device))
         rows = self._parts(order)
@@ -187,8 +204,7 @@ class Loader:
             parameters = list(self._parts(send(drawn, self.device)))
         for first in range(start, len(rows), self.at_once):
             group = slice(first, first + self.at_once)
-            images = self.images.index_select(0, _joined(rows[group]))
-            images = send(images, self.device)
+            images = send(self.stored(_joined(rows[group])), self.device)
             if augment:
                 images = augment.apply(images, _joined(parameters[group]))
             sizes = [len(batch) for batch in rows[group]]
@@ -204,8 +220,8 @@ class Loader:
     def _order(self, epoch: int) -> Tensor:
         """Every row once, int64 (N,) on the CPU, in the order of the epoch."""
         if not self.shuffle:
-            return torch.arange(len(self.images))
-        return torch.randperm(len(self.images), generator=self._generator(epoch, ORDER))
+            return torch.arange(len(self.labels))
+        return torch.randperm(len(self.labels), generator=self._generator(epoch, ORDER))
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
         """A generator on the CPU that (seed, epoch) determine. SeedSequence mixes: seed 0 of

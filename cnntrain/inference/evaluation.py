@@ -131,7 +131,7 @@ class Evaluation:
         confusion = pictures.confusion(self.outcome.confusion, names, self.split)
         drawn = {"confusion.png": confusion}
         if self.mistakes:
-            drawn["mistakes.png"] = worst(self.outcome, self.images, names, MISTAKES)
+            drawn["mistakes.png"] = worst(self.outcome, self.images.__getitem__, names, MISTAKES)
         for name, picture in drawn.items():
             (folder / name).write_bytes(pictures.png(picture))
         return [folder / name for name in ("evaluation.json", *drawn)]
@@ -211,7 +211,7 @@ def evaluate_trained(
         totals["test/loss"],
         totals["test/acc"],
         module.outcome,
-        loader.images.cpu(),
+        loader.stored().cpu(),
         positions,
     )
 

@@ -1,7 +1,7 @@
 """What TensorBoard shows of a run beside its scalars: what goes in, what is learned, what fails."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -153,7 +153,7 @@ class Insights(lightning.Callback):
         if self.features:
             loader: Any = trainer.val_dataloaders
             rows = self._examples(loader.labels)
-            seen = pictures.in_colour(loader.images[rows])
+            seen = pictures.in_colour(loader.stored(rows))
             for name, maps in feature_maps(network, loader.rows(rows)):
                 self.board.picture(f"features/{name}", _maps(maps, seen), epoch)
 
@@ -194,7 +194,7 @@ class Insights(lightning.Callback):
             picture = pictures.confusion(outcome.confusion, names, stage)
             self.board.picture(f"{stage}/confusion", picture, epoch)
         if self.mistakes and len(outcome.mistakes(MISTAKES)):
-            picture = worst(outcome, loader.images, names, MISTAKES)
+            picture = worst(outcome, loader.stored, names, MISTAKES)
             self.board.picture(f"{stage}/mistakes", picture, epoch)
 
     def _embed(self, network: nn.Module, loader: Any, outcome: Outcome) -> None:
@@ -207,7 +207,7 @@ class Insights(lightning.Callback):
             return
         batches = torch.arange(count).split(loader.batch_size)
         points = torch.cat([penultimate(network, loader.rows(rows)) for rows in batches])
-        images = pictures.in_colour(loader.images[:count]).cpu()
+        images = pictures.in_colour(loader.stored(torch.arange(count))).cpu()
         step = -(-max(images.shape[2:]) // SPRITE)
         images = images[:, :, ::step, ::step]
         names = self.data.classes
@@ -226,9 +226,11 @@ class Insights(lightning.Callback):
         return torch.tensor([*firsts, *others][:EXAMPLES])
 
 
-def worst(outcome: Outcome, images: Tensor, names: Sequence[str], most: int) -> pictures.Picture:
-    """The most confident mistakes among images (N, C, H, W), uint8: of each the predicted class
-    with its probability, and the true class."""
+def worst(
+    outcome: Outcome, images: Callable[[Tensor], Tensor], names: Sequence[str], most: int
+) -> pictures.Picture:
+    """The most confident mistakes: of each the predicted class with its probability, and the true
+    class. `images` maps positions (B,) to their images, uint8 (B, C, H, W)."""
     wrong = outcome.mistakes(most)
     answers, labels = outcome.predicted.tolist(), outcome.labels.tolist()
     captions = [
@@ -236,7 +238,7 @@ def worst(outcome: Outcome, images: Tensor, names: Sequence[str], most: int) -> 
         f"true {names[labels[i]]}"
         for i in wrong.tolist()
     ]
-    return pictures.captioned(pictures.in_colour(images[wrong.to(images.device)]), captions)
+    return pictures.captioned(pictures.in_colour(images(wrong)), captions)
 
 
 def _code(text: str) -> str:
