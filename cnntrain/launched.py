@@ -4,7 +4,11 @@ Nothing here imports torch where there is one process: a mistyped option is answ
 """
 
 import os
+import socket
+import sys
 from dataclasses import dataclass
+
+TIMEOUT = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Place:
     address: str = "127.0.0.1"  # of rank 0
     port: int = 0  # of rank 0; 0: one that is free
     launcher: str | None = None  # who has started all of them; None: rank 0 starts the others
+    timeout: float = TIMEOUT  # seconds to wait for another process; `trainer.timeout`
 
     @property
     def devices(self) -> int:
@@ -40,6 +45,7 @@ def launched() -> Place | None:
                 said["MASTER_ADDR"],
                 int(said["MASTER_PORT"]),
                 "torchrun",
+                _timeout(),
             )
             if world > 1
             else None
@@ -59,5 +65,42 @@ def launched() -> Place | None:
             said.get("MASTER_ADDR", first),
             int(said.get("MASTER_PORT", 15_000 + step % 10_000)),
             "srun",
+            _timeout(),
         )
     return None
+
+
+def _timeout() -> float:
+    """`trainer.timeout` as typed: processes meet before the first one has composed the config."""
+    typed = [text.partition("=")[2] for text in sys.argv if text.startswith("trainer.timeout=")]
+    try:
+        return float(typed[-1])
+    except (IndexError, ValueError):
+        return TIMEOUT
+
+
+def choose_interface(place: Place) -> str | None:
+    """Set GLOO_SOCKET_IFNAME where gloo would choose an interface that other machines cannot reach.
+
+    It takes that of the host name's address, which is 127.0.1.1 on Debian. Returns the problem if
+    there is more than one to choose from.
+    """
+    if place.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return None
+    name, address = socket.gethostname(), None
+    try:
+        address = socket.gethostbyname(name)
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+        if not address.startswith("127."):
+            return None
+    except OSError:  # no address, or another machine's
+        pass
+    found = [interface for _, interface in socket.if_nameindex() if not interface.startswith("lo")]
+    if len(found) == 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = found[0]
+        return None
+    return (
+        f"the host name {name} resolves to {address}, where other machines do not reach this one; "
+        f"set GLOO_SOCKET_IFNAME to its network interface: {' or '.join(found) or 'there is none'}"
+    )

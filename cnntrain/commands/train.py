@@ -30,12 +30,14 @@ from cnntrain.config.resume import (
     run_only,
 )
 from cnntrain.interruption import Interrupted, watching
-from cnntrain.launched import launched
+from cnntrain.launched import Place, launched
 from cnntrain.terminal import paragraph
 
 
 def main() -> None:
     place = launched()
+    if place:  # else its sockets warn of addresses that have no name
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if place and place.rank > 0:  # the first process has the command line, and the last word
         sys.path.insert(1, os.getcwd())  # as `command_line` does
         from cnntrain.training.follow import follow
@@ -47,6 +49,8 @@ def main() -> None:
     sys.argv[1:] = [re.sub("^sweep=", "sweep.name=", text) for text in sys.argv[1:]]
     with watching("leave"):
         try:
+            if place:
+                _meet(place)
             resumed = _resumed(command_line())
             start(
                 "train",
@@ -67,6 +71,17 @@ def main() -> None:
                 from cnntrain.training.company import dismiss
 
                 dismiss(place)
+
+
+def _meet(place: Place) -> None:
+    """Before anything is written, and before the others have waited for long."""
+    from cnntrain.training.company import ProcessLost, meeting_point
+
+    try:
+        meeting_point(place)
+    except ProcessLost as error:
+        print(f"cnntrain: {error}", file=sys.stderr)
+        _end(1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
         sys.exit(1)
     except ProcessLost as error:
         print(f"cnntrain: {error}; go on with {again}", file=sys.stderr)
-        sys.exit(1)
+        _end(1)  # a process group would wait once more for the process that is lost
     except OSError as error:
         print(f"cnntrain: {told(error)}; once that is mended, go on with {again}", file=sys.stderr)
         sys.exit(1)
@@ -180,11 +195,15 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
 
 def _leave(interrupted: Interrupted, hint: str = "") -> NoReturn:
     print(f"\ncnntrain: interrupted by {interrupted}{hint}", file=sys.stderr)
+    # Not by way of Python's own end, a second in which another signal has another exit code.
+    _end(interrupted.exit_code)
+
+
+def _end(code: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not by way of Python's own end, a second in which another signal has another exit code.
-    os._exit(interrupted.exit_code)
+    os._exit(code)
 
 
 def _is(override: str, key: str) -> bool:

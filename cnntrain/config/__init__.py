@@ -46,6 +46,7 @@ INCIDENTAL = (
     "tensorboard",
     "data.root",
     "trainer.accelerator",
+    "trainer.timeout",
     "trainer.progress_bar",
     "trainer.checkpoint_every_n_steps",
     "trainer.checkpoint_every_n_minutes",

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cnntrain.launched import Place
-from cnntrain.terminal import write_stderr
+from cnntrain.interruption import interruption
+from cnntrain.launched import Place, choose_interface
 from cnntrain.notebook import OneLine
+from cnntrain.terminal import write_stderr
 from cnntrain.training.distributed import group
 
 PATIENCE = timedelta(minutes=30)  # for processes that have to come, or to fetch their data
@@ -60,7 +61,7 @@ def company(
         others.end_by_themselves()
     except Exception as error:
         if broken(error):
-            why = others.ended() or "another process of the run has ended"
+            why = others.ended() or unanswered(place)
             raise ProcessLost(why) from error
         raise
     finally:
@@ -68,19 +69,66 @@ def company(
 
 
 def meeting_point(place: Place) -> Any:
-    """The store through which processes find each other: torchrun's own, or one of rank 0's."""
-    if place.launcher == "torchrun":
-        rendezvous = dist.rendezvous("env://", place.rank, place.world, timeout=PATIENCE)
-        return dist.PrefixStore("cnntrain", next(rendezvous)[0])
-    return dist.TCPStore(
-        place.address,
-        place.port,
-        is_master=place.rank == 0,
-        timeout=PATIENCE,
-        wait_for_workers=False,
-    )
+    """The store through which processes find each other: torchrun's own, or one of rank 0's.
+
+    Raises ProcessLost if the port is in use, or not all have come within the timeout.
+    """
+    global _met
+    if _met is not None:
+        return _met
+    timeout = timedelta(seconds=place.timeout)
+    if problem := choose_interface(place):
+        raise ProcessLost(problem)
+
+    def connect() -> Any:
+        if place.launcher == "torchrun":
+            rendezvous = dist.rendezvous("env://", place.rank, place.world, timeout=timeout)
+            return dist.PrefixStore("cnntrain", next(rendezvous)[0])
+        return dist.TCPStore(
+            place.address,
+            place.port,
+            place.world,
+            is_master=place.rank == 0,
+            timeout=timeout,
+            wait_for_workers=place.launcher is not None,
+        )
+
+    try:
+        store = within(place.timeout + 1, connect)
+        _met = store if place.launcher else None
+        return store
+    except (dist.DistError, TimeoutError) as error:
+        if "EADDRINUSE" in str(error):
+            why = f"MASTER_PORT={place.port}: the port is in use; set it to a free one"
+        else:
+            who = f"not all {place.world} processes have connected to"
+            who = who if place.rank == 0 else "the first process does not answer at"
+            why = f"{who} {place.address}:{place.port} (MASTER_ADDR, MASTER_PORT)"
+            why += f" within {place.timeout:g} s (trainer.timeout)"
+        raise ProcessLost(why) from error
 
 
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of a call of C++ that may block for longer; this thread handles signals."""
+    results: list[Any] = []
+
+    def target() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not results:
+        raise TimeoutError
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
+
+
+_met: Any = None  # the store of processes that a launcher has started
 _given = False  # whether the others have been told what to do
 
 
@@ -93,22 +141,34 @@ def _give(store: Any, work: dict[str, Any] | None) -> None:
 def dismiss(place: Place) -> None:
     """From rank 0, at its end: nothing is left to do for processes that a launcher has started
     and that still wait to be told."""
-    if _given:
+    if _given or _met is None:
         return
-    store = meeting_point(place)
+    store = _met
     _give(store, None)
     deadline = time.monotonic() + GRACE  # srun's tasks meet at this process: it has to stay so long
     while store.add("dismissed", 0) < place.world - 1 and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
-def wait_for_work(store: Any) -> dict[str, Any] | None:
+def wait_for_work(place: Place, store: Any) -> dict[str, Any] | None:
     """From the others: what rank 0 wants them to do; None if nothing."""
-    store.wait(["work"], PATIENCE)
+    try:  # it may take long to prepare the data, but its store answers
+        while not within(place.timeout, lambda: store.check(["work"])):
+            time.sleep(0.1)
+    except TimeoutError:
+        raise ProcessLost(unanswered(place)) from None
     work = json.loads(store.get("work"))
     if work is None:
         store.add("dismissed", 1)
     return work
+
+
+def unanswered(place: Place) -> str:
+    """What is known when another process does not answer."""
+    return (
+        f"another process of the run has ended, or not answered for {place.timeout:g} s "
+        "(trainer.timeout)"
+    )
 
 
 def broken(error: BaseException) -> bool:
@@ -150,6 +210,7 @@ class Others:
             stderr=said,
             start_new_session=True,
         )
+        interruption.children.append(process)
         self.started[place.rank] = process, said
         threading.Thread(target=self._watch, args=(place.rank,), daemon=True).start()
 
@@ -196,6 +257,7 @@ class Others:
         for process, said in self.started.values():
             process.kill()
             process.wait()
+            interruption.children.remove(process)
             if process.stdin:
                 process.stdin.close()
             said.close()

@@ -7,6 +7,7 @@ the CPU, so that no GPU has to be waited for. A process that trains alone is ask
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -118,10 +119,11 @@ def group(place: Place, store: Any, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         options = {"backend": "nccl", "device_id": device}
-    store = dist.PrefixStore("group", store)
-    dist.init_process_group(store=store, rank=place.rank, world_size=place.world, **options)
+    store, timeout = dist.PrefixStore("group", store), timedelta(seconds=place.timeout)
+    options |= {"rank": place.rank, "world_size": place.world, "timeout": timeout}
+    dist.init_process_group(store=store, **options)
     try:
-        _control = dist.new_group(backend="gloo")
+        _control = dist.new_group(backend="gloo", timeout=timeout)
         yield
     finally:
         _control = None

@@ -6,15 +6,22 @@ import logging
 import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
 from cnntrain.interruption import Interrupted, interruption, watching
-from cnntrain.launched import Place
+from cnntrain.launched import TIMEOUT, Place
 from cnntrain.training.building import build_run, build_trainer
-from cnntrain.training.company import broken, meeting_point, wait_for_work
+from cnntrain.training.company import (
+    ProcessLost,
+    broken,
+    meeting_point,
+    unanswered,
+    wait_for_work,
+)
 from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.distributed import cores_shared, group
 from cnntrain.training.run import fit_and_test
@@ -37,7 +44,7 @@ def follow(place: Place) -> NoReturn:
     with watching("leave"):
         try:
             store = meeting_point(place)
-            if work := wait_for_work(store):
+            if work := wait_for_work(place, store):
                 with cores_shared(place):
                     _take_part(place, store, work)
         except Interrupted as error:
@@ -45,19 +52,20 @@ def follow(place: Place) -> NoReturn:
         except NotFinite:
             code = 3
         except BaseException as error:
-            code = 1
-            if not broken(error):
-                said = str(error).partition("\n")[0]
-                # Rank 0 tells how a process has ended that it has started itself.
-                name = f"cnntrain: process {place.rank + 1} of {place.world}: "
-                name = name if place.launcher else ""
-                print(f"{name}{type(error).__name__}: {said}", file=sys.stderr)
+            code, lost = 1, isinstance(error, ProcessLost)
+            said = str(error).partition("\n")[0]
+            said = said if lost else f"{type(error).__name__}: {said}"
+            said = unanswered(place) if broken(error) else said
+            # Rank 0 tells how a process has ended that it has started itself.
+            name = f"cnntrain: process {place.rank + 1} of {place.world}: "
+            print(f"{name if place.launcher else ''}{said}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(code)
 
 
 def _take_part(place: Place, store: Any, work: dict[str, Any]) -> None:
     cfg, directory = OmegaConf.create(work["config"]), Path(work["directory"])
+    place = replace(place, timeout=cfg.trainer.get("timeout", TIMEOUT))
     checkpoint = Path(work["checkpoint"]) if work["checkpoint"] else None
     data, module = build_run(cfg)
     data.prepare()

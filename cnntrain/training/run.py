@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cnntrain.config import (
 from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
-from cnntrain.launched import Place, launched
+from cnntrain.launched import TIMEOUT, Place, launched
 from cnntrain.models import layer_table
 from cnntrain.terminal import UNLIMITED, table_text, width
 from cnntrain.notebook import OneLine
@@ -207,7 +208,8 @@ def fit_and_test(
 def _place(cfg: DictConfig) -> Place:
     """Where this process stands among those that train together."""
     nodes = cfg.trainer.get("num_nodes", 1)
-    return launched() or Place(world=cfg.trainer.get("devices", 1) * nodes, nodes=nodes)
+    place = launched() or Place(world=cfg.trainer.get("devices", 1) * nodes, nodes=nodes)
+    return replace(place, timeout=cfg.trainer.get("timeout", TIMEOUT))
 
 
 def _insights(cfg: DictConfig, tensorboard: TensorBoard, data: ImageData) -> Insights:

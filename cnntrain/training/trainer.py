@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from cnntrain.launched import Place
+from cnntrain.launched import TIMEOUT, Place
 from cnntrain.training.checkpoints import Average, CheckpointFiles, Checkpoints
 from cnntrain.training.distributed import Processes
 from cnntrain.training.epoch_loop import EpochLoop
@@ -49,7 +50,8 @@ class Trainer(lightning.Trainer):
     `cnntrain.config.nodes.TRAINER_GIVEN`.
 
     `devices` on each of `num_nodes` machines train together, a process for each; `processes` says
-    which of them this is. Starting them is not the trainer's business.
+    which of them this is. Starting them is not the trainer's business. One that does not answer
+    within `timeout` seconds ends the run.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Trainer(lightning.Trainer):
         accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
         devices: Devices = 1,
         num_nodes: PositiveInt = 1,
+        timeout: PositiveFloat = TIMEOUT,
         max_epochs: PositiveInt = 10,
         precision: Precision = 32,
         compile: bool = False,
@@ -98,7 +101,9 @@ class Trainer(lightning.Trainer):
             mode = "max" if monitor.endswith("acc") else "min"
             own.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
         if processes.world_size() > 1:
-            lightning_options["strategy"] = DDPStrategy(cluster_environment=processes)
+            lightning_options["strategy"] = DDPStrategy(
+                cluster_environment=processes, timeout=timedelta(seconds=timeout)
+            )
         self.compile_network, self.cuda_graphs = compile, cuda_graphs
         self.channels_last, self.monitor = channels_last, monitor
         self.test_checkpoint = test_checkpoint
