@@ -18,6 +18,7 @@ Picture = np.ndarray
 
 PAPER, INK = (255, 255, 255), (30, 30, 30)
 NEGATIVE, POSITIVE = (33, 102, 172), (178, 24, 43)  # the ends of ColorBrewer's RdBu
+PIXELS = 1000  # the longest side of a confusion matrix of many classes
 GAP = 4  # pixels between tiles
 TEXT, LINE = 12, 15  # pixels: height of letters in a caption, and from line to line
 CHARACTERS = 26  # in a line of a caption
@@ -123,13 +124,18 @@ def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
     """A confusion matrix: how often an image of a class (row) is taken for another (column).
 
     The colour is the share of the row's images, from 0 to 100 % on a square-root scale, as small
-    shares are what one looks for. Numbers and names are left out beyond 20 classes.
+    shares are what one looks for. Numbers and names are left out beyond 20 classes; of more than
+    PIXELS classes, neighbouring ones share a pixel.
 
     Args:
-        counts: Integers (K, K).
+        counts: Integers (K, K), a sparse COO tensor.
         names: Of the K classes; long ones are shortened.
         split: test or val, whose images are counted.
     """
+    group = -(-len(names) // PIXELS)
+    names = names[::group]
+    places, size = counts.coalesce().indices() // group, (len(names), len(names))
+    counts = sparse(places, counts.coalesce().values(), size).to_dense()
     classes, font = len(names), _font(13)
     cell, numbered = (46, True) if classes <= 20 else (max(1, 920 // classes), False)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
@@ -172,6 +178,11 @@ def _shaded(shares: Tensor) -> Tensor:
     """Shares from 0 to 1 as colours of a sequential map, uint8 (..., 3)."""
     colours = torch.from_numpy(colormaps["magma_r"](np.linspace(0, 1, 256), bytes=True)[:, :3])
     return colours[(shares.sqrt() * 255).round().long()]
+
+
+def sparse(indices: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A COO tensor of values (N,) at `indices` (2, N); those at the same place are added up."""
+    return torch.sparse_coo_tensor(indices, values, size, check_invariants=True).coalesce()
 
 
 def _upwards(sheet: Image.Image, text: str, place: tuple[int, int], size: tuple[int, int]) -> None:

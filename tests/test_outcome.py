@@ -1,9 +1,12 @@
 """What answers are worth, against sums written out."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
+from cnntrain import pictures
 from cnntrain.training import outcome as module
 from cnntrain.training.outcome import Outcome
 
@@ -31,7 +34,7 @@ def test_confusion_precision_recall_f1(answers) -> None:
     counts = np.zeros((4, 4), int)
     for label, answer in zip(labels, predicted, strict=True):
         counts[label, answer] += 1
-    assert (found.confusion.numpy() == counts).all()
+    assert (found.confusion.to_dense().numpy() == counts).all()
     for k in range(4):
         right = counts[k, k]
         precision, recall = right / counts[:, k].sum(), right / counts[k].sum()
@@ -49,7 +52,7 @@ def test_a_class_that_is_never_answered_has_zeros() -> None:
 
 def test_one_class_is_always_right() -> None:
     found = Outcome.of([(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))])
-    assert found.confusion.tolist() == [[3]]
+    assert found.confusion.to_dense().tolist() == [[3]]
     assert {name: values.tolist() for name, values in found.per_class.items()} == {
         "precision": [1],
         "recall": [1],
@@ -96,3 +99,39 @@ def test_several_processes_are_as_one(answers, world: int, monkeypatch) -> None:
     shared = Outcome.of(parts[0])
     assert (shared.labels == whole.labels).all()
     torch.testing.assert_close(shared.probabilities, whole.probabilities)
+
+
+def test_many_classes_take_little_memory(monkeypatch) -> None:
+    """The most probable class alone is kept; numbers against loops, over pairs that there are."""
+    generator = torch.Generator().manual_seed(0)
+    classes = 20_000
+    batches = [torch.randn(30, classes, generator=generator) for _ in range(4)]
+    labels = [logits.argmax(1) for logits in batches]
+    labels[0] = torch.arange(30)
+    answers = [
+        (module.answer(logits), right) for logits, right in zip(batches, labels, strict=True)
+    ]
+    assert all(kept.numel() == 60 for kept, _ in answers)
+    found = Outcome.of(answers, classes)
+    shares = torch.cat(batches).softmax(1)
+    assert (found.predicted == shares.argmax(1)).all()
+    assert (found.confidence == shares.max(1).values).all()
+    counts = Counter(zip(torch.cat(labels).tolist(), shares.argmax(1).tolist(), strict=True))
+    places = zip(*found.confusion.indices().tolist(), strict=True)
+    assert dict(zip(places, found.confusion.values().tolist(), strict=True)) == dict(counts)
+    wrong = torch.cat(labels) != shares.argmax(1)
+    assert found.mistakes(1000).sort().values.tolist() == wrong.nonzero()[:, 0].tolist()
+    assert found.per_class["recall"][int(labels[1][0])] > 0
+    picture = pictures.confusion(found.confusion, [str(k) for k in range(classes)])
+    assert max(picture.shape) < 1200
+
+    whole = Outcome(shares, torch.cat(labels))
+    torch.testing.assert_close(found.per_class, whole.per_class)
+    assert found.calibration_error == pytest.approx(whole.calibration_error, abs=1e-6)
+
+    parts = [[(kept[rank::2], right[rank::2]) for kept, right in answers] for rank in range(2)]
+    monkeypatch.setattr(module, "alone", lambda: False)
+    monkeypatch.setattr(module, "gathered", lambda mine: parts)
+    shared = Outcome.of(parts[0], classes)
+    assert (shared.predicted == found.predicted).all()
+    assert (shared.labels == found.labels).all()

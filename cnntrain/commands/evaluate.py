@@ -1,7 +1,7 @@
 """`cnntrain evaluate`: how good a trained network is."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -12,6 +12,9 @@ from cnntrain.commands.finished import start_on_run, telling_errors
 
 if TYPE_CHECKING:
     from cnntrain.inference import Evaluation, Trained
+
+
+SHOWN = 100  # classes in the table; evaluation.json has all
 
 
 def main() -> None:
@@ -59,11 +62,18 @@ def _show(found: "Evaluation") -> None:
     table.add_column("class")
     for title in ("images", "precision", "recall", "F1", "taken for most often"):
         table.add_column(title, justify="left" if "taken" in title else "right")
-    confusion, names = outcome.confusion.clone(), trained.data.classes
-    confusion.fill_diagonal_(0)
-    for row, wrong in zip(found.classes, confusion, strict=True):
-        most: Any = wrong.argmax()
-        other = f"{names[most]} ({wrong[most]})" if wrong[most] else ""
+    names, taken = trained.data.classes, dict[str, tuple[int, str]]()
+    pairs, counts = outcome.confusion.indices().T.tolist(), outcome.confusion.values().tolist()
+    for (i, j), count in zip(pairs, counts, strict=True):
+        if i != j and count > taken.get(names[i], (0,))[0]:
+            taken[names[i]] = count, names[j]
+    rows = found.classes
+    if len(rows) > SHOWN:
+        rows = sorted((r for r in rows if r["images"]), key=lambda r: r["f1"])[:SHOWN]
+        print(f"the {len(rows)} classes of {len(names):,} with the lowest F1:")
+    for row in rows:
+        count, other = taken.get(row["class"], (0, ""))
+        other = f"{other} ({count})" if count else ""
         shares = [
             "–" if row[measure] is None else f"{row[measure]:.1%}"
             for measure in ("precision", "recall", "f1")

@@ -35,9 +35,9 @@ from cnntrain.terminal import paragraph
 
 
 def main() -> None:
+    # Every attempt of a socket to connect else has a line of its own on stderr.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     place = launched()
-    if place:  # else its sockets warn of addresses that have no name
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if place and place.rank > 0:  # the first process has the command line, and the last word
         sys.path.insert(1, os.getcwd())  # as `command_line` does
         from cnntrain.training.follow import follow

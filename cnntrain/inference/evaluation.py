@@ -64,7 +64,7 @@ class Evaluation:
         """Of each class its name, number of images, precision, recall and F1; these are None where
         it has no images."""
         measures = {name: values.tolist() for name, values in self.outcome.per_class.items()}
-        counts = self.outcome.confusion.sum(1).tolist()
+        counts = self.outcome.support.tolist()
         return [
             {"class": name, "images": counts[i]}
             | {m: v[i] if counts[i] else None for m, v in measures.items()}
@@ -80,7 +80,7 @@ class Evaluation:
                 "index": int(self.positions[i]),
                 "class": names[int(outcome.labels[i])],
                 "predicted": names[int(outcome.predicted[i])],
-                "probability": float(outcome.probabilities[i].max()),
+                "probability": float(outcome.confidence[i]),
             }
             for i in outcome.mistakes(MISTAKES).tolist()
         ]
@@ -100,7 +100,7 @@ class Evaluation:
             for row in self.classes[:SHOWN]
         ]
         if len(names) <= SHOWN:
-            picture = png_html(pictures.png(pictures.confusion(self.outcome.confusion, names)))
+            picture = png_html(pictures.png(pictures.confusion(self.outcome.confusion, names, self.split)))
         head = ("class", "images", "precision", "recall", "F1")
         return f"<pre>{html.escape(repr(self))}</pre>{table_html(head, rows)}{picture}"
 
@@ -109,6 +109,8 @@ class Evaluation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         trained, names = self.trained, self.trained.data.classes
+        confusion = self.outcome.confusion
+        pairs, counts = confusion.indices().T.tolist(), confusion.values().tolist()
         write_json(
             folder / "evaluation.json",
             {
@@ -123,13 +125,13 @@ class Evaluation:
                 "loss": self.loss,
                 "calibration_error": self.outcome.calibration_error,
                 "classes": self.classes,
-                "confusion": self.outcome.confusion.tolist(),
+                # [class, predicted class, images], of the pairs that there are
+                "confusion": [[*pair, n] for pair, n in zip(pairs, counts, strict=True)],
                 "mistakes": self.mistakes,
             },
         )
         (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier one
-        confusion = pictures.confusion(self.outcome.confusion, names, self.split)
-        drawn = {"confusion.png": confusion}
+        drawn = {"confusion.png": pictures.confusion(confusion, names, self.split)}
         if self.mistakes:
             drawn["mistakes.png"] = worst(self.outcome, self.images.__getitem__, names, MISTAKES)
         for name, picture in drawn.items():

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cnntrain.config import blame
 from cnntrain.training.distributed import alone, gathered, summed
-from cnntrain.training.outcome import Answers, Outcome
+from cnntrain.training.outcome import Answers, Outcome, answer
 from cnntrain.training.step_graph import Recorder, StepGraph
 from cnntrain.training.tally import TOGETHER, Stage, Tally
 
@@ -48,6 +48,7 @@ class Classifier(lightning.LightningModule):
         self.tallies: dict[Stage, Tally] = {}
         self.totals = self.tallies
         self.answers: Answers = []  # of the evaluation that is going on, by this process
+        self.classes = 0  # that the network tells apart
         self.outcome: Outcome | None = None
         self.last_loss: Tensor | None = None  # of this process's part of the last batch
         self.step_loss: Tensor | None = None  # of all of it, and the norm, where they are logged
@@ -187,7 +188,8 @@ class Classifier(lightning.LightningModule):
             logits = self.network(images)
             self.tallies[stage].add(self.loss(logits, labels), logits, labels)
             self.tallies[stage].images += len(labels)
-            self.answers.append((logits, labels))
+            self.answers.append((answer(logits), labels))
+            self.classes = logits.shape[1]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Before clipping, and only where it will be shown.
@@ -222,7 +224,8 @@ class Classifier(lightning.LightningModule):
 
     def _add_up(self) -> None:
         # Every epoch ends with a validation, and only then are they asked for.
-        self.outcome = Outcome.of(self.answers)
+        self.outcome = Outcome.of(self.answers, self.classes)
+        self.answers = []
         if not alone():
             self.totals = {stage: tally.total() for stage, tally in self.tallies.items()}
 

@@ -159,12 +159,11 @@ class Insights(lightning.Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         epoch, outcome = self._epoch(trainer), module.outcome
-        names, counts = self.data.classes, outcome.confusion
+        names, recall = self.data.classes, outcome.per_class["recall"]
         if self.classes and len(names) <= CURVES:
-            for name, row, right in zip(names, counts, counts.diagonal(), strict=True):
-                if row.sum():
-                    accuracy = float(right / row.sum())
-                    self.writer.add_scalar(f"val_class_acc/{name}", accuracy, epoch)
+            for name, share, count in zip(names, recall, outcome.support, strict=True):
+                if count:
+                    self.writer.add_scalar(f"val_class_acc/{name}", float(share), epoch)
         if not self._due(trainer):
             return
         self._show(outcome, trainer.val_dataloaders, "val", epoch)
@@ -234,8 +233,7 @@ def worst(
     wrong = outcome.mistakes(most)
     answers, labels = outcome.predicted.tolist(), outcome.labels.tolist()
     captions = [
-        f"predicted {names[answers[i]]} {outcome.probabilities[i].max():.0%}\n"
-        f"true {names[labels[i]]}"
+        f"predicted {names[answers[i]]} {outcome.confidence[i]:.0%}\ntrue {names[labels[i]]}"
         for i in wrong.tolist()
     ]
     return pictures.captioned(pictures.in_colour(images(wrong)), captions)
