@@ -3,11 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torturing.runs import differences, record
 
-from cnntrain.config import build, compose
+from cnntrain.config import ConfigError, build, compose
 from cnntrain.config.contradictions import data_contradictions
-from cnntrain.config.resume import refused_changes
-from cnntrain.training import checkpoint_file, train
+from cnntrain.config.resume import changed, refused_changes
+from cnntrain.launched import Place, choose_interface
+from cnntrain.training import ProcessLost, checkpoint_file, train
+from cnntrain.training.company import meeting_point
 
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.progress_bar=false"]
 MINI = ["data=fashion_mnist_mini", "data.hflip=0.5", "data.crop=2", "data.erase=0.3"]
@@ -287,3 +292,90 @@ def test_another_number_of_processes_is_another_run() -> None:
     run, wanted = (compose([*DDP, f"trainer.devices={n}"]) for n in (2, 3))
     (said,) = refused_changes(run, wanted)
     assert said.startswith("trainer.devices=3: the run was begun with 2, and has computed with it")
+
+
+def test_a_run_of_two_processes_with_another_trainer(tmp_path: Path) -> None:
+    run = compose([*DDP, "trainer.devices=2"])
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/overrides.yaml").write_text("- trainer=ddp\n- trainer.devices=2\n")
+    said = f"trainer=cpu: the run in {tmp_path} has 2 processes.*take trainer.accelerator=cpu"
+    with pytest.raises(ConfigError, match=said):
+        changed(run, tmp_path, ["trainer=cpu"])
+    assert changed(run, tmp_path, ["trainer=ddp"]).trainer == run.trainer
+    assert refused_changes(run, compose(["trainer=cpu"])) == [
+        "trainer.devices: the run has 2, and is continued with as many; add trainer=ddp "
+        "trainer.devices=2, or start a new run"
+    ]
+    faster = compose([*DDP, "trainer.devices=2", "trainer.timeout=600"])
+    assert refused_changes(run, faster) == []
+
+
+def test_a_stuck_process(start: Start, tmp_path: Path) -> None:
+    """The main thread waits in a collective: a second SIGINT is handled without it, and without
+    any signal the wait is bounded."""
+    options = [*EVERYTHING, *DDP, "trainer.max_epochs=100", "hydra.run.dir=run", "resume=auto"]
+    for signals, code in [([signal.SIGINT, signal.SIGINT], 130), ([], 1)]:
+        process = start(*options, *([] if signals else ["trainer.timeout=5"]))
+        wait_for(tmp_path / "run/checkpoints/previous.ckpt", process)
+        while not (started := children(process)):
+            assert process.poll() is None, process.communicate()
+        time.sleep(0 if signals else 8)  # the second one has to begin first
+        (other,) = started
+        os.kill(other, signal.SIGSTOP)
+        time.sleep(1)
+        for signum in signals:
+            process.send_signal(signum)
+            time.sleep(0.5)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert gone(other)
+        last = err.splitlines()[-1]
+        if signals:
+            assert last.startswith("cnntrain: interrupted by SIGINT")
+        else:
+            assert "ended, or not answered for 5 s (trainer.timeout); go on with resume" in last
+        assert result(tmp_path / "run")["status"] == ("interrupted" if signals else "failed")
+
+
+def test_a_port_in_use_and_one_where_nobody_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        place = Place(0, 0, 2, 1, "127.0.0.1", port, "srun", timeout=2)
+        with pytest.raises(ProcessLost, match=f"MASTER_PORT={port}: the port is in use; set it"):
+            meeting_point(place)
+        said = f"the first process does not answer at 127.0.0.1:{port} .*MASTER_PORT.* within 2 s"
+        with pytest.raises(ProcessLost, match=said):
+            meeting_point(replace(place, rank=1))
+    with pytest.raises(ProcessLost, match="not all 2 processes have connected"):
+        meeting_point(place)
+
+
+@pytest.mark.parametrize(
+    ("address", "interfaces", "chosen", "said"),
+    [
+        ("127.0.1.1", ["lo", "eth0"], "eth0", None),
+        ("127.0.1.1", ["lo", "eth0", "ib0"], None, "GLOO_SOCKET_IFNAME .*: eth0 or ib0"),
+        ("192.0.2.1", ["lo", "eth0", "ib0"], None, "resolves to 192.0.2.1, where other"),
+        (None, ["lo"], None, "there is none"),
+    ],
+)
+def test_the_network_interface(
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    interfaces: list[str],
+    chosen: str | None,
+    said: str | None,
+) -> None:
+    def resolve(name: str) -> str:
+        if address is None:
+            raise socket.gaierror
+        return address
+
+    monkeypatch.setattr(socket, "gethostbyname", resolve)
+    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(interfaces)))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    problem = choose_interface(Place(world=2, nodes=2))
+    assert re.search(said, problem or "") if said else problem is None
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
+    assert choose_interface(Place(world=2, nodes=1)) is None

@@ -78,6 +78,49 @@ def test_a_signal_saves_and_ends(start: Start, tmp_path: Path, signum: str, code
     assert saved["global_step"] == done
 
 
+BLOCKED = """
+import ctypes
+from cnntrain import interruption
+
+interruption.SIGNAL_TIMEOUT = 2
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with interruption.watching("{answer}"):
+    interruption.interruption.before_leaving = lambda: print("left", flush=True)
+    libc.pthread_mutex_lock(mutex)
+    print("blocked", flush=True)
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a default mutex blocks its own thread")
+@pytest.mark.parametrize(
+    ("answer", "signums", "said"),
+    [
+        ("note", ["INT", "INT"], ""),
+        ("note", ["USR1", "INT"], ""),
+        ("leave", ["TERM"], ""),
+        ("raise", ["TERM"], "; stuck for 2 s, no checkpoint was saved"),
+        ("note", ["USR2"], "; stuck for 2 s, no checkpoint was saved"),
+    ],
+)
+def test_the_main_thread_is_blocked(answer: str, signums: list[str], said: str) -> None:
+    """In C, as in a collective, where Python's handlers do not run."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED.format(answer=answer)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "blocked\n"
+        for name in signums:
+            time.sleep(0.5)
+            process.send_signal(getattr(signal, f"SIG{name}"))
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + getattr(signal, f"SIG{signums[-1]}")
+    assert out == "left\n"
+    assert err == f"\ncnntrain: interrupted by SIG{signums[-1]}{said}\n"
+
+
 def test_before_there_is_anything_to_save(start: Start, tmp_path: Path) -> None:
     process = start(*LONG)
     wait_for(tmp_path / "run/.hydra/config.yaml", process)

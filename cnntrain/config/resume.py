@@ -130,6 +130,17 @@ def changed(
     if not overrides:
         return run
     given = overrides_given(directory)
+    trainer = run.get("trainer", {})
+    processes = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
+    other = [text for text in overrides if text.startswith("trainer=") and text not in given]
+    if processes > 1 and other:
+        raise ConfigError(
+            [
+                f"{other[-1]}: the run in {directory} has {processes} processes, and its batches "
+                "are shared by as many; leave it out, and take trainer.accelerator=cpu, "
+                "trainer.progress_bar=false and the like for the rest"
+            ]
+        )
     try:
         before = flat(compose(given))
     except ConfigError as error:
@@ -180,7 +191,13 @@ def refused_changes(run: DictConfig, wanted: DictConfig) -> list[str]:
         if old.get(key) == new.get(key) or incidental(key) or (other and "_target_" not in key):
             continue
         value = f"{key}={_shown(new.get(key))}"
-        if key != "trainer.max_epochs":
+        if key in ("trainer.devices", "trainer.num_nodes") and key not in new:
+            if old[key] > 1:
+                problems.append(
+                    f"{key}: the run has {old[key]}, and is continued with as many; add "
+                    f"trainer=ddp {key}={old[key]}, or start a new run"
+                )
+        elif key != "trainer.max_epochs":
             problems.append(
                 f"{value}: the run was begun with {_shown(old.get(key))}, and has computed with "
                 "it; leave the option out, or start a new run"
