@@ -24,7 +24,7 @@ def asked(*typed: str) -> Any:
 
 def sweeping(folder: Path, *typed: str, **options: Any) -> Sweeping:
     found = asked(*typed)
-    return Sweeping(folder, Sweep(**options), found.cfgs, found.varied)
+    return Sweeping(folder, Sweep(**options), found.runs, found.varied)
 
 
 class Launcher:
@@ -45,11 +45,11 @@ class Launcher:
     def record(self, member: Planned) -> None:
         directory = self.of.folder.directory(member.name)
         failed = member.name in self.failing
-        typed = [text for text in member.overrides if not text.startswith("seed=")]
+        typed = [text for text in member.run.typed if not text.startswith("seed=")]
         write_run(
             directory,
             typed,
-            seed=member.config.seed,
+            seed=member.run.config.seed,
             status="failed" if failed else "completed",
             error="OSError: no room" if failed else None,
         )

@@ -11,7 +11,7 @@ from cnntrain.sweeps.members import directory_name, name, planned, shown
 
 def names(typed: list[str]) -> list[str]:
     found = asked(*typed)
-    return [member.name for member in planned(found.cfgs, found.varied)]
+    return [member.name for member in planned(found.runs, found.varied)]
 
 
 def test_names_whatever_the_order() -> None:

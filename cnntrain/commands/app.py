@@ -5,18 +5,18 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from cnntrain import config
-from cnntrain.commands.plan import places, plan, show_config
+from cnntrain.commands.plan import Plan, places, plan, show_config
 from cnntrain.config.overrides import merged
 from cnntrain.launched import launched
 
@@ -27,7 +27,7 @@ Rehearse = Callable[[DictConfig], None]
 class Many(Protocol):
     """What a command does with `-m`."""
 
-    def plan(self, cfgs: Sequence[DictConfig], varied: Sequence[str]) -> list[DictConfig]:
+    def plan(self, asked: Plan) -> list[DictConfig]:
         """The configs that are to be run; writes nothing, and raises ConfigError."""
 
     def refuse_options(self) -> None:
@@ -209,7 +209,7 @@ def _check(
     if problems:
         raise config.ConfigError(problems)
     if many and sweep:
-        cfgs = many.plan(cfgs, planned.varied)
+        cfgs = many.plan(planned)
     elif many:
         many.refuse_options()
     with config.searching(**places(arguments), name=name):
@@ -227,11 +227,6 @@ def _different(cfgs: list[DictConfig]) -> list[DictConfig]:
     """The configs without Hydra's options, and of those that differ only in the seed one."""
     found = {}
     for cfg in cfgs:
-        own = cfg.copy()
-        with open_dict(own):
-            own.pop("hydra", None)
-        like = own.copy()
-        if "seed" in like:
-            like.seed = 0
-        found[OmegaConf.to_yaml(like)] = own
-    return list(found.values())
+        content: Any = OmegaConf.to_container(cfg)
+        found[repr({k: v for k, v in content.items() if k not in ("hydra", "seed")})] = cfg
+    return list(map(config.without_hydra, found.values()))

@@ -2,11 +2,14 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,7 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from cnntrain import config
 from cnntrain.config import ConfigError
 from cnntrain.config.hydra_options import as_if_running
-from cnntrain.config.overrides import combinations, key_of, one_line, sweeps
+from cnntrain.config.overrides import combinations, key_of, one_line, parsed, sweeps
+from cnntrain.config.resume import NOT_OF_THE_RUN
+from cnntrain.sweeps.members import Run
 
 MOST_RUNS = 10_000  # a sweep of which all configs are composed before the first run begins
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -28,9 +33,10 @@ def places(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The checked config of every run that is asked for, Hydra's own options in it."""
+    """The checked runs that are asked for."""
 
-    cfgs: list[DictConfig]
+    cfgs: list[DictConfig]  # composed by Hydra, with its own options in them
+    runs: list[Run]  # all runs of a sweep
     sweep: bool
     varied: list[str]  # the options that have several values, in the order typed
 
@@ -40,6 +46,8 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
     with it."""
     if problems := _flag_problems(arguments):
         raise ConfigError(problems)
+    if arguments.multirun:
+        print("sweep: checking the config of every run", flush=True)
     where: dict[str, Any] = {
         "name": arguments.config_name or name,
         "command": name,
@@ -48,26 +56,34 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
     overrides: list[str] = arguments.overrides
     fixed = [text for text in overrides if not sweeps(text)]
     cfgs = _composed([fixed], where, problems)
-    sweep = arguments.multirun or _asked(cfgs, "mode") == RunMode.MULTIRUN
-    varied: list[str] = []
+    sweep = arguments.multirun or _asked(cfgs, "hydra.mode") == RunMode.MULTIRUN
+    varied, of_sweep = list[str](), list[Run]()
     if not sweep and fixed != overrides:
         cfgs = _composed([overrides], where, problems)
     # Another sweeper than Hydra's own is alone to know what its sweeps stand for.
-    elif sweep and _asked(cfgs, "sweeper._target_") in (None, BASIC_SWEEPER):
+    elif sweep and _asked(cfgs, "hydra.sweeper._target_") in (None, BASIC_SWEEPER):
         problems.clear()  # what does not vary need not make a run without what does
-        params = _asked(cfgs, "sweeper.params") or {}
+        params = _asked(cfgs, "hydra.sweeper.params") or {}
         overrides = [*(f"{key}={value}" for key, value in params.items()), *overrides]
         varied = [key_of(text) for text in overrides if sweeps(text)]
         runs = combinations(overrides, where["folder"], MOST_RUNS + 1)
         if len(runs) > MOST_RUNS:
             problems.append(f"-m: makes more than {MOST_RUNS:,} runs; sweep over fewer values")
         else:
-            cfgs = _composed(runs, where, problems)
+            if name == "train":
+                plain = [
+                    key
+                    for key in varied
+                    if _is_plain(_asked(cfgs, key)) and not key.endswith("_target_")
+                ]
+                cfgs, of_sweep = _composed_alike(runs, plain, where, problems)
+            else:
+                cfgs = _composed(runs, where, problems)
         empty = [o for o in overrides if sweeps(o) and not combinations([o], where["folder"], 1)]
         problems += [f"{text}: stands for no value at all" for text in empty]
     if problems:
         raise ConfigError(problems)
-    return Plan(cfgs, sweep, list(dict.fromkeys(varied)))
+    return Plan(cfgs, of_sweep, sweep, list(dict.fromkeys(varied)))
 
 
 def show_config(arguments: argparse.Namespace, name: str) -> None:
@@ -113,8 +129,64 @@ def _composed(
     return cfgs
 
 
+def _composed_alike(
+    runs: Sequence[Sequence[str]],
+    plain: Collection[str],
+    where: dict[str, Any],
+    problems: list[str],
+) -> tuple[list[DictConfig], list[Run]]:
+    """The runs of a sweep, and those of their configs that Hydra has composed.
+
+    Hydra takes some 150 ms for each. So of runs that differ only in the values of `plain` options,
+    which have plain values in the config, it composes one; in copies of this the values are set.
+    """
+    cfgs, found, hopeless = list[DictConfig](), list[Run](), set[tuple[str, ...]]()
+    alike: dict[tuple[str, ...], tuple[bytes, Run, Sequence[str]]] = {}
+    for overrides in runs:
+        values = {t: pair for t in overrides if (pair := _assigned(t)) and pair[0] in plain}
+        kind = tuple(values[text][0] if text in values else text for text in overrides)
+        if kind in alike:
+            content, like, before = alike[kind]
+            own = pickle.loads(content)
+            for key, value in values.values():
+                OmegaConf.update(own, key, value)
+            problems += config.found_in(own, config.ROOTS["train"])
+            for key in NOT_OF_THE_RUN:
+                own.pop(key, None)
+            typed = dict(zip(before, overrides, strict=True))
+            found.append(Run(own, [typed.get(text, text) for text in like.typed], like.choices))
+        elif kind not in hopeless:
+            composed = _composed([overrides], where, new := list[str]())
+            if new and not set(new) - set(problems):
+                hopeless.add(kind)  # the others have the same problems
+            problems += new
+            for cfg in composed:
+                cfgs.append(cfg)
+                found.append(Run.of(cfg))
+                own = config.without_hydra(cfg)
+                if all(OmegaConf.select(own, key) == value for key, value in values.values()):
+                    alike[kind] = pickle.dumps(own), found[-1], overrides
+    return cfgs, found
+
+
+@cache
+def _assigned(text: str) -> tuple[str, Any] | None:
+    """The option and the value of an override, if that is a plain one."""
+    try:
+        value = parsed(text).value()
+    except HydraException:
+        return None
+    return (text.partition("=")[0], value) if _is_plain(value) else None
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or (
+        isinstance(value, str) and "${" not in value and value != "???"
+    )
+
+
 def _asked(cfgs: Sequence[DictConfig], option: str) -> Any:
-    return OmegaConf.select(cfgs[0], f"hydra.{option}") if cfgs else None
+    return OmegaConf.select(cfgs[0], option) if cfgs else None
 
 
 def _flag_problems(arguments: argparse.Namespace) -> list[str]:

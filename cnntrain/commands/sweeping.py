@@ -1,6 +1,7 @@
 """`-m`: from a command line to a sweep, on the launcher that Hydra has been given."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,13 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cnntrain.commands.plan import BASIC_SWEEPER, places
+from cnntrain.commands.plan import BASIC_SWEEPER, Plan, places
 from cnntrain.config import ConfigError, build, compose_all, searching, sweep_folder_problem
 from cnntrain.config.hydra_options import as_if_running
 from cnntrain.config.resume import run_only
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.sweeps.collect import collect
-from cnntrain.sweeps.member import MemberTask, prepare_processes
+from cnntrain.sweeps.member import JobsUntilStopped, MemberTask, prepare_processes, sigint_blocked
 from cnntrain.sweeps.members import of_the_run
 from cnntrain.sweeps.sweep import Launch, Outcome, Sweep, Sweeping
 from cnntrain.terminal import paragraph
@@ -47,9 +48,10 @@ class SweepCommand:
         typed = self.arguments.overrides
         return [text for text in typed if text.lstrip("+~").startswith(("sweep.", "search"))]
 
-    def plan(self, cfgs: Sequence[DictConfig], varied: Sequence[str]) -> list[DictConfig]:
+    def plan(self, asked: Plan) -> list[DictConfig]:
         """The configs that are still to be run; ConfigError for what cannot be a sweep."""
-        cfg, searches = cfgs[0], bool(cfgs[0].get("search"))
+        cfg, varied = asked.cfgs[0], asked.varied
+        searches = bool(cfg.get("search"))
         if not cfg.get("sweep"):
             raise ConfigError(["~sweep: says how -m goes about its members; leave it in"])
         if problems := [*self._misplaced(cfg, varied), *(_searched(varied) if searches else ())]:
@@ -64,9 +66,9 @@ class SweepCommand:
         if searches:
             self.sweeping = self._searching(cfg, folder, options)
             return [run_only(cfg)]
-        self.sweeping = Sweeping(folder, options, cfgs, varied)
+        self.sweeping = Sweeping(folder, options, asked.runs, varied)
         pending = {member.config_hash for member in self.sweeping.pending}
-        return [m.config for m in self.sweeping.members if m.config_hash in pending]
+        return [m.run.config for m in self.sweeping.members if m.config_hash in pending]
 
     def _misplaced(self, cfg: DictConfig, varied: Sequence[str]) -> Iterator[str]:
         for text in self.arguments.overrides:
@@ -188,7 +190,10 @@ def _launch(arguments: argparse.Namespace, folder: Path) -> Launch:
             callbacks.on_multirun_start(config=cfg, config_name=name)
             if cfg.hydra.launcher._target_ == RAY:
                 _join_ray(launcher)
-            launcher.launch(jobs, initial_job_idx=0)
+            workers = cfg.hydra.launcher._target_ != BASIC
+            with sigint_blocked() if workers else contextlib.nullcontext():
+                jobs = JobsUntilStopped(jobs, folder, workers=workers)
+                launcher.launch(jobs, initial_job_idx=0)
             callbacks.on_multirun_end(config=cfg, config_name=name)
 
     return launch

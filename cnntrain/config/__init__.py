@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,21 @@ def compose_valid(
     if cfg is None:
         return None, problems
     settle(cfg, cfg.hydra, root)
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    problems += check(own, root)
+    return cfg, problems + found_in(without_hydra(cfg), root, problems)
+
+
+def found_in(own: DictConfig, root: Root, before: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a config without `hydra`, beside the problems found `before`."""
+    problems = check(own, root)
     related = ("trainer", "optimizer", "scheduler")
-    if "trainer" in root.nodes and not any(p.lstrip("+~").startswith(related) for p in problems):
+    named = (problem.lstrip("+~") for problem in (*before, *problems))
+    if "trainer" in root.nodes and not any(name.startswith(related) for name in named):
         problems += contradictions(own)
-    return cfg, problems
+    return problems
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def fixed_run_directory(
@@ -270,6 +279,11 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
 
 def config_hash(cfg: DictConfig) -> str:
     """Names a config by what decides the result, whatever the order of the options."""
-    options = {key: value for key, value in flat(cfg).items() if not incidental(key)}
-    content = json.dumps(options, sort_keys=True)
+    return options_hash(flat(cfg))
+
+
+def options_hash(options: Mapping[str, Any]) -> str:
+    """As `config_hash`, of the options as `flat` gives them."""
+    deciding = {key: value for key, value in options.items() if not incidental(key)}
+    content = json.dumps(deciding, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -7,7 +7,9 @@ imports no torch.
 import contextlib
 import json
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,8 +53,14 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
         if wrong:
             problems.append(f"{key}: {wrong}")
         elif key != "scheduler" or values not in (None, {}):  # without: a constant learning rate
-            problems += check_node(key, NODES[key], values)
+            problems += _node_problems(key, pickle.dumps(values))
     return problems
+
+
+@cache
+def _node_problems(key: str, values: bytes) -> list[str]:
+    """`check_node` of a pickled node: the runs of a sweep share most of theirs."""
+    return check_node(key, NODES[key], pickle.loads(values))
 
 
 def _resolved(cfg: DictConfig, key: str) -> tuple[Any, str | None]:

@@ -9,12 +9,14 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -52,14 +54,20 @@ def combinations(
 def sweeps(text: str) -> bool:
     """Whether an override stands for several values."""
     try:
-        return OverridesParser.create().parse_override(text).is_sweep_override()
+        return parsed(text).is_sweep_override()
     except HydraException:
         return False
 
 
 def key_of(text: str) -> str:
     """The option that an override is of: `trainer.limit_train_batches` of +trainer.limit_..=3."""
-    return str(OverridesParser.create().parse_override(text).key_or_group)
+    return str(parsed(text).key_or_group)
+
+
+@cache
+def parsed(text: str) -> Override:
+    """An override as Hydra's grammar reads it. Raises HydraException."""
+    return OverridesParser.create().parse_override(text)
 
 
 def options_of(overrides: Sequence[str]) -> Iterator[str]:
@@ -130,7 +138,7 @@ def misplaced(overrides: Sequence[str], nodes: Sequence[str]) -> list[str]:
     problems = []
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            override = parsed(text)
         except HydraException:
             continue
         key, value = override.get_key_element().lstrip("+~"), override.value()

@@ -212,8 +212,15 @@ def refused_changes(run: DictConfig, wanted: DictConfig) -> list[str]:
 
 def completed(directory: Path, cfg: DictConfig) -> dict[str, Any] | None:
     """What result.json says if the run is completed with this very config."""
+    return ended(directory, config_hash(cfg))
+
+
+def ended(
+    directory: Path, config_hash: str, statuses: Sequence[str] = ("completed",)
+) -> dict[str, Any] | None:
+    """What result.json says if the run with this config has one of these statuses."""
     result = read_result(directory)
-    if result and result["status"] == "completed" and result["config_hash"] == config_hash(cfg):
+    if result and result["status"] in statuses and result["config_hash"] == config_hash:
         return result
     return None
 

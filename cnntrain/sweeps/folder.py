@@ -55,9 +55,7 @@ class SweepFolder:
     def directory(self, member: str) -> Path:
         return self.path / member
 
-    def extend(
-        self, cfgs: Sequence[DictConfig], members: Sequence[Planned], varied: Iterable[str]
-    ) -> list[Planned]:
+    def extend(self, members: Sequence[Planned], varied: Iterable[str]) -> list[Planned]:
         """Take members in that vary in these options; returns them under the names they have here.
 
         Nothing is written before `write`. Raises ConfigError if what does not vary is not what it
@@ -65,7 +63,7 @@ class SweepFolder:
         """
         known, over = self.sheet["members"], self.sheet["over"]
         keys = list(dict.fromkeys([*over, *varied]))
-        base = common(members, cfgs)
+        base = common(members)
         for part in ("options", "differ", "typed"):
             base[part] = {k: v for k, v in base[part].items() if not _within(k, keys)}
         self._refuse_another_base(base, keys)
@@ -139,7 +137,7 @@ class SweepFolder:
         why = "was begun with another config"
         try:
             before = flat(run_only(DictConfig(OmegaConf.load(self.directory(called) / CONFIG))))
-            now = flat(member.config)
+            now = member.run.options
             why = "was begun with " + ", ".join(
                 f"{key}={shown(before.get(key))}, and now it is {shown(now.get(key))}"
                 for key in sorted(before.keys() | now.keys())

@@ -13,9 +13,10 @@ import site
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -80,6 +81,7 @@ class MemberTask:
             _end_with_launcher()
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, _begin_no_other)
+            _mask_sigint("SIG_UNBLOCK")
         settle(cfg, hydra)
         job = Job(
             OmegaConf.to_container(run_only(cfg), resolve=True),  # type: ignore[arg-type]
@@ -108,15 +110,55 @@ def prepare_processes() -> None:
     if METHOD == "forkserver":
         from multiprocessing import forkserver
 
-        _processes.set_forkserver_preload(["cnntrain.training"])
+        _processes.set_forkserver_preload(["cnntrain.sweeps.preload"])
         # It is to import this very code, which need not be what is installed.
         root, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
         if root not in site.getsitepackages():
             os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
-        forkserver.ensure_running()
+        with sigint_blocked():
+            forkserver.ensure_running()
         os.environ.pop("PYTHONPATH", None)
         if before is not None:
             os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def sigint_blocked() -> Iterator[None]:
+    """Processes started within do not receive SIGINT until they unblock it; this one does later."""
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # unblocks SIGINT when it starts
+    _mask_sigint("SIG_BLOCK")
+    try:
+        yield
+    finally:
+        _mask_sigint("SIG_UNBLOCK")
+
+
+def _mask_sigint(how: str) -> None:
+    if hasattr(signal, "pthread_sigmask"):  # Windows has none
+        signal.pthread_sigmask(getattr(signal, how), [signal.SIGINT])
+
+
+class JobsUntilStopped(list[list[str]]):
+    """The overrides of members; a launcher that iterates over them gets no more once the sweep in
+    `folder` has been asked to stop.
+
+    One that starts `workers` has them start with SIGINT blocked, which would end them with a
+    traceback while they import; `MemberTask` unblocks it. Blocked anew for each job, as loky's
+    resource tracker unblocks it when it starts.
+    """
+
+    def __init__(self, jobs: Iterable[list[str]], folder: Path, *, workers: bool):
+        super().__init__(jobs)
+        self.stop, self.workers = folder / STOP, workers
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for job in super().__iter__():
+            if self.stop.exists():
+                return
+            if self.workers:
+                _mask_sigint("SIG_BLOCK")
+            yield job
 
 
 def result_mark(directory: Path) -> tuple[int, int] | None:
@@ -160,6 +202,8 @@ def _run(job: Job) -> None:
         reason = _in_a_process(job, stop)
         if not at_work(job.directory):  # else another one was faster
             break
+    if stop.exists() or interruption.received is not None:  # it may have ended before it began
+        return
     result = read_result(job.directory) or {}
     if result_mark(job.directory) == before or result.get("status") not in ENDED:
         record_failure(job.directory, job.config, reason)
@@ -174,8 +218,12 @@ def _in_a_process(job: Job, stop: Path) -> str:
         )  # loky's is its own, unknown to a child
     receiver, sender = _processes.Pipe(duplex=False)
     process = _processes.Process(target=_member, args=(job, sender), name=job.directory.name)
-    process.start()
-    sender.close()
+    try:
+        process.start()
+    except (EOFError, ConnectionError):  # SIGINT has ended the server while it imported
+        return "the server of members' processes has ended"
+    finally:
+        sender.close()
     asked = False
     while process.is_alive():
         process.join(LOOK)

@@ -4,13 +4,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config import config_hash, flat, incidental
-from cnntrain.config.overrides import key_of
+from cnntrain.config import flat, incidental, options_hash
+from cnntrain.config.overrides import key_of, parsed
 from cnntrain.config.resume import run_only
 
 LONGEST = 120  # characters of a directory's name: paths of 255 bytes are the limit of most systems
@@ -18,15 +18,37 @@ ODD = re.compile(r"[^A-Za-z0-9_.,=+@\[\]-]")
 
 
 @dataclass(frozen=True)
+class Run:
+    """A composed run, however it is started: alone or in a sweep."""
+
+    config: DictConfig  # of the run as such
+    typed: list[str]  # all that was typed for it, what does not vary included
+    choices: dict[str, str]  # in each group: {"backend": "im2col", "model": "lenet5"}
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "Run":
+        """From a config with `hydra` in it."""
+        made: Any = OmegaConf.to_container(cfg.hydra.runtime.choices)
+        made = {str(k): v for k, v in made.items() if v is not None and "hydra/" not in str(k)}
+        return cls(run_only(cfg), of_the_run(cfg.hydra.overrides.task), made)
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        return flat(self.config)
+
+
+@dataclass(frozen=True)
 class Planned:
     """A member as it is to be run."""
 
     name: str  # of its directory
-    overrides: list[str]  # all that was typed for it, what does not vary included
+    run: Run
     values: dict[str, Any]  # of the options that vary: {"backend": "im2col", "seed": 0}
-    config_hash: str
-    config: DictConfig  # of the run
     trial: int | None = None  # the number of the search's trial that it is
+
+    @cached_property
+    def config_hash(self) -> str:
+        return options_hash(self.run.options)
 
     @property
     def identity(self) -> str:
@@ -35,17 +57,13 @@ class Planned:
         return f"{self.config_hash} {extra}" if extra else self.config_hash
 
 
-def planned(cfgs: Sequence[DictConfig], keys: Iterable[str]) -> list[Planned]:
-    """A member for each composed config, those that are the same run but once.
-
-    `keys` are the options that vary; `hydra` in the configs knows what was typed.
-    """
+def planned(runs: Iterable[Run], keys: Iterable[str]) -> list[Planned]:
+    """A member for each run, those that are the same but once. `keys` are the options that vary."""
     found: dict[str, Planned] = {}
-    for cfg in cfgs:
-        own, typed = run_only(cfg), of_the_run(cfg.hydra.overrides.task)
-        values = {key: _value(key, typed, cfg) for key in keys}
-        called = name(values) or directory_name(",".join(sorted(typed)) or "defaults")
-        member = Planned(called, typed, values, config_hash(own), own)
+    for run in runs:
+        values = {key: _value(key, run) for key in keys}
+        called = name(values) or directory_name(",".join(sorted(run.typed)) or "defaults")
+        member = Planned(called, run, values)
         found.setdefault(member.identity, member)
     return list(found.values())
 
@@ -81,21 +99,14 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def common(members: Sequence[Planned], cfgs: Sequence[DictConfig]) -> dict[str, dict[str, Any]]:
+def common(members: Sequence[Planned]) -> dict[str, dict[str, Any]]:
     """What all members have in common: `options`, and the names of `choices`; `differ` names the
     options that they do not, `typed` what was typed for them."""
-    options = [flat(member.config) for member in members]
-    named, shared = [choices(cfg) for cfg in cfgs], _shared(options)
+    options = [member.run.options for member in members]
+    named, shared = [member.run.choices for member in members], _shared(options)
     differ = {k: None for table in options for k in table if k not in shared}
-    typed = {key_of(text): None for text in members[0].overrides}
+    typed = {key_of(text): None for text in members[0].run.typed}
     return {"options": shared, "choices": _shared(named), "differ": differ, "typed": typed}
-
-
-def choices(cfg: DictConfig) -> dict[str, str]:
-    """The choice in each group: {"backend": "im2col", "model": "lenet5"}."""
-    made = OmegaConf.to_container(cfg.hydra.runtime.choices)
-    assert isinstance(made, dict)
-    return {str(k): v for k, v in made.items() if v is not None and "hydra/" not in str(k)}
 
 
 def _shared(tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -103,9 +114,8 @@ def _shared(tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
 
 
-def _value(key: str, typed: Sequence[str], cfg: DictConfig) -> Any:
-    for override in reversed(OverridesParser.create().parse_overrides([*typed])):
-        if override.key_or_group == key:
-            return override.value()
-    options, named = flat(run_only(cfg)), choices(cfg)
-    return options[key] if key in options else named.get(key)
+def _value(key: str, run: Run) -> Any:
+    for text in reversed(run.typed):
+        if key_of(text) == key:
+            return parsed(text).value()
+    return run.options.get(key, run.choices.get(key))

@@ -6,13 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config import config_hash
-from cnntrain.config.resume import read_result, run_only
+from cnntrain.config.resume import ended, read_result
 from cnntrain.sweeps.findings import summary
 from cnntrain.sweeps.folder import SweepFolder
 from cnntrain.sweeps.hparams import write_schema
-from cnntrain.sweeps.members import Planned, directory_name
-from cnntrain.sweeps.study import Asked, Study
+from cnntrain.sweeps.members import Planned, Run, directory_name
+from cnntrain.sweeps.study import Study
 from cnntrain.sweeps.sweep import Launch, Outcome, Say, Sweep
 
 Compose = Callable[[Sequence[str]], DictConfig]
@@ -58,24 +57,25 @@ class Searching:
             outcome = Outcome(self.folder, self.options, columns, total, done, say)
             settings: Any = OmegaConf.to_container(self.node, resolve=True)
             while asked := study.ask(self.at_once):
-                cfgs = [self.compose([*self.base, *trial.overrides]) for trial in asked]
-                trials = [self._planned(*pair) for pair in zip(asked, cfgs, strict=True)]
-                members = self.folder.extend(cfgs, trials, list(columns))
+                trials = [
+                    Planned(
+                        directory_name(trial.name),
+                        Run.of(self.compose([*self.base, *trial.overrides])),
+                        trial.values,
+                        trial.number,
+                    )
+                    for trial in asked
+                ]
+                members = self.folder.extend(trials, list(columns))
                 self.folder.write(**self.options.facts, search=settings)
                 outcome.write()
-                outcome.run([m for m in members if not self._completed(m)], launch)
+                outcome.run([m for m in members if not self._ended(m)], launch)
                 results = {m.trial: read_result(self.folder.directory(m.name)) for m in members}
                 study.tell({number: r for number, r in results.items() if number is not None})
                 if self.options.fail_fast and outcome.failed:
                     break
             return outcome, summary(study, ("python", "train.py", *self.base))
 
-    def _planned(self, trial: Asked, cfg: DictConfig) -> Planned:
-        own, name = run_only(cfg), directory_name(trial.name)
-        overrides = [*self.base, *trial.overrides]
-        return Planned(name, overrides, trial.values, config_hash(own), own, trial.number)
-
-    def _completed(self, member: Planned) -> bool:
-        result = read_result(self.folder.directory(member.name)) or {}
-        ended = result.get("status") in ("completed", "pruned")
-        return ended and result.get("config_hash") == member.config_hash
+    def _ended(self, member: Planned) -> bool:
+        directory = self.folder.directory(member.name)
+        return ended(directory, member.config_hash, ("completed", "pruned")) is not None

@@ -7,17 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from cnntrain.config import quoted
-from cnntrain.config.resume import at_work, completed
+from cnntrain.config.resume import at_work, ended
 from cnntrain.interruption import interruption
 from cnntrain.sweeps.collect import collect, write_csv
 from cnntrain.sweeps.folder import SweepFolder
 from cnntrain.sweeps.hparams import cell, write_schema
 from cnntrain.sweeps.member import LEAVE, STOP, MemberTask, record_failure
-from cnntrain.sweeps.members import Planned, planned
+from cnntrain.sweeps.members import Planned, Run, planned
 from cnntrain.sweeps.progress import LOOK, Progress
 from cnntrain.sweeps.record import read_member
 
@@ -61,14 +60,12 @@ class Sweeping:
     base config, with the difference.
     """
 
-    def __init__(
-        self, folder: Path, options: Sweep, cfgs: Sequence[DictConfig], varied: Iterable[str]
-    ):
+    def __init__(self, folder: Path, options: Sweep, runs: Sequence[Run], varied: Iterable[str]):
         self.folder, self.options = SweepFolder(folder), options
         keys = list(dict.fromkeys([*self.folder.sheet["over"], *varied]))
-        self.members = self.folder.extend(cfgs, planned(cfgs, keys), keys)
+        self.members = self.folder.extend(planned(runs, keys), keys)
         self.pending = [
-            m for m in self.members if not completed(self.folder.directory(m.name), m.config)
+            m for m in self.members if not ended(self.folder.directory(m.name), m.config_hash)
         ]
 
     def run(self, launch: Launch, say: Say) -> "Outcome":
@@ -141,13 +138,14 @@ class Outcome:
         )
         jobs = [
             [
-                *member.overrides,
+                *member.run.typed,
                 f"hydra.sweep.dir={quoted(str(self.folder.path.absolute()))}",
                 f"hydra.sweep.subdir={quoted(member.name)}",
             ]
             for member in members
         ]
         problem = "its process ended without a word"
+        interruption.quiet = True  # `_look_for_signals` reports what there is to wait for
         with interruption.answering("note"):
             with self.progress.watching([member.name for member in members]):
                 try:
@@ -159,6 +157,7 @@ class Outcome:
             if not self.stop.exists():
                 self._bury(members, problem)
             self.stop.unlink(missing_ok=True)
+            interruption.quiet = False
             interruption.check()
 
     def write(self) -> None:
@@ -184,7 +183,9 @@ class Outcome:
         """Pass a request to stop on to the members, wherever they are, by a file that they see."""
         if interruption.received is not None and not self.passed_on:
             self.stop.write_text(LEAVE, encoding="utf-8")
-            self.passed_on = True
+            self.passed_on, interruption.quiet = True, False
+            if any(at_work(self.folder.directory(name)) for name in [*self.progress.waiting]):
+                self.say("\nrunning members save a checkpoint; Ctrl-C again leaves at once")
 
     def _wait_for_those_at_work(self) -> None:
         """A launcher that gives up, as one whose workers a signal has ended, leaves some."""
@@ -197,5 +198,5 @@ class Outcome:
             directory, name = self.folder.directory(member.name), member.name
             silent = name in self.progress.waiting and name not in self.progress.results
             if silent and directory.exists():
-                record_failure(directory, member.config, reason)
+                record_failure(directory, member.run.config, reason)
         self.progress.look()
