@@ -3,9 +3,11 @@
 import argparse
 import logging
 import os
+import shlex
+import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -108,10 +110,25 @@ def command_line() -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args()
+    arguments.typed = len(sys.argv) - 1  # words that follow the program in sys.orig_argv
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
     arguments.overrides = merged(arguments.overrides)
     sys.argv[1:] = [*flags, *arguments.overrides]
     return arguments
+
+
+def restart(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
+    """A command line that starts this program with other overrides, as one would type it here.
+
+    It has the options that say where configs are, and those of Python itself.
+    """
+    command = sys.orig_argv[: len(sys.orig_argv) - arguments.typed]
+    if len(command) > 1 and shutil.which(Path(command[1]).name) == command[1]:
+        command[:2] = [Path(command[1]).name]  # a console script
+    for flag in ("config_path", "config_dir", "config_name"):
+        if (given := getattr(arguments, flag)) is not None:
+            command.append(f"--{flag.replace('_', '-')}={given}")
+    return shlex.join([*command, *overrides])
 
 
 def short(path: Path) -> str:

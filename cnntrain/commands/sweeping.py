@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import multiprocessing
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -15,12 +17,14 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from cnntrain.commands.app import restart, short
 from cnntrain.commands.plan import BASIC_SWEEPER, Plan, places
 from cnntrain.config import ConfigError, build, compose_all, searching, sweep_folder_problem
 from cnntrain.config.hydra_options import as_if_running
+from cnntrain.config.overrides import one_line
 from cnntrain.config.resume import run_only
 from cnntrain.interruption import Interrupted, interruption
-from cnntrain.sweeps.collect import collect
+from cnntrain.sweeps.collect import Collection, collect
 from cnntrain.sweeps.member import JobsUntilStopped, MemberTask, prepare_processes, sigint_blocked
 from cnntrain.sweeps.members import of_the_run
 from cnntrain.sweeps.sweep import Launch, Outcome, Sweep, Sweeping
@@ -61,6 +65,7 @@ class SweepCommand:
         if cfg.hydra.launcher._target_ == BASIC:
             prepare_processes()
         options: Sweep = build(cfg.sweep)
+        self.named = options.name is not None or searches
         folder = _folder(cfg, options)
         self.sweeping: Sweeping | Searching
         if searches:
@@ -90,6 +95,7 @@ class SweepCommand:
         from cnntrain.sweeps.searching import Searching
 
         base = of_the_run(cfg.hydra.overrides.task)
+        searchpath = [t for t in self.arguments.overrides if t.startswith("hydra.searchpath=")]
 
         def compose(overrides: Sequence[str]) -> DictConfig:
             name = self.arguments.config_name or "train"
@@ -105,6 +111,7 @@ class SweepCommand:
             cfg.search,
             seed=cfg.seed,
             base=base,
+            command=lambda own: restart(self.arguments, [*searchpath, *own]),
             compose=compose,
             at_once=at_once,
         )
@@ -121,8 +128,14 @@ class SweepCommand:
             else:
                 outcome, found = self.sweeping.run(launch, paragraph)
         except Interrupted as error:
-            paragraph(f"\ninterrupted by {error}; the same command goes on with what is left")
-            sys.exit(error.exit_code)
+            named = "" if self.named else f" with sweep={path.name}"
+            paragraph(
+                f"\ninterrupted by {error}; the same command{named} goes on with what is left"
+            )
+            sys.stderr.flush()
+            for worker in multiprocessing.active_children():  # idle ones of joblib
+                worker.terminate()
+            os._exit(error.exit_code)  # Python's own end takes seconds after the imports
         _end(outcome, found)
 
     def _size(self) -> str:
@@ -212,14 +225,28 @@ def _join_ray(launcher: Any) -> None:
     interruption.install()
 
 
+def _draw(collection: Collection) -> None:
+    """Write the report. What keeps it from being drawn fails no sweep."""
+    try:
+        from cnntrain.sweeps.report import write_report
+
+        page, *_ = write_report(collection, collection.folder / "report")
+        print(f"\nreport       {short(page)}", flush=True)
+    except Exception as error:
+        again = shlex.join(["cnntrain", "report", short(collection.folder)])
+        print(f"\nreport       not drawn ({one_line(error)}); try again: {again}", flush=True)
+
+
 def _end(outcome: Outcome, found: Sequence[str]) -> None:
     """The answer, the counts, and what failed."""
     from cnntrain.sweeps.tables import print_ranked
 
     failed, unfinished = outcome.failed, outcome.unfinished
-    print_ranked(collect(outcome.folder.path))
+    collection = collect(outcome.folder.path)
+    print_ranked(collection)
     for line in found:  # not wrapped: one of them is a command to be copied
         print(line)
+    _draw(collection)
     counts = {"failed": len(failed), "unfinished": len(unfinished)}
     ended = outcome.progress.total - sum(counts.values())
     shown = [f"{ended} {'ended' if found else 'completed'}"]

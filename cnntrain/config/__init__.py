@@ -8,13 +8,16 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
+import hydra.conf
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -37,6 +40,7 @@ from cnntrain.notebook import OneLine
 # In a wheel conf/ lies in the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parents[1]
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+HYDRA_CONF = Path(hydra.conf.__file__).parent
 
 
 # Options that change nothing of what is computed, only where, how it is shown and how often it is
@@ -170,7 +174,30 @@ def _load(
         cfg, problems = load_all(overrides, load)
     if cfg is None:
         problems = [p for path in (folder, extra) if path for p in _garbled(path)] or problems
+    else:
+        problems += _ignored_files(cfg)
     return cfg, problems
+
+
+def _ignored_files(cfg: DictConfig) -> Iterator[str]:
+    """A line for each file of the user's that Hydra does not read, as a shipped one that comes
+    before it in the search path has the same name and another content."""
+    shipped: list[Path] = []
+    for source in cfg.hydra.runtime.config_sources:
+        folder = HYDRA_CONF if source.path == "hydra.conf" else Path(source.path)
+        if folder in (HYDRA_CONF, CONF):
+            shipped += _files(folder)
+        elif source.schema == "file":
+            for name in shipped:
+                path, other = folder / name, CONF / name
+                other = other if other.is_file() else HYDRA_CONF / name
+                if path.is_file() and path.read_bytes() != other.read_bytes():
+                    yield f"{path}: is ignored, as {other} has the same name; give it another name"
+
+
+@cache
+def _files(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*.yaml"))
 
 
 @contextlib.contextmanager
@@ -217,9 +244,9 @@ def blame(option: str) -> Iterator[None]:
 
 def run_directory_problem(directory: str, option: str = "hydra.run.dir") -> str | None:
     """Why a run cannot have this directory for its own, if so: nothing is written to find out."""
-    path = Path(directory).absolute()
-    if directory and any(os.path.lexists(path / name) for name in ("result.json", "results.json")):
-        how = "resume=True" if option == "directory" else f"resume={directory}"  # as in Python
+    path, records = Path(directory).absolute(), ("result.json", "results.json", "checkpoints")
+    if directory and any(os.path.lexists(path / name) for name in records):
+        how = "resume=True" if option == "directory" else f"resume={shlex.quote(directory)}"
         return (
             f"{option}={directory}: holds another run already; go on with that one "
             f"({how}), or give this one its own folder"

@@ -225,6 +225,14 @@ def ended(
     return None
 
 
+def of_another_run(directory: Path, config_hash_: str) -> bool:
+    """Whether a directory holds a run with another config."""
+    if result := read_result(directory):
+        return result["config_hash"] != config_hash_
+    cfg = recorded(directory / CONFIG)
+    return cfg is not None and config_hash(cfg) != config_hash_
+
+
 def _needs_length(cfg: DictConfig) -> bool:
     target = cfg.scheduler and cfg.scheduler.get("_target_")
     return bool(target) and "total_steps" in signature(target).types

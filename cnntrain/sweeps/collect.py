@@ -161,7 +161,7 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 def _sweep(path: Path) -> dict[str, Any] | None:
     """What sweep.yaml says, None without one; raises Damaged if it is not as a sweep writes it."""
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        content = read_sheet(path)
         sound = (
             {"name", "metric", "over", "members"} <= content.keys()
             and content["metric"] in METRICS
@@ -176,6 +176,15 @@ def _sweep(path: Path) -> dict[str, Any] | None:
     if not sound:
         raise Damaged(f"{path}: is damaged; the runs below the folder are shown without it")
     return content
+
+
+def read_sheet(path: Path) -> Any:
+    """The content of sweep.yaml. A line that a kill has cut off while it was appended is left out.
+
+    Raises OSError, ValueError, YAMLError or OmegaConfBaseException.
+    """
+    lines = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return OmegaConf.to_container(OmegaConf.create(lines))
 
 
 def _is_number(value: Any) -> bool:

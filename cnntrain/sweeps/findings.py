@@ -1,7 +1,6 @@
 """What a search has found."""
 
-from collections.abc import Sequence
-from shlex import join
+from collections.abc import Callable, Sequence
 
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
@@ -13,10 +12,10 @@ from cnntrain.sweeps.study import Study, replaced
 ENOUGH = 20  # completed trials to tell from them which options matter
 
 
-def summary(search: Study, command: Sequence[str] = ("python", "train.py")) -> list[str]:
+def summary(search: Study, command: Callable[[Sequence[str]], str]) -> list[str]:
     """Lines for the end of a search: counts, the best trial, the command for it, what mattered.
 
-    `command` is what was typed, without the search.
+    `command` writes the command line of a trial with its own overrides.
     """
     trials = search.study.get_trials(deepcopy=False)
     trials = [trial for trial in trials if trial.number not in replaced(trials)]
@@ -27,14 +26,18 @@ def summary(search: Study, command: Sequence[str] = ("python", "train.py")) -> l
         "failed": TrialState.FAIL,
     }
     counts = ", ".join(f"{states.count(state)} {name}" for name, state in names.items())
-    lines = [f"search       {len(trials)} of {search.search.trials} trials: {counts}"]
+    asked = search.search.trials
+    size = f"{len(trials)} of {asked} trials"
+    if len(trials) > asked:
+        size = f"{len(trials)} trials, more than search.trials={asked}"
+    lines = [f"search       {size}: {counts}"]
     if TrialState.COMPLETE not in states:
         return lines
     best, metric = search.study.best_trial, search.search.metric
-    asked = search.asked_for(best)
+    trial = search.asked_for(best)
     shown = f"{best.value:.2%}" if metric.endswith("acc") else f"{best.value:.4f}"
-    lines.append(f"best trial   {asked.name.partition(',')[0]}, {metric} {shown}")
-    lines.append(f"             {join([*command, *asked.overrides])}")
+    lines.append(f"best trial   {trial.name.partition(',')[0]}, {metric} {shown}")
+    lines.append(f"             {command(trial.overrides)}")
     if states.count(TrialState.COMPLETE) >= ENOUGH and len(best.params) > 1:
         shares = importances(search.study)
         lines.append("importance   " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))

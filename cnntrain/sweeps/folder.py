@@ -1,5 +1,7 @@
 """A sweep's folder: what is compared, over what, and which members there are."""
 
+import copy
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +15,8 @@ from yaml import YAMLError
 
 from cnntrain.atomic import replacing
 from cnntrain.config import ConfigError, flat, incidental
-from cnntrain.config.resume import CONFIG, LOCK, run_only
+from cnntrain.config.resume import CONFIG, LOCK, of_another_run, run_only
+from cnntrain.sweeps.collect import read_sheet
 from cnntrain.sweeps.members import Planned, common, shown
 
 SHEET = "sweep.yaml"
@@ -33,6 +36,10 @@ class SweepFolder:
         self.sheet: dict[str, Any] = {"name": path.name, "over": {}, "base": {}, "members": {}}
         if (path / SHEET).exists():
             self.sheet = {**_read(path / SHEET), "name": path.name}  # it may have been moved
+        self.search = search
+        self.names = {m["identity"]: name for name, m in self.sheet["members"].items()}
+        self.added: list[str] = []  # members that sweep.yaml does not have yet
+        self.written: dict[str, Any] = {}  # what else it has
         if self.sheet["members"] and bool(self.sheet.get("search")) != search:
             here = "trials of a search" if not search else "a sweep that is no search"
             raise ConfigError([f"{path}: holds {here}; take another name (sweep=<name>)"])
@@ -67,33 +74,51 @@ class SweepFolder:
         for part in ("options", "differ", "typed"):
             base[part] = {k: v for k, v in base[part].items() if not _within(k, keys)}
         self._refuse_another_base(base, keys)
-        for member in known.values():  # what did not vary then has the value that all had
-            for key in keys:
-                if key not in over:
-                    member["values"].setdefault(key, self._then(key))
-        names = {member["identity"]: name for name, member in known.items()}
+        for key in (key for key in keys if key not in over):
+            for known_one in known.values():  # what did not vary then has the value that all had
+                known_one["values"].setdefault(key, self._then(key))
         found = []
         for member in members:
-            called = names.get(member.identity, member.name)
+            called = self.names.setdefault(member.identity, member.name)
             if known.get(called, {}).get("identity", member.identity) != member.identity:
                 raise ConfigError([self._changed(called, member)])
+            if of_another_run(self.directory(called), member.config_hash):
+                raise ConfigError(
+                    [f"{self.directory(called)}: holds another run; move it out of the sweep"]
+                )
             known[called] = {
                 "values": member.values,
                 "config_hash": member.config_hash,
                 "identity": member.identity,
             }
+            self.added.append(called)
             found.append(replace(member, name=called))
-        self.sheet["over"] = {key: _values(key, known.values()) for key in keys}
+        # The values of a search are those of its members; to list them would take ever longer.
+        self.sheet["over"] = {
+            key: [] if self.search else _values(key, known.values()) for key in keys
+        }
         self.sheet["base"] = _both(self.sheet["base"], base) if self.sheet["base"] else base
         return found
 
     def write(self, **facts: Any) -> None:
-        """Write sweep.yaml; `facts` are what else it says of the sweep."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        head = {"name": self.sheet["name"], **facts}
-        self.sheet = {**head, **{k: v for k, v in self.sheet.items() if k not in head}}
-        with replacing(self.path / SHEET) as file:
-            file.write(OmegaConf.to_yaml(OmegaConf.create(self.sheet)).encode())
+        """Write sweep.yaml; `facts` are what else it says of the sweep.
+
+        Where only members have been added, as in each round of a search, a line is appended for
+        each: the cost of a round does not grow with their number.
+        """
+        members = self.sheet.pop("members")
+        self.sheet = {**self.sheet, "name": self.sheet["name"], **facts}
+        if self.sheet == self.written:
+            lines = [f"  {json.dumps(n)}: {json.dumps(members[n])}\n" for n in self.added]
+            with (self.path / SHEET).open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            content = {**self.sheet, "members": members}  # last, to be appended to
+            with replacing(self.path / SHEET) as file:
+                file.write(OmegaConf.to_yaml(OmegaConf.create(content)).encode())
+        self.written, self.added = copy.deepcopy(self.sheet), []
+        self.sheet["members"] = members
 
     def _then(self, key: str) -> Any:
         base = self.sheet["base"]
@@ -150,7 +175,7 @@ class SweepFolder:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        sheet: Any = OmegaConf.to_container(OmegaConf.load(path))
+        sheet = read_sheet(path)
         base, members, over = sheet["base"], sheet["members"], sheet["over"]
         tables = [*(m["values"] for m in members.values())]
         tables += [base[part] for part in BASE] if base or members else []

@@ -27,7 +27,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, config_hash, settle
-from cnntrain.config.resume import RESULT, at_work, completed, read_result, run_only, seal
+from cnntrain.config.resume import (
+    RESULT,
+    at_work,
+    ended,
+    of_another_run,
+    read_result,
+    run_only,
+    seal,
+)
 from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.sweeps.record import METRICS, history
 from cnntrain.terminal import output
@@ -196,7 +204,10 @@ def _run(job: Job) -> None:
         # After Ctrl-C a member has left at once, and in this process no other is to begin.
         if stop.exists() or interruption.received is not None:
             return
-        if completed(job.directory, OmegaConf.create(job.config)):  # by the one waited for
+        mine = config_hash(OmegaConf.create(job.config))
+        if ended(job.directory, mine):  # by the one waited for
+            return
+        if of_another_run(job.directory, mine):  # copied there since the sweep has looked
             return
         before = result_mark(job.directory)
         reason = _in_a_process(job, stop)

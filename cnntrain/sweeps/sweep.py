@@ -12,19 +12,20 @@ from pydantic import PositiveInt
 from cnntrain.config import quoted
 from cnntrain.config.resume import at_work, ended
 from cnntrain.interruption import interruption
-from cnntrain.sweeps.collect import collect, write_csv
+from cnntrain.sweeps.collect import Collection, collect, write_csv
 from cnntrain.sweeps.folder import SweepFolder
 from cnntrain.sweeps.hparams import cell, write_schema
 from cnntrain.sweeps.member import LEAVE, STOP, MemberTask, record_failure
 from cnntrain.sweeps.members import Planned, Run, planned
 from cnntrain.sweeps.progress import LOOK, Progress
-from cnntrain.sweeps.record import read_member
+from cnntrain.sweeps.record import Member, read_member
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss", "test/acc", "test/loss"]
 Launch = Callable[[list[list[str]], MemberTask], None]
 Say = Callable[[str], None]
 
 CSV = "sweep.csv"
+SHARE = 50  # sweep.csv is written for at most this part of the time
 FINAL = ("completed", "failed", "pruned")  # what a member is until it is run again
 
 
@@ -80,9 +81,10 @@ class Sweeping:
             write_schema(self.folder.path, over)
             total, pending = len(self.members), len(self.pending)
             outcome = Outcome(self.folder, self.options, over, total, total - pending, say)
-            outcome.write()
+            outcome.add(self.members)
             if self.pending:
                 outcome.run(self.pending, launch)
+            outcome.write()
             return outcome
 
 
@@ -107,12 +109,15 @@ class Outcome:
             total,
             done,
             say,
-            self._member_ended,
-            self._look_for_signals,
+            lambda name: self.unread.add(name),
+            self._while_waiting,
         )
         self.stop = folder.path / STOP
         self.stop.unlink(missing_ok=True)
         self.passed_on = False
+        self.collection: Collection | None = None
+        self.unread: set[str] = set()  # members that have ended since sweep.csv was written
+        self.next_write = 0.0  # on the clock of time.monotonic
 
     @property
     def failed(self) -> dict[str, str]:
@@ -145,7 +150,7 @@ class Outcome:
             for member in members
         ]
         problem = "its process ended without a word"
-        interruption.quiet = True  # `_look_for_signals` reports what there is to wait for
+        interruption.quiet = True  # `_while_waiting` reports what there is to wait for
         with interruption.answering("note"):
             with self.progress.watching([member.name for member in members]):
                 try:
@@ -154,22 +159,34 @@ class Outcome:
                     problem = " ".join(f"{type(error).__name__}: {error}".split())
                     self.say(f"the launcher failed: {problem}")
                 self._wait_for_those_at_work()
-            if not self.stop.exists():
+            if not self.stop.exists() and interruption.received is None:
                 self._bury(members, problem)
             self.stop.unlink(missing_ok=True)
             interruption.quiet = False
+            if interruption.received is not None:
+                self.write()
             interruption.check()
+
+    def add(self, members: Sequence[Planned]) -> None:
+        """Take further members, which sweep.yaml has, into sweep.csv."""
+        if self.collection is None:
+            self.collection = collect(self.folder.path)
+            self.shown = {member.name for member in self.collection.members}
+            self.write()
+        new = [m for m in members if m.name not in self.shown]
+        self.shown |= {m.name for m in new}
+        self.unread |= {m.name for m in new}
+        found = [Member(m.name, self.folder.directory(m.name), m.values, "pending") for m in new]
+        self.collection = replace(self.collection, members=(*self.collection.members, *found))
 
     def write(self) -> None:
         """sweep.csv, a row for each member that the folder has ever had, as sweep.yaml names it."""
-        self.collection = collect(self.folder.path)
-        write_csv(self.collection, self.folder.path / CSV)
-
-    def _member_ended(self, name: str) -> None:
-        # Members of before are as they were: a thousand need not be read a thousand times.
+        assert self.collection is not None
+        started, unread = time.monotonic(), self.unread
+        self.unread = set()
         members = tuple(
-            read_member(m.name, m.directory, m.values)
-            if m.name == name or m.status not in FINAL
+            read_member(m.name, m.directory, dict(m.values))
+            if m.name in unread or m.status not in FINAL
             else m
             for m in self.collection.members
         )
@@ -178,9 +195,14 @@ class Outcome:
             write_csv(self.collection, self.folder.path / CSV)
         except OSError as error:  # the members' own records are what counts
             self.say(f"{CSV}: {error.strerror}")
+        # The file has a row for each member: written for each that ends, it would take ever longer.
+        self.next_write = time.monotonic() + SHARE * (time.monotonic() - started)
 
-    def _look_for_signals(self) -> None:
-        """Pass a request to stop on to the members, wherever they are, by a file that they see."""
+    def _while_waiting(self) -> None:
+        """Write what has changed, and pass a request to stop on to the members, wherever they are,
+        by a file that they see."""
+        if self.unread and time.monotonic() >= self.next_write:
+            self.write()
         if interruption.received is not None and not self.passed_on:
             self.stop.write_text(LEAVE, encoding="utf-8")
             self.passed_on, interruption.quiet = True, False

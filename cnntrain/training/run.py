@@ -23,7 +23,14 @@ from cnntrain.config import (
     folder_problem,
     run_directory_problem,
 )
-from cnntrain.config.resume import CHECKPOINTS, completed, refused_changes, run_only
+from cnntrain.config.resume import (
+    CHECKPOINTS,
+    CONFIG,
+    completed,
+    recorded,
+    refused_changes,
+    run_only,
+)
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
 from cnntrain.launched import TIMEOUT, Place, launched
@@ -139,12 +146,14 @@ def run_training(
     place = _place(cfg)
     owned = RunDirectory(directory, resume=resume, option=option)
     with watching(), cores_shared(place), owned as run, lines or contextlib.nullcontext():
-        if resume and (recorded := completed(directory, cfg)):
+        if resume and (result := completed(directory, cfg)):
             log.info("already completed")
-            return Result.of(recorded, directory, lambda: _tested(directory, cfg, module))
+            return Result.of(result, directory, lambda: _tested(directory, cfg, module))
         saved = newest(directory / CHECKPOINTS) if resume else None
         if saved:
             _check(*saved, cfg, module)
+        elif resume and (before := recorded(directory / CONFIG)):
+            _refuse(refused_changes(before, cfg), directory / CONFIG)
         facts = {"config_hash": config_hash(cfg), "seed": cfg.seed}
         run.begin(cfg, facts, overrides)
         tensorboard = TensorBoard(directory)
@@ -230,14 +239,18 @@ def _check(path: Path, content: Content, cfg: DictConfig, module: Classifier) ->
     if least > epochs:
         what = f"epoch {least} is begun" if begun else f"{done} epochs are done"
         problems.append(f"trainer.max_epochs={epochs}: {what}; take {least} or more")
-    if problems:
-        raise ConfigError([f"{problem} (says {path})" for problem in problems])
+    _refuse(problems, path)
     for what, now in conditions().items():
         before = content["conditions"].get(what)
         if before != now:
             log.warning(
                 f"{what}: {now}, and {before} before: results may differ in their last bits"
             )
+
+
+def _refuse(problems: Sequence[str], path: Path) -> None:
+    if problems:
+        raise ConfigError([f"{problem} (says {path})" for problem in problems])
 
 
 def _run(

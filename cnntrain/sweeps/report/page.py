@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape
@@ -28,6 +29,7 @@ MOST_PAIRS = 16  # groups in the table of pairs
 def page(collection: Collection, folder: Path) -> str:
     """The whole of report.html; `folder` is where it will lie, for links to the runs."""
     ranking = rank(collection)
+    command = shlex.join(["cnntrain", "report", str(collection.folder.absolute())])
     asset = files(__package__).joinpath
     parts = [
         _head(collection),
@@ -42,7 +44,7 @@ def page(collection: Collection, folder: Path) -> str:
         _section("What went wrong", _failures(collection, folder)),
         _section("Members", _members(collection, folder)),
         f"<footer class=soft>cnntrain {cnntrain.__version__}, {datetime.now():%Y-%m-%d %H:%M}. "
-        f"To make it anew: <code>cnntrain report {escape(str(collection.folder))}</code></footer>",
+        f"To make it anew: <code>{escape(command)}</code></footer>",
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
