@@ -73,3 +73,11 @@ def write_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     content = {**sheet, "search": search} if search is not None else sheet
     (folder / "sweep.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """The content of every file below a folder, None for folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }

@@ -40,7 +40,8 @@ def start(folder: Path, *typed: str, **environment: str) -> subprocess.Popen[str
 
 
 def end(process: subprocess.Popen[str], code: int = 0) -> list[str]:
-    """The lines that it printed until it ended, with this exit code and without a traceback."""
+    """The lines that it printed until it ended, with this exit code and without a traceback; but
+    the first, which it prints while it checks what was typed."""
     try:
         said, wrong = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
@@ -48,7 +49,9 @@ def end(process: subprocess.Popen[str], code: int = 0) -> list[str]:
         raise
     assert process.returncode == code, said + wrong
     assert "Traceback" not in said + wrong
-    return said.splitlines()
+    first, *lines = said.splitlines()
+    assert first == "sweep: checking the config of every run"
+    return lines
 
 
 def wait_until(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:

@@ -123,7 +123,12 @@ def test_how_a_trial_ended(sweep: Path) -> None:
     study.tell(told)  # again, as after a kill in between
     states = [t.state.name for t in study.study.trials]
     assert states == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "RUNNING", "RUNNING"]
-    assert summary(study)[0] == "search       6 of 6 trials: 1 completed, 1 pruned, 2 failed"
+    counts = "1 completed, 1 pruned, 2 failed"
+    assert summary(study, shlex.join)[0] == f"search       6 of 6 trials: {counts}"
+    fewer = Study(sweep, search("search.trials=4"), seed=0)
+    assert summary(fewer, shlex.join)[0].startswith(
+        "search       6 trials, more than search.trials=4: "
+    )
     assert study.ask(6) == []  # not within one command
 
     again = Study(sweep, node, seed=0)
@@ -134,7 +139,10 @@ def test_how_a_trial_ended(sweep: Path) -> None:
     ]
     again.tell({a.number: completed(0.75) for a in left})
     assert again.ask(6) == []
-    assert summary(again)[0] == "search       6 of 6 trials: 4 completed, 1 pruned, 1 failed"
+    assert (
+        summary(again, shlex.join)[0]
+        == "search       6 of 6 trials: 4 completed, 1 pruned, 1 failed"
+    )
     assert Study(sweep, node, seed=0).ask() == []
     more = Study(sweep, search("search.trials=8"), seed=0).ask(6)
     assert [a.name.partition(",")[0] for a in more] == ["trial=007", "trial=008"]

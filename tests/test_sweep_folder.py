@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import write_run
+from run_folders import tree, write_run
 from sweeps_of_records import COMPARE, rows, run, sheet, sweeping
 
+from cnntrain.config import ConfigError
 from cnntrain.config.resume import seal
 from cnntrain.sweeps.progress import Progress, formatted
 
@@ -40,14 +41,17 @@ def test_only_what_is_missing_is_run(tmp_path: Path) -> None:
     ]
     again = sweeping(tmp_path / "s", *reversed(COMPARE))  # the other way round
     assert [member.name for member in again.pending] == [second]
-    # A result that was edited is none; nor is one of another config.
+    # A result that was edited is none; a directory with a run of another config is rejected.
     result = tmp_path / "s" / first / "result.json"
     content = json.loads(result.read_text())
     result.write_text(json.dumps({**content, "epochs": 9}))
     assert {m.name for m in sweeping(tmp_path / "s", *COMPARE).pending} == {first, second}
     content.pop("sha256")
     result.write_text(json.dumps(seal({**content, "config_hash": "0" * 16})))
-    assert {m.name for m in sweeping(tmp_path / "s", *COMPARE).pending} == {first, second}
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match=f"{re.escape(first)}: holds another run"):
+        sweeping(tmp_path / "s", *COMPARE)
+    assert tree(tmp_path) == before
 
 
 def test_nothing_left_starts_no_launcher(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def sample(search: Search, trials: Sequence[FrozenTrial], seed: int, name: str) 
         )
         study.add_trials(trials)
         search.space.suggest(study.ask())
-        found = study.get_trials()[-1]
+        found = study.get_trials(deepcopy=False)[-1]
     return create_trial(
         state=TrialState.RUNNING,
         params=search.space.exact(found.params),
