@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from run_folders import tree, write_run
-from sweeps_of_records import COMPARE, rows, run, sheet, sweeping
+from sweeps_of_records import COMPARE, asked, rows, run, sheet, sweeping
 
 from cnntrain.config import ConfigError
 from cnntrain.config.resume import seal
+from cnntrain.sweeps.collect import collect
+from cnntrain.sweeps.folder import SweepFolder
+from cnntrain.sweeps.members import Planned
 from cnntrain.sweeps.progress import Progress, formatted
 
 
@@ -137,3 +140,23 @@ def test_a_line_for_each_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert said[3] == "[ 6/12] c: val/loss 0.2000, 7 s; 0:02:00 left"
     assert list(progress.waiting) == ["d"]
     assert formatted("val/acc", 0.912) == "91.20%"
+
+
+def test_the_trials_of_a_search_are_appended(tmp_path: Path) -> None:
+    """A round costs what its own trials cost; a line that was cut off by a kill is left out."""
+    folder, sizes = SweepFolder(tmp_path, search=True), list[int]()
+    for number, lr in enumerate((0.001, 1e-5, 0.5)):
+        (run,) = asked("data=fashion_mnist_mini", f"optimizer.lr={lr}").runs
+        folder.extend(
+            [Planned(f"trial={number:03},a: b", run, {"optimizer.lr": lr}, number)],
+            ["optimizer.lr"],
+        )
+        folder.write(metric="val/acc", search={"trials": 3})
+        text = (tmp_path / "sweep.yaml").read_bytes()
+        sizes.append(len(text))
+    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], abs=9)
+    members = sheet(tmp_path)["members"]
+    assert [m["values"]["optimizer.lr"] for m in members.values()] == [0.001, 1e-5, 0.5]
+    (tmp_path / "sweep.yaml").write_bytes(text[:-7])
+    assert list(SweepFolder(tmp_path, search=True).sheet["members"]) == list(members)[:2]
+    assert len(collect(tmp_path).members) == 2

@@ -4,8 +4,11 @@ import re
 from itertools import permutations
 
 import pytest
+from omegaconf import OmegaConf
 from sweeps_of_records import asked
 
+from cnntrain.config import ConfigError, compose, config_hash
+from cnntrain.config.resume import run_only
 from cnntrain.sweeps.members import directory_name, name, planned, shown
 
 
@@ -53,3 +56,35 @@ def test_members_that_are_the_same_run_are_one() -> None:
     assert names(["optimizer.lr=0.005,0.005,5e-3"]) == ["optimizer.lr=0.005"]
     asked_for = ["trainer.checkpoint_every_n_steps=5,7"]  # numbers no different, and yet both
     assert len(names(asked_for)) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "composed"),
+    [
+        (["seed=range(5)", "optimizer.lr=0.005,0.02"], 1),
+        (["model=shallow,lenet5", "optimizer=adam,sgd", "optimizer.lr=0.005,0.02"], 4),
+        (["seed=0,1", "data.batch_size=16,32", "trainer.max_epochs=3"], 1),
+        (["optimizer=sgd", "optimizer.momentum=0.5,0.25", "seed=4,7"], 1),
+        (["trainer.monitor=val/acc,val/loss", "+trainer.limit_train_batches=4,5"], 2),
+        (["data.val_size='${data.batch_size}',50", "data.batch_size=20,40"], 2),
+    ],
+)
+def test_runs_are_what_each_composes_alone(typed: list[str], composed: int) -> None:
+    """Whether composed by Hydra, or made from one that differs in plain values only."""
+    found = asked("data=fashion_mnist_mini", *typed)
+    assert len(found.cfgs) == composed
+    for run in found.runs:
+        alone = run_only(compose(run.typed))
+        assert OmegaConf.to_container(run.config) == OmegaConf.to_container(alone)
+        assert config_hash(run.config) == config_hash(alone)
+    assert len({config_hash(run.config) for run in found.runs}) == len(found.runs)
+
+
+def test_every_value_is_checked() -> None:
+    with pytest.raises(ConfigError) as error:
+        asked("data=fashion_mnist_mini", "seed=0,-1,x,2", "optimizer.lr=0.1,[1]")
+    assert len(error.value.problems) == 3
+    for text in ("seed=-1: must be a whole number", "seed=x: must be", "optimizer.lr=[1]: "):
+        assert any(problem.startswith(text) for problem in error.value.problems)
+    with pytest.raises(ConfigError, match="did you mean 'lr'"):  # told once, and not 900 times
+        asked("data=fashion_mnist_mini", "seed=range(900)", "optimizer.lrr=1")

@@ -1,6 +1,7 @@
 """What people type, and what becomes of files: told on a line, and nothing lost."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import pytest
 from conftest import ROOT, Run
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from run_folders import tree
 
+from cnntrain.commands.app import command_line, restart
 from cnntrain.config import CONF, ConfigError
 from cnntrain.config import compose as checked
 from cnntrain.sweeps.folder import SweepFolder
@@ -18,6 +21,7 @@ from cnntrain.sweeps.journal import STUDY, storage
 from cnntrain.sweeps.ranking import short
 from cnntrain.sweeps.space import Space
 from cnntrain.training import rehearse
+from cnntrain.training.run_directory import RunDirectory
 
 TINY = [
     "data=fashion_mnist_mini",
@@ -191,3 +195,67 @@ def test_a_class_varies_under_the_name_of_its_node() -> None:
     assert short("backend._target_") == "backend"
     assert short("optimizer.lr") == "lr"
     assert short("seed") == "seed"
+
+
+@pytest.mark.parametrize("name", ["train", "verify"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model/shallow",
+        "experiment/lenet5",
+        "search/lenet5_lr",
+        "search/sampler/tpe",
+        "train",
+        "hydra/help/verify",
+        "hydra/job_logging/default",
+    ],
+)
+def test_a_file_of_ones_own_with_a_shipped_name(tmp_path: Path, file: str, name: str) -> None:
+    """Hydra would never read it."""
+    path = tmp_path / f"{file}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("lr: 3\n")
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(ConfigError) as error:
+        checked([], name=name, extra=tmp_path)
+    assert len(error.value.problems) == 1
+    assert error.value.problems[0].startswith(f"{path}: is ignored, as ")
+    with pytest.raises(ConfigError, match=f"{file}.yaml: is ignored"):
+        checked([f"hydra.searchpath=[file://{tmp_path}]"], name=name)
+    path.rename(path.with_name("other.yaml"))
+    checked([], name=name, extra=tmp_path)
+
+
+def test_a_copy_of_a_shipped_file_is_no_mistake(tmp_path: Path) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    checked(["data=fashion_mnist_mini"], extra=tmp_path / "conf")
+
+
+@pytest.mark.parametrize("record", ["result.json", "checkpoints"])
+def test_a_directory_that_is_rejected_is_left_alone(tmp_path: Path, record: str) -> None:
+    (tmp_path / record).mkdir()
+    with pytest.raises(ConfigError, match="holds another run already"):
+        RunDirectory(tmp_path)
+    assert tree(tmp_path) == {record: None}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["python", "train.py"],
+        ["/usr/bin/python3", "-X", "utf8", "-m", "cnntrain", "train"],
+        ["cnntrain", "train"],
+    ],
+)
+def test_a_command_that_is_printed_is_the_one_typed(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = shutil.which("cnntrain")
+    started = ["python", script, "train"] if command[0] == "cnntrain" and script else command
+    where = ["--config-dir", "my conf", "-cn", "mine"]
+    typed = ["-m", *where, "search=lr", "data.root='a b'"]
+    monkeypatch.setattr(sys, "orig_argv", [*started, *typed])
+    monkeypatch.setattr(sys, "argv", ["cnntrain train", *typed])
+    printed = restart(command_line(), ["data.root='a b'", "optimizer.lr=0.1"])
+    options = ["--config-dir=my conf", "--config-name=mine"]
+    assert shlex.split(printed) == [*command, *options, "data.root='a b'", "optimizer.lr=0.1"]

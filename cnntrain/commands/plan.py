@@ -74,7 +74,8 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
                 plain = [
                     key
                     for key in varied
-                    if _is_plain(_asked(cfgs, key)) and not key.endswith("_target_")
+                    if not key.endswith("_target_")
+                    and (not cfgs or _is_plain(_asked(cfgs, key)))
                 ]
                 cfgs, of_sweep = _composed_alike(runs, plain, where, problems)
             else:

@@ -30,7 +30,8 @@ class Run:
         """From a config with `hydra` in it."""
         made: Any = OmegaConf.to_container(cfg.hydra.runtime.choices)
         made = {str(k): v for k, v in made.items() if v is not None and "hydra/" not in str(k)}
-        return cls(run_only(cfg), of_the_run(cfg.hydra.overrides.task), made)
+        typed: Any = OmegaConf.to_container(cfg.hydra.overrides.task)  # interpolations as typed
+        return cls(run_only(cfg), of_the_run(typed), made)
 
     @cached_property
     def options(self) -> dict[str, Any]:
