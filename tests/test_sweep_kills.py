@@ -116,6 +116,30 @@ def test_interrupted_and_completed(calm: Path, tmp_path: Path) -> None:
     assert numbers(folder) == numbers(calm)
 
 
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("imported", ["", "torch/lib"])
+def test_ctrl_c_while_members_processes_are_prepared(imported: str, tmp_path: Path) -> None:
+    """The server that they come from starts, or imports torch, when the terminal's SIGINT comes."""
+
+    def preparing() -> bool:
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                called = (process / "cmdline").read_text()
+                own = os.getpgid(int(process.name)) == sweep.pid
+                if own and "forkserver" in called and imported in (process / "maps").read_text():
+                    return True
+        return False
+
+    sweep = start(tmp_path, *FOUR, "sweep=s")
+    wait_until(sweep, preparing)
+    os.killpg(sweep.pid, signal.SIGINT)
+    said, wrong = sweep.communicate(timeout=100)
+    assert sweep.returncode == 130
+    assert wrong == "\ncnntrain: interrupted by SIGINT\n"
+    assert said.splitlines() == ["sweep: checking the config of every run"]
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_threads_are_the_sweeps(calm: Path, tmp_path: Path) -> None:
     """Not the environment's, by which sums would have other roundings."""
     typed = [*TINY, "backend=im2col", "seed=1,0", "trainer.max_epochs=6", "sweep=s"]

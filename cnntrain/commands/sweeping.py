@@ -94,7 +94,8 @@ class SweepCommand:
         from cnntrain.sweeps.search import problems
         from cnntrain.sweeps.searching import Searching
 
-        base = of_the_run(cfg.hydra.overrides.task)
+        typed: Any = OmegaConf.to_container(cfg.hydra.overrides.task)  # interpolations as typed
+        base = of_the_run(typed)
         searchpath = [t for t in self.arguments.overrides if t.startswith("hydra.searchpath=")]
 
         def compose(overrides: Sequence[str]) -> DictConfig:
