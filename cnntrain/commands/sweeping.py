@@ -25,8 +25,9 @@ from cnntrain.config.overrides import one_line
 from cnntrain.config.resume import run_only
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.sweeps.collect import Collection, collect
-from cnntrain.sweeps.member import JobsUntilStopped, MemberTask, prepare_processes, sigint_blocked
+from cnntrain.sweeps.member import STOP, MemberTask
 from cnntrain.sweeps.members import of_the_run
+from cnntrain.sweeps.processes import JobsUntilStopped, prepare_processes, sigint_blocked
 from cnntrain.sweeps.sweep import Launch, Outcome, Sweep, Sweeping
 from cnntrain.terminal import paragraph
 
@@ -206,7 +207,7 @@ def _launch(arguments: argparse.Namespace, folder: Path) -> Launch:
                 _join_ray(launcher)
             workers = cfg.hydra.launcher._target_ != BASIC
             with sigint_blocked() if workers else contextlib.nullcontext():
-                jobs = JobsUntilStopped(jobs, folder, workers=workers)
+                jobs = JobsUntilStopped(jobs, folder / STOP, workers=workers)
                 launcher.launch(jobs, initial_job_idx=0)
             callbacks.on_multirun_end(config=cfg, config_name=name)
 

@@ -9,14 +9,12 @@ import logging
 import multiprocessing
 import os
 import signal
-import site
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +35,7 @@ from cnntrain.config.resume import (
     seal,
 )
 from cnntrain.interruption import Interrupted, interruption, watching
+from cnntrain.sweeps.processes import METHOD, PROCESSES, STANDARD, mask_sigint, prepare_processes
 from cnntrain.sweeps.record import METRICS, history
 from cnntrain.terminal import output
 
@@ -45,11 +44,6 @@ LEAVE = "leave"  # and if it says so, those at work are to save and end
 LOG = "train.log"
 LOOK = 0.2  # seconds between two looks at that file
 ENDED = ("completed", "failed", "interrupted", "pruned")
-
-# Where processes can be had from a server that has torch imported; Windows has none.
-STANDARD = multiprocessing.get_all_start_methods()
-METHOD = "forkserver" if "forkserver" in STANDARD else "spawn"
-_processes: Any = multiprocessing.get_context(METHOD)
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ class MemberTask:
             _end_with_launcher()
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, _begin_no_other)
-            _mask_sigint("SIG_UNBLOCK")
+            mask_sigint("SIG_UNBLOCK")
         settle(cfg, hydra)
         job = Job(
             OmegaConf.to_container(run_only(cfg), resolve=True),  # type: ignore[arg-type]
@@ -111,62 +105,6 @@ class MemberTask:
 def _begin_no_other(signum: int, frame: FrameType | None) -> None:
     """Ctrl-C is for the sweep and its members; a launcher's worker waits for its own to save."""
     interruption.received = signum
-
-
-def prepare_processes() -> None:
-    """Start the server that members' processes come from, which takes it seconds, ahead of need."""
-    if METHOD == "forkserver":
-        from multiprocessing import forkserver
-
-        _processes.set_forkserver_preload(["cnntrain.sweeps.preload"])
-        # It is to import this very code, which need not be what is installed.
-        root, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
-        if root not in site.getsitepackages():
-            os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
-        with sigint_blocked():
-            forkserver.ensure_running()
-        os.environ.pop("PYTHONPATH", None)
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
-@contextlib.contextmanager
-def sigint_blocked() -> Iterator[None]:
-    """Processes started within do not receive SIGINT until they unblock it; this one does later."""
-    if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # unblocks SIGINT when it starts
-    _mask_sigint("SIG_BLOCK")
-    try:
-        yield
-    finally:
-        _mask_sigint("SIG_UNBLOCK")
-
-
-def _mask_sigint(how: str) -> None:
-    if hasattr(signal, "pthread_sigmask"):  # Windows has none
-        signal.pthread_sigmask(getattr(signal, how), [signal.SIGINT])
-
-
-class JobsUntilStopped(list[list[str]]):
-    """The overrides of members; a launcher that iterates over them gets no more once the sweep in
-    `folder` has been asked to stop.
-
-    One that starts `workers` has them start with SIGINT blocked, which would end them with a
-    traceback while they import; `MemberTask` unblocks it. Blocked anew for each job, as loky's
-    resource tracker unblocks it when it starts.
-    """
-
-    def __init__(self, jobs: Iterable[list[str]], folder: Path, *, workers: bool):
-        super().__init__(jobs)
-        self.stop, self.workers = folder / STOP, workers
-
-    def __iter__(self) -> Iterator[list[str]]:
-        for job in super().__iter__():
-            if self.stop.exists():
-                return
-            if self.workers:
-                _mask_sigint("SIG_BLOCK")
-            yield job
 
 
 def result_mark(directory: Path) -> tuple[int, int] | None:
@@ -227,8 +165,8 @@ def _in_a_process(job: Job, stop: Path) -> str:
         multiprocessing.set_start_method(
             METHOD, force=True
         )  # loky's is its own, unknown to a child
-    receiver, sender = _processes.Pipe(duplex=False)
-    process = _processes.Process(target=_member, args=(job, sender), name=job.directory.name)
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_member, args=(job, sender), name=job.directory.name)
     try:
         process.start()
     except (EOFError, ConnectionError):  # SIGINT has ended the server while it imported
