@@ -170,9 +170,8 @@ class Outcome:
     def add(self, members: Sequence[Planned]) -> None:
         """Take further members, which sweep.yaml has, into sweep.csv."""
         if self.collection is None:
-            self.collection = collect(self.folder.path)
-            self.shown = {member.name for member in self.collection.members}
             self.write()
+        assert self.collection is not None
         new = [m for m in members if m.name not in self.shown]
         self.shown |= {m.name for m in new}
         self.unread |= {m.name for m in new}
@@ -181,7 +180,9 @@ class Outcome:
 
     def write(self) -> None:
         """sweep.csv, a row for each member that the folder has ever had, as sweep.yaml names it."""
-        assert self.collection is not None
+        if self.collection is None:
+            self.collection = collect(self.folder.path)
+            self.shown = {member.name for member in self.collection.members}
         started, unread = time.monotonic(), self.unread
         self.unread = set()
         members = tuple(
