@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Literal
 
 from cnntrain.notebook import OneLine
-
 from cnntrain.terminal import write_stderr
 
 # SIGUSR1 is what Slurm can be asked to send ahead of a job's end, SIGUSR2 what submitit asks it to;

@@ -74,8 +74,7 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
                 plain = [
                     key
                     for key in varied
-                    if not key.endswith("_target_")
-                    and (not cfgs or _is_plain(_asked(cfgs, key)))
+                    if not key.endswith("_target_") and (not cfgs or _is_plain(_asked(cfgs, key)))
                 ]
                 cfgs, of_sweep = _composed_alike(runs, plain, where, problems)
             else:

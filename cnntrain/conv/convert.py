@@ -38,8 +38,8 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
     ``state_dict`` keys are kept too. No random number is drawn, and no more than one layer's
     weights exist twice at a time.
 
-    Transposed convolutions and those of one or three dimensions stay as they are; a warning names
-    some of them. A call of ``F.conv2d`` within a ``forward`` belongs to no layer and cannot be seen.
+    Transposed convolutions and those of one or three dimensions stay as they are, with a warning.
+    A call of ``F.conv2d`` within a ``forward`` belongs to no layer and cannot be seen.
 
     Args:
         model: any network.
@@ -151,8 +151,8 @@ def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
         own += _overrides(type(conv))
     if own := [name for name in dict.fromkeys(own) if name not in COSMETIC]:
         return (
-            f"{type(conv).__name__} has its own {', '.join(own)}; derive it from the backend's class, "
-            "or convert only the modules without it"
+            f"{type(conv).__name__} has its own {', '.join(own)}; derive it from the backend's "
+            "class, or convert only the modules without it"
         )
     return None
 
@@ -179,7 +179,9 @@ def _construct(conv: nn.Conv2d, kind: type[nn.Conv2d], options: dict[str, Any]) 
         weight, wanted = conv.weight, _properties(conv)
         pads = tuple(conv._reversed_padding_repeated_twice)
         if conv.padding_mode != "zeros" and pads != wanted["padding"]:
-            return "its padding was changed after it was made, and it pads by the old one; make it anew"
+            return (
+                "its padding was changed after it was made, but it pads by the old one; replace it"
+            )
         arguments = _arguments(conv)
         conv.__class__ = kind
         vars(conv).clear()

@@ -100,7 +100,9 @@ class Evaluation:
             for row in self.classes[:SHOWN]
         ]
         if len(names) <= SHOWN:
-            picture = png_html(pictures.png(pictures.confusion(self.outcome.confusion, names, self.split)))
+            picture = png_html(
+                pictures.png(pictures.confusion(self.outcome.confusion, names, self.split))
+            )
         head = ("class", "images", "precision", "recall", "F1")
         return f"<pre>{html.escape(repr(self))}</pre>{table_html(head, rows)}{picture}"
 

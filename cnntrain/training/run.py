@@ -35,8 +35,8 @@ from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
 from cnntrain.launched import TIMEOUT, Place, launched
 from cnntrain.models import layer_table
-from cnntrain.terminal import UNLIMITED, table_text, width
 from cnntrain.notebook import OneLine
+from cnntrain.terminal import UNLIMITED, table_text, width
 from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.checkpoint_file import BEST, LAST, CheckpointError, Content, newest, read
 from cnntrain.training.checkpoints import shape_differences
