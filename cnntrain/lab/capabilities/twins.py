@@ -29,9 +29,12 @@ class Cannot(Exception):
 
 
 def twins(
-    backend: Backend, dtype: torch.dtype = torch.float64, **options: Any
+    backend: Backend,
+    dtype: torch.dtype = torch.float64,
+    size: tuple[int, int] = (3, 7),
+    **options: Any,
 ) -> tuple[nn.Conv2d, nn.Conv2d, Tensor]:
-    """A backend's convolution, an ``nn.Conv2d`` with its weights, an input (3, 4, 3, 7) for both.
+    """A backend's convolution, an ``nn.Conv2d`` with its weights, and an input (3, C, *size).
 
     All three are the same at every call.
     """
@@ -46,7 +49,7 @@ def twins(
         for parameter in reference.parameters():
             parameter.copy_(randn(*parameter.shape))
     ours.load_state_dict(reference.state_dict())
-    return ours, reference, randn(3, 4, 3, 7)
+    return ours, reference, randn(3, reference.in_channels, *size)
 
 
 def gradients(function: Callable[[Tensor], Tensor], x: Tensor, *others: Tensor) -> list[Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from torch.autograd import gradcheck
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.testing import assert_close
 
 from cnntrain.lab.capabilities.twins import (
@@ -121,3 +122,18 @@ def subclasses(backend: Backend) -> None:
     assert_close(y.as_subclass(Tensor), reference(x))
     if type(y) is not Image:
         raise Cannot(f"a {type(y).__name__} out of an Image")
+
+
+def distributed_tensors(backend: Backend) -> None:
+    ours, reference, x = twins(backend)
+    expected = reference(x)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name, value in list(ours.named_parameters()):
+            replicated = distribute_tensor(value.detach(), mesh, [Replicate()])
+            ours.register_parameter(name, nn.Parameter(replicated))
+        y = ours(distribute_tensor(x, mesh, [Shard(0)]))
+        assert_close(y.full_tensor(), expected)
+    finally:
+        distributed.destroy_process_group()
