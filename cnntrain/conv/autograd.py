@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from cnntrain.conv.function import for_sums, keep, run, signed, wanted
+from cnntrain.conv.function import keep, run, signed, upcast, wanted
 from cnntrain.conv.geometry import Amounts, Geometry, Pair, crop, pad, padded
 
 
@@ -56,19 +56,19 @@ class Algorithm(ABC):
     def padded_forward(
         self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, zeros: Amounts
     ) -> Tensor:
-        y = self.forward(pad(for_sums(x), zeros), for_sums(w), geometry)
+        y = self.forward(pad(upcast(x), zeros), upcast(w), geometry)
         return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
 
     def padded_grad_input(
         self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry, zeros: Amounts
     ) -> Tensor:
-        dx = self.grad_input(for_sums(g), for_sums(w), padded(input_size, zeros), geometry)
+        dx = self.grad_input(upcast(g), upcast(w), padded(input_size, zeros), geometry)
         return (crop(dx, zeros).clone() if any(zeros) else dx).to(g.dtype)
 
     def padded_grad_weight(
         self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, zeros: Amounts
     ) -> Tensor:
-        dw = self.grad_weight(for_sums(g), pad(for_sums(x), zeros), kernel_size, geometry)
+        dw = self.grad_weight(upcast(g), pad(upcast(x), zeros), kernel_size, geometry)
         return dw.to(g.dtype)
 
     def traceable(self) -> Algorithm:

@@ -50,7 +50,7 @@ class Layout(ABC):
 
     def __init__(self, size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> None:
         self.n, self.c, self.h, self.w = size
-        self.o, self.depth, self.kh, self.kw = weight
+        self.o, _, self.kh, self.kw = weight
         self.oh, self.ow = geometry.output_size(size[2:], weight[2:])
         self.geometry = geometry
         (self.sh, self.sw), (self.dh, self.dw) = geometry.stride, geometry.dilation

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-HALF = {
+ACCUMULATION_DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
     torch.complex32: torch.complex64,
 }
 
 
-def for_sums(t: Tensor) -> Tensor:
+def upcast(t: Tensor) -> Tensor:
     """t in the dtype that its products are added in: float32 for half types, else its own."""
-    return t.to(HALF.get(t.dtype, t.dtype))
+    return t.to(ACCUMULATION_DTYPES.get(t.dtype, t.dtype))
 
 
 def run(method: Callable[..., Tensor], a: Tensor, b: Tensor, *how: Any) -> Tensor:

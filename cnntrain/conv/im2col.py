@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cnntrain.conv.autograd import Algorithm
 from cnntrain.conv.columns import allocated, layout
-from cnntrain.conv.function import for_sums
+from cnntrain.conv.function import upcast
 from cnntrain.conv.geometry import NONE, Amounts, Geometry, Pair, crop, pad, padded
 from cnntrain.conv.module import Conv2d
 from cnntrain.conv.parts import Part, parts
@@ -115,7 +115,7 @@ class Im2col(Algorithm):
         size = geometry.output_size(padded(x.shape[2:], zeros), w.shape[2:])
         y = x.new_empty(len(x), len(w), *size)
         for part in self._parts(x, x.shape, w.shape, geometry, zeros):
-            inputs, filters = pad(for_sums(x[part.input]), part.zeros), for_sums(w[part.weight])
+            inputs, filters = pad(upcast(x[part.input]), part.zeros), upcast(w[part.weight])
             made = layout(inputs.shape, filters.shape, part.geometry).forward(inputs, filters)
             y[part.output] = made if bias is None else made.add_(bias[part.weight[0], None, None])
         return y
@@ -126,11 +126,11 @@ class Im2col(Algorithm):
         dw = g.new_empty(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
         parts = self._parts(x, x.shape, dw.shape, geometry, zeros)
         for index, same in groupby(parts, attrgetter("weight")):
-            total = for_sums(torch.zeros_like(dw[index]))
+            total = upcast(torch.zeros_like(dw[index]))
             for part in same:
-                inputs = pad(for_sums(x[part.input]), part.zeros)
+                inputs = pad(upcast(x[part.input]), part.zeros)
                 products = layout(inputs.shape, total.shape, part.geometry)
-                total += products.grad_weight(for_sums(g[part.output]), inputs)
+                total += products.grad_weight(upcast(g[part.output]), inputs)
             dw[index] = total
         return dw
 
@@ -139,10 +139,10 @@ class Im2col(Algorithm):
     ) -> Tensor:
         dx = g.new_empty(len(g), w.shape[1] * geometry.groups, *input_size)
         for part in self._parts(g, dx.shape, w.shape, geometry, zeros, of_input=True):
-            block, filters = dx[part.input], for_sums(w[part.weight])
+            block, filters = dx[part.input], upcast(w[part.weight])
             size = (*block.shape[:2], *padded(block.shape[2:], part.zeros))
             products = layout(size, filters.shape, part.geometry)
-            made = products.grad_input(for_sums(g[part.output]), filters)
+            made = products.grad_input(upcast(g[part.output]), filters)
             block.copy_(crop(made, part.zeros))
         return dx
 
@@ -155,7 +155,7 @@ class Im2col(Algorithm):
         zeros: Amounts,
         of_input: bool = False,
     ) -> Iterator[Part]:
-        mib = 2**20 // for_sums(like[:0]).element_size()  # in numbers
+        mib = 2**20 // upcast(like[:0]).element_size()  # in numbers
         room = self.max_column_mib * mib
         cache = CACHE_MIB * mib if like.is_cpu else room
         return parts(size, weight, geometry, zeros, allocated, room, cache, of_input)

@@ -78,7 +78,7 @@ def parts(
         for images, rows, columns in _tiles(
             size[0], (down.outputs, across.outputs), allocated, room // 2, cache // 2
         ):
-            v, h = down.meet(rows, of_input), across.meet(columns, of_input)
+            v, h = down.span(rows, of_input), across.span(columns, of_input)
             yield Part(
                 how,
                 index,
@@ -142,7 +142,7 @@ def _cut(start: int, stop: int, most: int) -> list[slice]:
     return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 
-class _Met(NamedTuple):
+class _Span(NamedTuple):
     output: slice
     input: slice
     zeros: tuple[int, int]
@@ -165,7 +165,7 @@ class _Axis(NamedTuple):
         stride, reach = geometry.stride[axis], geometry.dilation[axis] * (taps - 1)
         return cls(length, *zeros, stride, reach, (length + sum(zeros) - reach - 1) // stride + 1)
 
-    def meet(self, block: range, of_input: bool) -> _Met:
+    def span(self, block: range, of_input: bool) -> _Span:
         """For a block of output positions: those that are needed, and the input.
 
         of_input: the input is a block of `stride` pixels for each position, and more positions
@@ -184,7 +184,7 @@ class _Axis(NamedTuple):
         start = min(max(start, 0), self.length)
         stop = min(max(stop, start), self.length)
         before = min(max(start - low, 0), high - low)
-        return _Met(
+        return _Span(
             slice(first, block.stop),
             slice(start, stop),
             (before, high - low - before - (stop - start)),
@@ -193,5 +193,5 @@ class _Axis(NamedTuple):
     def padded_length(self, outputs: int, of_input: bool) -> int:
         """Pixels, with padding, for a block of so many output positions, at the most."""
         start = min(self.reach // self.stride, self.outputs - outputs) if of_input else 0
-        met = self.meet(range(start, start + outputs), of_input)
-        return met.input.stop - met.input.start + sum(met.zeros)
+        span = self.span(range(start, start + outputs), of_input)
+        return span.input.stop - span.input.start + sum(span.zeros)
