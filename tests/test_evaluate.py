@@ -156,7 +156,7 @@ def test_mistakes_are_answered_on_one_line(run: Path, tmp_path: Path) -> None:
 
 def test_what_is_logged_is_for_the_terminal_alone(run: Path, tmp_path: Path) -> None:
     shown = command("evaluate", f"run={run}", "--cfg", "hydra", cwd=tmp_path).stdout
-    assert "logging.StreamHandler" in shown
+    assert "cnntrain.terminal.TerminalHandler" in shown
     assert "FileHandler" not in shown
 
 

@@ -250,7 +250,7 @@ def test_a_fault_that_does_not_come_again_is_said_to_be_so(tmp_path: Path) -> No
     run.plant("features.4", lambda y: faults.pop()(y) if faults else y, run.train_batch(0, 1))
     error = run.stopped()
     assert "the loss of 20 images is nan; repeated, the batch gives finite numbers" in str(error)
-    assert error.details["not_finite"]["batch"] == 1
+    assert error.details["not_finite"]["batch"] == 2
 
 
 @both
@@ -275,7 +275,7 @@ def test_gradient_alone(tmp_path: Path, deferred: bool) -> None:
     found = error.details["not_finite"]
     assert 1 < found["loss"] < 4
     assert (found["batch"], found["layer"], found["parameter"]) == (
-        5,
+        6,
         "features.5",
         "features.5.weight",
     )
@@ -289,7 +289,7 @@ def test_clipping_does_not_hide_a_gradient(tmp_path: Path, deferred: bool) -> No
     options = ("trainer.gradient_clip_val=0.5",)
     run = Run(tmp_path, *options, deferred=deferred, snapshots=(0, 5))
     run.plant("features.6", steep, run.train_batch(0, 5))
-    assert run.stopped().details["not_finite"]["batch"] == 5
+    assert run.stopped().details["not_finite"]["batch"] == 6
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
 
 
@@ -372,7 +372,7 @@ def test_weights_that_an_update_spoils_are_not_saved(tmp_path: Path, deferred: b
     run = Run(tmp_path, *options, "trainer.log_every_n_steps=1", deferred=deferred)
     error = run.stopped()
     found = error.details["not_finite"]
-    assert (found["batch"], found["parameter"]) == (0, "features.0.weight")
+    assert (found["batch"], found["parameter"]) == (1, "features.0.weight")
     assert "its gradient is finite, but not what the update made of features.0.weight" in str(error)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -380,7 +380,7 @@ def test_weights_that_an_update_spoils_are_not_saved(tmp_path: Path, deferred: b
 def test_no_checkpoint_is_written_after_the_bad_batch(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.checkpoint_every_n_steps=2", deferred=True, snapshots=(0, 4))
     run.plant("features.3", infinite, run.train_batch(0, 4))
-    assert run.stopped().details["not_finite"]["batch"] == 4
+    assert run.stopped().details["not_finite"]["batch"] == 5
     assert run.trainer.global_step == 6  # where the next checkpoint was due
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
@@ -447,7 +447,7 @@ def test_float16(tmp_path: Path, fused: str, deferred: bool) -> None:
     half(run, 2.0**8)
     run.loss.switch.images = run.train_batch(0, 3)
     run.loss.fault = lambda loss: loss + math.inf  # the gradients are as ever
-    assert run.stopped().details["not_finite"]["batch"] == 3
+    assert run.stopped().details["not_finite"]["batch"] == 4
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
 
     run = Run(tmp_path / "gradient", options, deferred=deferred, snapshots=(0, 2))
@@ -455,7 +455,7 @@ def test_float16(tmp_path: Path, fused: str, deferred: bool) -> None:
     run.plant("features.6", steep, torch.empty(0))
     run.network.features[6].switch.always = True
     found = run.stopped().details["not_finite"]  # 4, 2, 1: the scale cannot help it
-    assert (found["batch"], found["layer"]) == (2, "features.5")
+    assert (found["batch"], found["layer"]) == (3, "features.5")
     assert scaler.get_scale() <= 1
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
 

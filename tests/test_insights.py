@@ -262,7 +262,7 @@ def test_the_batch_is_shown_as_it_was_augmented(events: EventAccumulator) -> Non
     data = build(compose(OPTIONS).data)
     images, _ = data.train_loader(0).batch(0, 0)
     raw = ((images * 0.3530 + 0.2860) * 255).round().numpy()
-    shown = picture(events, "train/batch", 0)
+    shown = picture(events, "train/batch", 1)
     cell_w = shown.shape[1] // 8
     x = (cell_w - 84) // 2
     assert (shown[GAP : GAP + 84 : 3, x : x + 84 : 3, 0] == raw[0, 0]).all()
@@ -404,7 +404,7 @@ def test_other_kinds_of_networks_and_data(tmp_path: Path) -> None:
 
 def test_of_few_classes_more_images_are_shown(tmp_path: Path) -> None:
     train(compose(["experiment=strokes", "trainer.max_epochs=1"]), tmp_path / "run")
-    maps = picture(read(tmp_path / "run"), "features/features.0", 0)
+    maps = picture(read(tmp_path / "run"), "features/features.0", 1)
     cell = 54 + LINE + 3 * GAP  # six pixels of nine, and the number of the channel
     first = maps[-4 * cell + GAP :, 6 : 6 + 54]  # the drawing itself, before ten channels
     rows = [first[i * cell : i * cell + 54] for i in range(4)]
