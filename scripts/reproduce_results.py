@@ -51,7 +51,7 @@ def row(recipe: str, folder: Path) -> list[str]:
     for member in members:
         assert member.status == "completed", member
         trained = load_trained(member.directory, "last")
-        assert trained.epoch == trained.cfg.trainer.max_epochs - 1, trained
+        assert trained.epoch == trained.cfg.trainer.max_epochs, trained
         assert trained.cfg.trainer.test_checkpoint == "last", trained
         plain.append(member.metrics["test/acc"])
         validated.append(member.metrics["val/acc"])

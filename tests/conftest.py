@@ -13,6 +13,10 @@ import torch
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# GNU readline, which pytest imports, sets these for processes that are started.
+for name in ("COLUMNS", "LINES"):
+    os.unsetenv(name)
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -37,7 +37,8 @@ class Graph:
 
     def replay(self) -> None:
         self.replays += 1
-        with torch.no_grad():
+        # What was recorded is below autocast, which may be on where it is replayed.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for operator, args, kwargs, results in self.kernels:
                 again = operator(*args, **kwargs)
                 for kept, new in zip(tree_flatten(results)[0], tree_flatten(again)[0], strict=True):

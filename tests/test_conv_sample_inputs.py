@@ -9,6 +9,9 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 from cnntrain.conv import BACKENDS
 
+# The import forbids to set flags of backends, in every test of the process.
+torch.backends.__allow_nonbracketed_mutation_flag = True
+
 (CONV2D,) = [op for op in op_db if op.name == "nn.functional.conv2d"]
 REAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 COMPLEX = [torch.complex64, torch.complex128]

@@ -122,7 +122,7 @@ def test_many_classes_take_little_memory(monkeypatch) -> None:
     wrong = torch.cat(labels) != shares.argmax(1)
     assert found.mistakes(1000).sort().values.tolist() == wrong.nonzero()[:, 0].tolist()
     assert found.per_class["recall"][int(labels[1][0])] > 0
-    picture = pictures.confusion(found.confusion, [str(k) for k in range(classes)])
+    picture = pictures.confusion(found.confusion, [str(k) for k in range(classes)], "test")
     assert max(picture.shape) < 1200
 
     whole = Outcome(shares, torch.cat(labels))

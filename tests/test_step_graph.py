@@ -212,7 +212,7 @@ def test_a_bad_number_is_found_in_the_step_that_made_it(tmp_path: Path) -> None:
         with pytest.raises(NotFinite) as caught:
             run.fit()
         details = caught.value.details["not_finite"]
-        assert (details["batch"], details["layer"]) == (5, "features.4")
+        assert (details["batch"], details["layer"]) == (6, "features.4")
         said.append((details["loss"], details["indices"], str(caught.value).split(";")[:2]))
     assert said[0] == said[1]
 

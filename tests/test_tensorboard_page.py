@@ -50,7 +50,7 @@ def test_images(board: Board) -> None:
         {
             "features/features.0": (476, 366),
             "features/features.4": (1054, 327),
-            "kernels/features.0": (402, 116),
+            "kernels/features.0": (402, 131),
         }
     )
 

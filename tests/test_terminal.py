@@ -87,7 +87,7 @@ def test_streams_that_are_closed_or_full(
 def test_a_sweep_in_another_encoding_without_stderr(tmp_path: Path) -> None:
     options = "data=fashion_mnist_mini model=shallow tensorboard=scalars trainer.max_epochs=1"
     options += " +trainer.limit_train_batches=2 seed=0 hydra.sweep.dir=sweep"
-    command = f"'{sys.executable}' -m cnntrain train -m {options} 2>&- | head -n 1"
+    command = f"'{sys.executable}' -m cnntrain train -m {options} 2>&- | head -n 2"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
@@ -98,7 +98,9 @@ def test_a_sweep_in_another_encoding_without_stderr(tmp_path: Path) -> None:
         text=True,
         timeout=300,
     )
-    assert (done.returncode, done.stdout.startswith("sweep sweep: 1 members")) == (0, True)
+    first, second = done.stdout.splitlines()
+    assert (done.returncode, first) == (0, "sweep: checking the config of every run")
+    assert second.startswith("sweep sweep: 1 members")
     (file,) = tmp_path.glob("sweep/*/train.log")
     log = file.read_text(encoding="utf-8")
     assert re.search(r"device: cpu, 1 thread\n", log)
