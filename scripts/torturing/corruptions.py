@@ -64,16 +64,18 @@ KINDS = [*CONTENT, "deleted", "wrong kind", "stale part", "swapped", "a sibling'
 
 
 def damage(kind: str, path: Path, rng: random.Random, other: Path) -> set[str]:
-    """Do one of KINDS to a file, or to a folder those that apply, and name what was damaged.
+    """Do one of KINDS to a file, or to a folder those that apply, and name what was damaged. What
+    does not apply, as to a file that is alone in its folder, deletes it.
 
     `other` is its counterpart in another run.
     """
+    siblings = sorted(p for p in path.parent.iterdir() if p != path)
     if kind in CONTENT and path.is_file():
         path.write_bytes(CONTENT[kind](path.read_bytes(), rng))
     elif kind == "stale part":
         path.with_name(f".{path.name}.part").write_bytes(rng.randbytes(1000))
-    elif kind in ("swapped", "a sibling's"):
-        sibling = rng.choice(sorted(p for p in path.parent.iterdir() if p != path))
+    elif kind in ("swapped", "a sibling's") and siblings:
+        sibling = rng.choice(siblings)
         if kind == "swapped":
             aside = path.with_name("aside")
             path.rename(aside)
