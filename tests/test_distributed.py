@@ -315,12 +315,13 @@ def test_a_stuck_process(start: Start, tmp_path: Path) -> None:
     any signal the wait is bounded."""
     options = [*EVERYTHING, *DDP, "trainer.max_epochs=100", "hydra.run.dir=run", "resume=auto"]
     for signals, code in [([signal.SIGINT, signal.SIGINT], 130), ([], 1)]:
+        log = tmp_path / "run/train.log"
+        epochs = log.read_text().count("epoch ") if log.exists() else 0
         process = start(*options, *([] if signals else ["trainer.timeout=5"]))
-        wait_for(tmp_path / "run/checkpoints/previous.ckpt", process)
-        while not (started := children(process)):
+        while not log.exists() or log.read_text().count("epoch ") < epochs + 2:
             assert process.poll() is None, process.communicate()
-        time.sleep(0 if signals else 8)  # the second one has to begin first
-        (other,) = started
+            time.sleep(0.1)
+        (other,) = children(process)
         os.kill(other, signal.SIGSTOP)
         time.sleep(1)
         for signum in signals:

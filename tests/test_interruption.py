@@ -84,7 +84,7 @@ from cnntrain import interruption
 
 interruption.SIGNAL_TIMEOUT = 2
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-with interruption.watching("{answer}"):
+with interruption.watching("leave"), interruption.interruption.answering("{answer}"):
     interruption.interruption.before_leaving = lambda: print("left", flush=True)
     libc.pthread_mutex_lock(mutex)
     print("blocked", flush=True)
@@ -115,7 +115,10 @@ def test_the_main_thread_is_blocked(answer: str, signums: list[str], said: str) 
         for name in signums:
             time.sleep(0.5)
             process.send_signal(getattr(signal, f"SIG{name}"))
-        out, err = process.communicate(timeout=30)
+        try:
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 128 + getattr(signal, f"SIG{signums[-1]}")
     assert out == "left\n"
     assert err == f"\ncnntrain: interrupted by SIG{signums[-1]}{said}\n"
