@@ -115,8 +115,9 @@ class Result:
 
 
 @contextlib.contextmanager
-def logged(directory: Path) -> Iterator[None]:
-    """Show the run's lines on stdout and write them to train.log, as the command line does.
+def logged(directory: Path, record: bool) -> Iterator[None]:
+    """Show the run's lines on stdout and, with `record`, write them to train.log, as the command
+    line does.
 
     A line is not shown twice: where the caller's own handlers write such lines to stdout or
     stderr, they are left to do so. A level that the caller has given the logger `cnntrain` holds.
@@ -128,9 +129,8 @@ def logged(directory: Path) -> Iterator[None]:
         logger.setLevel(logging.INFO)
     file = logging.FileHandler(directory / "train.log", encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    added: list[logging.Handler] = [file]
-    if any(getattr(handler, "baseFilename", "") == file.baseFilename for handler in callers):
-        added = []
+    written = any(getattr(handler, "baseFilename", "") == file.baseFilename for handler in callers)
+    added: list[logging.Handler] = [file] if record and not written else []
     shown = min((handler.level for handler in callers if _on_terminal(handler)), default=100)
     if shown > logging.INFO:
         added.append(TerminalHandler(sys.stdout))

@@ -26,10 +26,13 @@ from cnntrain.config import (
 from cnntrain.config.resume import (
     CHECKPOINTS,
     CONFIG,
+    RESULT,
+    Damaged,
     completed,
     recorded,
     refused_changes,
     run_only,
+    sealed,
 )
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
@@ -102,10 +105,13 @@ def train(
         raise ConfigError([problem])
     further = [*callbacks, *([Profile(path)] if cfg.get("profile") else [])]
     how: dict[str, Any] = {"resume": resume, "callbacks": further, "option": "directory"}
+    record = True  # a completed run is left as it is, train.log included
+    with contextlib.suppress(OSError, Damaged):
+        record = sealed(path / RESULT)["status"] != "completed"
     try:
         with interruptible(f"; continue with train(cfg, {str(path)!r}, resume=True)"):
-            result = run_training(cfg, path, lines=logged(path), **how)
-            with logged(path):
+            result = run_training(cfg, path, lines=logged(path, record), **how)
+            with logged(path, record):
                 log.info(result.text())
             return result
     finally:
