@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_a_trial_that_is_worse_is_ended(tmp_path: Path) -> None:
     trial = study.study.trials[asked.number]
     assert (trial.state.name, trial.value) == ("PRUNED", reported[2])
     assert trial.intermediate_values == reported
-    assert summary(study)[0].endswith("5 completed, 1 pruned, 0 failed")
+    assert summary(study, shlex.join)[0].endswith("5 completed, 1 pruned, 0 failed")
 
 
 @pytest.mark.parametrize(("others", "overrides"), [(0.01, ()), (0.999, ("search/pruner=none",))])
