@@ -10,6 +10,7 @@ from torch import nn
 
 from cnntrain.conv import Conv2d
 from cnntrain.conv.autograd import Algorithm
+from cnntrain.conv.geometry import crop, pad, padded
 from cnntrain.lab.verify import verify
 
 
@@ -24,7 +25,21 @@ def in_32_bits(method):
     return wide
 
 
-class Taps(Algorithm):
+class InTheInputsType(Algorithm):
+    """An algorithm that is given half types as they are, not converted to float32."""
+
+    def padded_forward(self, x, w, bias, geometry, zeros):
+        y = self.forward(pad(x, zeros), w, geometry)
+        return y if bias is None else y + bias[:, None, None]
+
+    def padded_grad_input(self, g, w, input_size, geometry, zeros):
+        return crop(self.grad_input(g, w, padded(input_size, zeros), geometry), zeros).clone()
+
+    def padded_grad_weight(self, g, x, kernel_size, geometry, zeros):
+        return self.grad_weight(g, pad(x, zeros), kernel_size, geometry)
+
+
+class Taps(InTheInputsType):
     """y, dx and dw as sums over the kernel's positions."""
 
     @in_32_bits

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from planted import Faults, Sound, Taps, grouped, taps
+from planted import Faults, InTheInputsType, Sound, Taps, grouped, taps
 from torch import nn
 
 from cnntrain.conv import Conv2d
@@ -115,7 +115,7 @@ def adds_in(dtype, way):
         return call
 
     names = ("forward", "grad_input", "grad_weight")
-    return type("Adding", (Algorithm,), {name: method(name) for name in names})()
+    return type("Adding", (InTheInputsType,), {name: method(name) for name in names})()
 
 
 class UnderAutocast(Sound):

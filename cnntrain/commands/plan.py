@@ -46,7 +46,7 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
     with it."""
     if problems := _flag_problems(arguments):
         raise ConfigError(problems)
-    if arguments.multirun:
+    if arguments.multirun and name == "train":
         print("sweep: checking the config of every run", flush=True)
     where: dict[str, Any] = {
         "name": arguments.config_name or name,
