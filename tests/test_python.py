@@ -26,6 +26,7 @@ import cnntrain
 from cnntrain.config import ConfigError, compose
 from cnntrain.data import FashionMNISTMini
 from cnntrain.inference import evaluate, export, load_trained, predict
+from cnntrain.interruption import SIGNALS, interruption
 from cnntrain.lab.lessons import activations
 from cnntrain.sweeps.collect import collect
 from cnntrain.sweeps.report import write_report
@@ -185,9 +186,18 @@ def test_a_level_of_the_callers_holds(result: Result, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == ""
 
 
+@pytest.fixture
+def not_a_command() -> None:
+    """Signals as in a process that has run no command; one that has keeps handling them."""
+    interruption.uninstall()
+    for signum in SIGNALS:
+        default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+        signal.signal(signum, default)
+
+
 @pytest.mark.parametrize("interactive", [True, False])
 def test_how_a_call_is_interrupted(
-    interactive: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    interactive: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, not_a_command: None
 ) -> None:
     """SIGINT before training: nothing to save. IPython asks for the lines of an exception."""
     monkeypatch.delattr(sys, "ps1", raising=False)
