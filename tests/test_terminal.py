@@ -1,5 +1,6 @@
 """Standard streams of every kind, the terminal's width, --help and --version."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -170,6 +171,7 @@ def test_version(
     typed: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", typed)
+    monkeypatch.setattr(commands, "watching", contextlib.nullcontext)  # for a whole process
     commands.main("train" if typed[0] == "train.py" else None)
     assert capsys.readouterr().out == f"cnntrain {commands.cnntrain.__version__}\n"
 
