@@ -58,7 +58,7 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cnntrain", "benchmark", *arguments],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "110"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -87,6 +87,7 @@ def test_the_command(tmp_path: Path) -> None:
     with Image.open(tmp_path / "run/benchmark.png") as image:
         image.verify()
     lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 110
     assert "1x1, batch 2, float32" in lines
     assert any(line.startswith("1->16 3x3 on 28x28") for line in lines)
     assert lines[-3:] == ["run/results.csv", "run/results.json", "run/benchmark.png"]

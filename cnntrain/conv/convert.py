@@ -131,7 +131,8 @@ def _stays(module: nn.Module) -> bool:
     """Whether it is some other convolution: torchvision's deformable one, a quantised one. A block
     without parameters of its own, around layers that were converted, is none."""
     named_so = "Conv" in type(module).__name__ and hasattr(module, "kernel_size")
-    block = not module._parameters and any(_is_conv2d(child) for child in module.modules())
+    own = next(module.parameters(recurse=False), None)
+    block = own is None and any(_is_conv2d(child) for child in module.modules())
     return isinstance(module, OTHERS) or (
         named_so and not isinstance(module, nn.Conv2d) and not block
     )
