@@ -1,16 +1,17 @@
 """PyTorch's own sample inputs of `nn.functional.conv2d`, on every backend."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.testing._internal.common_methods_invocations import op_db
 
 from cnntrain.conv import BACKENDS
 
-# The import forbids to set flags of backends, in every test of the process.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+# The import calls this function, after which no test of the process could set torch's flags.
+with mock.patch("torch.backends.disable_global_flags"):
+    from torch.testing._internal.common_methods_invocations import op_db
 
 (CONV2D,) = [op for op in op_db if op.name == "nn.functional.conv2d"]
 REAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
