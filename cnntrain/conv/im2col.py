@@ -33,8 +33,8 @@ from cnntrain.conv.geometry import NONE, Amounts, Geometry, Pair, crop, pad, pad
 from cnntrain.conv.module import Conv2d
 from cnntrain.conv.parts import Part, parts
 
-# On a CPU, what stays in its caches is fastest. Best of 2, 4, 8, 16.
-CACHE_MIB = 8
+# On a CPU, what stays in its caches is fastest. Best of 6, 8, 10, 12, 16.
+CACHE_MIB = 16
 
 
 class Unfolded(Algorithm):
