@@ -8,6 +8,7 @@ more than that from noise alone; so the clock stands inside.
 """
 
 import argparse
+import logging
 import tempfile
 import time
 from collections import defaultdict
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
+    logging.getLogger("cnntrain").setLevel(logging.WARNING)
     seconds: dict[str, float] = defaultdict(float)
     timed(seconds)
     options = [

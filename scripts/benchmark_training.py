@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path("outputs/benchmark_training.csv"))
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("cnntrain").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")  # among others: that the usual script should have workers
     floats, raw = load(arguments.data)
     rows = []
