@@ -1,9 +1,11 @@
 """What a person sees: a real TensorBoard server over a real run, in a real browser."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from browser import CHROMEDRIVER
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard_page import Board, Server
 
 from cnntrain.config import compose
@@ -19,7 +21,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("board") / "mine"
     options = [
         "backend=im2col",
@@ -28,7 +30,12 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
         "trainer.progress_bar=false",
     ]
     train(compose(["data=fashion_mnist_mini", "optimizer.lr=0.004", *options]), directory)
-    with Server(directory.parent) as address, Board(address) as opened:
+    return directory
+
+
+@pytest.fixture(scope="module")
+def board(run: Path) -> Iterator[Board]:
+    with Server(run.parent) as address, Board(address) as opened:
         yield opened
 
 
@@ -45,14 +52,12 @@ def test_training_and_validation_are_in_one_chart(board: Board) -> None:
     assert len(set(colours[:2])) == len(set(colours[2:4])) == 2, colours
 
 
-def test_images(board: Board) -> None:
-    board.images(
-        {
-            "features/features.0": (476, 366),
-            "features/features.4": (1054, 327),
-            "kernels/features.0": (402, 131),
-        }
-    )
+def test_images(board: Board, run: Path) -> None:
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    last = {tag: events.Images(tag)[-1] for tag in events.Tags()["images"]}
+    widths = {"features/features.0": 476, "features/features.4": 1054, "kernels/features.0": 402}
+    # The height depends on a number in the heading, and how many lines that makes.
+    board.images({tag: (width, last[tag].height) for tag, width in widths.items()})
 
 
 def test_hparams(board: Board) -> None:
