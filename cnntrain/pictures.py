@@ -37,11 +37,13 @@ def signed(values: Tensor) -> Tensor:
 
 
 def legend(values: Tensor) -> str:
-    """What the colours of `signed` say."""
-    return (
-        "Red is positive, blue negative, white 0; full colour is "
-        f"±{float(values.abs().max()):.3g}, the same for all."
-    )
+    """What the colours of `signed` say.
+
+    The number has three significant digits, trailing zeros included: otherwise the line breaks,
+    and with them the height of the picture, would change with its value.
+    """
+    largest = f"{float(values.abs().max()):#.3g}".rstrip(".")
+    return f"Red is positive, blue negative, white 0; full colour is ±{largest}, the same for all."
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

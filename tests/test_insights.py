@@ -245,7 +245,7 @@ def test_pictures_say_what_their_colours_are(monkeypatch: pytest.MonkeyPatch) ->
     insights._kernels(torch.tensor([1.0, -2.5]).repeat(3, 20, 2, 1))
     insights._kernels(torch.tensor([1.0, -2.5]).repeat(3, 3, 2, 1))
     maps, strips, grey, deep, colour = texts
-    signs = "Red is positive, blue negative, white 0; full colour is ±2.5, the same for all."
+    signs = "Red is positive, blue negative, white 0; full colour is ±2.50, the same for all."
     assert all(heading.endswith(signs) for _, heading in (maps, strips, grey, deep))
     assert maps[0] == ["image", *map(str, range(16))] * 2
     assert "(the first 16 of 20)" in maps[1]

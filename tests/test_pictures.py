@@ -85,6 +85,14 @@ def test_a_heading_has_room_however_few_tiles_there_are(written: list[str]) -> N
         assert 0 < ink[1].min() < ink[1].max() < picture.shape[1] - 1
 
 
+def test_a_legend_has_one_length_whatever_its_number() -> None:
+    """So the height of a picture stays the same from epoch to epoch."""
+    numbers = [pictures.legend(torch.tensor([-value])) for value in (0.65, 0.646, 0.6)]
+    assert len({len(text) for text in numbers}) == 1
+    assert "±0.650, " in numbers[0]
+    assert "±250, " in pictures.legend(torch.tensor([250.0]))
+
+
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is written into pictures, line by line."""

@@ -23,7 +23,7 @@ from cnntrain.conv.geometry import Geometry, batch_first, batch_last
 # With this many channels times kernel rows, a product over one column of the kernel is as fast as
 # a product over all of them.
 LONG = 64
-# With fewer filters, a matrix of as many columns is multiplied slowly.
+# With fewer filters, runs of O numbers in memory are too short for a fast weight gradient.
 FEW = 8
 
 
@@ -165,19 +165,17 @@ class Rows(Layout):
 
     def grad_weight(self, g: Tensor, x: Tensor) -> Tensor:
         dw = g.new_empty(self.o, self.c, self.kh, self.kw)
-        # The transposed product is faster, unless it has few columns.
-        transposed = self.o >= FEW
-        rows = g.permute(2, 3, 0, 1) if transposed else g.permute(2, 1, 3, 0)
-        rows = rows.reshape(self.oh, -1, self.o) if transposed else rows.flatten(2)
+        # (OH, OW * N, O): O is innermost in memory, unless that would be short runs.
+        if self.o < FEW:
+            rows = g.permute(2, 1, 3, 0).flatten(2).mT
+        else:
+            rows = g.permute(2, 3, 0, 1).reshape(self.oh, self.ow * self.n, self.o)
         for (i, j), columns in zip(self.parts, self.columns(x), strict=True):
-            factors = (columns, rows) if transposed else (rows, columns.mT)
             if self.oh * self.o * columns.shape[1] <= x.numel():  # faster, and takes little memory
-                part = torch.bmm(*factors).sum(0)
+                part = torch.bmm(columns, rows).sum(0)
             else:
-                size = factors[0].shape[1], factors[1].shape[2]
-                part = g.new_zeros(size).addbmm_(*factors)
+                part = g.new_zeros(columns.shape[1], self.o).addbmm_(columns, rows)
             here = dw[:, :, i, j]
-            part = part if transposed else part.t()
             here.copy_(part.view(*here.shape[2:], self.c, self.o).permute(3, 2, 0, 1))
         return dw
 
