@@ -28,10 +28,16 @@ from cnntrain.lab.verify.contract import CHECKS
 class Unfolding(nn.Conv2d):
     """As many write it: nothing of cnntrain, autograd does the backward."""
 
+    def both(self):
+        return {"same": (None, None), "valid": (0, 0)}.get(self.padding, self.padding)
+
     def forward(self, input):
         x = input if input.dim() == 4 else input[None]
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        amounts = self._reversed_padding_repeated_twice
+        amounts = []
+        for k, d, p in zip(self.kernel_size, self.dilation, self.both(), strict=True):
+            before, after = (d * (k - 1) // 2, (d * (k - 1) + 1) // 2) if p is None else (p, p)
+            amounts = [before, after, *amounts]
         if any(amounts):
             x = F.pad(x, amounts, mode)
         size = [
@@ -44,7 +50,7 @@ class Unfolding(nn.Conv2d):
         columns = columns.unflatten(1, (self.groups, -1))  # (N, groups, K, OH * OW)
         y = self.weight.flatten(1).unflatten(0, (self.groups, -1)) @ columns
         y = y.flatten(1, 2).unflatten(2, size)
-        y = y if self.bias is None else y + self.bias[:, None, None]
+        y = y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
         return y if input.dim() == 4 else y[0]
 
 
@@ -110,7 +116,7 @@ def test_a_forward_of_ones_own_passes_but_for_the_errors_and_its_sums_in_half_ty
     report = verify(Unfolding, short=True, cases=10)
     failed = {line.name: line.failure for line in report.lines if not line.passed}
     errors = failed.pop("errors that nn.Conv2d raises")
-    assert errors == "Unfolding(3, 4, 3)(None): raises AttributeError, not TypeError"
+    assert errors == "Unfolding(3, 4, 3)(torch.zeros(6, 6)): raises ValueError, not RuntimeError"
     gradients = ("input gradient", "weight gradient")
     assert set(failed) == {f"{q}, {t}" for q in gradients for t in ("bfloat16", "float16")}
 
@@ -118,7 +124,8 @@ def test_a_forward_of_ones_own_passes_but_for_the_errors_and_its_sums_in_half_ty
 def test_an_algorithm_has_to_declare_what_it_cannot_help():
     report = verify(UndeclaredFourierConv2d, short=True, cases=10, only="output, ")
     failed = [line.name for line in report.lines if not line.passed]
-    kinds = ("small integers", "float32", "NaN, Inf and -0.0")
+    integers = ("small integers", "sizes", "12-bit integers", "large and small numbers")
+    kinds = (*integers, "float32", "bfloat16", "float16", "NaN, Inf and -0.0")
     assert failed == [f"output, {kind}" for kind in kinds]
 
 
@@ -140,7 +147,7 @@ def test_only_takes_part_of_a_name():
     report = verify(NaiveConv2d, cases=3, only="Weight gradient, r")
     assert [line.name for line in report.lines] == ["weight gradient, random layers"]
     assert report.summary().startswith(
-        "cnntrain.conv.naive.NaiveConv2d passes the 1 checks run, of 51 "
+        "cnntrain.conv.naive.NaiveConv2d passes the 1 checks run, of 60 "
         "(only=Weight gradient, r, cases=3, "
     )
 
@@ -152,13 +159,13 @@ def test_every_line_has_a_unit():
 
 def test_the_short_form_has_every_check():
     names = [name for check in CHECKS for name in check.lines]
-    assert len(names) == len(set(names)) == 51
+    assert len(names) == len(set(names)) == 60
     report = verify(BACKENDS["native"], short=True, cases=5)
     assert [line.name for line in report.lines] == names
     assert all(line.cases for line in report.lines)
     assert report.passed
     assert re.fullmatch(
-        r"\S+ passes all 51 checks \(short=true, cases=5, \d+ s\)", report.summary()
+        r"\S+ passes all 60 checks \(short=true, cases=5, \d+ s\)", report.summary()
     )
 
 
@@ -198,7 +205,7 @@ def test_the_report_as_json(tmp_path):
     ("options", "said"),
     [
         ({"cases": 0}, "cases=0: must be 1 or more"),
-        ({"only": "gradeint"}, "only=gradeint: no check has this in its name; there is output, "),
+        ({"only": "gradeint"}, "only=gradeint: no check has this in its name; there is "),
         ({"device": "tpu0"}, "device=tpu0: must be cpu, cuda"),
         ({"device": "meta"}, "device=meta: must be cpu, cuda"),
         ({"device": "cuda:99"}, "device=cuda:99: PyTorch finds"),
@@ -279,7 +286,7 @@ def test_a_sound_class_of_ones_own(command, tmp_path):
     report = json.loads(done.stdout)
     assert report["passed"] is True
     assert report["backend"] == "mypkg.Mine"
-    assert len(report["lines"]) == 51
+    assert len(report["lines"]) == 60
     assert done.stderr == ""
     assert [p.name for p in tmp_path.iterdir()] == ["mypkg.py"]
 
@@ -288,22 +295,29 @@ def test_a_faulty_class_of_ones_own(command, tmp_path):
     options = ["backend._target_=mypkg.Twice", "only=random layers", "cases=30", "seed=4"]
     done = command(*options, "json=report.json")
     assert done.returncode == 1, done.stderr
-    head, output, *gradients, _, verdict = done.stdout.splitlines()
+    head, output, rerun, *gradients, bias, bias_again, _, verdict = done.stdout.splitlines()
     assert head.split() == ["check", "cases", "worst", "error", "budget", "unit"]
     row = (
         r"output, random layers +30 +[\d.]+ +1e-12 +relative  "
-        r"FAILS on (\d+), first (.*): output is off.*"
+        r"FAILS on (\d+), the smallest (.*): (output is .* at .*, not .*)"
     )
-    number, case = re.fullmatch(row, output).groups()
-    with_bias = [case.call("Twice") for case in random_cases(4, 30) if case.bias]
-    assert (int(number), case) == (len(with_bias), with_bias[0])
+    number, case, wrong = re.fullmatch(row, output).groups()
+    with_bias = [case for case in random_cases(4, 30) if case.bias]
+    smallest = min(with_bias, key=lambda case: case.elements).call("Twice")
+    assert (int(number), case) == (len(with_bias), smallest)
+    again = [sys.executable, "-c", rerun.removeprefix("  again: ")]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(again, cwd=tmp_path, env=path, capture_output=True, text=True)
+    assert shown.stdout.splitlines()[0] == wrong, shown.stderr
+    assert bias.startswith("bias gradient, random layers ")
+    assert bias_again.startswith("  again: ")
     good = r"(input|weight|bias) gradient, random layers +\d+ +[\d.e-]+ +1e-12 +relative  ok"
-    assert [re.fullmatch(good, line) is not None for line in gradients] == [True, True, False]
+    assert [re.fullmatch(good, line) is not None for line in gradients] == [True, True]
     how = r"\(only=random layers, cases=30, \d+ s\)"
-    assert re.fullmatch(rf"mypkg\.Twice fails 2 of the 4 checks run, of 51 {how}", verdict)
+    assert re.fullmatch(rf"mypkg\.Twice fails 2 of the 4 checks run, of 60 {how}", verdict)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["passed"], len(report["lines"]), report["total"]) == (False, 4, 51)
-    assert report["lines"][0]["failure"].startswith(f"{case}: output is off by ")
+    assert (report["passed"], len(report["lines"]), report["total"]) == (False, 4, 60)
+    assert report["lines"][0]["failure"].startswith(f"{case}: {wrong}")
     assert "Traceback" not in done.stderr
 
 

@@ -136,7 +136,7 @@ class WeightRemembered(Remembering):
         return super()._conv_forward(input, weight + (values.to(weight) - weight).detach(), bias)
 
 
-@faults.caught_by("nothing remembered")
+@faults.caught_by("parameters changed between calls")
 class WeightRememberedByItsVersion(Remembering):
     def _conv_forward(self, input, weight, bias):
         key = weight.data_ptr(), weight._version, weight.dtype
@@ -257,7 +257,7 @@ class WrongIfTheWeightIsFrozen(Sound):
         return super()._conv_forward(input, weight, bias)
 
 
-@faults.caught_by("gradients only where asked for")
+@faults.caught_by("output, random layers")
 class WrongInInference(Sound):
     def _conv_forward(self, input, weight, bias):
         y = super()._conv_forward(input, weight, bias)
@@ -327,14 +327,14 @@ class Exits(Sound):
         raise SystemExit(0)
 
 
-@faults.caught_by("state_dict exchange with nn.Conv2d")
+@faults.caught_by("constructor and initial weights")
 class MoreState(Sound):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.register_buffer("calls", torch.zeros(1))
 
 
-@faults.caught_by("state_dict exchange with nn.Conv2d")
+@faults.caught_by("parameters changed between calls")
 class LoadsTransposed(Sound):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         key = f"{prefix}weight"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnntrain.lab.verify.cases import SHORT_GRIDS, Case, corners, grid, large, layers, random_cases
+from cnntrain.lab.verify.cases import SHORT_GRIDS, Case, corners, grid, layers, random_cases, sizes
 from cnntrain.lab.verify.oracles import (
     BIAS,
     INPUT,
@@ -108,7 +108,7 @@ def test_taps_and_loops_agree_on_what_nan_inf_and_negative_zeros_reach(factor):
 def test_taps_are_exact_on_integers():
     p = Problem.integers(Case(70, 3, 3, (2, 9, 9)), 0)
     found = taps(p)
-    assert {t.dtype for t in found.values()} == {np.dtype(np.int64)}
+    assert {t.dtype for t in found.values()} == {np.dtype(np.float64)}
     assert found[OUTPUT][1, 2, 3, 4] == (p.x[1, :, 3:6, 4:7] * p.w[2]).sum() + p.b[2]
 
 
@@ -134,7 +134,7 @@ def test_the_short_grids_have_every_pair_of_options():
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 def test_a_case_is_what_nn_conv2d_makes_of_it():
-    cases = [*corners(), *grid(0), *large(short=False), *layers(short=False)]
+    cases = [*corners(), *grid(0), *sizes(short=False), *layers(short=False)]
     for case in [*cases, *random_cases(1, 100)]:
         layer, _, shape = case.call("nn.Conv2d").partition(" on ")
         with torch.device("meta"):

@@ -48,10 +48,14 @@ def _verify(cfg: DictConfig) -> None:
         shown.append(line)
         numbers = f"{line.cases:,}", f"{line.error:.2g}", f"{line.budget:g}", line.unit
         text = _row([line.name, *numbers], left_out)
-        said = "ok" if line.passed else f"FAILS on {line.failed:,}, first {line.failure}"
+        said = "ok" if line.passed else f"FAILS on {line.failed:,}, the smallest {line.failure}"
         fits = len(text) + 2 + len(said) <= width()
         print(text, end="  " if fits else "\n  ")
         paragraph(said)
+        for note in line.notes:
+            paragraph(f"  cannot, and need not: {note}")
+        if line.rerun:  # on one line, to be pasted
+            print(f"  again: {line.rerun}")
 
     found = verify(build(cfg.backend), **{**options, "report": None if to_terminal else show})
     if to_terminal:

@@ -52,6 +52,8 @@ def is_subclass(target: str, kind: str) -> bool:
     try:
         wanted = locate(kind)
         definition = locate(target)
+        if isinstance(definition.node, ast.expr):  # made by a call
+            raise NotInSource(target)
         return isinstance(definition.node, ast.ClassDef) and _derives(definition, wanted)
     except (NotInSource, RecursionError):  # a class that is derived from itself
         found = load(target)

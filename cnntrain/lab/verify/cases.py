@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -11,7 +12,7 @@ Pair = tuple[int, int]  # (height, width)
 OneOrTwo = int | Pair
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """A layer as ``nn.Conv2d`` is constructed, and the size of the input that it is given.
 
@@ -34,6 +35,16 @@ class Case:
         """The keyword arguments that differ from nn.Conv2d's defaults."""
         own = {f.name: getattr(self, f.name) for f in fields(self)[4:]}
         return {f.name: own[f.name] for f in fields(self)[4:] if own[f.name] != f.default}
+
+    def __repr__(self) -> str:
+        positions = (*(getattr(self, f.name) for f in fields(self)[:4]),)
+        options = [f"{key}={value!r}" for key, value in self.options().items()]
+        return f"Case({', '.join([*map(repr, positions), *options])})"
+
+    @property
+    def elements(self) -> int:
+        """Numbers in input and weight."""
+        return math.prod(self.input_shape) + math.prod(self.weight_shape)
 
     def call(self, name: str) -> str:
         """The layer and its input, as one would type them to see it oneself."""
@@ -205,25 +216,42 @@ def random_cases(seed: int, count: int) -> Iterator[Case]:
             yield case
 
 
-def large(short: bool) -> list[Case]:
-    """One dimension large at a time: an algorithm may work in blocks, or change with the size."""
+def sizes(short: bool) -> list[Case]:
+    """Sizes at which implementations take another path, mostly one at a time: powers of two, those
+    next to them, many groups, large kernels, more columns than 64 MiB. Of the short form, the
+    commonest of each."""
+    step = 1 if not short else 3
+    batches = [n + i for n in (16, 32, 64, 128) for i in (0, -1, 1)]
+    sides = [n + i for n in (128, 64, 129, 256, 32) for i in (0, -1, 1)]
+    channels = [n + i for n in (64, 128, 256, 32) for i in (0, -1, 1)]
     cases = [
+        *(Case(2, 3, 3, (n, 5, 6), padding=1) for n in batches),
+        *(Case(3, 4, 1, (n, 3, 4)) for n in batches[::step]),
+        *(Case(4, 4, 3, (n, 5, 4), groups=4) for n in batches[::step]),
+        *(Case(4, 6, (2, 3), (n, 5, 4), stride=2, groups=2) for n in batches[::step]),
+        *(Case(1, 2, 3, (1, n, n + 1), padding=1) for n in sides[::step]),
+        *(Case(2, 2, 3, (1, 5, n), stride=2) for n in sides),
+        *(Case(2, 2, (3, 2), (1, n, 5), dilation=2) for n in sides),
+        *(Case(2, 2, 3, (1, n, 6), padding=1, groups=2) for n in sides[::step]),
+        *(Case(n, 3, 3, (2, 4, 5), padding=1) for n in channels),
+        *(Case(3, n, 3, (2, 4, 5), stride=2) for n in channels),
+        *(Case(n, n, 1, (2, 4, 4)) for n in channels[::step]),
+        *(Case(n, n, 3, (1, 4, 4), padding=1) for n in channels[::step]),
+        *(Case(n, n, 3, (2, 4, 4), padding=1, groups=n) for n in channels[::step]),
+        *(Case(2, 3, k, (2, k + 4, k + 5)) for k in range(6, 17)),
+        *(Case(1, 2, (k, 18 - k), (2, 20, 23), 2, k // 2) for k in range(7, 17, 1 + short)),
+        *(Case(2 * n, 4 * n, 3, (2, 5, 5), padding=1, groups=n) for n in (6, 8, 12, 16)),
+        *(Case(3 * n, 2 * n, (2, 3), (2, 5, 5), stride=2, groups=n) for n in (5, 7, 9, 16)),
+        *(Case(n, m * n, 3, (3, 5, 6), padding=1, groups=n) for n in (3, 8, 32) for m in (2, 3)),
+        Case(2, 2, 11, (3, 166, 165)),
         Case(40, 36, 3, (2, 5, 6), padding=1),
         Case(70, 3, (3, 2), (2, 5, 6), stride=(1, 2)),
         Case(3, 70, (2, 3), (2, 5, 6), stride=(2, 1)),
-        Case(131, 130, 3, (1, 4, 4), padding=1),
-        Case(131, 66, 1, (2, 4, 5), stride=2),
         Case(300, 4, 3, (2, 4, 5), padding=1),
         Case(4, 300, 3, (2, 4, 5), padding=1),
-        Case(130, 130, 3, (2, 5, 4), groups=130, padding=1),
-        Case(66, 132, 3, (2, 5, 4), groups=66, stride=2),
         Case(72, 48, 3, (2, 5, 5), groups=4, dilation=2, padding=2),
-        Case(6, 6, 3, (70, 6, 7), groups=2, stride=2),
-        Case(3, 4, 3, (131, 6, 5), padding=1),
         Case(8, 8, 3, (66, 16, 16), padding=1),
         Case(2, 3, (3, 2), (300, 4, 5)),
-        Case(2, 3, 3, (1, 300, 3), padding=1),
-        Case(2, 3, 3, (1, 3, 300), padding=1),
         Case(2, 3, 3, (1, 5, 301), stride=(1, 2), dilation=2, padding=2),
         Case(1, 2, 5, (2, 67, 66), padding=2, stride=2),
         Case(1, 2, 3, (1, 40, 41), padding="same", padding_mode="circular"),
@@ -232,17 +260,20 @@ def large(short: bool) -> list[Case]:
     ]
     if not short:
         cases += [
-            Case(3, 8, 7, (2, 224, 225), stride=2, padding=3),
+            Case(16, 2, 3, (8, 124, 128)),
             Case(2, 2, 3, (1, 225, 223), padding="same"),
-            Case(64, 64, 3, (3, 33, 31), padding=1),
             Case(1025, 9, 3, (2, 5, 5), padding=1),
             Case(9, 1025, 3, (2, 5, 5), padding=1),
             Case(513, 513, 3, (2, 5, 4), groups=513, padding=1),
             Case(3, 6, 5, (1025, 9, 8), stride=2, padding=1),
-            Case(16, 24, 3, (260, 15, 16), padding=1, groups=4),
             Case(1, 2, 3, (1, 1030, 6), padding=(1, 0)),
             Case(1, 2, 3, (1, 6, 1030), dilation=(1, 3)),
             Case(256, 64, 1, (5, 16, 16)),
+            Case(256, 256, 3, (2, 7, 7), padding=1),
+            Case(64, 64, 3, (32, 14, 14), padding=1),
+            Case(3, 4, 7, (16, 112, 113), stride=2, padding=3),
+            Case(8, 6, 5, (64, 40, 41), groups=2, padding=2),
+            Case(16, 16, 3, (128, 16, 16), padding=1, groups=16),
         ]
     return cases
 
@@ -251,12 +282,12 @@ def layers(short: bool) -> list[Case]:
     """Layers for rounding errors: as in known networks, and with sums so long that adding them in a
     half type shows. Every pixel lies under some window."""
     cases = [
-        Case(1, 6, 5, (40, 28, 28), padding=2),  # lenet5
+        Case(1, 6, 5, (16, 28, 28), padding=2),  # lenet5
         Case(6, 16, 5, (8, 14, 14)),
         Case(16, 32, 3, (4, 9, 9), padding=1, bias=False),
         Case(64, 64, 3, (2, 6, 6), padding=1),
         Case(64, 32, 1, (1, 64, 64), bias=False),
-        Case(8, 8, 3, (40, 14, 14), padding=1, groups=8),
+        Case(8, 8, 3, (24, 14, 14), padding=1, groups=8),
         Case(32, 64, 3, (2, 9, 9), stride=2, padding=1, bias=False),
         Case(256, 6, 3, (2, 6, 6), padding=1, bias=False),
         Case(6, 256, 3, (2, 6, 6), padding=2, dilation=2, bias=False),
@@ -265,11 +296,11 @@ def layers(short: bool) -> list[Case]:
     ]
     if not short:
         cases += [
-            Case(1, 6, 5, (512, 28, 28), padding=2, bias=False),
+            Case(1, 6, 5, (128, 28, 28), padding=2, bias=False),
             Case(3, 64, 7, (2, 63, 63), stride=2, padding=3),
-            Case(64, 64, 3, (8, 32, 32), padding=1),
+            Case(64, 64, 3, (4, 32, 32), padding=1),
             Case(512, 512, 3, (1, 7, 7), padding=1),
-            Case(16, 16, 3, (128, 28, 28), padding=1, groups=16, bias=False),
+            Case(16, 16, 3, (32, 28, 28), padding=1, groups=16, bias=False),
             Case(48, 96, 7, (2, 14, 14), padding=3, groups=48),
             Case(96, 192, 2, (2, 14, 14), stride=2),
         ]

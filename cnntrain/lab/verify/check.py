@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from cnntrain.lab.verify.cases import Case
 from cnntrain.lab.verify.oracles import BIAS, INPUT, OUTPUT, WEIGHT, Array, Problem, Truth
 
+WITHOUT = " without gradients"
 Results = dict[str, Tensor | None]  # quantity -> what the backend makes of it
 
 
@@ -38,8 +41,28 @@ class Subject:
         return self.backend.func if isinstance(self.backend, partial) else self.backend
 
     @property
+    def exact(self) -> bool:
+        """Whether sums of whole numbers have no error at all."""
+        return getattr(self.kind, "exact_on_integers", True)
+
+    @property
+    def rounding_budget(self) -> float:
+        return float(getattr(self.kind, "rounding_budget", 4.0))
+
+    @property
+    def importable(self) -> bool:
+        """Whether pickle finds the class by its name; not what a function returned."""
+        module = sys.modules.get(self.kind.__module__)
+        return getattr(module, getattr(self.kind, "__qualname__", ""), None) is self.kind
+
+    @property
     def name(self) -> str:
         return getattr(self.kind, "__name__", str(self.kind))
+
+    def thinned(self, step: int, *lists: Iterable[Any]) -> Iterator[tuple]:
+        """All combinations; of the short form each step-th, a number that divides no length: so
+        each two of any two lists meet."""
+        return itertools.islice(itertools.product(*lists), 0, None, step if self.short else 1)
 
     def layer(self, case: Case, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
         layer = self.backend(
@@ -69,8 +92,11 @@ class Subject:
         return self.tensor(p.x, dtype), self.tensor(p.g, dtype)
 
     def results(self, p: Problem, dtype: torch.dtype = torch.float64) -> Results:
-        """What a new layer makes of a problem."""
-        return results(self.loaded(p, dtype), *self.inputs(p, dtype))
+        """What a new layer makes of a problem, and its output once more without gradients."""
+        layer, (x, g) = self.loaded(p, dtype), self.inputs(p, dtype)
+        found = results(layer, x, g)
+        with torch.no_grad():
+            return {**found, OUTPUT + WITHOUT: layer(x)}
 
 
 def results(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Results:
@@ -98,6 +124,7 @@ class Finding(NamedTuple):
     error: float
     text: str  # what there is to say about it, should it be too large
     line: str = ""
+    note: str = ""  # what cannot be done, and need not
 
 
 def deviation(
@@ -118,11 +145,11 @@ def deviation(
         return Finding(0.0, "")
     if scale is None:
         scale = max(1.0, float(abs(expected).max()))
-    off = abs(found.detach().cpu().double().numpy() - expected)
-    worst = float(np.max(off / scale))
-    if math.isnan(worst):
-        return Finding(math.inf, "is not a number")
-    return Finding(worst, f"is off by {float(off.max()):.2g}")
+    values = array(found)
+    off = abs(values - expected) / scale
+    index = np.unravel_index(int(np.argmax(np.where(np.isnan(off), np.inf, off))), off.shape)
+    text = f"is {values[index]:.9g} at {tuple(map(int, index))}, not {expected[index]:.9g}"
+    return Finding(math.inf if np.isnan(off[index]) else float(off[index]), text)
 
 
 def compare(
@@ -133,15 +160,22 @@ def compare(
     line: str = "",
 ) -> Iterator[Finding]:
     """Each quantity against what it should be. `line` is formatted with the quantity."""
-    for quantity, expected in truth.items():
-        unit = scale[quantity] if isinstance(scale, dict) else scale
-        error, text, _ = deviation(found.get(quantity), expected, unit, dtype)
-        yield Finding(error, f"{quantity} {text}", line.format(quantity))
+    for name in [*truth, *(name for name in found if name not in truth)]:
+        quantity = name.removesuffix(WITHOUT)
+        if quantity in truth:
+            expected = truth.get(name, truth[quantity])
+            unit = scale[quantity] if isinstance(scale, dict) else scale
+            error, text, *_ = deviation(found.get(name), expected, unit, dtype)
+            yield Finding(error, f"{name} {text}", line.format(quantity))
+
+
+def array(t: Tensor) -> Array:
+    return t.detach().cpu().double().numpy()
 
 
 def truth_of(found: Results) -> Truth:
     """A backend's results as what others have to agree with."""
-    return {q: t.detach().cpu().double().numpy() for q, t in found.items() if t is not None}
+    return {q: array(t) for q, t in found.items() if t is not None}
 
 
 @dataclass
@@ -153,7 +187,9 @@ class Line:
         cases, failed: how many cases there were, and how many of them exceeded the budget.
         error: the worst error. Infinite if there was an exception, or a result that no number can
             be compared with.
-        failure: the first case that failed and what is wrong there; empty if there is none.
+        failure: the smallest case that failed and what is wrong there; empty if there is none.
+        rerun: a line of Python that shows it again.
+        notes: what a layer cannot do, and need not.
     """
 
     name: str
@@ -163,17 +199,32 @@ class Line:
     failed: int = 0
     error: float = 0.0
     failure: str = ""
+    rerun: str = ""
+    smallest: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
         return not self.failed
 
-    def add(self, case: str, finding: Finding) -> None:
+    def add(self, subject: Subject, arguments: tuple, finding: Finding) -> None:
         self.cases += 1
         self.error = max(self.error, finding.error)
-        if finding.error > self.budget:
-            self.failed += 1
-            self.failure = self.failure or f"{case}: {finding.text}"
+        if not finding.error > self.budget:
+            self.notes += [finding.note] if finding.note else []
+            return
+        self.failed += 1
+        case, *words = arguments
+        if not self.failure or case.elements < self.smallest:
+            self.smallest = case.elements
+            shown = ", ".join([case.call(subject.name), *words])
+            self.failure = f"{shown}: {finding.text}"
+            given = [repr(case), *map(repr, words)]
+            self.rerun = (
+                f"from {subject.kind.__module__} import {subject.name}; "
+                f"from cnntrain.lab.verify import {type(case).__name__}, rerun; "
+                f"rerun({subject.name}, {self.name!r}, {', '.join(given)}, seed={subject.seed})"
+            )
 
 
 @dataclass(frozen=True)
@@ -195,13 +246,11 @@ class Check:
         lines = {name: Line(name, self.budget(subject), self.unit) for name in self.lines}
         for arguments in self.cases(subject):
             arguments = arguments if isinstance(arguments, tuple) else (arguments,)
-            case, *words = arguments
-            shown = ", ".join([case.call(subject.name), *([" ".join(words)] if words else [])])
-            for name, finding in self._worst(subject, arguments).items():
-                lines[name].add(shown, finding)
+            for name, finding in self.worst(subject, arguments).items():
+                lines[name].add(subject, arguments, finding)
         return list(lines.values())
 
-    def _worst(self, subject: Subject, arguments: tuple) -> dict[str, Finding]:
+    def worst(self, subject: Subject, arguments: tuple) -> dict[str, Finding]:
         worst: dict[str, Finding] = {}
         try:
             for finding in self.measure(subject, *arguments):
@@ -215,6 +264,13 @@ class Check:
             raised = Finding(math.inf, text)
             worst.update({n: raised for n in self.lines if n not in worst or len(self.lines) == 1})
         return worst
+
+
+# Of checks on whole numbers: an algorithm that divides is right when its results are rounded.
+EXACT: dict[str, Any] = {
+    "budget": lambda subject: 0.0 if subject.exact else 0.49,
+    "unit": "absolute",
+}
 
 
 def check(

@@ -23,35 +23,38 @@ from torch import nn
 
 import cnntrain
 from cnntrain.config import ConfigError
-from cnntrain.lab.verify import errors, history, memory, module, numerics, rounding
+from cnntrain.lab.verify import behaviour, errors, module, numerics, probes, rounding
 from cnntrain.lab.verify.check import Line, Subject
 
 CHECKS = [
+    behaviour.settings,  # before any other has changed them
     numerics.seven_loops,
     numerics.scipy_signal,
     numerics.random_layers,
     rounding.integers,
+    rounding.block_sizes,
+    rounding.wide_integers,
+    rounding.magnitudes,
     rounding.float32,
     rounding.bfloat16,
     rounding.float16,
     rounding.reach,
-    numerics.adjoint,
-    numerics.linearity,
-    numerics.groups,
-    numerics.split_batch,
-    numerics.second_derivatives,
-    memory.strides,
-    memory.in_place,
-    memory.shared,
-    history.history,
-    history.repeated,
-    history.settings,
-    history.asked,
+    numerics.higher_derivatives,
+    behaviour.modes,
+    behaviour.changed_parameters,
+    behaviour.history,
+    behaviour.repeated,
+    behaviour.asked,
+    behaviour.strides,
+    behaviour.in_place,
+    behaviour.shared,
+    behaviour.released,
+    behaviour.threads,
     module.empty,
     module.constructor,
-    module.exchange,
     module.copies,
     errors.errors,
+    probes.uses,
 ]
 
 
@@ -121,7 +124,7 @@ def verify(
     """Check everything that a backend has to do as ``nn.Conv2d`` does it.
 
     ``backend`` is called with ``nn.Conv2d``'s arguments, all of them; a class with options of its
-    own is given as a ``functools.partial``. Three attributes of the class declare what its
+    own is given as a ``functools.partial``. Five attributes of the class declare what its
     algorithm cannot help:
 
         rounding_budget = 4.0: the largest error of a sum in float32, in units of sqrt(K) u S, where
@@ -132,9 +135,13 @@ def verify(
             and float16 are such a sum rounded once, by at most 2^-8 or 2^-11 of it; the output
             may be rounded before the bias is added, too. A class that calls torch.conv2d may be
             off by as much as nn.Conv2d is, whose kernels for some CPUs add in the half type.
+        half_roundings = 1: by how many roundings a result in bfloat16 or float16 may be off, as
+            multiples of 2^-8 or 2^-11 of S; more for sums that are kept in the half type in parts,
+            as torch.nn.functional.fold keeps them.
         exact_on_integers = True: whether sums of small whole numbers have no error at all. False
             for an algorithm that divides: its results are right when rounded, or off by no more
             than in float32.
+        third_derivatives = True: whether second derivatives can be differentiated again.
         spreads_non_finite = False: whether a NaN or Inf may reach results of the same image that
             it is no factor of, as with Winograd's and Fourier's transforms.
 
@@ -179,6 +186,16 @@ def verify(
     return found
 
 
+def rerun(backend: Callable[..., nn.Conv2d], line: str, *case: Any, seed: int = 0) -> None:
+    """Check one case again, as the report gives it: prints what is wrong, and raises what the
+    backend raises."""
+    check = next(c for c in CHECKS if line in c.lines)
+    subject = Subject(backend, 1, seed, False, torch.device("cpu"))
+    for finding in check.measure(subject, *case):
+        if (finding.line or line) == line and finding.error > check.budget(subject):
+            print(finding.text)
+
+
 def _unwritable(path: Path) -> str | None:
     if path.is_dir():
         return "is a folder; name a file in it"
@@ -205,11 +222,16 @@ def _device(name: str) -> torch.device:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Float32 as such on GPUs too, no warnings, and all as it was afterwards."""
-    dtype, threads, gradients = (
-        torch.get_default_dtype(),
-        torch.get_num_threads(),
-        torch.is_grad_enabled(),
-    )
+    settings: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_default_dtype, torch.get_default_dtype()),
+        (torch.set_num_threads, torch.get_num_threads()),
+        (torch.set_grad_enabled, torch.is_grad_enabled()),
+        (torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
+        (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()),
+        (torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled()),
+        (torch.set_flush_denormal, False),
+        (partial(setattr, torch.backends.mkldnn, "enabled"), torch.backends.mkldnn.enabled),
+    ]
     try:
         with (
             warnings.catch_warnings(),
@@ -220,6 +242,5 @@ def _undisturbed() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(gradients)
+        for restore, value in settings:
+            restore(value)

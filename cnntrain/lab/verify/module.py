@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from cnntrain.lab.verify.behaviour import LAYERS
 from cnntrain.lab.verify.cases import Case
 from cnntrain.lab.verify.check import Finding, Subject, Wrong, check, compare, results
-from cnntrain.lab.verify.memory import CASES
 from cnntrain.lab.verify.numerics import FLOAT64
 from cnntrain.lab.verify.oracles import OUTPUT, Problem, taps
 
@@ -20,7 +21,7 @@ STYLES = ["by position", "by keyword", "in float64"]
 
 @check(
     "constructor and initial weights",
-    cases=lambda _: [(case, style) for case in CASES for style in STYLES],
+    cases=lambda _: [(case, style) for case in LAYERS for style in STYLES],
 )
 def constructor(subject: Subject, case: Case, style: str) -> Iterator[Finding]:
     """As nn.Conv2d's, and with as many random numbers, so that the layers after it are the same
@@ -50,6 +51,8 @@ def constructor(subject: Subject, case: Case, style: str) -> Iterator[Finding]:
         yield Finding(float(not equal), f"the initial {name} is not nn.Conv2d's for the same seed")
         learns = dict(found.named_parameters()).get(name)
         yield Finding(float(learns is None or not learns.requires_grad), f"{name} is not trained")
+    found.load_state_dict(expected.state_dict())
+    expected.load_state_dict(found.state_dict())
     same = torch.equal(then, found_then)
     yield Finding(float(not same), "the random numbers after it are others than after nn.Conv2d")
 
@@ -64,28 +67,9 @@ def _same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
                 raise Wrong(f"{name} has {kind} {value}, not {other}")
 
 
-@check("state_dict exchange with nn.Conv2d", cases=lambda _: CASES, budget=FLOAT64)
-def exchange(subject: Subject, case: Case) -> Iterator[Finding]:
-    p = Problem.normal(case, subject.seed)
-    layer, (x, g) = subject.layer(case), subject.inputs(p)
-    results(layer, x, g)  # what is kept from here must not outlive the loading
-    positions = (case.in_channels, case.out_channels, case.kernel_size)
-    other = nn.Conv2d(*positions, **case.options()).to(subject.device, torch.float64)
-    _same_state(layer.state_dict(), other.state_dict())
-    subject.load(other, p)
-    for assign in (False, True):
-        layer.load_state_dict(other.state_dict(), strict=True, assign=assign)
-        yield from compare(results(layer, x, g), taps(p))
-    third = nn.Conv2d(*positions, **case.options()).to(subject.device, torch.float64)
-    third.load_state_dict(layer.state_dict(), strict=True)
-    for name, t in other.state_dict().items():
-        same = torch.equal(third.state_dict()[name], t)
-        yield Finding(float(not same), f"{name} is another one after it was loaded and saved")
-
-
 @check(
     "copies and pickles",
-    cases=lambda _: [(case, word) for case in CASES for word in ("deepcopy", "pickle")],
+    cases=lambda s: itertools.product(LAYERS, ["deepcopy", "pickle"][: 1 + s.importable]),
     budget=FLOAT64,
 )
 def copies(subject: Subject, case: Case, word: str) -> Iterator[Finding]:

@@ -14,7 +14,8 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -58,10 +59,33 @@ class Problem:
         return cls._filled(case, _generator(case, seed).random)
 
     @classmethod
-    def integers(cls, case: Case, seed: int) -> Problem:
-        """Whole numbers from -21 to 21, int64: sums of 200 products are too long for float16."""
-        generator = _generator(case, seed)
-        return cls._filled(case, lambda size: generator.integers(-21, 22, size))
+    def integers(cls, case: Case, seed: int, most: int = 21) -> Problem:
+        """Whole numbers from -most to most."""
+        draw = _generator(case, seed).integers
+        return cls._filled(case, lambda size: draw(-most, most + 1, size).astype(float))
+
+    @classmethod
+    @lru_cache(10_000)
+    def small(cls, case: Case, seed: int, weights: int) -> Problem:
+        """Whole numbers from -2 to 2: no dtype rounds sums of some hundred products. Weight and
+        bias depend on their shapes and `weights`, the other numbers on the case and `seed`."""
+        draw = np.random.default_rng([weights, *case.weight_shape]).integers
+        w, b = (draw(-2, 3, size).astype(float) for size in (case.weight_shape, case.out_channels))
+        return replace(cls.integers(case, seed, 2), w=w, b=b if case.bias else None)
+
+    @classmethod
+    def wide(cls, case: Case, seed: int, factor: str) -> Problem:
+        """Whole numbers from -1 to 1; of one of "xwg", from -4095 to 4095."""
+        values = getattr(cls.integers(case, seed, 4095), factor)
+        return replace(cls.integers(case, seed, 1), **{factor: values})
+
+    def with_(self, **numbers: Array) -> Problem:
+        changed: dict[str, Any] = dict(numbers)
+        return replace(self, **changed)
+
+    @cached_property
+    def truth(self) -> Truth:
+        return taps(self)
 
     @classmethod
     def _filled(cls, case: Case, draw: Callable[[Any], Array]) -> Problem:
@@ -101,7 +125,7 @@ class Problem:
         np.add.at(pixels, self.source.ravel(), dx.reshape(n * c, self.source.size).T)
         return pixels[:-1].T.reshape(self.x.shape)
 
-    def truth(self, y: Array, dx: Array, dw: Array) -> Truth:
+    def from_padded(self, y: Array, dx: Array, dw: Array) -> Truth:
         """From what an oracle worked out on the padded input."""
         found = {OUTPUT: y.reshape(self.g.shape), INPUT: self.unpadded(dx), WEIGHT: dw}
         if self.b is not None:
@@ -127,7 +151,7 @@ def loops(p: Problem) -> Truth:
             row, column = down + i * dh, right + j * dw
             pixels_g[n][first + c][row][column] += gradient * weights[out][c][i][j]
             weights_g[out][c][i][j] += gradient * pixels[n][first + c][row][column]
-    return p.truth(np.array(y), np.array(pixels_g), np.array(weights_g))
+    return p.from_padded(np.array(y), np.array(pixels_g), np.array(weights_g))
 
 
 def scipys(p: Problem) -> Truth:
@@ -148,7 +172,7 @@ def scipys(p: Problem) -> Truth:
         w_g[out, c] += scipy.signal.correlate(plane, gradients[n, out], "valid", "direct")[
             ::dh, ::dw
         ]
-    return p.truth(y, x_g, w_g)
+    return p.from_padded(y, x_g, w_g)
 
 
 def taps(p: Problem) -> Truth:
@@ -164,7 +188,7 @@ def taps(p: Problem) -> Truth:
         y += tap @ pixels
         x_g[met] += (tap.swapaxes(1, 2) @ gradients).reshape(n, c, oh, ow)
         w_g[:, :, i, j] = (gradients @ pixels.swapaxes(2, 3)).sum(0).reshape(o, c // groups)
-    return p.truth(y, x_g, w_g)
+    return p.from_padded(y, x_g, w_g)
 
 
 def _generator(case: Case, seed: int) -> np.random.Generator:
