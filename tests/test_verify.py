@@ -305,12 +305,12 @@ def test_a_faulty_class_of_ones_own(command, tmp_path):
     with_bias = [case for case in random_cases(4, 30) if case.bias]
     smallest = min(with_bias, key=lambda case: case.elements).call("Twice")
     assert (int(number), case) == (len(with_bias), smallest)
-    again = [sys.executable, "-c", rerun.removeprefix("  again: ")]
+    again = [sys.executable, "-c", rerun.removeprefix("  to reproduce: ")]
     path = {**os.environ, "PYTHONPATH": str(ROOT)}
     shown = subprocess.run(again, cwd=tmp_path, env=path, capture_output=True, text=True)
     assert shown.stdout.splitlines()[0] == wrong, shown.stderr
     assert bias.startswith("bias gradient, random layers ")
-    assert bias_again.startswith("  again: ")
+    assert bias_again.startswith("  to reproduce: ")
     good = r"(input|weight|bias) gradient, random layers +\d+ +[\d.e-]+ +1e-12 +relative  ok"
     assert [re.fullmatch(good, line) is not None for line in gradients] == [True, True]
     how = r"\(only=random layers, cases=30, \d+ s\)"

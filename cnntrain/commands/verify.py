@@ -53,9 +53,9 @@ def _verify(cfg: DictConfig) -> None:
         print(text, end="  " if fits else "\n  ")
         paragraph(said)
         for note in line.notes:
-            paragraph(f"  cannot, and need not: {note}")
+            paragraph(f"  not supported, not required: {note}")
         if line.rerun:  # on one line, to be pasted
-            print(f"  again: {line.rerun}")
+            print(f"  to reproduce: {line.rerun}")
 
     found = verify(build(cfg.backend), **{**options, "report": None if to_terminal else show})
     if to_terminal:

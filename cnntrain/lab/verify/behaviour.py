@@ -379,8 +379,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded from a number": lambda t: t[(slice(1),) * t.dim()].expand(t.shape),  # .sum()'s
 }
 TENSORS = {"input": "x", "weight": "w", "output gradient": "g", "bias": "b", "all but bias": "xwg"}
-
-
 WIDE = [
     Case(32, 40, 1, (2, 4, 5)),
     Case(64, 32, 3, (2, 5, 6), padding=1),
@@ -632,9 +630,11 @@ def settings(subject: Subject, case: Case, dtype: str) -> Iterator[Finding]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # so that a change to 1 shows
-    said, changed = use(subject.backend)
-    allowed = use(nn.Conv2d)[0] if said else set()
-    torch.set_num_threads(threads)
+    try:
+        said, changed = use(subject.backend)
+        allowed = use(nn.Conv2d)[0] if said else set()
+    finally:
+        torch.set_num_threads(threads)
     for words in [*changed, *(said - allowed)]:
         yield Finding(1.0, words)
     yield Finding(0.0, "")

@@ -77,9 +77,10 @@ class Problem:
     def wide(cls, case: Case, seed: int, factor: str) -> Problem:
         """Whole numbers from -1 to 1; of one of "xwg", from -4095 to 4095."""
         values = getattr(cls.integers(case, seed, 4095), factor)
-        return replace(cls.integers(case, seed, 1), **{factor: values})
+        return cls.integers(case, seed, 1).with_(**{factor: values})
 
     def with_(self, **numbers: Array) -> Problem:
+        """With other numbers for some of x, w, b and g."""
         changed: dict[str, Any] = dict(numbers)
         return replace(self, **changed)
 

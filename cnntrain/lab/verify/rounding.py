@@ -135,12 +135,10 @@ FACTORS = {"input": "x", "weight": "w", "output gradient": "g"}
 
 def one_scaled(case: Case, seed: int, dtype: torch.dtype, factor: str, how: str) -> Problem:
     """Shows what is squared, cut off or flushed to zero."""
-    p, power = (
-        Problem.integers(replace(case, bias=False), seed, 2),
-        6 if dtype == torch.float16 else 20,
-    )
+    p, name = Problem.integers(replace(case, bias=False), seed, 2), FACTORS[factor]
+    power = 6 if dtype == torch.float16 else 20
     scale = 2.0 ** (power if how == "large" else -power)
-    return replace(p, **{FACTORS[factor]: scale * getattr(p, FACTORS[factor])})
+    return p.with_(**{name: scale * getattr(p, name)})
 
 
 integers = whole_numbers(
@@ -257,15 +255,15 @@ def reach(subject: Subject, case: Case, dtype: str, name: str) -> Iterator[Findi
     def with_(value: float, p: Problem) -> Problem:
         changed = getattr(p, factor).copy()
         changed[index] = value
-        return replace(p, **{factor: changed})
+        return p.with_(**{factor: changed})
 
     with np.errstate(invalid="ignore"):
         truth = taps(with_(math.inf, p))  # zeros of the padding make NaN of it
     spreads = getattr(subject.kind, "spreads_non_finite", False)
     bases = {
         "among positive numbers": p,
-        "among -0.0": replace(p, **{factor: getattr(zeros, factor)}),
-        "times -0.0": replace(zeros, **{factor: getattr(p, factor)}),
+        "among -0.0": p.with_(**{factor: getattr(zeros, factor)}),
+        "times -0.0": zeros.with_(**{factor: getattr(p, factor)}),
     }
     for words, base in bases.items():
         before = truth_of(subject.results(base, kind))
