@@ -185,6 +185,30 @@ def test_an_exception_is_a_failure_and_the_other_checks_go_on():
     assert not report.passed
 
 
+def made(base):
+    class Made(base):
+        def __init__(self, *arguments, plus=1.0, **options):
+            super().__init__(*arguments, **options)
+            self.plus = plus
+
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, weight, bias) + self.plus
+
+    return Made
+
+
+FromAFunction = made(nn.Conv2d)
+
+
+@pytest.mark.parametrize("backend", [FromAFunction, partial(FromAFunction, plus=-3.0)])
+def test_the_line_that_reproduces_a_failure(backend, capsys):
+    """Options of a config are in it, and a class made by a function call has its module's name."""
+    (line,) = verify(backend, only="12-bit", short=True).lines[:1]
+    exec(line.rerun, {})
+    shown = capsys.readouterr().out.splitlines()
+    assert line.failure.endswith(f": {shown[0]}")
+
+
 def test_the_report_as_json(tmp_path):
     file = tmp_path / "report.json"
     backend = partial(Im2colConv2d, max_column_mib=1)

@@ -108,9 +108,9 @@ class Trial:
             found = results(layer, x, g)
         yield from self.right(found, {q: t for q, t in p.truth.items() if q in MODES[mode]})
 
-    def passes(self, p: Problem) -> Iterator[Finding]:
-        """In every mode that other numbers may be given to one layer in."""
-        for mode in TWICE:
+    def passes(self, *problems: Problem) -> Iterator[Finding]:
+        """One after another in a mode, then in the next."""
+        for mode, p in itertools.product(TWICE, problems):
             yield from self.one_pass(p, mode)
 
 
@@ -194,14 +194,13 @@ def _other_sizes(t: Trial) -> Iterator[Finding]:
     *batch, height, width = t.case.size
     sizes = [(*batch, height + 1, width), (*batch, height, width + 3), (7, height, width)]
     if t.case.padding and width != height:  # as many numbers, of another shape
-        sizes.append((*batch, width, height))
-    for size in (t.case.size, *sizes, sizes[0], t.case.size):
-        yield from t.passes(t.problem(size=size))
+        sizes.insert(0, (*batch, width, height))
+    order = (t.case.size, *sizes, sizes[0], t.case.size)
+    return t.passes(*(t.problem(size=size) for size in order))
 
 
 def _other_numbers(t: Trial) -> Iterator[Finding]:
-    for number in (0, 1, 0):
-        yield from t.passes(t.problem(number))
+    return t.passes(*(t.problem(number) for number in (0, 1, 0)))
 
 
 def _same_memory(t: Trial) -> Iterator[Finding]:
@@ -337,7 +336,7 @@ HISTORIES = {
 }
 
 
-@check("nothing remembered", cases=of(HISTORIES, step=5), **EXACT)
+@check("nothing remembered", cases=of(HISTORIES, step=3), **EXACT)
 def history(subject: Subject, case: Case, dtype: str, name: str) -> Iterator[Finding]:
     yield from HISTORIES[name](Trial(subject, case, dtype))
 
@@ -372,7 +371,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "with an offset": _with_offset,
     "expanded from the first": lambda t: t[:1].expand(t.shape),
     "channels_last": lambda t: t.movedim(-3, -1).contiguous().movedim(-1, -3),
-    "channels_last, cut out": lambda t: _cut_out(t.movedim(-3, -1)).movedim(-1, -3),
+    "channels_last, with an offset": lambda t: _with_offset(t.movedim(-3, -1)).movedim(-1, -3),
     "transposed": lambda t: t.mT.contiguous().mT,
     "dimensions in reverse": _reversed,
     "expanded columns": lambda t: t[..., :1].expand(t.shape),

@@ -56,6 +56,18 @@ class Subject:
         return getattr(module, getattr(self.kind, "__qualname__", ""), None) is self.kind
 
     @property
+    def imports(self) -> str:
+        """Python that makes the backend again, under this name."""
+        module = self.kind.__module__
+        known = vars(sys.modules[module]).items()  # a class from a function has another name there
+        name = next((name for name, value in known if value is self.kind), self.name)
+        options = dict(self.backend.keywords) if isinstance(self.backend, partial) else {}
+        made = f"from {module} import {name} as backend"
+        if options:
+            made += f"; from functools import partial; backend = partial(backend, **{options!r})"
+        return made
+
+    @property
     def name(self) -> str:
         return getattr(self.kind, "__name__", str(self.kind))
 
@@ -219,11 +231,10 @@ class Line:
             self.smallest = case.elements
             shown = ", ".join([case.call(subject.name), *words])
             self.failure = f"{shown}: {finding.text}"
-            given = [repr(case), *map(repr, words)]
+            given = [self.name, *arguments]
             self.rerun = (
-                f"from {subject.kind.__module__} import {subject.name}; "
-                f"from cnntrain.lab.verify import {type(case).__name__}, rerun; "
-                f"rerun({subject.name}, {self.name!r}, {', '.join(given)}, seed={subject.seed})"
+                f"{subject.imports}; from cnntrain.lab.verify import {type(case).__name__}, rerun; "
+                f"rerun(backend, {', '.join(map(repr, given))}, seed={subject.seed})"
             )
 
 
