@@ -209,10 +209,10 @@ while asked := study.ask(at_once):
         directory.mkdir(exist_ok=True)
         time.sleep(0.005)
         if not read_result(directory):
-            (directory / "part").write_text(json.dumps(seal(completed(value(trial.values)))))
-            (directory / "part").rename(directory / "result.json")
             with (sweep / "trained").open("a") as file:
                 file.write(trial.name + "\\n")
+            (directory / "part").write_text(json.dumps(seal(completed(value(trial.values)))))
+            (directory / "part").rename(directory / "result.json")
     study.tell({trial.number: read_result(sweep / trial.name) for trial in asked})
 """
 
