@@ -297,7 +297,7 @@ def layers(short: bool) -> list[Case]:
         Case(6, 16, 5, (8, 14, 14)),
         Case(16, 32, 3, (4, 9, 9), padding=1, bias=False),
         Case(64, 64, 3, (2, 6, 6), padding=1),
-        Case(64, 32, 1, (1, 64, 64), bias=False),
+        Case(16, 12, 1, (1, 64, 64), bias=False),
         Case(8, 8, 3, (24, 14, 14), padding=1, groups=8),
         Case(32, 64, 3, (2, 9, 9), stride=2, padding=1, bias=False),
         Case(256, 6, 3, (2, 6, 6), padding=1, bias=False),

@@ -153,11 +153,11 @@ def deviation(
         return Finding(math.inf, f"has shape {tuple(found.shape)}, not {expected.shape}")
     if found.dtype != dtype:
         return Finding(math.inf, f"is {found.dtype}, not {dtype}")
-    if not expected.size:
+    values = array(found)
+    if np.array_equal(values, expected):
         return Finding(0.0, "")
     if scale is None:
         scale = max(1.0, float(abs(expected).max()))
-    values = array(found)
     off = abs(values - expected) / scale
     index = np.unravel_index(int(np.argmax(np.where(np.isnan(off), np.inf, off))), off.shape)
     text = f"is {values[index]:.9g} at {tuple(map(int, index))}, not {expected[index]:.9g}"

@@ -222,16 +222,16 @@ def _device(name: str) -> torch.device:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Float32 as such on GPUs too, no warnings, and all as it was afterwards."""
-    settings: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_default_dtype, torch.get_default_dtype()),
-        (torch.set_num_threads, torch.get_num_threads()),
-        (torch.set_grad_enabled, torch.is_grad_enabled()),
-        (torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
-        (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()),
-        (torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled()),
-        (torch.set_flush_denormal, False),
-        (partial(setattr, torch.backends.mkldnn, "enabled"), torch.backends.mkldnn.enabled),
+    settings: list[tuple[Callable[[Any], Any], Callable[[], Any]]] = [
+        (torch.set_default_dtype, torch.get_default_dtype),
+        (torch.set_num_threads, torch.get_num_threads),
+        (torch.set_grad_enabled, torch.is_grad_enabled),
+        (torch.set_float32_matmul_precision, torch.get_float32_matmul_precision),
+        (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled),
+        (torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled),
+        (partial(setattr, mkldnn := torch.backends.mkldnn, "enabled"), lambda: mkldnn.enabled),
     ]
+    before = [get() for _, get in settings]
     try:
         with (
             warnings.catch_warnings(),
@@ -242,5 +242,7 @@ def _undisturbed() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        for restore, value in settings:
-            restore(value)
+        torch.set_flush_denormal(False)
+        for (restore, get), value in zip(settings, before, strict=True):
+            if get() != value:  # some restore slowly
+                restore(value)

@@ -104,27 +104,23 @@ class Problem:
         """Stride and dilation, (down, right) each."""
         return *pair(self.case.stride), *pair(self.case.dilation)
 
-    @property
-    def source(self) -> Array:
-        """Which pixel each pixel of the padded plane is a copy of: (H', W'), -1 for a zero."""
-        height, width = self.case.size[-2:]
-        plane = np.arange(height * width).reshape(height, width)
-        if self.case.padding_mode == "zeros":
-            return np.pad(plane, self.case.pads, constant_values=-1)
-        return np.pad(plane, self.case.pads, NUMPY_MODES[self.case.padding_mode])  # type: ignore[call-overload]
-
     def padded(self) -> Array:
         """x (N, C, H', W')"""
-        planes = _batched(self.x)
+        planes, source = _batched(self.x), sources(self.case)
         pixels = planes.reshape(*planes.shape[:2], math.prod(planes.shape[2:]))
-        return np.append(pixels, np.zeros_like(pixels[..., :1]), axis=2)[..., self.source]
+        return np.append(pixels, np.zeros_like(pixels[..., :1]), axis=2)[..., source]
 
     def unpadded(self, dx: Array) -> Array:
         """The gradient of x, from that of padded(): each pixel sums up that of its copies."""
+        if self.case.padding_mode == "zeros":
+            (top, _), (left, _) = self.case.pads
+            height, width = self.case.size[-2:]
+            return dx[..., top : top + height, left : left + width].reshape(self.x.shape)
         n, c, *_ = dx.shape
-        pixels = np.zeros((math.prod(self.case.size[-2:]) + 1, n * c), dx.dtype)
-        np.add.at(pixels, self.source.ravel(), dx.reshape(n * c, self.source.size).T)
-        return pixels[:-1].T.reshape(self.x.shape)
+        pixels = np.zeros((math.prod(self.case.size[-2:]), n * c), dx.dtype)
+        source = sources(self.case).ravel()
+        np.add.at(pixels, source, dx.reshape(n * c, source.size).T)
+        return pixels.T.reshape(self.x.shape)
 
     def from_padded(self, y: Array, dx: Array, dw: Array) -> Truth:
         """From what an oracle worked out on the padded input."""
@@ -133,6 +129,16 @@ class Problem:
             found[OUTPUT] = found[OUTPUT] + self.b[:, None, None]
             found[BIAS] = _batched(self.g).sum((0, 2, 3))
         return found
+
+
+@lru_cache(10_000)
+def sources(case: Case) -> Array:
+    """Which pixel each pixel of the padded plane is a copy of: (H', W'), -1 for a zero."""
+    height, width = case.size[-2:]
+    plane = np.arange(height * width).reshape(height, width)
+    if case.padding_mode == "zeros":
+        return np.pad(plane, case.pads, constant_values=-1)
+    return np.pad(plane, case.pads, NUMPY_MODES[case.padding_mode])  # type: ignore[call-overload]
 
 
 def loops(p: Problem) -> Truth:

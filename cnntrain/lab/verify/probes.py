@@ -21,7 +21,12 @@ def by_keyword(backend: Backend) -> None:
     torch.testing.assert_close(ours(input=x), reference(x))
 
 
-PROBES = {"`layer(input=x)`": by_keyword, **CAPABILITIES}
+def meta(backend: Backend) -> None:
+    ours, reference, x = twins(backend)
+    assert ours.to("meta")(x.to("meta")).shape == reference(x).shape
+
+
+PROBES = {"`layer(input=x)`": by_keyword, "the meta device": meta, **CAPABILITIES}
 REQUIRED = [
     by_keyword,
     derivatives.first_derivatives,
@@ -36,19 +41,13 @@ REQUIRED = [
     programs.hooks,
     programs.reparametrised,
 ]
-SLOW = [  # not in the short form
-    derivatives.second_derivatives,
-    derivatives.forward_mode,
-    derivatives.hessians,
-    values.complex_numbers,
-    programs.compile_whole,
-    programs.compile_transforms,
-    programs.export,
-    programs.export_any_batch,
-    programs.export_any_size,
-    programs.trace,
-    programs.symbolic_trace,
-    values.distributed_tensors,
+SLOW = [  # not in the short form; most import PyTorch's compiler
+    *(derivatives.second_derivatives, derivatives.forward_mode, derivatives.hessians),
+    *(derivatives.vmap_of_grad, values.complex_numbers, values.distributed_tensors),
+    *(programs.compile_whole, programs.compile_transforms, programs.trace),
+    *(programs.export, programs.export_any_batch, programs.export_any_size),
+    *(programs.symbolic_trace, programs.checkpointing, programs.repeatable),
+    values.shapes_without_numbers,
 ]
 
 
