@@ -309,8 +309,8 @@ def layers(short: bool) -> list[Case]:
         cases += [
             Case(1, 6, 5, (128, 28, 28), padding=2, bias=False),
             Case(3, 64, 7, (2, 63, 63), stride=2, padding=3),
-            Case(64, 64, 3, (4, 32, 32), padding=1),
-            Case(512, 512, 3, (1, 7, 7), padding=1),
+            Case(32, 32, 3, (4, 32, 32), padding=1),
+            Case(512, 64, 3, (1, 7, 7), padding=1),
             Case(16, 16, 3, (32, 28, 28), padding=1, groups=16, bias=False),
             Case(48, 96, 7, (2, 14, 14), padding=3, groups=48),
             Case(96, 192, 2, (2, 14, 14), stride=2),

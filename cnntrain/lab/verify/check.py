@@ -71,10 +71,10 @@ class Subject:
     def name(self) -> str:
         return getattr(self.kind, "__name__", str(self.kind))
 
-    def thinned(self, step: int, *lists: Iterable[Any]) -> Iterator[tuple]:
-        """All combinations; of the short form each step-th, a number that divides no length: so
-        each two of any two lists meet."""
-        return itertools.islice(itertools.product(*lists), 0, None, step if self.short else 1)
+    def thinned(self, step: int, *lists: Iterable[Any], full: int = 1) -> Iterator[tuple]:
+        """All combinations, or each full-th; of the short form each step-th: numbers that divide no
+        length, so that each two of any two lists meet."""
+        return itertools.islice(itertools.product(*lists), 0, None, step if self.short else full)
 
     def layer(self, case: Case, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
         layer = self.backend(

@@ -26,6 +26,12 @@ class BadUse:
         return f"{name}{arguments}({self.on})"
 
 
+X = BadUse.on
+SHAPES = (
+    "6; 6, 6; 1, 2, 3, 6, 6; 2, 4, 6, 6; 2, 1, 6, 6; 2, 0, 6, 6; 4, 6, 6; 2, 6, 6, 3; 2, 3, 0, 6; "
+    "2, 3, 6, 0; 2, 3, 2, 6; 2, 3, 6, 2; 3, 2, 2; 0, 3, 2, 6; 0, 4, 6, 6"
+)
+DTYPES = "float64 bfloat16 int64 uint8 bool complex64"
 BAD_USES = [
     # what the constructor refuses
     *(BadUse(f"({arguments})") for arguments in ("", "3", "3, 4", "3, 4, 3, strides=2")),
@@ -36,37 +42,9 @@ BAD_USES = [
     *(BadUse(f", padding_mode={mode!r}") for mode in ("wrap", "constant", "Reflect", None)),
     *(BadUse(f"(3, 4, {size})") for size in ("None", "'3'", "(3, -1)")),
     # what calls refuse
-    *(
-        BadUse(on=on)
-        for on in (
-            "",
-            "None",
-            "[1.0]",
-            "torch.zeros(6, 6)",
-            "torch.zeros(6)",
-            "torch.tensor(1.0)",
-            "torch.zeros(1, 2, 3, 6, 6)",
-            "torch.zeros(2, 4, 6, 6)",
-            "torch.zeros(2, 1, 6, 6)",
-            "torch.zeros(2, 0, 6, 6)",
-            "torch.zeros(4, 6, 6)",
-            "torch.zeros(2, 6, 6, 3)",
-            "torch.zeros(2, 3, 0, 6)",
-            "torch.zeros(2, 3, 6, 0)",
-            "torch.zeros(2, 3, 2, 6)",
-            "torch.zeros(2, 3, 6, 2)",
-            "torch.zeros(3, 2, 2)",
-            "torch.zeros(0, 3, 2, 6)",
-            "torch.zeros(0, 4, 6, 6)",
-            "torch.zeros(2, 3, 6, 6, dtype=torch.float64)",
-            "torch.zeros(2, 3, 6, 6, dtype=torch.bfloat16)",
-            "torch.zeros(2, 3, 6, 6, dtype=torch.int64)",
-            "torch.zeros(2, 3, 6, 6, dtype=torch.uint8)",
-            "torch.zeros(2, 3, 6, 6, dtype=torch.bool)",
-            "torch.zeros(2, 3, 6, 6, dtype=torch.complex64)",
-            "torch.zeros(2, 3, 6, 6), torch.zeros(2, 3, 6, 6)",
-        )
-    ),
+    *(BadUse(on=on) for on in ("", "None", "[1.0]", "torch.tensor(1.0)", f"{X}, {X}")),
+    *(BadUse(on=f"torch.zeros({shape})") for shape in SHAPES.split("; ")),
+    *(BadUse(on=f"{X}.to(torch.{dtype})") for dtype in DTYPES.split()),
     BadUse("(4, 4, 3, groups=2)", "torch.zeros(2, 2, 6, 6)"),
     BadUse("(4, 4, 3, groups=2)", "torch.zeros(2, 8, 6, 6)"),
     BadUse("(4, 4, 3, groups=4)", "torch.zeros(2, 1, 6, 6)"),
