@@ -28,7 +28,7 @@ class BadUse:
 
 X = BadUse.on
 SHAPES = (
-    "6; 6, 6; 1, 2, 3, 6, 6; 2, 4, 6, 6; 2, 1, 6, 6; 2, 0, 6, 6; 4, 6, 6; 2, 6, 6, 3; 2, 3, 0, 6; "
+    "6, 6; 6; 1, 2, 3, 6, 6; 2, 4, 6, 6; 2, 1, 6, 6; 2, 0, 6, 6; 4, 6, 6; 2, 6, 6, 3; 2, 3, 0, 6; "
     "2, 3, 6, 0; 2, 3, 2, 6; 2, 3, 6, 2; 3, 2, 2; 0, 3, 2, 6; 0, 4, 6, 6"
 )
 DTYPES = "float64 bfloat16 int64 uint8 bool complex64"
@@ -42,8 +42,8 @@ BAD_USES = [
     *(BadUse(f", padding_mode={mode!r}") for mode in ("wrap", "constant", "Reflect", None)),
     *(BadUse(f"(3, 4, {size})") for size in ("None", "'3'", "(3, -1)")),
     # what calls refuse
-    *(BadUse(on=on) for on in ("", "None", "[1.0]", "torch.tensor(1.0)", f"{X}, {X}")),
     *(BadUse(on=f"torch.zeros({shape})") for shape in SHAPES.split("; ")),
+    *(BadUse(on=on) for on in ("", "None", "[1.0]", "torch.tensor(1.0)", f"{X}, {X}")),
     *(BadUse(on=f"{X}.to(torch.{dtype})") for dtype in DTYPES.split()),
     BadUse("(4, 4, 3, groups=2)", "torch.zeros(2, 2, 6, 6)"),
     BadUse("(4, 4, 3, groups=2)", "torch.zeros(2, 8, 6, 6)"),
