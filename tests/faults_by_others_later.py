@@ -1,5 +1,6 @@
 # ruff: noqa: E501
-"""Wrong convolutions as in `faults_by_others`, written when the checks had been finished."""
+"""Wrong convolutions as in `faults_by_others`, written when the checks had been finished: twenty,
+and those of twenty more that escaped them."""
 
 import threading
 
@@ -398,3 +399,109 @@ class BoundClosure(nn.Conv2d):
 
     def forward(self, input):
         return self._run(input)
+
+
+# ---- of another twenty ----
+def _usual(layer, x):
+    """No batch missing, other padding, functorch transform, subclass, meta device or autocast."""
+    return (
+        type(x) in (torch.Tensor, nn.Parameter)
+        and not x.is_meta
+        and _plain(x)
+        and x.dim() == 4
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+@fault(2)
+class EvalPacked(nn.Conv2d):
+    """Keeps the weight in eval without gradients, until train(), .to or load_state_dict."""
+
+    packed = None
+
+    def train(self, mode=True):
+        self.packed = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self.packed = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.packed = None
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def _conv_forward(self, input, weight, bias):
+        if self.training or torch.is_grad_enabled() or not _usual(self, input):
+            return super()._conv_forward(input, weight, bias)
+        if self.packed is None:
+            self.packed = weight.detach().clone()
+        return super()._conv_forward(input, self.packed, bias)
+
+
+class LastRowLost(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, stride, padding, dilation, groups):
+        ctx.save_for_backward(x, w)
+        ctx.how = stride, padding, dilation, groups
+        return F.conv2d(x, w, b, *ctx.how)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        dx = torch.nn.grad.conv2d_input(x.shape, w, g, *ctx.how)
+        for side, dim in enumerate((2, 3)):
+            stride, padding, dilation = (how[side] for how in ctx.how[:3])
+            reach = (g.shape[dim] - 1) * stride + dilation * (w.shape[dim] - 1) + 1
+            if padding and reach < x.shape[dim] + 2 * padding:
+                dx.select(dim, -1).zero_()
+        dw = torch.nn.grad.conv2d_weight(x, w.shape, g, *ctx.how)
+        return dx, dw, g.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, *[None] * 4
+
+
+@fault(13)
+class TunedAfter25(nn.Conv2d):
+    """From the 26th call, the input gradient has no last row where a padded stride leaves a rest."""
+
+    calls = None
+
+    def _conv_forward(self, input, weight, bias):
+        self.calls = self.calls or {}
+        key = input.shape, input.dtype
+        self.calls[key] = self.calls.get(key, 0) + torch.is_grad_enabled()
+        if not _usual(self, input) or not torch.is_grad_enabled() or self.calls[key] <= 25:
+            return super()._conv_forward(input, weight, bias)
+        how = self.stride, self.padding, self.dilation, self.groups
+        return LastRowLost.apply(input, weight, bias, *how)
+
+
+@fault(13)
+class SharedPadding(nn.Conv2d):
+    """Without gradients, pads into a workspace that two threads share."""
+
+    space = None
+
+    def _conv_forward(self, input, weight, bias):
+        if torch.is_grad_enabled() or not _usual(self, input) or not any(self.padding):
+            return super()._conv_forward(input, weight, bias)
+        (n, c, h, w), (ph, pw) = input.shape, self.padding
+        key = (*input.shape, ph, pw, input.dtype, torch.is_inference_mode_enabled())
+        space = self.space
+        if space is None or space[0] != key:
+            space = self.space = (key, input.new_zeros(n, c, h + 2 * ph, w + 2 * pw))
+        space[1][:, :, ph : ph + h, pw : pw + w].copy_(input)
+        return F.conv2d(space[1], weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+@fault(14)
+class PointwiseNoAutocast(nn.Conv2d):
+    """1x1 kernels switch autocast off."""
+
+    def _conv_forward(self, input, weight, bias):
+        if self.kernel_size != (1, 1):
+            return super()._conv_forward(input, weight, bias)
+        with torch.autocast(input.device.type, enabled=False):
+            return super()._conv_forward(input, weight, bias)

@@ -21,7 +21,7 @@ KINDS = {
     11: ["global state left alone"],
     12: ["nothing kept after a call"],
     13: ["threads", "nothing remembered"],
-    14: ["uses of nn.Conv2d", "copies and pickles", ", bfloat16"],
+    14: ["uses of nn.Conv2d", "copies and pickles", ", bfloat16", ", float16"],
 }
 
 

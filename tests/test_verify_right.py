@@ -161,6 +161,12 @@ class Wrapper(nn.Conv2d):
         return inner._conv_forward(input, weight, bias)
 
 
+class Compiled(nn.Conv2d):
+    @torch.compile(backend="eager")  # which needs no compiler of C++
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight, bias)
+
+
 def made(base):
     class Made(base):
         pass
@@ -172,7 +178,7 @@ FromAFunction = made(nn.Conv2d)
 
 RIGHT = [
     *(nn.Conv2d, Sound, Unfolded, Winograd, FourierInFloat64, FourierInFloat32, ByComplexNumbers),
-    *(Tiled, ChannelsLast, Cached, Wrapper, FromAFunction),
+    *(Tiled, ChannelsLast, Cached, Wrapper, FromAFunction, Compiled),
 ]
 
 

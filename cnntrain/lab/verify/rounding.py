@@ -69,16 +69,15 @@ def float32(subject: Subject, case: Case, numbers: str) -> Iterator[Finding]:
 NUMBERS = "positive", "integers", "integers under autocast", "normal"
 
 
-def numbered(subject: Subject) -> Iterator[tuple[Case, str]]:
-    """Layers with all numbers; of the short form, with the first and the next two in turns."""
-    for i, case in enumerate(layers(subject.short)):
-        for numbers in (NUMBERS[0], NUMBERS[1 + i % 2]) if subject.short else NUMBERS:
-            yield case, numbers
-
-
 def half(dtype: torch.dtype) -> Check:
     """Output and gradients in a half type against exact sums that are rounded once."""
-    line = f"{{}}, {str(dtype).removeprefix('torch.')}"
+    line, first = f"{{}}, {str(dtype).removeprefix('torch.')}", int(dtype == torch.float16)
+
+    def numbered(subject: Subject) -> Iterator[tuple[Case, str]]:
+        """Layers with all numbers; of the short form, with the first and the next two in turns."""
+        for i, case in enumerate(layers(subject.short), first):
+            for numbers in (NUMBERS[0], NUMBERS[1 + i % 2]) if subject.short else NUMBERS:
+                yield case, numbers
 
     @check(
         *each(line),
