@@ -516,8 +516,8 @@ def _two_threads(t: Trial, calls: int = 4, gradients: bool = True) -> Iterator[F
         return (y, *torch.autograd.grad(y, [x, *parameters(t.layer)], g)) if gradients else (y,)
 
     with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(call, *zip(*inputs, strict=True)))
-    for q, tensors in zip(problems, found, strict=True):
+        outputs = list(threads.map(call, *zip(*inputs, strict=True)))
+    for q, tensors in zip(problems, outputs, strict=True):
         found: Results = dict(zip(q.truth, tensors, strict=False))
         yield from t.right(found, {name: q.truth[name] for name in found})
 
