@@ -114,7 +114,7 @@ class Trial:
 
     def passes(self, *problems: Problem) -> Iterator[Finding]:
         """One after another in a mode, then in the next."""
-        chosen = [*TWICE[:3], TWICE[-1]] if self.subject.short else TWICE
+        chosen = [TWICE[0], TWICE[2], TWICE[5]] if self.subject.short else TWICE
         for mode, p in itertools.product(chosen, problems):
             yield from self.one_pass(p, mode)
 
@@ -542,7 +542,7 @@ LARGER = [
     Case(3, 8, 3, (16, 20, 21), padding=1),
     Case(8, 8, 3, (16, 12, 12), stride=2, groups=8),
     Case(16, 16, 1, (16, 16, 16), bias=False),
-    Case(8, 4, 7, (8, 32, 33), padding=3),
+    Case(8, 4, 3, (8, 32, 33), padding=1),
 ]
 
 
