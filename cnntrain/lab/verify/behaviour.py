@@ -542,7 +542,7 @@ LARGER = [
     Case(3, 8, 3, (16, 20, 21), padding=1),
     Case(8, 8, 3, (16, 12, 12), stride=2, groups=8),
     Case(16, 16, 1, (16, 16, 16), bias=False),
-    Case(8, 4, 3, (8, 32, 33), padding=1),
+    Case(6, 4, 5, (6, 32, 33), padding=2),
 ]
 
 
