@@ -114,8 +114,8 @@ class Trial:
 
     def passes(self, *problems: Problem) -> Iterator[Finding]:
         """One after another in a mode, then in the next."""
-        chosen = [TWICE[0], TWICE[2], TWICE[5]] if self.subject.short else TWICE
-        for mode, p in itertools.product(chosen, problems):
+        few = ["train", "no_grad", "eval and inference_mode"]
+        for mode, p in itertools.product(few if self.subject.short else TWICE, problems):
             yield from self.one_pass(p, mode)
 
 
@@ -148,9 +148,10 @@ def modes(subject: Subject, case: Case, dtype: str, first: str, then: str) -> It
 
 
 def _step(layer: nn.Conv2d, new: dict[str, Tensor]) -> None:
+    """The update of torch.optim.SGD, without it: it imports PyTorch's compiler for a second."""
     with torch.no_grad():
         for name, t in layer.named_parameters():
-            t.add_(t - new[name], alpha=-1)  # as torch.optim.SGD, whose import takes a second
+            t.add_(t - new[name], alpha=-1)
 
 
 def _copy(layer: nn.Conv2d, new: dict[str, Tensor]) -> None:
@@ -177,7 +178,7 @@ def _new_parameters(layer: nn.Conv2d, new: dict[str, Tensor]) -> None:
 CHANGES: dict[str, Callable[[nn.Conv2d, dict[str, Tensor]], Any]] = {
     "load_state_dict": lambda layer, new: layer.load_state_dict(new),
     "load_state_dict(assign=True)": lambda layer, new: layer.load_state_dict(new, assign=True),
-    "an optimizer's step": _step,
+    "add_, as by an optimizer": _step,
     "copy_ under no_grad": _copy,
     ".data =": _data,
     ".data.copy_": _data_in_place,
