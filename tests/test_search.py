@@ -114,7 +114,7 @@ def test_how_a_trial_ended(sweep: Path) -> None:
         completed(0.5),
         {"status": "pruned", "metrics": {"val/acc": 0.25}},
         {"status": "failed", "error": "OSError: no room"},
-        {"status": "failed", "error": "NotFinite: loss", "not_finite": {"epoch": 0}},
+        {"status": "failed", "error": "NonFiniteError: loss", "not_finite": {"epoch": 0}},
         {"status": "interrupted"},
         None,
     ]

@@ -19,7 +19,7 @@ from cnntrain.conv import BACKENDS
 from cnntrain.launched import Place
 from cnntrain.training import Muon
 from cnntrain.training.building import build_run, build_trainer
-from cnntrain.training.finite import Finite, NotFinite
+from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
 from cnntrain.training.step_graph import CUDAGraphs
 
 BATCHES, EPOCHS, WARMUP = 8, 2, 3
@@ -95,9 +95,9 @@ class Run:
         self.trainer.fit(self.module, *self.loaders, ckpt_path=checkpoint, weights_only=True)
         return self
 
-    def as_on_a_gpu(self) -> Finite:
+    def as_on_a_gpu(self) -> NaNGuard:
         """Let nobody wait for a step to look at its loss."""
-        finite = next(c for c in self.trainer.callbacks if isinstance(c, Finite))
+        finite = next(c for c in self.trainer.callbacks if isinstance(c, NaNGuard))
         finite.always_deferred = True
         return finite
 
@@ -209,7 +209,7 @@ def test_a_bad_number_is_found_in_the_step_that_made_it(tmp_path: Path) -> None:
         run = Run(tmp_path / str(len(said)), recorder=recorder)
         run.trainer.callbacks.insert(0, Spoil())
         run.as_on_a_gpu()
-        with pytest.raises(NotFinite) as caught:
+        with pytest.raises(NonFiniteError) as caught:
             run.fit()
         details = caught.value.details["not_finite"]
         assert (details["batch"], details["layer"]) == (6, "features.4")

@@ -180,7 +180,7 @@ def test_what_fails_is_told_and_retried(tmp_path: Path) -> None:
     assert killed["status"] == "failed"
     assert killed["error"] == "its process was ended by SIGKILL (by the system, if memory ran out)"
     diverged = found["1e+20", "cnntrain.conv.NativeConv2d"]
-    assert diverged["error"].startswith("NotFinite: epoch 1/1, batch 2")
+    assert diverged["error"].startswith("NonFiniteError: epoch 1/1, batch 2")
     assert found["0.01", "cnntrain.conv.NativeConv2d"]["status"] == "completed"
     assert sum("failed: its process was ended by SIGKILL" in line for line in lines) >= 1
     assert lines[-1] == "1 completed, 3 failed"

@@ -94,7 +94,7 @@ class Resumed:
 
 def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     from cnntrain.data import DataError
-    from cnntrain.training import CheckpointError, NotFinite, ProcessLost, Profile
+    from cnntrain.training import CheckpointError, NonFiniteError, ProcessLost, Profile
     from cnntrain.training.run import run_training
 
     hydra = HydraConfig.get()
@@ -114,7 +114,7 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
         )
     except Interrupted as error:
         _leave(error, f"; go on with {again}")
-    except NotFinite as error:
+    except NonFiniteError as error:
         print(f"cnntrain: {error}", file=sys.stderr)
         sys.exit(3)
     except (DataError, CheckpointError) as error:

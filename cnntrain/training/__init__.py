@@ -3,9 +3,9 @@
 from cnntrain.training.building import rehearse
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.company import ProcessLost
-from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.insights import Insights
 from cnntrain.training.muon import Muon
+from cnntrain.training.nan_guard import NonFiniteError
 from cnntrain.training.objective import CrossEntropy, HalfSquaredError, OneCycle, WarmupCosine
 from cnntrain.training.profile import Profile
 from cnntrain.training.result import Result
@@ -18,7 +18,7 @@ __all__ = [
     "HalfSquaredError",
     "Insights",
     "Muon",
-    "NotFinite",
+    "NonFiniteError",
     "OneCycle",
     "ProcessLost",
     "Profile",

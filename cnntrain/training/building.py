@@ -15,7 +15,7 @@ from cnntrain.data import ImageData
 from cnntrain.launched import Place
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import Processes
-from cnntrain.training.finite import Finite
+from cnntrain.training.nan_guard import NaNGuard
 from cnntrain.training.record import Record
 from cnntrain.training.step_graph import CUDAGraphs
 from cnntrain.training.trainer import Trainer
@@ -82,7 +82,7 @@ def build_trainer(
     further: Sequence[lightning.Callback] = (),
 ) -> Trainer:
     """The trainer of one of a run's processes; rank 0's has a record, and `further` callbacks."""
-    callbacks: list[lightning.Callback] = [Finite(directory, *data.split())]
+    callbacks: list[lightning.Callback] = [NaNGuard(directory, *data.split())]
     callbacks += [record, record.insights] if record else []
     with blame("trainer"):
         trainer: Trainer = build(

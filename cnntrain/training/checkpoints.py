@@ -55,6 +55,7 @@ class Checkpoints(Checkpoint):
             self._write_best()  # the file may be missing, damaged, or ahead of this checkpoint
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
+        interruption.install()  # Lightning has just put its own handler of SIGTERM in front
         self.saved = time.monotonic()
         self.step, self.epoch = trainer.global_step, trainer.current_epoch
         if self.resumed:

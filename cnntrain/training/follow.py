@@ -22,8 +22,8 @@ from cnntrain.training.company import (
     unanswered,
     wait_for_work,
 )
-from cnntrain.training.diagnosis import NotFinite
 from cnntrain.training.distributed import cores_shared, group
+from cnntrain.training.nan_guard import NonFiniteError
 from cnntrain.training.run import fit_and_test
 
 
@@ -49,7 +49,7 @@ def follow(place: Place) -> NoReturn:
                     _take_part(place, store, work)
         except Interrupted as error:
             code = error.exit_code
-        except NotFinite:
+        except NonFiniteError:
             code = 3
         except BaseException as error:
             code, lost = 1, isinstance(error, ProcessLost)

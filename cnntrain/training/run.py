@@ -141,7 +141,7 @@ def run_training(
             it holds cannot go on with this config.
         CheckpointError: The checkpoint is no such thing, or of a newer version.
         DataError: The data cannot be had.
-        NotFinite: A loss or a gradient is not a number.
+        NonFiniteError: A loss or a gradient is not a number.
         Pruned: A callback has ended the run.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint has been saved.
         ProcessLost: Another process that trains with this one has died.

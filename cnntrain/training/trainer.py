@@ -1,7 +1,5 @@
 """Lightning's trainer with the options that a run has."""
 
-import contextlib
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +7,6 @@ from typing import Annotated, Any, Literal
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -17,7 +14,6 @@ from torch import Tensor
 from cnntrain.launched import TIMEOUT, Place
 from cnntrain.training.checkpoints import Average, CheckpointFiles, Checkpoints
 from cnntrain.training.distributed import Processes
-from cnntrain.training.epoch_loop import EpochLoop
 from cnntrain.training.progress import Progress
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
@@ -31,15 +27,6 @@ Devices = Annotated[
 ]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal[32, "32", "32-true", "bf16-mixed", "16-mixed"]
-
-
-class NoProfiler(PassThroughProfiler):
-    """Lightning's, which makes a generator for each of the fifty hooks of a step, without them."""
-
-    nothing = contextlib.nullcontext()
-
-    def profile(self, action_name: str) -> Any:
-        return self.nothing
 
 
 class Trainer(lightning.Trainer):
@@ -120,23 +107,12 @@ class Trainer(lightning.Trainer):
             default_root_dir=default_root_dir,
             callbacks=[*own, self.checkpoints],
             plugins=[CheckpointFiles()],
-            profiler=NoProfiler(),
             # What these would print, the run says itself, and the weights are new, not suspect.
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             **lightning_options,
         )
-        if not torch.cuda.is_available():
-            # Lightning sets it, and every step of Adam then looks for NVIDIA's library, for 55 us.
-            os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
-        loop = self.fit_loop.epoch_loop
-        loop = EpochLoop(self, min_steps=loop.min_steps, max_steps=loop.max_steps)
-        self.fit_loop.epoch_loop = loop
-        # A run answers signals itself, where nothing is lost, and its processes agree on it:
-        # Lightning's handlers would broadcast in the middle of a step, and each batch waits for it.
-        self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     @property
     def chosen_weights(self) -> dict[str, Tensor]:
