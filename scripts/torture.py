@@ -27,7 +27,7 @@ from torturing.kills import kill
 from torturing.runs import EVERYTHING
 
 from cnntrain.config import compose
-from cnntrain.training import rehearse
+from cnntrain.training import dry_run
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for all runs; a temporary one if not given")
     given = parser.parse_args()
     folder = (given.folder or Path(tempfile.mkdtemp(prefix="torture-"))).absolute()
-    rehearse(compose(EVERYTHING))  # imports what a training imports
+    dry_run(compose(EVERYTHING))  # imports what a training imports
     started, problems = time.monotonic(), list[str]()
     if given.kills:
         options = [*EVERYTHING, f"trainer.max_epochs={given.epochs}", f"backend={given.backend}"]

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torturing.runs import differences, record
 
 from cnntrain.config import ConfigError, build, compose
-from cnntrain.config.contradictions import data_contradictions
+from cnntrain.config.cross_checks import cross_check_data
 from cnntrain.config.resume import changed, refused_changes
 from cnntrain.launched import Place, choose_interface
 from cnntrain.training import ProcessLost, checkpoint_file, train
@@ -281,7 +281,7 @@ def test_a_batch_that_cannot_be_shared() -> None:
         cfg = compose(
             [*options, f"data.batch_size={size}", f"+trainer.limit_train_batches={limit}"]
         )
-        said = data_contradictions(cfg, build(cfg.data))
+        said = cross_check_data(cfg, build(cfg.data))
         assert said == images // 2 * [
             f"data.batch_size={size}: a batch of {images} of the 4500 images cannot be shared by "
             "3 processes (trainer.devices); take another"

@@ -164,7 +164,7 @@ from torch import nn
 
 class Slow(nn.Conv2d):
     def forward(self, x):
-        if len(x) > 2:  # no rehearsal
+        if len(x) > 2:  # no dry run
             Path("computing").touch()
             time.sleep(100)
         return super().forward(x)

@@ -3,15 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Run
-from omegaconf import OmegaConf
 
+from cnntrain.commands.app import build_problems
 from cnntrain.config import ConfigError, compose
-from cnntrain.config.rehearsal import rehearsal_problems
 
 MINI = "data=fashion_mnist_mini"
 SHALLOW = "_target_: cnntrain.models.Shallow\n"
@@ -263,35 +262,14 @@ def test_module_that_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_contradiction_with_the_data(overrides: list[str], said: str) -> None:
     """4,500 images to train on are 36 batches of 128; 500 to validate with are one."""
-    problems = rehearsal_problems(compose([MINI, *overrides]), lambda cfg: None)
+    problems = build_problems(compose([MINI, *overrides]), lambda cfg: None)
     assert len(problems) == 1
     assert problems[0].startswith(said)
 
 
 @pytest.mark.parametrize("overrides", [["data.crop=27"], ["trainer.accumulate_grad_batches=36"]])
 def test_no_contradiction_with_the_data(overrides: list[str]) -> None:
-    assert rehearsal_problems(compose([MINI, *overrides]), lambda cfg: None) == []
-
-
-def _refusing(*options: str) -> Callable:
-    """A rehearsal whose constructors refuse these options, the first of them first."""
-
-    def rehearse(cfg: object) -> None:
-        for option in options:
-            if OmegaConf.select(cfg, option) is not None:  # type: ignore[call-overload]
-                raise ConfigError([f"{option.split('.')[0]}: bad {option}"])
-
-    return rehearse
-
-
-def test_the_option_to_blame_is_found() -> None:
-    cfg = compose([MINI, "+optimizer.maximize=true"])
-    refused = ["model.norm", "optimizer.eps", "optimizer.betas"]
-    assert rehearsal_problems(cfg, _refusing(*refused)) == [
-        "model.norm=true: bad model.norm",
-        "optimizer.eps=1e-08: bad optimizer.eps",
-        "optimizer.betas=[0.9, 0.999]: bad optimizer.betas",
-    ]
+    assert build_problems(compose([MINI, *overrides]), lambda cfg: None) == []
 
 
 def test_help_into_a_closed_pipe_is_quiet(tmp_path: Path) -> None:

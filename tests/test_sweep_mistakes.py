@@ -20,7 +20,7 @@ from cnntrain.sweeps.folder import SweepFolder
 from cnntrain.sweeps.journal import STUDY, storage
 from cnntrain.sweeps.ranking import short
 from cnntrain.sweeps.space import Space
-from cnntrain.training import rehearse
+from cnntrain.training import dry_run
 from cnntrain.training.run_directory import RunDirectory
 
 TINY = [
@@ -186,7 +186,7 @@ def test_a_shipped_space_trains_at_its_corners(name: str) -> None:
         for corner in dimension.corners:
             for setting in space.settings(dimension):
                 made = {**setting, dimension.option: json.dumps(corner).strip('"')}
-                rehearse(
+                dry_run(
                     checked(["data=fashion_mnist_mini", *(f"{o}={v}" for o, v in made.items())])
                 )
 

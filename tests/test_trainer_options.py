@@ -10,12 +10,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from cnntrain.commands.app import build_problems
 from cnntrain.config import CONF, ConfigError, compose
 from cnntrain.config.nodes import TRAINER_GIVEN
-from cnntrain.config.rehearsal import rehearsal_problems
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.training import train
-from cnntrain.training.building import rehearse
+from cnntrain.training.building import dry_run
 from cnntrain.training.checkpoint_file import read
 
 FILES = [OmegaConf.load(CONF / "trainer" / f"{name}.yaml") for name in ("auto", "ddp")]
@@ -146,7 +146,7 @@ def test_rejected_argument(name: str, problems: list[str]) -> None:
 )
 def test_rejected_value(options: str, said: str) -> None:
     try:
-        problems = rehearsal_problems(compose([*RUN, *options.split()]), rehearse)
+        problems = build_problems(compose([*RUN, *options.split()]), dry_run)
     except ConfigError as error:
         problems = error.problems
     assert [said in problem for problem in problems] == [True], problems

@@ -19,11 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain import config
 from cnntrain.commands.plan import Plan, places, plan, show_config
+from cnntrain.config.cross_checks import cross_check_data
 from cnntrain.config.overrides import merged
 from cnntrain.launched import launched
 
 Run = Callable[[DictConfig], float | None]
-Rehearse = Callable[[DictConfig], None]
+DryRun = Callable[[DictConfig], None]
 
 
 class Many(Protocol):
@@ -43,14 +44,14 @@ def start(
     name: str,
     run: Run,
     *,
-    rehearse: Rehearse | None = None,
+    dry_run: DryRun | None = None,
     resuming: bool = False,
     one: str | None = None,
     many: Callable[[argparse.Namespace], "Many"] | None = None,
 ) -> None:
     """Check the whole command line against conf/<name>.yaml, then let Hydra call `run`.
 
-    `rehearse` finds what only constructors find, and writes nothing: it is called for every run
+    `dry_run` finds what only constructors find, and writes nothing: it is called for every run
     before the first begins. `resuming` says that the run directory holds what is to be continued;
     `one` is what the command takes one of, so that there are no sweeps over it; `many` takes a
     sweep over in place of Hydra.
@@ -65,7 +66,7 @@ def start(
     sys.argv[1:] = [*flags, *arguments.overrides]
     sweep = many(arguments) if many else None
     try:
-        sweeping = _check(arguments, name, rehearse, resuming, one, sweep)
+        sweeping = _check(arguments, name, dry_run, resuming, one, sweep)
     except config.ConfigError as error:
         refuse(error)
     if arguments.cfg:
@@ -183,7 +184,7 @@ def _only_asks(arguments: argparse.Namespace) -> bool:
 def _check(
     arguments: argparse.Namespace,
     name: str,
-    rehearse: Rehearse | None,
+    dry_run: DryRun | None,
     resuming: bool,
     one: str | None,
     many: "Many | None",
@@ -205,7 +206,6 @@ def _check(
     if _only_asks(arguments):
         return False
     from cnntrain.config.hydra_options import hydra_problems
-    from cnntrain.config.rehearsal import rehearsal_problems
 
     required = config.ROOTS[name].required
     if missing := [key for key in required if OmegaConf.is_missing(cfgs[0], key)]:
@@ -230,14 +230,31 @@ def _check(
     elif many:
         many.refuse_options()
     with config.searching(**places(arguments), name=name):
-        if resuming and rehearse:
-            rehearse(cfgs[0])  # of what it continues, whatever is composed here
+        if resuming and dry_run:
+            dry_run(cfgs[0])  # of what it continues, whatever is composed here
         elif not resuming:
             for cfg in _different(cfgs):
-                problems += rehearsal_problems(cfg, rehearse)
+                problems += build_problems(cfg, dry_run)
     if problems:
         raise config.ConfigError(problems)
     return sweep
+
+
+def build_problems(cfg: DictConfig, dry_run: DryRun | None) -> list[str]:
+    """What only building shows to be wrong with a config that `check` has found nothing in.
+
+    `dry_run` builds from it all that will be built, writes nothing, and raises ConfigError with
+    the node and the constructor's message.
+    """
+    try:
+        if dry_run:
+            dry_run(cfg)
+        if dry_run and "data" in cfg:
+            with config.blame("data"):
+                return cross_check_data(cfg, config.build(cfg.data))
+    except config.ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def _different(cfgs: list[DictConfig]) -> list[DictConfig]:

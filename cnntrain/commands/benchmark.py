@@ -14,10 +14,10 @@ from cnntrain.config import blame, build
 def main() -> None:
     # PyTorch's profiler, which measures memory here, else writes about itself to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    start("benchmark", _benchmark, rehearse=_rehearse)
+    start("benchmark", _benchmark, dry_run=_dry_run)
 
 
-def _rehearse(cfg: DictConfig) -> None:
+def _dry_run(cfg: DictConfig) -> None:
     from cnntrain.lab.benchmark.run import prepared
 
     layers, options = _wanted(cfg)

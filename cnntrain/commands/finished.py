@@ -29,7 +29,7 @@ def start_on_run(
     start(
         name,
         lambda cfg: run(cfg, loaded[-1]),
-        rehearse=lambda cfg: loaded.append(load(cfg)),
+        dry_run=lambda cfg: loaded.append(load(cfg)),
         one="run",
     )
 

@@ -14,7 +14,6 @@ from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.checks import mismatch
 from cnntrain.config.overrides import shown, unknown
 from cnntrain.config.signatures import signature
-from cnntrain.config.source import locate
 
 LESSONS = {
     "patterns": "a kernel finds what looks like it",
@@ -56,10 +55,15 @@ def _teach(name: str, out: Path, options: dict[str, Any]) -> None:
     print(f"\n{short(file)}")
 
 
+def _source(name: str) -> ast.FunctionDef:
+    """A lesson's function, from its source: importing it imports torch."""
+    file = Path(__file__).parents[1] / "lab" / "lessons" / f"{name}.py"
+    functions = [n for n in ast.parse(file.read_bytes()).body if isinstance(n, ast.FunctionDef)]
+    return next(function for function in functions if function.name == name)
+
+
 def _help(name: str) -> None:
-    """From the source: importing a lesson imports torch."""
-    function = locate(f"cnntrain.lab.lessons.{name}.{name}").node
-    assert isinstance(function, ast.FunctionDef)
+    function = _source(name)
     given = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
     options = [f"{arg.arg}={shown(ast.literal_eval(default))}" for arg, default in given if default]
     print(f"cnntrain lesson {name} [option=value ...]\n")
@@ -69,17 +73,16 @@ def _help(name: str) -> None:
 
 def _parsed(name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     """The folder for the picture, and the options; ConfigError with all that is wrong."""
-    types = signature(f"cnntrain.lab.lessons.{name}.{name}").types
+    known = [*(argument.arg for argument in _source(name).args.kwonlyargs), "out"]
     options: dict[str, Any] = {}
     problems = []
     for text in arguments:
         option, equals, value = text.partition("=")
         if text.startswith("-"):
             problems.append(f"{text}: options have no dashes: option=value")
-        elif not equals and option in (*types, "out"):
+        elif not equals and option in known:
             problems.append(f"{text}: has to be given a value: {text}=...")
-        elif option not in (*types, "out"):
-            known = [*types, "out"]
+        elif option not in known:
             problems.append(f"{text}: {unknown(f'{name} has', 'option', option, known)}")
         elif option == "out":
             options["out"] = value
@@ -89,8 +92,10 @@ def _parsed(name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
                 options[option] = yaml.safe_load(value)
             except yaml.YAMLError:
                 options[option] = value
-            if wrong := mismatch(types[option](), options[option]):
-                problems.append(f"{text}: {wrong}")
+    types = {} if problems else signature(f"cnntrain.lab.lessons.{name}.{name}").types
+    for option, kind in types.items():
+        if option in options and (wrong := mismatch(kind, options[option])):
+            problems.append(f"{option}={shown(options[option])}: {wrong}")
     if problems:
         raise ConfigError(problems)
     return Path(options.pop("out", "outputs/lessons")), options

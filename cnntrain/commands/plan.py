@@ -52,6 +52,7 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
         "name": arguments.config_name or name,
         "command": name,
         **places(arguments),
+        "types": not arguments.help,
     }
     overrides: list[str] = arguments.overrides
     fixed = [text for text in overrides if not sweeps(text)]
@@ -92,7 +93,9 @@ def show_config(arguments: argparse.Namespace, name: str) -> None:
     if problems := _flag_problems(arguments):
         raise ConfigError(problems)
     root = arguments.config_name or name
-    cfg, problems = config.compose_valid(arguments.overrides, root, name, **places(arguments))
+    cfg, problems = config.compose_valid(
+        arguments.overrides, root, name, **places(arguments), types=False
+    )
     if cfg is None:
         raise ConfigError(problems)
     if arguments.resolve:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from cnntrain.commands.app import command_line, refuse, short, start, told
 from cnntrain.commands.plan import places
 from cnntrain.commands.sweeping import SweepCommand
-from cnntrain.config import ConfigError, check, compose, contradictions, fixed_run_directory, quoted
+from cnntrain.config import ConfigError, check, compose, cross_check, fixed_run_directory, quoted
 from cnntrain.config.resume import (
     CONFIG,
     begun,
@@ -55,7 +55,7 @@ def main() -> None:
             start(
                 "train",
                 lambda cfg: _train(cfg, resumed),
-                rehearse=lambda cfg: _rehearse(resumed.cfg if resumed else cfg),
+                dry_run=lambda cfg: _dry_run(resumed.cfg if resumed else cfg),
                 resuming=resumed is not None,
                 many=SweepCommand,
             )
@@ -130,10 +130,10 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     return result.metrics[run.cfg.trainer.monitor]
 
 
-def _rehearse(cfg: DictConfig) -> None:
-    from cnntrain.training import rehearse
+def _dry_run(cfg: DictConfig) -> None:
+    from cnntrain.training import dry_run
 
-    rehearse(cfg)
+    dry_run(cfg)
 
 
 def _resumed(arguments: argparse.Namespace) -> Resumed | None:
@@ -178,7 +178,7 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         raise ConfigError([busy])
     run = run_config(directory)
     wanted = composed if chosen == "auto" else changed(run, directory, own, load)
-    problems = check(wanted) or contradictions(wanted) or refused_changes(run, wanted)
+    problems = check(wanted) or cross_check(wanted) or refused_changes(run, wanted)
     if problems:
         raise ConfigError(problems)
     if result := completed(directory, wanted):

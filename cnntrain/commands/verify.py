@@ -20,10 +20,10 @@ OPTIONAL = ("unit", "budget", "cases", "worst error")  # in a narrow terminal, t
 
 
 def main() -> None:
-    start("verify", _verify, rehearse=_rehearse, one="backend")
+    start("verify", _verify, dry_run=_dry_run, one="backend")
 
 
-def _rehearse(cfg: DictConfig) -> None:
+def _dry_run(cfg: DictConfig) -> None:
     """A report that cannot be written is not to be found out a minute later."""
     if cfg.json in (None, "-"):
         return

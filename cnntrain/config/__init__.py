@@ -1,7 +1,6 @@
 """Compose a config, check it, build objects from it.
 
-Nothing here imports torch until something is built or a question about the machine comes up, so
-that a mistyped option is answered at once.
+Unknown keys and choices are found without importing torch; types need the classes' signatures.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain.config.checks import check
 from cnntrain.config.checks import settle as settle
-from cnntrain.config.contradictions import contradictions
+from cnntrain.config.cross_checks import cross_check
 from cnntrain.config.nodes import NODES as NODES
 from cnntrain.config.nodes import ROOTS as ROOTS
 from cnntrain.config.nodes import Root as Root
@@ -103,19 +102,26 @@ def compose_all(
     command: str | None = None,
     folder: Path = CONF,
     extra: Path | None = None,
+    types: bool = True,
 ) -> DictConfig:
     """As `compose`, with Hydra's own options, unchecked, under `hydra`."""
-    cfg, problems = compose_valid(overrides, name, command or name, folder, extra)
+    cfg, problems = compose_valid(overrides, name, command or name, folder, extra, types)
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg
 
 
 def compose_valid(
-    overrides: Sequence[str], name: str, command: str, folder: Path, extra: Path | None
+    overrides: Sequence[str],
+    name: str,
+    command: str,
+    folder: Path,
+    extra: Path | None,
+    types: bool = True,
 ) -> tuple[DictConfig | None, list[str]]:
     """As `compose_all`, of the overrides that can be applied, and every problem found; None if
-    nothing can be composed."""
+    nothing can be composed. Without `types`, or with an unknown key or choice, nothing is imported.
+    """
     root = ROOTS.get(command, ROOTS["train"])  # one of the user's own is trained
     overrides = merged(overrides)
     cfg, problems = _load(overrides, name, folder, extra)
@@ -123,16 +129,17 @@ def compose_valid(
     if cfg is None:
         return None, problems
     settle(cfg, cfg.hydra, root)
-    return cfg, problems + found_in(without_hydra(cfg), root, problems)
+    if problems or not types:  # these are reported without importing torch
+        return cfg, problems
+    return cfg, found_in(without_hydra(cfg), root)
 
 
-def found_in(own: DictConfig, root: Root, before: Sequence[str] = ()) -> list[str]:
-    """What is wrong with a config without `hydra`, beside the problems found `before`."""
+def found_in(own: DictConfig, root: Root) -> list[str]:
+    """What is wrong with a config without `hydra`; imports the classes that it names."""
     problems = check(own, root)
     related = ("trainer", "optimizer", "scheduler")
-    named = (problem.lstrip("+~") for problem in (*before, *problems))
-    if "trainer" in root.nodes and not any(name.startswith(related) for name in named):
-        problems += contradictions(own)
+    if "trainer" in root.nodes and not any(p.lstrip("+~").startswith(related) for p in problems):
+        problems += cross_check(own)
     return problems
 
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +20,7 @@ from yaml import YAMLError
 from cnntrain.config.choices import defaults
 from cnntrain.config.nodes import NODES, ROOTS, Node, Root
 from cnntrain.config.overrides import first_line, one_line, options_of, shown, unknown
-from cnntrain.config.signatures import Signature, is_subclass, signature
+from cnntrain.config.signatures import Signature, is_subclass, plain, signature
 
 
 def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
@@ -38,7 +38,7 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
         value, wrong = _resolved(cfg, key)
         wrong = wrong or _unfit_value(value)
         if key in options and key not in (*root.given, "seed"):
-            wrong = wrong or mismatch(options[key](), value)
+            wrong = wrong or mismatch(options[key], value)
         if wrong:
             problems.append(f"{key}={shown(value)}: {wrong}")
         elif key == "seed":
@@ -88,22 +88,21 @@ def settle(cfg: DictConfig, hydra: Any, root: Root = ROOTS["train"]) -> None:
     """
     overrides: Any = OmegaConf.to_container(hydra.overrides.task)
     typed = set(options_of(overrides))
-    options: dict[str, Callable[[], Any]] = {"seed": lambda: int, "profile": lambda: bool}
-    options |= signature(root.target).types if root.target else {}
+    options: dict[str, Any] = {"seed": int, "profile": bool}
     with open_dict(cfg):
-        _read_text(cfg, options)
+        _read_text(cfg, root.target, options)
         for key, node in NODES.items():
             with contextlib.suppress(OmegaConfBaseException, ImportError, RecursionError):
                 values = OmegaConf.select(cfg, key)
                 if not isinstance(values, DictConfig) or not isinstance(values._target_, str):
                     continue
-                accepted = signature(values._target_)
-                _read_text(values, accepted.types)
+                _read_text(values, values._target_, {})
                 replaced = f"{key}._target_" in typed
                 whole = any(text.lstrip("+~").startswith(f"{key}={{") for text in overrides)
                 file = defaults(key, str(hydra.runtime.choices.get(key)))
                 if not replaced and values._target_ == file.get("_target_", values._target_):
                     continue
+                accepted = signature(values._target_)
                 for name, value in [(str(name), value) for name, value in values.items()]:
                     option = f"{key}.{name}"
                     if option in typed or option in NODES or name.startswith("_"):
@@ -119,19 +118,23 @@ def _takes(accepted: Signature, name: str, value: Any) -> bool:
     if name not in accepted.types:
         return accepted.open
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    return mismatch(accepted.types[name](), plain) is None
+    return mismatch(accepted.types[name], plain) is None
 
 
-def _read_text(node: DictConfig, types: Mapping[str, Callable[[], Any]]) -> None:
+def _read_text(node: DictConfig, target: str | None, types: Mapping[str, Any]) -> None:
     for key, raw in list(node.items_ex(resolve=False)):
         name, raw = str(key), OmegaConf.to_container(raw) if OmegaConf.is_config(raw) else raw
-        if name not in types or "${" not in str(raw):
+        if "${" not in str(raw) or name in NODES:
             continue
         with contextlib.suppress(OmegaConfBaseException, YAMLError):
-            value, kind = node[name], types[name]()
+            value = node[name]
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True)
             read = _as_yaml(raw, value)
+            if read == value:  # no text, or text that is no other value
+                continue
+            types = {**(signature(target).types if target else {}), **types}
+            kind = types.get(name, str)
             # Without an annotation only the text itself tells.
             wanted = "oc.env" in str(raw) if kind is Any else mismatch(kind, value)
             if wanted and not mismatch(kind, read):
@@ -196,7 +199,7 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
             names = [n for n in accepted.types if n not in node.given]
             problems.append(f"{option}: {unknown(f'{target} has', 'option', name, names)}")
         elif wrong := _unfit_value(value) or (
-            mismatch(accepted.types[name](), value) if name in accepted.types else None
+            mismatch(accepted.types[name], value) if name in accepted.types else None
         ):
             problems.append(f"{option}: {wrong}")
     return problems
@@ -205,11 +208,10 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
 def mismatch(kind: Any, value: Any) -> str | None:
     """What keeps a plain value from being of a type, in pydantic's words."""
     from pydantic import TypeAdapter, ValidationError
-    from pydantic.errors import PydanticSchemaGenerationError
 
     try:
         # By way of JSON, where strict still takes a list for a tuple and an int for a float.
-        TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
+        TypeAdapter(plain(kind)).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         found = [
             "has too few values" if e["type"] == "missing" else e["msg"][0].lower() + e["msg"][1:]
@@ -218,8 +220,6 @@ def mismatch(kind: Any, value: Any) -> str | None:
         marks = getattr(kind, "__metadata__", ())  # of an Annotated type
         explained = [f": {text}" for m in marks if (text := getattr(m, "description", None))]
         return "".join([", or ".join(dict.fromkeys(found)), *explained])
-    except PydanticSchemaGenerationError:
-        pass  # a type that is not for plain values: its constructor will say
     return None
 
 

@@ -8,7 +8,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cnntrain.config.nodes import NODES
-from cnntrain.config.signatures import signature
 
 TERSE = (LookupError, ArithmeticError, AttributeError, AssertionError, SystemExit)
 
@@ -180,18 +179,15 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
         node = OmegaConf.select(base, parent) if parent else base
         if not isinstance(node, DictConfig):
             return f"{text}: {unknown('there is', 'option', key, list(_flat(base)))}"
-        target = node.get("_target_")
-        if target and not text.startswith(("+", "~")) and name in _parameters(target):
-            return _value_problem(parent, node, name, override.value()) or (
-                f"{text}: {target} has it, but the config does not: add it with +{text}"
-            )
         names = [str(k) for k in node if not str(k).startswith("_")]
         inner = [full for full in _flat(base) if full.endswith(f".{name}")]
         if not parent and inner:
             return f"{text}: there is no option {name!r}; did you mean {' or '.join(inner)}?"
-        return (
-            f"{text}: {unknown(f'{parent} has' if parent else 'there is', 'option', name, names)}"
-        )
+        problem = unknown(f"{parent} has" if parent else "there is", "option", name, names)
+        target = node.get("_target_")
+        others = target and "did you mean" not in problem
+        more = f"; other options of {target} are added with +{text}" if others else ""
+        return f"{text}: {problem}{more}"
     return f"{text}: {one_line(error)}"
 
 
@@ -229,22 +225,6 @@ def quoted(text: str) -> str:
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     text = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
-
-
-def _value_problem(key: str, node: DictConfig, name: str, value: Any) -> str | None:
-    """What `check` would say of the value, were the option in the config."""
-    from cnntrain.config.checks import check_node  # which imports this module
-
-    target = {k: node[k] for k in ("_target_", "_partial_") if k in node}
-    problems = check_node(key, NODES[key], {**target, name: value}) if key in NODES else []
-    return next((p for p in problems if p.startswith(f"{key}.{name}=")), None)
-
-
-def _parameters(target: str) -> Iterable[str]:
-    try:
-        return signature(target).types
-    except ImportError:
-        return ()
 
 
 def _flat(cfg: DictConfig) -> Iterator[str]:

@@ -10,7 +10,6 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError, blame, build, check, compose
-from cnntrain.config.rehearsal import rehearsal_problems
 from cnntrain.config.resume import CHECKPOINTS, begun
 from cnntrain.data import ImageData
 from cnntrain.training.building import build_network
@@ -120,7 +119,7 @@ def _config(path: Path, content: Content, backend: str | DictConfig | None) -> D
     if backend is not None:
         with open_dict(cfg):
             cfg.backend = backend
-    if problems := check(cfg) or rehearsal_problems(cfg, None):
+    if problems := check(cfg):
         raise CheckpointError(f"{path}: the config in it cannot be used: {problems[0]}")
     return cfg
 

@@ -68,10 +68,10 @@ def problems(node: DictConfig, compose: Compose, typed: Sequence[str] = ()) -> l
     ]
     if found := found + space.refusals(compose):
         return found
-    from cnntrain.sweeps.study import rehearse
+    from cnntrain.sweeps.study import dry_run
 
     try:
-        rehearse(node)
+        dry_run(node)
     except ConfigError as error:
         return error.problems
     return []

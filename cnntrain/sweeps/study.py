@@ -187,7 +187,7 @@ def sample(search: Search, trials: Sequence[FrozenTrial], seed: int, name: str) 
     )
 
 
-def rehearse(node: DictConfig) -> None:
+def dry_run(node: DictConfig) -> None:
     """Build what a search is made of and have it suggest a trial. Nothing is written.
 
     Raises ConfigError for what constructors, or the first trial, refuse.
@@ -207,7 +207,7 @@ def rehearse(node: DictConfig) -> None:
                 ]
             )
         with blame("search.sampler"):
-            sample(search, [], 0, "rehearsal")
+            sample(search, [], 0, "dry run")
 
 
 def replaced(trials: Sequence[FrozenTrial]) -> set[int]:

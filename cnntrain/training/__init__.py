@@ -1,6 +1,6 @@
 """From a config to a finished run."""
 
-from cnntrain.training.building import rehearse
+from cnntrain.training.building import dry_run
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.company import ProcessLost
 from cnntrain.training.insights import Insights
@@ -26,6 +26,6 @@ __all__ = [
     "Result",
     "Trainer",
     "WarmupCosine",
-    "rehearse",
+    "dry_run",
     "train",
 ]

@@ -21,7 +21,7 @@ from cnntrain.training.step_graph import CUDAGraphs
 from cnntrain.training.trainer import Trainer
 
 
-def rehearse(cfg: DictConfig) -> None:
+def dry_run(cfg: DictConfig) -> None:
     """Build all that a run would build, and make one step with black images on the CPU.
 
     Nothing is written. Raises ConfigError for what constructors, or the first step, refuse.

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
@@ -170,7 +171,7 @@ class Average(WeightAveraging):
 
     def __init__(self, decay: float):
         super().__init__(use_buffers=True)
-        self.decay = decay
+        self.update = get_ema_multi_avg_fn(decay)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         assert self._average_model is not None
@@ -189,10 +190,10 @@ class Average(WeightAveraging):
         step = trainer.global_step
         if step == self._latest_update_step:
             return  # gradients are being accumulated
-        share = 1 - self.decay if self._latest_update_step else 1.0  # the first weights as they are
-        own, theirs = zip(*self.averaged, strict=True)
-        torch._foreach_lerp_(own, theirs, share)
-        for kept, seen in self.copied:
+        if self._latest_update_step:
+            own, theirs = map(list, zip(*self.averaged, strict=True))
+            self.update(own, theirs, None)
+        for kept, seen in self.copied if self._latest_update_step else self.averaged + self.copied:
             kept.copy_(seen)
         self._latest_update_step = step
 

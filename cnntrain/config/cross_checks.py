@@ -1,4 +1,4 @@
-"""Options that are right one by one and impossible together, or on this machine."""
+"""Checks across options: valid one by one, impossible together or on this machine."""
 
 import math
 from typing import Any
@@ -14,8 +14,8 @@ from cnntrain.launched import launched
 LENGTHS = ("T_max", "T_0", "total_iters", "step_size", "milestones")
 
 
-def contradictions(cfg: DictConfig) -> list[str]:
-    """What a checked config of a run contradicts itself in: one line a problem."""
+def cross_check(cfg: DictConfig) -> list[str]:
+    """Options of a checked config of a run that exclude each other: one line a problem."""
     return [
         *_profile(cfg),
         *_device(cfg),
@@ -182,8 +182,8 @@ def _lengths(cfg: DictConfig) -> list[str]:
     return problems
 
 
-def data_contradictions(cfg: DictConfig, data: Any) -> list[str]:
-    """What the config of a run contradicts in the facts of its data, an ImageData."""
+def cross_check_data(cfg: DictConfig, data: Any) -> list[str]:
+    """Options that do not fit the size of the data, an ImageData: one line a problem."""
     problems = []
     crop, smallest = cfg.data.get("crop", 0), min(data.shape[1:])
     if crop >= smallest:
