@@ -190,7 +190,8 @@ def _construct(conv: nn.Conv2d, kind: type[nn.Conv2d], options: dict[str, Any]) 
         kind.__init__(conv, **{**options, **arguments})
         made = _properties(conv)
         for name in ("weight", "bias"):
-            conv._parameters.pop(name, None)
+            if hasattr(conv, name):
+                delattr(conv, name)
         conv.to(weight)  # what else the class may have made
     except Exception as error:
         return str(error).strip().split("\n")[0] or type(error).__name__

@@ -201,7 +201,8 @@ class NaNGuard(lightning.Callback):
         for index in range(len(loader)) if not math.isfinite(total) else ():
             at = BatchRecord(stage, trainer.current_epoch, index, trainer.global_step, lr, total)
             at = replace(at, tensors=loader.batch(0, index))
-            if len(at.tensors[1]) and not math.isfinite(loss := repeat(trainer, module, at)[0]):
+            loss = repeat(trainer, module, at)[0] if len(loader.batch(0, index)[1]) else 0.0
+            if not math.isfinite(loss):
                 bad = replace(at, loss=loss)
                 break
         if anywhere(bad is not None):

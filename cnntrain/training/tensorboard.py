@@ -76,7 +76,7 @@ class TensorBoard(TensorBoardLogger):
             column.differs = column.name in FIRST  # TensorBoard sorts by this, then by name
         about.content = content.SerializeToString()
         for summary in [columns, values] if labels is None else [values]:
-            self.experiment._get_file_writer().add_summary(summary)
+            self.experiment.file_writer.add_summary(summary)
 
     def go_on(self, position: int) -> None:
         """Continue the stream from where `position` was asked for.
@@ -88,10 +88,11 @@ class TensorBoard(TensorBoardLogger):
         old = sorted(self.directory.glob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime)
         # Tells a TensorBoard that is running to forget what it has read of the old file.
         self._experiment = SummaryWriter(str(self.directory), purge_step=0)
-        writer = self.experiment._get_file_writer().event_writer
+        writer = self.experiment.file_writer.event_writer
         self.experiment.flush()
-        path = Path(writer._file_name)
-        self.path, self.head = path, path.stat().st_size
+        files = set(self.directory.glob("events.out.tfevents.*"))
+        (self.path,) = files - set(old)
+        self.head = self.path.stat().st_size
         copied = 0
         for record in records(old[0]) if old and position else ():
             if copied >= position:
@@ -124,7 +125,7 @@ class TensorBoard(TensorBoardLogger):
         image = Summary.Image(height=height, width=width, colorspace=3)
         image.encoded_image_string = png(picture)
         value = Summary.Value(tag=tag, image=image)
-        self.experiment._get_file_writer().add_summary(Summary(value=[value]), step)
+        self.experiment.file_writer.add_summary(Summary(value=[value]), step)
 
     def graph(self, nodes: Sequence[Node]) -> None:
         """Not `add_graph`, which follows a convolution into what it computes with."""
@@ -135,7 +136,7 @@ class TensorBoard(TensorBoardLogger):
             for size in (-1, *node.shape):
                 shape.dim.add(size=size)
         event = Event(graph_def=graph.SerializeToString())
-        self.experiment._get_file_writer().add_event(event)
+        self.experiment.file_writer.add_event(event)
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
         """Not `add_histogram`, which takes ten times as long.
@@ -210,7 +211,7 @@ class TensorBoard(TensorBoardLogger):
 
     def end(self, cfg: DictConfig) -> None:
         """Mark the run as finished in the HParams tab, and close the stream."""
-        self.experiment._get_file_writer().add_summary(hparams(options(cfg), {})[2])
+        self.experiment.file_writer.add_summary(hparams(options(cfg), {})[2])
         for writer in (self.experiment, *self.curves.values()):
             writer.close()
 

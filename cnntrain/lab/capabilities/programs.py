@@ -30,7 +30,7 @@ LARGE: dict[str, Any] = {
 
 def compiled(function: Callable) -> Callable:
     """In one graph; without the C++ compiler, that not every machine has."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
