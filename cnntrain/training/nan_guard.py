@@ -199,9 +199,10 @@ class NaNGuard(lightning.Callback):
         loader = loader_of(trainer, stage)
         bad: BatchRecord | None = None
         for index in range(len(loader)) if not math.isfinite(total) else ():
+            batch = loader.batch(0, index)
             at = BatchRecord(stage, trainer.current_epoch, index, trainer.global_step, lr, total)
-            at = replace(at, tensors=loader.batch(0, index))
-            loss = repeat(trainer, module, at)[0] if len(loader.batch(0, index)[1]) else 0.0
+            at = replace(at, tensors=batch)
+            loss = repeat(trainer, module, at)[0] if len(batch[1]) else 0.0
             if not math.isfinite(loss):
                 bad = replace(at, loss=loss)
                 break
