@@ -1,4 +1,4 @@
-"""The capability table: the README shows what the probes find, and the probes find faults."""
+"""The capability table: the docs show what the probes find, and the probes find faults."""
 
 import re
 import subprocess
@@ -14,14 +14,16 @@ from cnntrain.conv.naive import Naive
 from cnntrain.lab.capabilities import CAPABILITIES, LIMITS, attempt, derivatives, table, values
 from cnntrain.lab.capabilities.twins import OPTIONS
 
-README = Path(__file__).parents[1] / "README.md"
-COMMAND = "python -m cnntrain.lab.capabilities README.md"
+PAGE = Path(__file__).parents[1] / "docs/convolutions.md"
+COMMAND = "python -m cnntrain.lab.capabilities docs/convolutions.md"
 MARKED = re.compile(r"<!-- capabilities -->\n(.*)<!-- /capabilities -->\n", re.DOTALL)
 
 
 def test_the_readme_shows_what_the_probes_find():
-    (shown,) = MARKED.findall(README.read_text(encoding="utf-8"))
-    assert shown == table(), f"the table in README.md is not what is so; write it anew: {COMMAND}"
+    (shown,) = MARKED.findall(PAGE.read_text(encoding="utf-8"))
+    assert shown == table(), (
+        f"the table in docs/convolutions.md is outdated; write it anew: {COMMAND}"
+    )
 
 
 SHAPES = {  # by which im2col chooses how to compute

@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/lessons.md, as it stands there, in a real process."""
+"""Every command of the README and of docs/*.md, as it stands there, in a real process."""
 
 import csv
 import gzip
@@ -16,10 +16,12 @@ from PIL import Image
 from test_commands import QUICK, TRAIN
 from test_data_idx import idx_bytes
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-def commands_of(page: str, *starts: str) -> list[str]:
+
+def commands_of(page: Path, *starts: str) -> list[str]:
     """A page's lines that start so; `pip`, `pytest` and the rest are run by .ci/run."""
-    text = (ROOT / page).read_text()
+    text = page.read_text()
     for name in ("photo.png", "folder", "scan.jpg"):  # whoever reads has these
         text = text.replace(f"<{name}>", name)
     lines = text.splitlines()
@@ -28,10 +30,11 @@ def commands_of(page: str, *starts: str) -> list[str]:
     return [c for c in commands if c.startswith(starts) and "<" not in c]
 
 
-def test_a_run_is_made_before_it_is_used() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_run_is_made_before_it_is_used(page: Path) -> None:
     """In the order of the page, in a clone in which nothing has been done."""
     lines = [
-        c for c in readme_commands("python train.py", "cnntrain ", "echo") if "-m cnn" not in c
+        c for c in commands_of(page, "python train.py", "cnntrain ", "echo") if "-m cnn" not in c
     ]
     made: set[str] = set()
     for line in lines:
@@ -52,24 +55,26 @@ def test_a_run_is_made_before_it_is_used() -> None:
 
 
 def test_no_command_installs_what_is_not_published() -> None:
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md"]
     sources = [*(ROOT / "cnntrain").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml")]
     for file in [*pages, *sources]:
         text = file.read_text()
         assert not re.search(r"pip install [\"']?cnntrain", text), file
-    extras = re.findall(r'pip install -e "\.\[([\w,]+)\]"', (ROOT / "README.md").read_text())
+    text = "".join(page.read_text() for page in PAGES)
+    extras = re.findall(r'pip install -e "\.\[([\w,]+)\]"', text)
     declared = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
     known = re.findall(r"^(\w+) = \[", declared, re.M)
     assert {name for found in extras for name in found.split(",")} <= set(known)
     assert len(extras) >= 4
 
 
-def readme_commands(*starts: str) -> list[str]:
-    return commands_of("README.md", *starts)
+def commands(*starts: str) -> list[str]:
+    """Of all pages, each once."""
+    return list(dict.fromkeys(c for page in PAGES for c in commands_of(page, *starts)))
 
 
-@pytest.mark.parametrize("command", readme_commands("cnntrain verify", "cnntrain benchmark"))
-def test_readme_command_of_the_lab(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", commands("cnntrain verify", "cnntrain benchmark"))
+def test_command_of_the_lab(command: str, tmp_path: Path) -> None:
     """As the README has it, on few cases."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
     arguments = shlex.split(command.split("`")[0])[1:]
@@ -104,8 +109,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "command",
     [
-        *readme_commands("cnntrain evaluate", "cnntrain predict", "cnntrain export"),
-        *commands_of("docs/lessons.md", "cnntrain lesson"),
+        *commands("cnntrain evaluate", "cnntrain predict", "cnntrain export"),
+        *commands("cnntrain lesson"),
     ],
 )
 def test_command_of_the_pages(command: str, desk: Path) -> None:
@@ -141,12 +146,12 @@ def test_what_a_lesson_shows_is_in_its_page(desk: Path) -> None:
 
 
 # The ablation is tested with the lessons.
-LESSONS = [c for c in commands_of("docs/lessons.md", "python train.py") if "ablation" not in c]
+TRAININGS = [c for c in commands("python train.py ") if "ablation" not in c]
 
 
-@pytest.mark.parametrize("command", [*readme_commands("python train.py "), *LESSONS])
-def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
-    """As the README has it, on little data."""
+@pytest.mark.parametrize("command", TRAININGS)
+def test_training_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
+    """As the pages have it, on little data."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
     arguments = shlex.split(command.split("`")[0])[2:]
     own_data = any(a.startswith(("data=", "experiment=")) for a in arguments)
@@ -157,9 +162,9 @@ def test_readme_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
     if "trainer=gpu" in arguments and not Path("/dev/nvidia0").exists():
         assert done.returncode == 2
         assert "this machine has no GPU that PyTorch can use" in done.stderr
-    elif "im2coll" in command:
+    elif "im2coll" in command or "=-1" in command:
         assert done.returncode == 2
-        shown = (ROOT / "README.md").read_text()
+        shown = "".join(page.read_text() for page in PAGES)
         assert all(line in shown for line in done.stderr.splitlines()), done.stderr
     elif "optimizer.lr=1e20" in command:
         assert done.returncode == 3
@@ -185,9 +190,9 @@ def test_benchmark_writes_its_ratios(tmp_path: Path) -> None:
         assert float(row["to_bare"]) == pytest.approx(ratio, abs=2e-3, rel=2e-3)
 
 
-def test_readme_python(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_pages(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    blocks = (ROOT / "docs/python.md").read_text().split("```python\n")[1:]
     assert blocks
     for block in blocks:
-        exec(compile(block.split("```")[0], "README.md", "exec"), {})
+        exec(compile(block.split("```")[0], "python.md", "exec"), {})
