@@ -48,7 +48,8 @@ def test_a_run_is_made_before_it_is_used(page: Path) -> None:
         if "mypkg" in line and words[0] != "echo":
             assert "mypkg.py" in made, line
         made |= {w.removeprefix("hydra.run.dir=") for w in words if w.startswith("hydra.run.dir=")}
-        made |= {f"outputs/sweeps/{w[6:]}" for w in words if w.startswith("sweep=")}
+        named = [w.partition("=")[2] for w in words if w.startswith(("sweep=", "experiment="))]
+        made |= {f"outputs/sweeps/{name}" for name in named}
         for word in words:  # files that are named are shipped or yours
             if word.startswith("images=cnntrain/"):
                 assert (ROOT / word.removeprefix("images=")).exists()
