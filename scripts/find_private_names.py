@@ -35,9 +35,12 @@ def own_names(tree: ast.AST) -> Iterator[str]:
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if isinstance(node.value, ast.Name) and node.value.id == "self":
-                yield node.attr
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and (isinstance(node.value, ast.Name) and node.value.id == "self")
+        ):
+            yield node.attr
 
 
 def used_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -53,9 +56,14 @@ def used_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
             if node.func.id in ("getattr", "setattr", "hasattr", "delattr"):
                 texts = [a.value for a in node.args if isinstance(a, ast.Constant)]
                 yield from ((node.lineno, text) for text in texts if isinstance(text, str))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node.value.count(".") > 1 and " " not in node.value:  # the dotted name of a class
-                yield node.lineno, node.value
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and (
+                node.value.count(".") > 1 and " " not in node.value  # the dotted name of a class
+            )
+        ):
+            yield node.lineno, node.value
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ for name in ("COLUMNS", "LINES"):
     os.unsetenv(name)
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "scripts"))
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -6,7 +6,7 @@ It returns where the backend can, raises AssertionError where a number is wrong,
 where the backend cannot.
 
     python -m cnntrain.lab.capabilities                     # prints the table
-    python -m cnntrain.lab.capabilities docs/convolutions.md    # puts it between the file's two markers
+    python -m cnntrain.lab.capabilities docs/convolutions.md    # writes it there
 
 and ``table({"mine": MyConv2d})`` is that of a class of one's own.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_conv import every_backend, our_backend, randn, twin
+from convolutions import every_backend, our_backend, randn, twin
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -145,7 +145,10 @@ def test_bitwise_the_same_in_this_process_and_in_another():
         assert bits() == first
     finally:
         torch.use_deterministic_algorithms(False)
-    code = "import torch, conftest, test_conv_gradients_settings as t; print(t.bits())"
+    code = (
+        "import sys, torch; sys.path[:0] = ['..', '../support'];"
+        "import conftest, test_conv_gradients_settings as t; print(t.bits())"
+    )
     other = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,

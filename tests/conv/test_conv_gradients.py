@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from test_conv import GRID, OperatorNames, every_backend, our_backend, randn, twin
+from convolutions import GRID, OperatorNames, every_backend, our_backend, randn, twin
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call

@@ -17,7 +17,7 @@ from sweep_commands import hparams
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.util.tensor_util import make_ndarray
-from test_training import load
+from weights import load
 
 from cnntrain.config import ConfigError, build, compose, config_hash
 from cnntrain.config.resume import read_result

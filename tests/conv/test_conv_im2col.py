@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 import torch
-from test_conv import randn
+from convolutions import randn
 from torch import nn
 
 from cnntrain.conv import Geometry, Im2colConv2d

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from finished_runs import command, finished, plain_network
+from idx_files import idx_bytes
 from PIL import Image
-from test_data_idx import idx_bytes
 
 from cnntrain.config import ConfigError
 from cnntrain.data import FashionMNISTMini

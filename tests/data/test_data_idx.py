@@ -6,15 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from idx_files import idx_bytes
 
 from cnntrain.data import DataError
 from cnntrain.data.idx import IdxFile, parse_idx, read_bytes, read_idx
-
-
-def idx_bytes(values: np.ndarray) -> bytes:
-    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-    return header + values.tobytes()
-
 
 VALUES = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
 GOOD = idx_bytes(VALUES)

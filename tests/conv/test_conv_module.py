@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from test_conv import every_backend, randn, twin
+from convolutions import every_backend, randn, twin
 from torch import nn
 from torch.func import functional_call
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import QUICK, TRAIN
 from conftest import ROOT, Run
+from idx_files import idx_bytes
 from PIL import Image
-from test_commands import QUICK, TRAIN
-from test_data_idx import idx_bytes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from weights import load
 
 from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, build, compose
@@ -28,15 +29,6 @@ def run(directory: Path, *overrides: str) -> tuple[Result, DictConfig]:
 def scalars(directory: Path, tag: str) -> list[float]:
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     return [event.value for event in events.Scalars(tag)]
-
-
-def load(cfg: DictConfig, checkpoint: Path, **options: Any) -> nn.Module:
-    """A network with a checkpoint's weights, by PyTorch's own means."""
-    network = build(cfg.model, conv=build(cfg.backend), **options)
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    state = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
-    network.load_state_dict(state)
-    return network.eval()
 
 
 @torch.no_grad()

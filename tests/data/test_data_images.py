@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data_idx import idx_bytes
+from idx_files import idx_bytes
 from tiny_fashion_mnist import NAMES, REAL, data, use_tiny, write
 
 from cnntrain.data import DataError, FashionMNISTMini, ImageData, fashion_mnist

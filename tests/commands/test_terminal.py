@@ -24,7 +24,7 @@ from cnntrain.terminal import UNLIMITED, fit_lines, output, table_text
 from cnntrain.training.record import OPTIONAL, _line
 from cnntrain.training.trainer import device_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = "− 1 ± 2 ≈ – × ≥ ─ é 中"
 WIDTHS = [40, 60, 80, 110, 200]
 

@@ -19,7 +19,7 @@ from cnntrain.data import (
 from cnntrain.data.fashion_mnist import FILES, MINI_FILES, MINI_FOLDER
 from cnntrain.data.idx import read_idx
 
-CONF = Path(__file__).parents[1] / "conf" / "data"
+CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
 @pytest.mark.parametrize(("cls", "total"), [(FashionMNIST, 60_000), (FashionMNISTMini, 5_000)])

@@ -14,7 +14,7 @@ from cnntrain.conv.naive import Naive
 from cnntrain.lab.capabilities import CAPABILITIES, LIMITS, attempt, derivatives, table, values
 from cnntrain.lab.capabilities.twins import OPTIONS
 
-PAGE = Path(__file__).parents[1] / "docs/convolutions.md"
+PAGE = Path(__file__).parents[2] / "docs/convolutions.md"
 COMMAND = "python -m cnntrain.lab.capabilities docs/convolutions.md"
 MARKED = re.compile(r"<!-- capabilities -->\n(.*)<!-- /capabilities -->\n", re.DOTALL)
 

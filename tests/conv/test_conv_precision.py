@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_conv import randn
+from convolutions import randn
 from torch import nn
 
 from cnntrain.conv import Im2colConv2d, NaiveConv2d

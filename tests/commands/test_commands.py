@@ -15,11 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import QUICK, TRAIN
 from conftest import ROOT, Run
 from tensorboard_page import Server
-
-QUICK = ["data=fashion_mnist_mini", "trainer.max_epochs=1", "+trainer.limit_train_batches=3"]
-TRAIN = [sys.executable, str(ROOT / "train.py")]
 
 
 def test_a_run_in_a_pipe(cnntrain: Run, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
         "print('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import numpy as np
-from test_data_idx import idx_bytes
+from idx_files import idx_bytes
 
 from cnntrain.data import FashionMNIST, cache, fashion_mnist
 from cnntrain.data.idx import IdxFile
