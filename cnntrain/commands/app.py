@@ -21,7 +21,7 @@ from cnntrain import config
 from cnntrain.commands.plan import Plan, places, plan, show_config
 from cnntrain.config.cross_checks import cross_check_data
 from cnntrain.config.overrides import merged
-from cnntrain.launched import launched
+from cnntrain.process_info import launched
 
 Run = Callable[[DictConfig], float | None]
 DryRun = Callable[[DictConfig], None]

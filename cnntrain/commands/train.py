@@ -30,27 +30,24 @@ from cnntrain.config.resume import (
     run_only,
 )
 from cnntrain.interruption import Interrupted, watching
-from cnntrain.launched import Place, launched
+from cnntrain.process_info import ProcessInfo, launched
 from cnntrain.terminal import paragraph
 
 
 def main() -> None:
     # Every attempt of a socket to connect else has a line of its own on stderr.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    place = launched()
-    if place and place.rank > 0:  # the first process has the command line, and the last word
-        sys.path.insert(1, os.getcwd())  # as `command_line` does
-        from cnntrain.training.follow import follow
-
-        follow(place)
+    info = launched()
+    if info and info.rank > 0:
+        _train_rank(info)
     # PyTorch's profiler else writes about itself to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # A sweep has more options than its name, which is what one types.
     sys.argv[1:] = [re.sub("^sweep=", "sweep.name=", text) for text in sys.argv[1:]]
     with watching("leave"):
         try:
-            if place:
-                _meet(place)
+            if info:
+                _connect(info)
             resumed = _resumed(command_line())
             start(
                 "train",
@@ -67,18 +64,38 @@ def main() -> None:
         except Interrupted as error:
             _leave(error)
         finally:
-            if place:
-                from cnntrain.training.company import dismiss
+            if info:
+                from cnntrain.training.workers import dismiss
 
-                dismiss(place)
+                dismiss(info)
 
 
-def _meet(place: Place) -> None:
-    """Before anything is written, and before the others have waited for long."""
-    from cnntrain.training.company import ProcessLost, meeting_point
+def _train_rank(info: ProcessInfo) -> NoReturn:
+    """Ranks 1 and up of torchrun or srun: rank 0 alone reads the command line and prints."""
+    sys.path.insert(1, os.getcwd())  # as `command_line` does
+    from cnntrain.training import NonFiniteError
+    from cnntrain.training.fit import train_rank
 
     try:
-        meeting_point(place)
+        train_rank(info)
+    except NonFiniteError:
+        _end(3)
+    except Exception as error:
+        kind = "" if type(error).__name__ == "ProcessLost" else f"{type(error).__name__}: "
+        text = str(error).partition("\n")[0]
+        name = f"process {info.rank + 1} of {info.world_size}"
+        print(f"cnntrain: {name}: {kind}{text}", file=sys.stderr)
+        _end(1)
+    _end(0)
+
+
+def _connect(info: ProcessInfo) -> None:
+    """Let the other ranks connect, before anything is written."""
+    from cnntrain.training import ProcessLost
+    from cnntrain.training.distributed import connect
+
+    try:
+        connect(info)
     except ProcessLost as error:
         print(f"cnntrain: {error}", file=sys.stderr)
         _end(1)
@@ -113,7 +130,7 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
             callbacks=callbacks,
         )
     except Interrupted as error:
-        _leave(error, f"; go on with {again}")
+        _leave(error, f"; resume with {again}")
     except NonFiniteError as error:
         print(f"cnntrain: {error}", file=sys.stderr)
         sys.exit(3)
@@ -121,10 +138,10 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
         print(f"cnntrain: {error}", file=sys.stderr)
         sys.exit(1)
     except ProcessLost as error:
-        print(f"cnntrain: {error}; go on with {again}", file=sys.stderr)
+        print(f"cnntrain: {error}; resume with {again}", file=sys.stderr)
         _end(1)  # a process group would wait once more for the process that is lost
     except OSError as error:
-        print(f"cnntrain: {told(error)}; once that is mended, go on with {again}", file=sys.stderr)
+        print(f"cnntrain: {told(error)}; once that is fixed, resume with {again}", file=sys.stderr)
         sys.exit(1)
     _show(result.metrics, result.seconds, directory)
     return result.metrics[run.cfg.trainer.monitor]

@@ -255,7 +255,7 @@ def run_directory_problem(directory: str, option: str = "hydra.run.dir") -> str 
     if directory and any(os.path.lexists(path / name) for name in records):
         how = "resume=True" if option == "directory" else f"resume={shlex.quote(directory)}"
         return (
-            f"{option}={directory}: holds another run already; go on with that one "
+            f"{option}={directory}: holds another run already; resume that one "
             f"({how}), or give this one its own folder"
         )
     return folder_problem(directory, option)

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config.overrides import shown
 from cnntrain.config.signatures import signature
-from cnntrain.launched import launched
+from cnntrain.process_info import launched
 
 # How schedules call the number of steps after which they do something. Whole epochs, unless the
 # program tells them how many steps there are.

@@ -2,7 +2,7 @@
 
 from cnntrain.training.building import dry_run
 from cnntrain.training.checkpoint_file import CheckpointError
-from cnntrain.training.company import ProcessLost
+from cnntrain.training.distributed import ProcessLost
 from cnntrain.training.insights import Insights
 from cnntrain.training.muon import Muon
 from cnntrain.training.nan_guard import NonFiniteError

@@ -1,4 +1,4 @@
-"""From a config to the objects that a run is made of, in each of its processes."""
+"""The objects of a run, built from its config."""
 
 import logging
 import warnings
@@ -12,19 +12,21 @@ from torch import nn
 
 from cnntrain.config import blame, build
 from cnntrain.data import ImageData
-from cnntrain.launched import Place
+from cnntrain.process_info import ProcessInfo
 from cnntrain.training.classifier import Classifier
-from cnntrain.training.distributed import Processes
+from cnntrain.training.distributed import ProcessEnvironment
+from cnntrain.training.insights import Insights
 from cnntrain.training.nan_guard import NaNGuard
 from cnntrain.training.record import Record
 from cnntrain.training.step_graph import CUDAGraphs
+from cnntrain.training.tensorboard import TensorBoard
 from cnntrain.training.trainer import Trainer
 
 
 def dry_run(cfg: DictConfig) -> None:
-    """Build all that a run would build, and make one step with black images on the CPU.
+    """Build everything that a run builds, and train one step on zeros on the CPU.
 
-    Nothing is written. Raises ConfigError for what constructors, or the first step, refuse.
+    Writes nothing. Raises ConfigError with the node and the message of the constructor or step.
     """
     data, module = build_run(cfg)
     with blame("model"):
@@ -49,7 +51,7 @@ def dry_run(cfg: DictConfig) -> None:
 
 
 def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
-    """The data set, not yet read, and the network with all that trains it."""
+    """The data set, not yet loaded, and the Lightning module."""
     quieten_lightning()
     lightning.seed_everything(cfg.seed, verbose=False)
     with blame("data"):
@@ -59,35 +61,44 @@ def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
         loss = build(cfg.loss)
     with blame("optimizer"):
         optimizer = build(cfg.optimizer)
-        optimizer(params=network.parameters())  # refuses now what it would refuse after the data
+        optimizer(params=network.parameters())  # raises before the data is loaded
     scheduler = build(cfg.scheduler) if cfg.scheduler else None
     return data, Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
 
 
 def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
-    """The network of a run, its weights newly drawn."""
+    """The network of a run, newly initialised."""
     with blame("model"):
         return build(
             cfg.model, conv=build(cfg.backend), in_shape=data.shape, num_classes=data.num_classes
         )
 
 
+def build_record(cfg: DictConfig, directory: Path, data: ImageData) -> Record:
+    """The metrics.csv and TensorBoard logger of rank 0."""
+    board = TensorBoard(directory)
+    if "tensorboard" not in cfg:  # ~tensorboard, or a run of an earlier version
+        return Record(directory, board, Insights.none(board=board, data=data))
+    with blame("tensorboard"):
+        return Record(directory, board, build(cfg.tensorboard, board=board, data=data))
+
+
 def build_trainer(
     cfg: DictConfig,
-    place: Place,
+    info: ProcessInfo,
     directory: Path,
     data: ImageData,
     module: Classifier,
     record: Record | None = None,
     further: Sequence[lightning.Callback] = (),
 ) -> Trainer:
-    """The trainer of one of a run's processes; rank 0's has a record, and `further` callbacks."""
+    """The trainer of one rank; rank 0 has a record and `further` callbacks."""
     callbacks: list[lightning.Callback] = [NaNGuard(directory, *data.split())]
     callbacks += [record, record.insights] if record else []
     with blame("trainer"):
         trainer: Trainer = build(
             cfg.trainer,
-            processes=Processes(place),
+            processes=ProcessEnvironment(info),
             default_root_dir=directory,
             logger=record.tensorboard if record else False,
             callbacks=[*callbacks, *further],
@@ -102,7 +113,7 @@ def build_trainer(
 
 
 def quieten_lightning() -> None:
-    """Leave out what Lightning says of itself, and warnings about what is meant to be so."""
+    """Silence Lightning's tips, and warnings about intended settings."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
@@ -112,6 +123,6 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*`srun` command is available .* but is not used.*")
-    # What is logged, and what is tested, is of all processes already, each image once.
+    # Metrics are summed over the ranks already, and each image is tested once.
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
     warnings.filterwarnings("ignore", ".*it is recommended to use `Trainer.devices=1.*")

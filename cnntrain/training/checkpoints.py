@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
-from cnntrain.training.distributed import agreed, alone
+from cnntrain.training.distributed import any_stop, is_single_process
 from cnntrain.training.run_directory import conditions
 
 
@@ -76,13 +76,13 @@ class Checkpoints(Checkpoint):
         minutes = (time.monotonic() - self.saved) / 60
         due = self.every_n_steps is not None and self.step % self.every_n_steps == 0
         due |= self.every_n_minutes is not None and minutes >= self.every_n_minutes
-        save, signum = agreed(due)
+        save, signum = any_stop(due)
         if save or signum is not None:
             self._save(trainer)
         _check(signum)
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        signum = agreed(False)[1]
+        signum = any_stop(False)[1]
         if signum is not None and not trainer.sanity_checking:
             if self.average is not None:  # validation has put the averaged weights in their place
                 self.average.on_validation_epoch_end(trainer, module)
@@ -98,7 +98,7 @@ class Checkpoints(Checkpoint):
             self.best = {"epoch": trainer.current_epoch, "value": value}
         self.epoch, self.batch = trainer.current_epoch + 1, 0
         ended = trainer.should_stop or self.epoch == trainer.max_epochs
-        signum = agreed(False)[1]
+        signum = any_stop(False)[1]
         save = self.epoch % self.every_n_epochs == 0 or ended or signum is not None
         if save or self.better:
             self._save(trainer)
@@ -138,7 +138,7 @@ class Checkpoints(Checkpoint):
 
 def _check(signum: int | None) -> None:
     """Raise Interrupted if a signal has come; with several processes, if all know of it."""
-    if alone():
+    if is_single_process():
         interruption.check()
     elif signum is not None:
         interruption.received = signum

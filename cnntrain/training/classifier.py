@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from cnntrain.config import blame
-from cnntrain.training.distributed import alone, gathered, summed
+from cnntrain.training.distributed import all_gather, all_sum, is_single_process
 from cnntrain.training.outcome import Answers, Outcome, answer
 from cnntrain.training.step_graph import Recorder, StepGraph
 from cnntrain.training.tally import TOGETHER, Stage, Tally
@@ -85,9 +85,9 @@ class Classifier(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tally = self.tallies["train"].state()
         checkpoint["epoch_so_far"] = {"train": tally, "grad_norm": self.grad_norm}
-        if not alone():
+        if not is_single_process():
             on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in tally.items()}
-            checkpoint["epoch_so_far"]["of_all"] = gathered(on_cpu)
+            checkpoint["epoch_so_far"]["of_all"] = all_gather(on_cpu)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.resumed = checkpoint["epoch_so_far"]
@@ -142,7 +142,7 @@ class Classifier(lightning.LightningModule):
         loss = self._train(*batch) if replayed is None else replayed
         self.tallies["train"].images += len(batch[1])
         self.last_loss = loss.detach()
-        if alone():
+        if is_single_process():
             return loss
         # What DDP makes of the gradients is their mean over the processes: parts of a batch that
         # are not of one size must not count the same.
@@ -191,8 +191,8 @@ class Classifier(lightning.LightningModule):
             norm = torch.nn.utils.get_total_norm(gradients)
             self.grad_norm = norm / self.gradient_scale(optimizer)
             self.step_loss = self.last_loss
-            if not alone() and self.last_loss is not None:
-                self.step_loss = torch.tensor(summed([float(self.last_loss) * self.share])[0])
+            if not is_single_process() and self.last_loss is not None:
+                self.step_loss = torch.tensor(all_sum([float(self.last_loss) * self.share])[0])
 
     def gradient_scale(self, optimizer: Optimizer) -> Tensor | float:
         """By what gradients are too large before a step, without waiting for the device: those of
@@ -218,7 +218,7 @@ class Classifier(lightning.LightningModule):
         # Every epoch ends with a validation, and only then are they asked for.
         self.outcome = Outcome.of(self.answers, self.classes)
         self.answers = []
-        if not alone():
+        if not is_single_process():
             self.totals = {stage: tally.total() for stage, tally in self.tallies.items()}
 
     def _publish(self, stage: Stage) -> None:

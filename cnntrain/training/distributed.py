@@ -1,7 +1,8 @@
-"""What several processes that train one network have to know of each other.
+"""Distributed training: the process group, and collectives for metrics, stops and signals.
 
-Gradients are the business of DDP. All else that they agree on goes through a group of its own, on
-the CPU, so that no GPU has to be waited for. A process that trains alone is asked nothing.
+DDP synchronises gradients; everything else that the ranks must agree on is exchanged over a
+separate gloo group on the CPU, which avoids GPU synchronisation. In a single-process run every
+collective returns its argument unchanged.
 """
 
 import contextlib
@@ -12,119 +13,128 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from cnntrain.interruption import interruption
-from cnntrain.launched import Place
+from cnntrain.notebook import OneLine
+from cnntrain.process_info import ProcessInfo
 
-_control: Any = None  # the group in which is agreed; there is one for the process, or none
-
-
-def alone() -> bool:
-    """Whether this process trains by itself: it then has nothing to ask."""
-    return _control is None
+_cpu_group: Any = None  # gloo group of the run, for the collectives below
+_store: Any = None  # where processes started by a launcher have met
 
 
-def summed(numbers: Sequence[float]) -> list[float]:
-    """The sums of these numbers over all processes, in float64; the same in all of them."""
-    if alone():
+class ProcessLost(OneLine, Exception):
+    """Another process of the run has ended or does not answer; the message says which and how."""
+
+
+def is_single_process() -> bool:
+    return _cpu_group is None
+
+
+def all_sum(numbers: Sequence[float]) -> list[float]:
+    """Sums of the numbers over all ranks, in float64; the same on all ranks."""
+    if is_single_process():
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(sums, group=_control)
+    dist.all_reduce(sums, group=_cpu_group)
     return sums.tolist()
 
 
-def anywhere(fact: bool) -> bool:
-    """Whether something holds in any of the processes."""
-    return agreed(fact, signals=False)[0]
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return any_stop(flag, signals=False)[0]
 
 
-def agreed(wanted: bool, *, signals: bool = True) -> tuple[bool, int | None]:
-    """Whether any process wants something, and the signal that any one has been sent, if so."""
+def any_stop(flag: bool, *, signals: bool = True) -> tuple[bool, int | None]:
+    """Whether the flag is set on any rank, and the signal that any rank has received, if one."""
     received = interruption.received if signals else None
-    if alone():
-        return wanted, received
-    both = torch.tensor([int(wanted), received or 0])
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=_control)
+    if is_single_process():
+        return flag, received
+    both = torch.tensor([int(flag), received or 0])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=_cpu_group)
     return bool(both[0]), int(both[1]) or None
 
 
-def gathered(thing: Any) -> list[Any]:
-    """What every process has to give, in the order of their ranks; tensors have to be on the
-    CPU."""
-    if alone():
-        return [thing]
-    things: list[Any] = [None] * dist.get_world_size(_control)
-    dist.all_gather_object(things, thing, group=_control)
-    return things
+def all_gather(value: Any) -> list[Any]:
+    """The picklable values of all ranks, in the order of the ranks; tensors on the CPU."""
+    if is_single_process():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(_cpu_group)
+    dist.all_gather_object(values, value, group=_cpu_group)
+    return values
 
 
-class Processes(ClusterEnvironment):
-    """Tells Lightning where this process stands. It has nothing to start: they are there."""
+class ProcessEnvironment(LightningEnvironment):
+    """Tells Lightning the rank of a process that exists already."""
 
     creates_processes_externally = True
 
-    def __init__(self, place: Place):
-        self.place = place
+    def __init__(self, info: ProcessInfo):
         super().__init__()
-
-    main_address = property(lambda self: self.place.address)
-    main_port = property(lambda self: self.place.port)
-
-    @staticmethod
-    def detect() -> bool:
-        return False
-
-    def world_size(self) -> int:
-        return self.place.world
-
-    def global_rank(self) -> int:
-        return self.place.rank
+        self.info = info
 
     def local_rank(self) -> int:
-        return self.place.local_rank
+        return self.info.local_rank
 
     def node_rank(self) -> int:
-        return self.place.rank // self.place.devices
-
-    def set_world_size(self, size: int) -> None:
-        pass  # it is what it is
-
-    def set_global_rank(self, rank: int) -> None:
-        pass
+        return self.info.rank // self.info.devices
 
 
 @contextlib.contextmanager
-def cores_shared(place: Place) -> Iterator[None]:
-    """Gives each process its part of the machine's cores, unless OMP_NUM_THREADS says how many."""
-    if place.world == 1 or "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
+def share_cores(info: ProcessInfo) -> Iterator[None]:
+    """Divide the machine's cores among its processes, unless OMP_NUM_THREADS is set."""
     before = torch.get_num_threads()
-    threads = max(1, before // place.devices)
-    torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the other processes
+    if info.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, before // info.devices))
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        del os.environ["OMP_NUM_THREADS"]
+
+
+def connect(info: ProcessInfo) -> Any:
+    """The key-value store through which the processes meet.
+
+    Raises ProcessLost if the port is in use, or not all have connected within the timeout.
+    """
+    global _store
+    if _store is not None:
+        return _store
+    if info.launcher == "srun":
+        slurm, step = SLURMEnvironment(), int(os.environ.get("SLURM_STEP_ID", 0))
+        os.environ.setdefault("MASTER_ADDR", slurm.main_address)
+        # Steps of a job may run side by side: each has a port of its own.
+        os.environ.setdefault("MASTER_PORT", str(slurm.main_port + 97 * step % 10_000))
+    timeout = timedelta(seconds=info.timeout)
+    try:
+        found = dist.rendezvous(info.rendezvous, info.rank, info.world_size, timeout=timeout)
+        store = dist.PrefixStore("cnntrain", next(found)[0])
+    except dist.DistError as error:
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if "EADDRINUSE" in str(error):
+            raise ProcessLost(f"MASTER_PORT={port}: the port is in use; set a free one") from error
+        raise ProcessLost(
+            f"not all {info.world_size} processes have connected to {address}:{port} (MASTER_ADDR, "
+            f"MASTER_PORT) within {info.timeout:g} s (trainer.timeout)"
+        ) from error
+    _store = store if info.launcher else None
+    return store
 
 
 @contextlib.contextmanager
-def group(place: Place, store: Any, device: torch.device) -> Iterator[None]:
-    """All processes of a run are connected within."""
-    global _control
+def process_group(info: ProcessInfo, store: Any, device: torch.device) -> Iterator[None]:
+    """Within: the default process group, for DDP, and the gloo group for the collectives."""
+    global _cpu_group
     options: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         options = {"backend": "nccl", "device_id": device}
-    store, timeout = dist.PrefixStore("group", store), timedelta(seconds=place.timeout)
-    options |= {"rank": place.rank, "world_size": place.world, "timeout": timeout}
+    store, timeout = dist.PrefixStore("group", store), timedelta(seconds=info.timeout)
+    options |= {"rank": info.rank, "world_size": info.world_size, "timeout": timeout}
     dist.init_process_group(store=store, **options)
     try:
-        _control = dist.new_group(backend="gloo", timeout=timeout)
+        _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
         yield
     finally:
-        _control = None
+        _cpu_group = None
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cnntrain.atomic import replacing
 from cnntrain.notebook import OneLine
 from cnntrain.training.classifier import unscales
-from cnntrain.training.distributed import alone, anywhere, gathered
+from cnntrain.training.distributed import all_gather, any_rank, is_single_process
 from cnntrain.training.record import learning_rate
 from cnntrain.training.tally import Stage
 
@@ -133,14 +133,14 @@ class NaNGuard(lightning.Callback):
         record = BatchRecord("train", trainer.current_epoch, self.index, step, lr, loss)
         self.unchecked = [*self.unchecked, record] if self.deferred else [record]
         # With several processes, the others are waiting in the backward pass.
-        if not self.deferred and alone() and not math.isfinite(loss.item()):
+        if not self.deferred and is_single_process() and not math.isfinite(loss.item()):
             self._stop(trainer, module, record)
 
     def on_after_backward(self, trainer: lightning.Trainer, module: Any) -> None:
         self._set_flag(module.last_loss)
         if self.deferred:
             self.bad_batches += self.flag
-        elif anywhere(bool(self.flag)):
+        elif any_rank(bool(self.flag)):
             self._stop(trainer, module, self.unchecked[-1])
 
     def _set_flag(self, loss: Tensor) -> None:
@@ -160,7 +160,7 @@ class NaNGuard(lightning.Callback):
         if not self.unchecked:
             return
         bad_batches = int(self.bad_batches) if self.deferred else 0
-        if self.deferred and anywhere(bad_batches > 0):
+        if self.deferred and any_rank(bad_batches > 0):
             self._stop(trainer, module, self.unchecked[-bad_batches] if bad_batches else None)
         if not finite(self.parameters):
             self._stop(trainer, module, self.unchecked[-1], updated=True)
@@ -193,7 +193,7 @@ class NaNGuard(lightning.Callback):
     def _check_evaluation(self, trainer: lightning.Trainer, module: Any, stage: Stage) -> None:
         """Check the sum of the losses of an evaluation, which the host is about to read."""
         total = float(module.tallies[stage].loss)
-        if not anywhere(not math.isfinite(total)):
+        if not any_rank(not math.isfinite(total)):
             return
         lr = learning_rate(trainer) if stage == "val" else None
         loader = loader_of(trainer, stage)
@@ -206,7 +206,7 @@ class NaNGuard(lightning.Callback):
             if not math.isfinite(loss):
                 bad = replace(at, loss=loss)
                 break
-        if anywhere(bad is not None):
+        if any_rank(bad is not None):
             self._stop(trainer, module, bad)
         raise NonFiniteError(
             f"{stage}: the sum of the losses is {total}, but every batch is finite when repeated",
@@ -225,7 +225,7 @@ class NaNGuard(lightning.Callback):
         """Raise NonFiniteError about this batch; with several processes, which call it together,
         about the first bad batch of all."""
         own = self._diagnosed(trainer, module, record, updated) if record else None
-        found = [bad for bad in gathered(own) if bad]
+        found = [bad for bad in all_gather(own) if bad]
         found = [bad for bad in found if bad.certain] or found
         first = min(found, key=lambda bad: (bad.epoch, bad.batch))
         message, saved = first.text(trainer.max_epochs), None

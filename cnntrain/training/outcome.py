@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from cnntrain.pictures import sparse
-from cnntrain.training.distributed import alone, gathered
+from cnntrain.training.distributed import all_gather, is_single_process
 
 BINS = 15  # of the calibration error, as is usual
 
@@ -44,14 +44,14 @@ class Outcome:
         Each of these must have seen every `world`-th image of every batch, as loaders share them.
         `classes` has to be given if there are more than FULL.
         """
-        if alone():
+        if is_single_process():
             rows, labels = (torch.cat(parts).cpu() for parts in zip(*answers, strict=True))
             rows = rows.float()
         else:
             here = [(rows.float().cpu(), labels.cpu()) for rows, labels in answers]
             batches = [
                 _interleaved([part for part in parts if part is not None])
-                for parts in zip_longest(*gathered(here))  # a last batch may have fewer parts
+                for parts in zip_longest(*all_gather(here))  # a last batch may have fewer parts
             ]
             rows, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         if classes <= FULL:

@@ -1,4 +1,4 @@
-"""The run directory: the whole record of a run."""
+"""The run directory: the complete record of a run."""
 
 import functools
 import importlib.metadata
@@ -17,17 +17,17 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.atomic import replacing, write_json
-from cnntrain.config import ConfigError, run_directory_problem
+from cnntrain.config import ConfigError, config_hash, run_directory_problem
 from cnntrain.config.resume import CONFIG, LOCK, OVERRIDES, RESULT, in_use, seal
 
 PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 
 
 class RunDirectory:
-    """A directory that belongs to one run, and to one process at a time: a context manager.
+    """A directory locked for one process: a context manager.
 
-    Raises ConfigError if another process is training there, or if another run has it already and
-    it is not meant to be continued; `option` is what its message calls the directory.
+    Raises ConfigError, which calls the directory `option`, if another process is training there,
+    or if it holds another run and `resume` is false.
     """
 
     def __init__(self, path: Path, *, resume: bool = False, option: str = "hydra.run.dir"):
@@ -38,8 +38,7 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(path / LOCK)
         try:
-            # The system releases it however this process ends. For a moment it is held by whoever
-            # asks whether it is in use.
+            # Released by the system however this process ends; held briefly by `in_use`.
             self.lock.acquire(timeout=1, poll_interval=0.02)
         except Timeout:
             raise ConfigError([str(in_use(path, option))]) from None
@@ -53,15 +52,12 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.lock.release()
 
-    def begin(
-        self, cfg: DictConfig, facts: dict[str, Any], overrides: Sequence[str] | None = None
-    ) -> None:
-        """Write down what is going to be run; `facts` stand in every result.json from now on.
+    def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
+        """Write config, overrides, environment and the first result.json.
 
-        Not left to Hydra, which would write before the directory is this run's own. `overrides`
-        are what was typed for it, if anything was.
+        Not left to Hydra, which would write before the directory is locked by this run.
         """
-        self.facts = facts
+        self.facts = {"config_hash": config_hash(cfg), "seed": cfg.seed}
         (self.path / CONFIG).parent.mkdir(exist_ok=True)
         with replacing(self.path / CONFIG) as file:
             file.write(OmegaConf.to_yaml(cfg).encode())
@@ -76,7 +72,7 @@ class RunDirectory:
         write_json(self.result, seal({"status": status, **self.facts, **content}))
 
     def _write_environment(self) -> None:
-        """Of the first start, with those of the later ones in a list."""
+        """environment.json of the first start, with those of resumed ones in a list."""
         path, now = self.path / "environment.json", environment()
         try:
             first = json.loads(path.read_bytes())
@@ -87,7 +83,7 @@ class RunDirectory:
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on beside its config: versions, machine, code and command line."""
+    """Versions, machine, git revision and command line."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
@@ -103,9 +99,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-@functools.cache  # every checkpoint has them, and reading a package's version takes a while
+@functools.cache  # written to every checkpoint
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that results depend on."""
+    """Versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -116,7 +112,7 @@ def versions() -> dict[str, str]:
 
 
 def conditions() -> dict[str, str]:
-    """What the last bits of a result can depend on beside the config."""
+    """What can change the last bits of a result, beside the config."""
     return {
         **versions(),
         "threads": str(torch.get_num_threads()),
@@ -125,7 +121,7 @@ def conditions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of this code's checkout, or else of the working directory; None without."""
+    """Output of git in this checkout, or else in the working directory; None without git."""
     for folder in (Path(__file__).parent, Path.cwd()):
         command = ["git", "-C", str(folder), *arguments]
         try:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cnntrain.training.distributed import summed
+from cnntrain.training.distributed import all_sum
 
 Stage = Literal["train", "val", "test"]
 
@@ -62,7 +62,7 @@ class Tally:
     def total(self) -> "Tally":
         """Over the images that all processes have seen; waits for the device."""
         tally = Tally(torch.device("cpu"))
-        loss, correct, images = summed([float(self.loss), int(self.correct), self.images])
+        loss, correct, images = all_sum([float(self.loss), int(self.correct), self.images])
         tally.loss, tally.images = torch.tensor(loss, dtype=torch.float64), int(images)
         tally.counted = torch.tensor(int(correct))
         return tally

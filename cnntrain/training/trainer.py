@@ -11,9 +11,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from cnntrain.launched import TIMEOUT, Place
+from cnntrain.process_info import TIMEOUT, ProcessInfo
 from cnntrain.training.checkpoints import Average, CheckpointFiles, Checkpoints
-from cnntrain.training.distributed import Processes
+from cnntrain.training.distributed import ProcessEnvironment
 from cnntrain.training.progress import Progress
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
@@ -36,9 +36,8 @@ class Trainer(lightning.Trainer):
     `lightning_options` are other arguments of Lightning's trainer, except those in
     `cnntrain.config.nodes.TRAINER_GIVEN`.
 
-    `devices` on each of `num_nodes` machines train together, a process for each; `processes` says
-    which of them this is. Starting them is not the trainer's business. One that does not answer
-    within `timeout` seconds ends the run.
+    With `devices` > 1, `processes` gives the rank of this process among those that exist already:
+    the trainer starts none. A rank that does not answer within `timeout` seconds ends the run.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Trainer(lightning.Trainer):
         log_every_n_steps: PositiveInt = 50,
         default_root_dir: Path | None = None,
         callbacks: list[lightning.Callback] | None = None,
-        processes: Processes | None = None,
+        processes: ProcessEnvironment | None = None,
         **lightning_options: Any,
     ):
         self.average = Average(ema) if ema is not None else None
@@ -79,15 +78,16 @@ class Trainer(lightning.Trainer):
             every_n_steps=checkpoint_every_n_steps,
             every_n_minutes=checkpoint_every_n_minutes,
         )
-        processes = processes or Processes(Place(world=devices * num_nodes, nodes=num_nodes))
-        first = processes.global_rank() == 0
-        own: list[lightning.Callback] = [Progress()] if progress_bar and first else []
+        info = ProcessInfo(world_size=devices * num_nodes, nodes=num_nodes)
+        processes = processes or ProcessEnvironment(info)
+        info = processes.info
+        own: list[lightning.Callback] = [Progress()] if progress_bar and info.rank == 0 else []
         own.extend(callbacks or [])
         own.extend([self.average] if self.average else [])
         if early_stopping is not None:
             mode = "max" if monitor.endswith("acc") else "min"
             own.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
-        if processes.world_size() > 1:
+        if info.world_size > 1:
             lightning_options["strategy"] = DDPStrategy(
                 cluster_environment=processes, timeout=timedelta(seconds=timeout)
             )
@@ -107,7 +107,7 @@ class Trainer(lightning.Trainer):
             default_root_dir=default_root_dir,
             callbacks=[*own, self.checkpoints],
             plugins=[CheckpointFiles()],
-            # What these would print, the run says itself, and the weights are new, not suspect.
+            # The run prints its own, and one batch has been tried before.
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -116,7 +116,7 @@ class Trainer(lightning.Trainer):
 
     @property
     def chosen_weights(self) -> dict[str, Tensor]:
-        """The state_dict that is to meet the test set."""
+        """The state_dict to be tested."""
         best = self.checkpoints.best
         if self.test_checkpoint == "best" and best:
             return best["state_dict"]
@@ -124,7 +124,7 @@ class Trainer(lightning.Trainer):
 
 
 def device_text(trainer: lightning.Trainer) -> str:
-    """What a run computes on: `cpu, 2 threads`, `2 x cuda (NVIDIA H200)`, `mps`."""
+    """Device of a run: `cpu, 2 threads`, `2 x cuda (NVIDIA H200)`, `mps`."""
     device, world = trainer.strategy.root_device, trainer.world_size
     count = f"{world} x " if world > 1 else ""
     if device.type == "cuda":

@@ -67,7 +67,7 @@ def test_a_signal_saves_and_ends(start: Start, tmp_path: Path, signum: str, code
     assert process.returncode == code
     lines = [line for line in said.splitlines() if line]
     assert lines[0].startswith(f"cnntrain: SIG{signum}: saving a checkpoint")
-    assert lines[1:] == [f"cnntrain: interrupted by SIG{signum}; go on with resume=run"]
+    assert lines[1:] == [f"cnntrain: interrupted by SIG{signum}; resume with resume=run"]
     assert result(tmp_path)["status"] == "interrupted"
     saved = checkpoint_file.read(tmp_path / "run/checkpoints/last.ckpt")
     epochs = result(tmp_path)["epochs"]
@@ -203,7 +203,7 @@ def test_no_room_for_a_checkpoint(start: Start, tmp_path: Path) -> None:
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert said == (
-        f"cnntrain: {path}: File too large; once that is mended, go on with resume=run\n"
+        f"cnntrain: {path}: File too large; once that is fixed, resume with resume=run\n"
     )
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == names
@@ -214,7 +214,7 @@ def test_no_room_for_a_checkpoint(start: Start, tmp_path: Path) -> None:
     process = start(*more)
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "going on from last.ckpt at epoch 2, batch 1" in out
+    assert "resuming from last.ckpt at epoch 2, batch 1" in out
     assert result(tmp_path)["epochs"] == 3
 
     # Asked again, it answers with what is recorded, and torch is not needed for that.

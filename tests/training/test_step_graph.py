@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnntrain.config import ConfigError, compose
 from cnntrain.conv import BACKENDS
-from cnntrain.launched import Place
+from cnntrain.process_info import ProcessInfo
 from cnntrain.training import Muon
 from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
@@ -81,10 +81,10 @@ class Run:
         self.steps = Steps()
         eager = recorder is None and not cfg.trainer.cuda_graphs
         self.data, self.module = build_run(cfg)
-        place = Place()
+        info = ProcessInfo()
         rounded = eager and cfg.optimizer.get("fused", True) and cfg.trainer.precision != "16-mixed"
         further = [self.steps, *([Rounded()] if rounded else [])]
-        self.trainer = build_trainer(cfg, place, directory, self.data, self.module, further=further)
+        self.trainer = build_trainer(cfg, info, directory, self.data, self.module, further=further)
         self.recorder = recorder
         if recorder:
             self.module.recorder = recorder
