@@ -68,7 +68,7 @@ def start(
     try:
         sweeping = _check(arguments, name, dry_run, resuming, one, sweep)
     except config.ConfigError as error:
-        refuse(error)
+        exit_with_problems(error)
     if arguments.cfg:
         return
 
@@ -76,7 +76,7 @@ def start(
         try:
             sweep.run()
         except config.ConfigError as error:
-            refuse(error)
+            exit_with_problems(error)
         return
 
     @wraps(run)
@@ -85,7 +85,7 @@ def start(
             config.settle(cfg, HydraConfig.get(), config.ROOTS[name])
             return run(cfg)
         except config.ConfigError as error:
-            refuse(error)
+            exit_with_problems(error)
         except KeyboardInterrupt:
             print("\ncnntrain: interrupted", file=sys.stderr)
             sys.exit(130)
@@ -96,7 +96,7 @@ def start(
     try:
         hydra.main(config_path=str(config.CONF), config_name=name, version_base="1.3")(guarded)()
     except OSError as error:  # Hydra itself could not write
-        print(f"cnntrain: {told(error)}", file=sys.stderr)
+        print(f"cnntrain: {format_os_error(error)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -106,7 +106,7 @@ def command_line() -> argparse.Namespace:
     if here not in sys.path[1:2]:
         sys.path.insert(1, here)
     if garbled := [text for text in sys.argv[1:] if any(map(_surrogate, text))]:
-        refuse(config.ConfigError([f"{text}: is not UTF-8" for text in garbled]))
+        exit_with_problems(config.ConfigError([f"{text}: is not UTF-8" for text in garbled]))
     # Hydra's parser takes overrides only in one place; a person writes -m wherever it fits.
     parser = get_args_parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
@@ -138,7 +138,7 @@ def short(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def told(error: OSError) -> str:
+def format_os_error(error: OSError) -> str:
     """What the operating system says, of which file; of a renaming, which to which."""
     names = (error.filename, error.filename2)
     files = " to ".join(os.fsdecode(n) if isinstance(n, bytes) else str(n) for n in names if n)
@@ -151,7 +151,7 @@ def _thread_ended(ended: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(ended)
 
 
-def refuse(error: config.ConfigError) -> NoReturn:
+def exit_with_problems(error: config.ConfigError) -> NoReturn:
     """Say what is wrong, a line a problem, and end."""
     print("cnntrain: this cannot be run as asked", file=sys.stderr)
     for problem in error.problems:
@@ -167,7 +167,7 @@ def printable(text: str) -> str:
 
 def _refuse_flag(message: str) -> NoReturn:
     hint = "; options have no dashes: option=value" if "unrecognized" in message else ""
-    refuse(config.ConfigError([message + hint]))
+    exit_with_problems(config.ConfigError([message + hint]))
 
 
 def _surrogate(character: str) -> bool:
@@ -250,7 +250,7 @@ def build_problems(cfg: DictConfig, dry_run: DryRun | None) -> list[str]:
         if dry_run:
             dry_run(cfg)
         if dry_run and "data" in cfg:
-            with config.blame("data"):
+            with config.as_config_error("data"):
                 return cross_check_data(cfg, config.build(cfg.data))
     except config.ConfigError as error:
         return list(error.problems)

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.commands.app import short, start
-from cnntrain.config import blame, build
+from cnntrain.config import as_config_error, build
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def _layers(cfg: DictConfig, sets: dict[str, Any], shape: Any) -> dict[str, Any]
     if cfg.get("model"):
         choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
         name = cfg.model.get("name") or choices.get("model", "model")
-        with blame("model"):
+        with as_config_error("model"):
             sets[name] = build(cfg.model, conv=nn.Conv2d, in_shape=cfg.in_shape, num_classes=10)
     if shape is not None:
         sets["shape"] = [layer(shape)]

@@ -10,7 +10,7 @@ from typing import TypeVar
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import start, told
+from cnntrain.commands.app import format_os_error, start
 from cnntrain.config import quoted
 
 Loaded = TypeVar("Loaded")
@@ -63,7 +63,7 @@ def telling_errors() -> Iterator[None]:
         yield
         return
     except OSError as error:
-        said = told(error)
+        said = format_os_error(error)
     except Exception as error:
         from cnntrain.data import DataError
         from cnntrain.inference import ExportError

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from cnntrain.commands.app import refuse, short
+from cnntrain.commands.app import exit_with_problems, short
 from cnntrain.commands.finished import telling_errors
 from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.checks import mismatch
-from cnntrain.config.overrides import shown, unknown
+from cnntrain.config.overrides import format_value, unknown
 from cnntrain.config.signatures import signature
 
 LESSONS = {
@@ -41,7 +41,7 @@ def main() -> None:
         out, options = _parsed(name, sys.argv[2:])
         _teach(name, out, options)
     except ConfigError as error:
-        refuse(error)
+        exit_with_problems(error)
 
 
 def _teach(name: str, out: Path, options: dict[str, Any]) -> None:
@@ -65,7 +65,9 @@ def _source(name: str) -> ast.FunctionDef:
 def _help(name: str) -> None:
     function = _source(name)
     given = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-    options = [f"{arg.arg}={shown(ast.literal_eval(default))}" for arg, default in given if default]
+    options = [
+        f"{arg.arg}={format_value(ast.literal_eval(default))}" for arg, default in given if default
+    ]
     print(f"cnntrain lesson {name} [option=value ...]\n")
     print(inspect.cleandoc(ast.get_docstring(function) or ""))
     print("\nOptions as they stand now: " + " ".join([*options, "out=outputs/lessons"]))
@@ -95,7 +97,7 @@ def _parsed(name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     types = {} if problems else signature(f"cnntrain.lab.lessons.{name}.{name}").types
     for option, kind in types.items():
         if option in options and (wrong := mismatch(kind, options[option])):
-            problems.append(f"{option}={shown(options[option])}: {wrong}")
+            problems.append(f"{option}={format_value(options[option])}: {wrong}")
     if problems:
         raise ConfigError(problems)
     return Path(options.pop("out", "outputs/lessons")), options

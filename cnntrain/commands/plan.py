@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from cnntrain import config
 from cnntrain.config import ConfigError
 from cnntrain.config.hydra_options import as_if_running
-from cnntrain.config.overrides import combinations, key_of, one_line, parsed, sweeps
-from cnntrain.config.resume import NOT_OF_THE_RUN
+from cnntrain.config.overrides import combinations, format_error, key_of, parsed, sweeps
+from cnntrain.config.resume import NOT_RUN_OPTIONS
 from cnntrain.sweeps.members import Run
 
 MOST_RUNS = 10_000  # a sweep of which all configs are composed before the first run begins
@@ -106,7 +106,7 @@ def show_config(arguments: argparse.Namespace, name: str) -> None:
                 OmegaConf.resolve(resolved)
             cfg = resolved
         except (OmegaConfBaseException, RecursionError) as error:
-            problems = problems or [f"--resolve: {one_line(error)}"]
+            problems = problems or [f"--resolve: {format_error(error)}"]
     job = [str(key) for key in cfg if key != "hydra"]
     keys = {"job": job, "hydra": ["hydra"], "all": ["hydra", *job]}[arguments.cfg]
     shown: Any = OmegaConf.masked_copy(cfg, keys)
@@ -154,7 +154,7 @@ def _composed_alike(
             for key, value in values.values():
                 OmegaConf.update(own, key, value)
             problems += config.found_in(own, config.ROOTS["train"])
-            for key in NOT_OF_THE_RUN:
+            for key in NOT_RUN_OPTIONS:
                 own.pop(key, None)
             typed = dict(zip(before, overrides, strict=True))
             found.append(Run(own, [typed.get(text, text) for text in like.typed], like.choices))

@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from cnntrain.commands.app import refuse, short, told
+from cnntrain.commands.app import exit_with_problems, format_os_error, short
 from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.overrides import unknown
 from cnntrain.sweeps.collect import Collection, collect
@@ -44,9 +44,9 @@ def main() -> None:
                 [f"metric={collection.metric}: no run has it; there is {', '.join(known)}"]
             )
     except ConfigError as error:
-        refuse(error)
+        exit_with_problems(error)
     except OSError as error:
-        print(f"cnntrain: {told(error)}", file=sys.stderr)
+        print(f"cnntrain: {format_os_error(error)}", file=sys.stderr)
         sys.exit(1)
     _report(collection, Path(options.get("out", folder / "report")))
 
@@ -65,7 +65,9 @@ def _report(collection: Collection, out: Path) -> None:
     print_ranked(collection)
     print_switches(collection)
     if problem:
-        print(f"cnntrain: {told(problem)}; out=<folder> writes elsewhere", file=sys.stderr)
+        print(
+            f"cnntrain: {format_os_error(problem)}; out=<folder> writes elsewhere", file=sys.stderr
+        )
         sys.exit(1)
     print("\n" + "\n".join(short(file) for file in files))
 

@@ -21,8 +21,8 @@ from cnntrain.commands.app import restart, short
 from cnntrain.commands.plan import BASIC_SWEEPER, Plan, places
 from cnntrain.config import ConfigError, build, compose_all, searching, sweep_folder_problem
 from cnntrain.config.hydra_options import as_if_running
-from cnntrain.config.overrides import one_line
-from cnntrain.config.resume import run_only
+from cnntrain.config.overrides import format_error
+from cnntrain.config.resume import run_options
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.sweeps.collect import Collection, collect
 from cnntrain.sweeps.member import STOP, MemberTask
@@ -71,7 +71,7 @@ class SweepCommand:
         self.sweeping: Sweeping | Searching
         if searches:
             self.sweeping = self._searching(cfg, folder, options)
-            return [run_only(cfg)]
+            return [run_options(cfg)]
         self.sweeping = Sweeping(folder, options, asked.runs, varied)
         pending = {member.config_hash for member in self.sweeping.pending}
         return [m.run.config for m in self.sweeping.members if m.config_hash in pending]
@@ -236,7 +236,7 @@ def _draw(collection: Collection) -> None:
         print(f"\nreport       {short(page)}", flush=True)
     except Exception as error:
         again = shlex.join(["cnntrain", "report", short(collection.folder)])
-        print(f"\nreport       not drawn ({one_line(error)}); try again: {again}", flush=True)
+        print(f"\nreport       not drawn ({format_error(error)}); try again: {again}", flush=True)
 
 
 def _end(outcome: Outcome, found: Sequence[str]) -> None:

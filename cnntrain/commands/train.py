@@ -14,20 +14,20 @@ from typing import Any, NoReturn
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import command_line, refuse, short, start, told
+from cnntrain.commands.app import command_line, exit_with_problems, format_os_error, short, start
 from cnntrain.commands.plan import places
 from cnntrain.commands.sweeping import SweepCommand
 from cnntrain.config import ConfigError, check, compose, cross_check, fixed_run_directory, quoted
 from cnntrain.config.resume import (
     CONFIG,
-    begun,
-    changed,
     completed,
+    has_run,
     in_use,
-    overrides_given,
-    refused_changes,
+    read_overrides,
+    resume_problems,
     run_config,
-    run_only,
+    run_options,
+    with_overrides,
 )
 from cnntrain.interruption import Interrupted, watching
 from cnntrain.process_info import ProcessInfo, launched
@@ -57,9 +57,9 @@ def main() -> None:
                 many=SweepCommand,
             )
         except ConfigError as error:
-            refuse(error)
+            exit_with_problems(error)
         except OSError as error:
-            print(f"cnntrain: {told(error)}", file=sys.stderr)
+            print(f"cnntrain: {format_os_error(error)}", file=sys.stderr)
             sys.exit(1)
         except Interrupted as error:
             _leave(error)
@@ -141,7 +141,10 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
         print(f"cnntrain: {error}; resume with {again}", file=sys.stderr)
         _end(1)  # a process group would wait once more for the process that is lost
     except OSError as error:
-        print(f"cnntrain: {told(error)}; once that is fixed, resume with {again}", file=sys.stderr)
+        print(
+            f"cnntrain: {format_os_error(error)}; once that is fixed, resume with {again}",
+            file=sys.stderr,
+        )
         sys.exit(1)
     _show(result.metrics, result.seconds, directory)
     return result.metrics[run.cfg.trainer.monitor]
@@ -175,14 +178,14 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         return compose(chosen, **files, command="train")
 
     if chosen == "auto":
-        composed = run_only(load(own))
+        composed = run_options(load(own))
         directory = fixed_run_directory(arguments.overrides, **files)
-        if arguments.cfg or not begun(directory):
+        if arguments.cfg or not has_run(directory):
             return None
     else:
         directory = Path(chosen)
         problem = None
-        if not chosen or not begun(directory):
+        if not chosen or not has_run(directory):
             home = "; ~ is not expanded there" if chosen.startswith("~") else ""
             problem = f"{given[-1]}: holds no run; name the folder of one, or auto{home}"
         elif arguments.cfg:
@@ -194,8 +197,8 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
     if busy := in_use(directory):
         raise ConfigError([busy])
     run = run_config(directory)
-    wanted = composed if chosen == "auto" else changed(run, directory, own, load)
-    problems = check(wanted) or cross_check(wanted) or refused_changes(run, wanted)
+    wanted = composed if chosen == "auto" else with_overrides(run, directory, own, load)
+    problems = check(wanted) or cross_check(wanted) or resume_problems(run, wanted)
     if problems:
         raise ConfigError(problems)
     if result := completed(directory, wanted):
@@ -206,7 +209,7 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
     others = [*profile, *(text for text in hydra if not _is(text, "hydra.run.dir"))]
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
     sys.argv[1:] = [*flags, *others, f"hydra.run.dir={quoted(str(directory))}"]
-    before = overrides_given(directory) if own and chosen != "auto" else []
+    before = read_overrides(directory) if own and chosen != "auto" else []
     return Resumed(wanted, [*before, *own] if own else None)
 
 

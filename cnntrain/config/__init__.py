@@ -32,7 +32,7 @@ from cnntrain.config.nodes import NODES as NODES
 from cnntrain.config.nodes import ROOTS as ROOTS
 from cnntrain.config.nodes import Root as Root
 from cnntrain.config.overrides import first_line as first_line
-from cnntrain.config.overrides import load_all, merged, misplaced, one_line
+from cnntrain.config.overrides import format_error, load_all, merged, misplaced
 from cnntrain.config.overrides import quoted as quoted
 from cnntrain.notebook import OneLine
 
@@ -226,7 +226,7 @@ def _garbled(folder: Path) -> Iterator[str]:
         try:
             path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError) as error:
-            yield f"{path}: {one_line(error)}"
+            yield f"{path}: {format_error(error)}"
 
 
 def build(node: DictConfig, **given: Any) -> Any:
@@ -235,7 +235,7 @@ def build(node: DictConfig, **given: Any) -> Any:
 
 
 @contextlib.contextmanager
-def blame(option: str) -> Iterator[None]:
+def as_config_error(option: str) -> Iterator[None]:
     """Turn a constructor's refusal of its arguments into a ConfigError that names `option`."""
     try:
         yield
@@ -243,7 +243,7 @@ def blame(option: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
         if isinstance(cause, ConfigError):
             raise cause from None
-        said = one_line(cause or error)
+        said = format_error(cause or error)
         raise ConfigError(
             [said if said.startswith(f"{option}.") else f"{option}: {said}"]
         ) from error

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from cnntrain.config.choices import defaults
 from cnntrain.config.nodes import NODES, ROOTS, Node, Root
-from cnntrain.config.overrides import first_line, one_line, options_of, shown, unknown
+from cnntrain.config.overrides import first_line, format_error, format_value, options_of, unknown
 from cnntrain.config.signatures import Signature, is_subclass, plain, signature
 
 
@@ -40,7 +40,7 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
         if key in options and key not in (*root.given, "seed"):
             wrong = wrong or mismatch(options[key], value)
         if wrong:
-            problems.append(f"{key}={shown(value)}: {wrong}")
+            problems.append(f"{key}={format_value(value)}: {wrong}")
         elif key == "seed":
             problems += _check_seed(value)
     if root.seeded and "seed" not in cfg and not problems:  # else it is mistyped, as has been said
@@ -73,7 +73,7 @@ def _resolved(cfg: DictConfig, key: str) -> tuple[Any, str | None]:
             return "???", "has no value"
         return value, None
     except OmegaConfBaseException as error:
-        return OmegaConf.to_container(cfg)[key], one_line(error)  # type: ignore[index, call-overload]
+        return OmegaConf.to_container(cfg)[key], format_error(error)  # type: ignore[index, call-overload]
     except RecursionError:
         return OmegaConf.to_container(cfg)[key], "refers to itself"  # type: ignore[index, call-overload]
 
@@ -154,7 +154,7 @@ def _as_yaml(raw: Any, value: Any) -> Any:
 
 def _check_seed(value: Any) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        return [f"seed={shown(value)}: must be a whole number from 0 to 4294967295"]
+        return [f"seed={format_value(value)}: must be a whole number from 0 to 4294967295"]
     return []
 
 
@@ -163,9 +163,9 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
     if node.extra and find_spec(node.extra) is None:
         return [f"{key}: needs {node.extra.title()}; pip install {node.extra}"]
     if not isinstance(values, dict) or "_target_" not in values:
-        return [f"{key}={shown(values)}: must name a choice, or a class as {key}._target_"]
+        return [f"{key}={format_value(values)}: must name a choice, or a class as {key}._target_"]
     target, partial = values.pop("_target_"), values.pop("_partial_", False)
-    named = f"{key}._target_={shown(target)}"
+    named = f"{key}._target_={format_value(target)}"
     if not isinstance(target, str) or not all(map(str.isidentifier, target.split("."))):
         return [f"{named}: must be the dotted name of a class, such as {node.kind}"]
     try:
@@ -187,7 +187,7 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
     if bool(partial) != node.partial:
         problems.append(f"{key}._partial_={partial}: must be {str(node.partial).lower()}")
     for name, value in ((str(name), value) for name, value in values.items()):
-        option = f"{key}.{name}={shown(value)}"
+        option = f"{key}.{name}={format_value(value)}"
         if name.startswith("_"):
             problems.append(f"{option}: is none of the class's options; leave it out")
         elif any(str(inner) == "_target_" for inner in _keys(value)):

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config.overrides import shown
+from cnntrain.config.overrides import format_value
 from cnntrain.config.signatures import signature
 from cnntrain.process_info import launched
 
@@ -29,7 +29,7 @@ def cross_check(cfg: DictConfig) -> list[str]:
 def _profile(cfg: DictConfig) -> list[str]:
     if isinstance(cfg.get("profile", False), bool):
         return []
-    return [f"profile={shown(cfg.profile)}: must be true or false"]
+    return [f"profile={format_value(cfg.profile)}: must be true or false"]
 
 
 def _device(cfg: DictConfig) -> list[str]:
@@ -125,7 +125,7 @@ def _trainer(cfg: DictConfig) -> list[str]:
     trainer, problems = cfg.trainer, []
     for part, what in [("train", "train"), ("val", "validate"), ("test", "test")]:
         limit = trainer.get(f"limit_{part}_batches")
-        option = f"trainer.limit_{part}_batches={shown(limit)}"
+        option = f"trainer.limit_{part}_batches={format_value(limit)}"
         if limit == 0:
             problems.append(f"{option}: a run has to {what}; take 1 or more, or leave it out")
         elif limit is not None and part != "test" and trainer.get("overfit_batches"):
@@ -171,7 +171,7 @@ def _lengths(cfg: DictConfig) -> list[str]:
         value = cfg.scheduler.get(name)
         plain: Any = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         numbers = [n for n in (plain if isinstance(plain, list) else [plain]) if _number(n)]
-        option = f"scheduler.{name}={shown(plain)}"
+        option = f"scheduler.{name}={format_value(plain)}"
         if any(n < 1 for n in numbers):
             problems.append(f"{option}: must be 1 epoch or more")
         elif epochs is not None and any(n > epochs for n in numbers):

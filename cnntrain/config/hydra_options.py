@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cnntrain.config import run_directory_problem, writable
-from cnntrain.config.overrides import first_line, one_line, shown, unknown
+from cnntrain.config.overrides import first_line, format_error, format_value, unknown
 from cnntrain.config.signatures import is_subclass
 
 LAUNCHER, SWEEPER = "hydra.plugins.launcher.Launcher", "hydra.plugins.sweeper.Sweeper"
@@ -45,7 +45,7 @@ def hydra_problems(
                 above = above or str((cfg.hydra.sweep if sweep else cfg.hydra.run).dir or "")
                 directory = os.path.join(above, str(cfg.hydra.sweep.subdir)) if sweep else above
         except (OmegaConfBaseException, RecursionError, AttributeError, TypeError) as error:
-            return [f"hydra: {one_line(error)}"]
+            return [f"hydra: {format_error(error)}"]
         records = cfg.hydra.output_subdir is not None
         if not resuming and (records or directory != os.curdir):
             wrong = run_directory_problem(directory if above else "", option)
@@ -80,7 +80,7 @@ def _plugins(node: DictConfig) -> list[str]:
     problems = []
     for name, value, kind in found:
         target = value.get("_target_") if isinstance(value, DictConfig) else None
-        option = f"hydra.{name}._target_={shown(target)}"
+        option = f"hydra.{name}._target_={format_value(target)}"
         try:
             if not isinstance(target, str) or not is_subclass(target, kind):
                 problems.append(f"{option}: must be a class derived from {kind}")
@@ -105,7 +105,9 @@ def _plain(node: DictConfig) -> list[str]:
     verbose = OmegaConf.to_container(OmegaConf.create({"it": node.get("verbose")}))["it"]  # type: ignore[index, call-overload]
     names = verbose if isinstance(verbose, list) else [verbose]
     if not isinstance(verbose, bool) and not all(isinstance(name, str) for name in names):
-        problems.append(f"hydra.verbose={shown(verbose)}: must be true, false or a logger's name")
+        problems.append(
+            f"hydra.verbose={format_value(verbose)}: must be true, false or a logger's name"
+        )
     return problems
 
 
@@ -134,7 +136,7 @@ def _logging(node: DictConfig) -> list[str]:
                     one["filename"] = os.devnull
             logging.config.dictConfig({**settings, "disable_existing_loggers": False})
         except Exception as error:  # as logging.config leaves it to the handlers' constructors
-            problems.append(f"hydra.{name}: {one_line(error.__cause__ or error)}")
+            problems.append(f"hydra.{name}: {format_error(error.__cause__ or error)}")
     root.setLevel(before[0])
     root.handlers[:] = before[1]
     return problems

@@ -115,7 +115,7 @@ def load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None,
     try:
         base = load([])
     except Exception as error:
-        return None, [one_line(error)]
+        return None, [format_error(error)]
     if len(overrides) == 1:  # the one to blame
         return base, [_explain(overrides[0], refusal, base)]
     problems: list[str] = []
@@ -129,7 +129,7 @@ def load_all(overrides: Sequence[str], load: Loader) -> tuple[DictConfig | None,
             kept.append(text)
         except Exception as error:
             problems.append(_explain(text, error, base))
-    return base, problems or [one_line(refusal)]
+    return base, problems or [format_error(refusal)]
 
 
 def misplaced(overrides: Sequence[str], nodes: Sequence[str]) -> list[str]:
@@ -188,7 +188,7 @@ def _explain(text: str, error: Exception, base: DictConfig) -> str:
         others = target and "did you mean" not in problem
         more = f"; other options of {target} are added with +{text}" if others else ""
         return f"{text}: {problem}{more}"
-    return f"{text}: {one_line(error)}"
+    return f"{text}: {format_error(error)}"
 
 
 def unknown(has: str, what: str, name: str, names: Sequence[str]) -> str:
@@ -200,7 +200,7 @@ def unknown(has: str, what: str, name: str, names: Sequence[str]) -> str:
     return f"{has} no {what} {name!r}; {way_out}"
 
 
-def one_line(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An error's message with its line breaks taken out, and its kind where that says more."""
     said = " ".join(str(error).split())
     terse = isinstance(error, TERSE) and not isinstance(error, OmegaConfBaseException)
@@ -211,7 +211,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A plain value as one would write it, the beginning of a long one."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 RESULT, LOCK, CHECKPOINTS = "result.json", ".lock", "checkpoints"
 # How it is started, and among which others.
-NOT_OF_THE_RUN = ("profile", "resume", "sweep", "search", "hydra")
+NOT_RUN_OPTIONS = ("profile", "resume", "sweep", "search", "hydra")
 
 
-def begun(directory: Path) -> bool:
+def has_run(directory: Path) -> bool:
     """Whether there is a run to continue."""
     return any((directory / name).exists() for name in (RESULT, CHECKPOINTS, CONFIG))
 
 
-def at_work(directory: Path) -> bool:
+def is_running(directory: Path) -> bool:
     """Whether a process is training there, as far as can be seen."""
     try:
         return _locked(directory)
@@ -59,7 +59,7 @@ def _locked(directory: Path) -> bool:
         return True
 
 
-def seal(content: dict[str, Any]) -> dict[str, Any]:
+def add_checksum(content: dict[str, Any]) -> dict[str, Any]:
     """The same with a checksum, by which `read_result` knows whether it was altered."""
     return {**content, "sha256": _digest(content)}
 
@@ -67,19 +67,19 @@ def seal(content: dict[str, Any]) -> dict[str, Any]:
 def read_result(directory: Path) -> dict[str, Any] | None:
     """What result.json says, without its checksum; None if there is none or it is damaged."""
     try:
-        return sealed(directory / RESULT)
+        return read_sealed(directory / RESULT)
     except FileNotFoundError:
         return None
-    except Damaged as error:
+    except DamagedRecord as error:
         log.warning(str(error))
         return None
 
 
-class Damaged(Exception):
+class DamagedRecord(Exception):
     """A file that is not what the run wrote, named."""
 
 
-def sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path) -> dict[str, Any]:
     """What a sealed file says, without its checksum. Raises Damaged, or OSError."""
     try:
         content = json.loads(path.read_bytes())
@@ -87,7 +87,7 @@ def sealed(path: Path) -> dict[str, Any]:
             return content
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         pass
-    raise Damaged(f"{path}: is damaged or was edited by hand; its content is not used")
+    raise DamagedRecord(f"{path}: is damaged or was edited by hand; its content is not used")
 
 
 def run_config(directory: Path) -> DictConfig:
@@ -96,7 +96,7 @@ def run_config(directory: Path) -> DictConfig:
     Raises ConfigError if nothing in the directory tells.
     """
     result = read_result(directory)
-    cfg = recorded(directory / CONFIG)
+    cfg = read_config(directory / CONFIG)
     if cfg is not None and result is not None and config_hash(cfg) == result["config_hash"]:
         return cfg
     if cfg is not None and not any((directory / n).exists() for n in (RESULT, CHECKPOINTS)):
@@ -116,7 +116,7 @@ def run_config(directory: Path) -> DictConfig:
     )
 
 
-def changed(
+def with_overrides(
     run: DictConfig,
     directory: Path,
     overrides: Sequence[str],
@@ -129,7 +129,7 @@ def changed(
     """
     if not overrides:
         return run
-    given = overrides_given(directory)
+    given = read_overrides(directory)
     trainer = run.get("trainer", {})
     processes = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
     other = [text for text in overrides if text.startswith("trainer=") and text not in given]
@@ -159,10 +159,10 @@ def changed(
     wanted = OmegaConf.create()
     for key, value in options.items():
         OmegaConf.update(wanted, key, value, force_add=True)
-    return run_only(wanted)
+    return run_options(wanted)
 
 
-def overrides_given(directory: Path) -> list[str]:
+def read_overrides(directory: Path) -> list[str]:
     """What was typed at the start of a run, and each time that it was gone on with."""
     file = directory / OVERRIDES
     if not file.exists():
@@ -175,12 +175,12 @@ def overrides_given(directory: Path) -> list[str]:
         ) from None
 
 
-def run_only(cfg: DictConfig) -> DictConfig:
+def run_options(cfg: DictConfig) -> DictConfig:
     """The config of a run as such, however it is started: alone, resumed or in a sweep."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_OF_THE_RUN])
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_RUN_OPTIONS])
 
 
-def refused_changes(run: DictConfig, wanted: DictConfig) -> list[str]:
+def resume_problems(run: DictConfig, wanted: DictConfig) -> list[str]:
     """Why a run cannot go on with another config than its own: a line for each option that would
     change what was computed already."""
     old, new = flat(run), flat(wanted)
@@ -212,10 +212,10 @@ def refused_changes(run: DictConfig, wanted: DictConfig) -> list[str]:
 
 def completed(directory: Path, cfg: DictConfig) -> dict[str, Any] | None:
     """What result.json says if the run is completed with this very config."""
-    return ended(directory, config_hash(cfg))
+    return result_with_status(directory, config_hash(cfg))
 
 
-def ended(
+def result_with_status(
     directory: Path, config_hash: str, statuses: Sequence[str] = ("completed",)
 ) -> dict[str, Any] | None:
     """What result.json says if the run with this config has one of these statuses."""
@@ -225,11 +225,11 @@ def ended(
     return None
 
 
-def of_another_run(directory: Path, config_hash_: str) -> bool:
+def holds_another_run(directory: Path, config_hash_: str) -> bool:
     """Whether a directory holds a run with another config."""
     if result := read_result(directory):
         return result["config_hash"] != config_hash_
-    cfg = recorded(directory / CONFIG)
+    cfg = read_config(directory / CONFIG)
     return cfg is not None and config_hash(cfg) != config_hash_
 
 
@@ -238,13 +238,13 @@ def _needs_length(cfg: DictConfig) -> bool:
     return bool(target) and "total_steps" in signature(target).types
 
 
-def recorded(path: Path) -> DictConfig | None:
+def read_config(path: Path) -> DictConfig | None:
     """The config in a file as the run wrote it, `resume` left out; None if it cannot be read."""
     try:
         cfg = OmegaConf.load(path)
         if not isinstance(cfg, DictConfig):
             return None
-        cfg = run_only(cfg)
+        cfg = run_options(cfg)
         OmegaConf.resolve(cfg)
     except (OSError, YAMLError, ValueError, OmegaConfBaseException):
         return None

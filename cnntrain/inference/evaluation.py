@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cnntrain import pictures
 from cnntrain.atomic import write_json
-from cnntrain.config import ConfigError, blame, build
+from cnntrain.config import ConfigError, as_config_error, build
 from cnntrain.data import Loader
 from cnntrain.inference.trained import Device, Trained, load_trained
 from cnntrain.interruption import interruptible
@@ -183,7 +183,7 @@ def evaluate_trained(
     """As `evaluate`, of a network that is loaded."""
     quieten_lightning()
     cfg, data, device = trained.cfg, trained.data, trained.device
-    with blame("loss"):
+    with as_config_error("loss"):
         loss = build(cfg.loss)
     network = Flipped(trained.network) if tta == "flip" else trained.network
     module = Classifier(network, loss, torch.optim.SGD)

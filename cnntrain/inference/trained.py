@@ -9,8 +9,8 @@ import torch
 from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
-from cnntrain.config import ConfigError, blame, build, check, compose
-from cnntrain.config.resume import CHECKPOINTS, begun
+from cnntrain.config import ConfigError, as_config_error, build, check, compose
+from cnntrain.config.resume import CHECKPOINTS, has_run
 from cnntrain.data import ImageData
 from cnntrain.training.building import build_network
 from cnntrain.training.checkpoint_file import (
@@ -72,7 +72,7 @@ def load_trained(
             if "root" not in cfg.data:
                 raise ConfigError([f"root={root}: the data set of this run has no folder"])
             cfg.data.root = os.fspath(root)
-    with blame("data"):
+    with as_config_error("data"):
         data = build(cfg.data)
     network = build_network(cfg, data)
     weights = {
@@ -89,7 +89,7 @@ def load_trained(
 
 def _checkpoint(folder: Path, checkpoint: str | os.PathLike[str]) -> Path:
     """The file; ConfigError if there is none."""
-    if not begun(folder):
+    if not has_run(folder):
         home = "; ~ is not expanded there" if str(folder).startswith("~") else ""
         raise ConfigError([f"run={folder}: holds no run; name the folder of one{home}"])
     if str(checkpoint) not in NAMED:

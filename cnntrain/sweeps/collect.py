@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from cnntrain.atomic import replacing
 from cnntrain.config import ConfigError, config_hash, flat
-from cnntrain.config.resume import CONFIG, Damaged, begun, recorded
+from cnntrain.config.resume import CONFIG, DamagedRecord, has_run, read_config
 from cnntrain.sweeps.options import varying
 from cnntrain.sweeps.record import METRICS, STATUSES, Member, plain, read_member
 
@@ -65,7 +65,7 @@ def collect(folder: str | os.PathLike[str], metric: str | None = None) -> Collec
         raise ConfigError([f"{folder}: is not a folder; name one with runs below it"])
     try:
         sweep = _sweep(folder / SWEEP)
-    except Damaged as error:
+    except DamagedRecord as error:
         return _found(folder, metric, (str(error),))
     if sweep is None:
         return _found(folder, metric, ())
@@ -107,7 +107,7 @@ def _found(folder: Path, metric: str | None, problems: tuple[str, ...]) -> Colle
     for directory in directories:
         name = directory.relative_to(folder).as_posix()
         member = read_member(name if name != "." else directory.absolute().name, directory, {})
-        cfg = recorded(directory / CONFIG)
+        cfg = read_config(directory / CONFIG)
         configs.append(None if cfg is None else flat(cfg))
         if cfg is None or member.config_hash not in (None, config_hash(cfg)):
             configs[-1] = None
@@ -136,7 +136,7 @@ def _found(folder: Path, metric: str | None, problems: tuple[str, ...]) -> Colle
 
 def _runs(folder: Path) -> Iterator[Path]:
     for path, below, _ in os.walk(folder):
-        if begun(Path(path)):
+        if has_run(Path(path)):
             below.clear()  # a run holds no other
             yield Path(path)
         else:
@@ -174,7 +174,7 @@ def _sweep(path: Path) -> dict[str, Any] | None:
             OmegaConfBaseException):  # fmt: skip
         sound = False
     if not sound:
-        raise Damaged(f"{path}: is damaged; the runs below the folder are shown without it")
+        raise DamagedRecord(f"{path}: is damaged; the runs below the folder are shown without it")
     return content
 
 

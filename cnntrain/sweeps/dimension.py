@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from cnntrain.config import quoted
-from cnntrain.config.overrides import shown, unknown
+from cnntrain.config.overrides import format_value, unknown
 
 WHERE = "search.space"
 KEYS = ("choices", "low", "high", "log", "step", "when")
@@ -78,7 +78,9 @@ def read(option: str, entry: Any, problems: list[str]) -> Dimension | None:
     where, before = f"{WHERE}.{option}", len(problems)
     given = {"choices": entry} if isinstance(entry, list) else entry
     if not isinstance(given, dict):
-        problems.append(f"{where}={shown(entry)}: must be choices [a, b], or {{low: 1, high: 2}}")
+        problems.append(
+            f"{where}={format_value(entry)}: must be choices [a, b], or {{low: 1, high: 2}}"
+        )
         return None
     problems += [
         f"{where}.{key}: {unknown('a range has', 'option', str(key), KEYS)}"
@@ -87,7 +89,7 @@ def read(option: str, entry: Any, problems: list[str]) -> Dimension | None:
     ]
     when = given.get("when") or {}
     if not isinstance(when, dict):
-        problems.append(f"{where}.when={shown(when)}: must be {{option: choice}}")
+        problems.append(f"{where}.when={format_value(when)}: must be {{option: choice}}")
         when = {}
     if len(problems) == before:
         if "choices" in given:
@@ -108,15 +110,15 @@ def _wrong_choices(where: str, given: dict[str, Any]) -> Iterator[str]:
     if others:
         yield f"{where}.{others[0]}: goes with a range, and there are choices"
     if not isinstance(choices, list) or not choices:
-        yield f"{where}={shown(choices)}: must be choices, at least one, such as [a, b]"
+        yield f"{where}={format_value(choices)}: must be choices, at least one, such as [a, b]"
         return
     if any(isinstance(leaf, dict) for c in choices for leaf in (c if isinstance(c, list) else [c])):
-        yield f"{where}={shown(choices)}: a choice must be a value or a list of values"
+        yield f"{where}={format_value(choices)}: a choice must be a value or a list of values"
         return
     texts = [typed(choice) for choice in choices]
     twice = sorted({text for text in texts if texts.count(text) > 1})
     if twice:
-        yield f"{where}={shown(choices)}: has {', '.join(twice)} twice"
+        yield f"{where}={format_value(choices)}: has {', '.join(twice)} twice"
 
 
 def _wrong_range(where: str, given: dict[str, Any]) -> Iterator[str]:
@@ -125,10 +127,10 @@ def _wrong_range(where: str, given: dict[str, Any]) -> Iterator[str]:
     }
     unfit = [k for k, v in numbers.items() if type(v) not in (int, float) or not math.isfinite(v)]  # type: ignore[arg-type]
     for key in unfit:
-        yield f"{where}.{key}={shown(numbers[key])}: must be a number"
+        yield f"{where}.{key}={format_value(numbers[key])}: must be a number"
     log = given.get("log", False)
     if not isinstance(log, bool):
-        yield f"{where}.log={shown(log)}: must be true or false"
+        yield f"{where}.log={format_value(log)}: must be true or false"
     if unfit:
         return
     low, high, step = (Decimal(str(numbers.get(key, 1))) for key in ("low", "high", "step"))

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from cnntrain.atomic import replacing
 from cnntrain.config import ConfigError, flat, incidental
-from cnntrain.config.resume import CONFIG, LOCK, of_another_run, run_only
+from cnntrain.config.resume import CONFIG, LOCK, holds_another_run, run_options
 from cnntrain.sweeps.collect import read_sheet
 from cnntrain.sweeps.members import Planned, common, shown
 
@@ -82,7 +82,7 @@ class SweepFolder:
             called = self.names.setdefault(member.identity, member.name)
             if known.get(called, {}).get("identity", member.identity) != member.identity:
                 raise ConfigError([self._changed(called, member)])
-            if of_another_run(self.directory(called), member.config_hash):
+            if holds_another_run(self.directory(called), member.config_hash):
                 raise ConfigError(
                     [f"{self.directory(called)}: holds another run; move it out of the sweep"]
                 )
@@ -161,7 +161,7 @@ class SweepFolder:
         """Why a member that has the name of another one cannot be run."""
         why = "was begun with another config"
         try:
-            before = flat(run_only(DictConfig(OmegaConf.load(self.directory(called) / CONFIG))))
+            before = flat(run_options(DictConfig(OmegaConf.load(self.directory(called) / CONFIG))))
             now = member.run.options
             why = "was begun with " + ", ".join(
                 f"{key}={shown(before.get(key))}, and now it is {shown(now.get(key))}"

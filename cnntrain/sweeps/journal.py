@@ -18,7 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from cnntrain.config import ConfigError
-from cnntrain.config.overrides import one_line
+from cnntrain.config.overrides import format_error
 
 STUDY = "study.journal"
 
@@ -63,7 +63,7 @@ def storage(folder: Path) -> JournalStorage:
         return found
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise ConfigError(
-            [f"{file}: is damaged ({one_line(error)}); give the search another name: sweep=<name>"]
+            [f"{file}: is damaged ({format_error(error)}); set another sweep=<name>"]
         ) from None
 
 

@@ -27,12 +27,12 @@ from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, config_hash, settle
 from cnntrain.config.resume import (
     RESULT,
-    at_work,
-    ended,
-    of_another_run,
+    add_checksum,
+    holds_another_run,
+    is_running,
     read_result,
-    run_only,
-    seal,
+    result_with_status,
+    run_options,
 )
 from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.sweeps.processes import METHOD, PROCESSES, STANDARD, mask_sigint, prepare_processes
@@ -86,7 +86,7 @@ class MemberTask:
             mask_sigint("SIG_UNBLOCK")
         settle(cfg, hydra)
         job = Job(
-            OmegaConf.to_container(run_only(cfg), resolve=True),  # type: ignore[arg-type]
+            OmegaConf.to_container(run_options(cfg), resolve=True),  # type: ignore[arg-type]
             directory,
             [*hydra.overrides.task],
             self.labels.get(directory.name, {}),
@@ -137,19 +137,19 @@ def _run(job: Job) -> None:
     """
     stop = job.directory.parent / STOP
     while True:
-        while not stop.exists() and at_work(job.directory):
+        while not stop.exists() and is_running(job.directory):
             time.sleep(LOOK)
         # After Ctrl-C a member has left at once, and in this process no other is to begin.
         if stop.exists() or interruption.received is not None:
             return
         mine = config_hash(OmegaConf.create(job.config))
-        if ended(job.directory, mine):  # by the one waited for
+        if result_with_status(job.directory, mine):  # by the one waited for
             return
-        if of_another_run(job.directory, mine):  # copied there since the sweep has looked
+        if holds_another_run(job.directory, mine):  # copied there since the sweep has looked
             return
         before = result_mark(job.directory)
         reason = _in_a_process(job, stop)
-        if not at_work(job.directory):  # else another one was faster
+        if not is_running(job.directory):  # else another one was faster
             break
     if stop.exists() or interruption.received is not None:  # it may have ended before it began
         return
@@ -193,7 +193,9 @@ def record_failure(directory: Path, config: Any, reason: str) -> None:
     metrics = {k: v for k, v in rows[-1].items() if k in METRICS} if rows else {}
     so_far = {"metrics": metrics, "epochs": len(rows)}
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / RESULT, seal({"status": "failed", **facts, **so_far, "error": reason}))
+    write_json(
+        directory / RESULT, add_checksum({"status": "failed", **facts, **so_far, "error": reason})
+    )
 
 
 def _cause_of_death(exit_code: int | None) -> str:

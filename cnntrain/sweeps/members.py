@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config import flat, incidental, options_hash
 from cnntrain.config.overrides import key_of, parsed
-from cnntrain.config.resume import run_only
+from cnntrain.config.resume import run_options
 
 LONGEST = 120  # characters of a directory's name: paths of 255 bytes are the limit of most systems
 ODD = re.compile(r"[^A-Za-z0-9_.,=+@\[\]-]")
@@ -31,7 +31,7 @@ class Run:
         made: Any = OmegaConf.to_container(cfg.hydra.runtime.choices)
         made = {str(k): v for k, v in made.items() if v is not None and "hydra/" not in str(k)}
         typed: Any = OmegaConf.to_container(cfg.hydra.overrides.task)  # interpolations as typed
-        return cls(run_only(cfg), of_the_run(typed), made)
+        return cls(run_options(cfg), of_the_run(typed), made)
 
     @cached_property
     def options(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnntrain.config.resume import RESULT, Damaged, at_work, begun, sealed
+from cnntrain.config.resume import RESULT, DamagedRecord, has_run, is_running, read_sealed
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss")
 STATUSES = ("completed", "running", "pending", "interrupted", "pruned", "failed", "damaged")
@@ -34,16 +34,16 @@ class Member:
 def read_member(name: str, directory: Path, values: dict[str, Any]) -> Member:
     """What a directory says of its run; one that has not begun is pending."""
     try:
-        result = sealed(directory / RESULT)
+        result = read_sealed(directory / RESULT)
     except FileNotFoundError:
-        status = "running" if at_work(directory) else "pending"
-        if status == "pending" and begun(directory):
+        status = "running" if is_running(directory) else "pending"
+        if status == "pending" and has_run(directory):
             status = "interrupted"  # before it could say so
         result = {"status": status}
-    except (Damaged, OSError) as error:
+    except (DamagedRecord, OSError) as error:
         return Member(name, directory, values, "damaged", error=str(error).split("; ")[0])
     status = result["status"]
-    if status == "running" and not at_work(directory):
+    if status == "running" and not is_running(directory):
         status = "interrupted"  # by what cannot be caught
     metrics, epochs = result.get("metrics"), result.get("epochs")
     if metrics is None and (rows := history(directory)):

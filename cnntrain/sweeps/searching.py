@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config.resume import ended, read_result
+from cnntrain.config.resume import read_result, result_with_status
 from cnntrain.sweeps.findings import summary
 from cnntrain.sweeps.folder import SweepFolder
 from cnntrain.sweeps.hparams import write_schema
@@ -81,4 +81,6 @@ class Searching:
 
     def _ended(self, member: Planned) -> bool:
         directory = self.folder.directory(member.name)
-        return ended(directory, member.config_hash, ("completed", "pruned")) is not None
+        return (
+            result_with_status(directory, member.config_hash, ("completed", "pruned")) is not None
+        )

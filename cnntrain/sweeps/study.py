@@ -14,7 +14,7 @@ from optuna.pruners import NopPruner
 from optuna.samplers import BruteForceSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from cnntrain.config import ConfigError, blame, build
+from cnntrain.config import ConfigError, as_config_error, build
 from cnntrain.sweeps.dimension import override, typed
 from cnntrain.sweeps.journal import load, quietly, storage
 from cnntrain.sweeps.search import Search
@@ -43,7 +43,7 @@ class Study:
     """
 
     def __init__(self, folder: Path, node: DictConfig, *, seed: int):
-        with blame("search"), quietly():
+        with as_config_error("search"), quietly():
             self.search: Search = build(node)
         self.seed = seed
         self.asked: set[int] = set()  # by this process
@@ -193,11 +193,11 @@ def dry_run(node: DictConfig) -> None:
     Raises ConfigError for what constructors, or the first trial, refuse.
     """
     with quietly():
-        with blame("search.pruner"):
+        with as_config_error("search.pruner"):
             build(node.pruner)
-        with blame("search.sampler"):
+        with as_config_error("search.sampler"):
             sampler = build(node.sampler)(seed=0)
-        with blame("search"):
+        with as_config_error("search"):
             search: Search = build(node)
         if isinstance(sampler, BruteForceSampler) and (option := search.space.endless()):
             raise ConfigError(
@@ -206,7 +206,7 @@ def dry_run(node: DictConfig) -> None:
                     "no end of values; give it a step or choices, or take search/sampler=tpe"
                 ]
             )
-        with blame("search.sampler"):
+        with as_config_error("search.sampler"):
             sample(search, [], 0, "dry run")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 
 from cnntrain.config import quoted
-from cnntrain.config.resume import at_work, ended
+from cnntrain.config.resume import is_running, result_with_status
 from cnntrain.interruption import interruption
 from cnntrain.sweeps.collect import Collection, collect, write_csv
 from cnntrain.sweeps.folder import SweepFolder
@@ -66,7 +66,9 @@ class Sweeping:
         keys = list(dict.fromkeys([*self.folder.sheet["over"], *varied]))
         self.members = self.folder.extend(planned(runs, keys), keys)
         self.pending = [
-            m for m in self.members if not ended(self.folder.directory(m.name), m.config_hash)
+            m
+            for m in self.members
+            if not result_with_status(self.folder.directory(m.name), m.config_hash)
         ]
 
     def run(self, launch: Launch, say: Say) -> "Outcome":
@@ -207,12 +209,12 @@ class Outcome:
         if interruption.received is not None and not self.passed_on:
             self.stop.write_text(LEAVE, encoding="utf-8")
             self.passed_on, interruption.quiet = True, False
-            if any(at_work(self.folder.directory(name)) for name in [*self.progress.waiting]):
+            if any(is_running(self.folder.directory(name)) for name in [*self.progress.waiting]):
                 self.say("\nrunning members save a checkpoint; Ctrl-C again leaves at once")
 
     def _wait_for_those_at_work(self) -> None:
         """A launcher that gives up, as one whose workers a signal has ended, leaves some."""
-        while any(at_work(self.folder.directory(name)) for name in [*self.progress.waiting]):
+        while any(is_running(self.folder.directory(name)) for name in [*self.progress.waiting]):
             time.sleep(LOOK)
 
     def _bury(self, members: Sequence[Planned], reason: str) -> None:

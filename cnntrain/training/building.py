@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from cnntrain.config import blame, build
+from cnntrain.config import as_config_error, build
 from cnntrain.data import ImageData
 from cnntrain.process_info import ProcessInfo
 from cnntrain.training.classifier import Classifier
@@ -29,24 +29,24 @@ def dry_run(cfg: DictConfig) -> None:
     Writes nothing. Raises ConfigError with the node and the message of the constructor or step.
     """
     data, module = build_run(cfg)
-    with blame("model"):
+    with as_config_error("model"):
         logits = module.network(torch.zeros(2, *data.shape))
         if logits.shape != (2, data.num_classes):
             raise ValueError(f"gives {tuple(logits.shape)} for two images of {data.shape}")
-    with blame("loss"):
+    with as_config_error("loss"):
         loss = module.loss(logits, torch.zeros(2, dtype=torch.long))
         if loss.ndim:
             raise ValueError("must give one number for a batch")
         loss.backward()
     if "tensorboard" in cfg:
-        with blame("tensorboard"):
+        with as_config_error("tensorboard"):
             build(cfg.tensorboard)
-    with blame("trainer"):
+    with as_config_error("trainer"):
         trainer = build(cfg.trainer, default_root_dir=Path(), logger=False)
-    with blame("data"):
+    with as_config_error("data"):
         batches = -(-(data.train_size - data.val_size) // data.batch_size)
     optimizer, _ = module.schedule(batches * trainer.max_epochs)
-    with blame("optimizer"):
+    with as_config_error("optimizer"):
         optimizer.step()
 
 
@@ -54,12 +54,12 @@ def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
     """The data set, not yet loaded, and the Lightning module."""
     quieten_lightning()
     lightning.seed_everything(cfg.seed, verbose=False)
-    with blame("data"):
+    with as_config_error("data"):
         data = build(cfg.data)
     network = build_network(cfg, data)
-    with blame("loss"):
+    with as_config_error("loss"):
         loss = build(cfg.loss)
-    with blame("optimizer"):
+    with as_config_error("optimizer"):
         optimizer = build(cfg.optimizer)
         optimizer(params=network.parameters())  # raises before the data is loaded
     scheduler = build(cfg.scheduler) if cfg.scheduler else None
@@ -68,7 +68,7 @@ def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
 
 def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
     """The network of a run, newly initialised."""
-    with blame("model"):
+    with as_config_error("model"):
         return build(
             cfg.model, conv=build(cfg.backend), in_shape=data.shape, num_classes=data.num_classes
         )
@@ -79,7 +79,7 @@ def build_record(cfg: DictConfig, directory: Path, data: ImageData) -> Record:
     board = TensorBoard(directory)
     if "tensorboard" not in cfg:  # ~tensorboard, or a run of an earlier version
         return Record(directory, board, Insights.none(board=board, data=data))
-    with blame("tensorboard"):
+    with as_config_error("tensorboard"):
         return Record(directory, board, build(cfg.tensorboard, board=board, data=data))
 
 
@@ -95,7 +95,7 @@ def build_trainer(
     """The trainer of one rank; rank 0 has a record and `further` callbacks."""
     callbacks: list[lightning.Callback] = [NaNGuard(directory, *data.split())]
     callbacks += [record, record.insights] if record else []
-    with blame("trainer"):
+    with as_config_error("trainer"):
         trainer: Trainer = build(
             cfg.trainer,
             processes=ProcessEnvironment(info),

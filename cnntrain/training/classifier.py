@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cnntrain.config import blame
+from cnntrain.config import as_config_error
 from cnntrain.training.distributed import all_gather, all_sum, is_single_process
 from cnntrain.training.outcome import Answers, Outcome, answer
 from cnntrain.training.step_graph import Recorder, StepGraph
@@ -78,7 +78,7 @@ class Classifier(lightning.LightningModule):
             return optimizer, None
         every_step = "total_steps" in inspect.signature(self.make_scheduler).parameters
         steps = {"total_steps": total_steps} if every_step else {}
-        with blame("scheduler"):
+        with as_config_error("scheduler"):
             scheduler = self.make_scheduler(optimizer=optimizer, **steps)
         return optimizer, {"scheduler": scheduler, "interval": "step" if every_step else "epoch"}
 

@@ -25,12 +25,12 @@ from cnntrain.config.resume import (
     CHECKPOINTS,
     CONFIG,
     RESULT,
-    Damaged,
+    DamagedRecord,
     completed,
-    recorded,
-    refused_changes,
-    run_only,
-    sealed,
+    read_config,
+    read_sealed,
+    resume_problems,
+    run_options,
 )
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
@@ -102,8 +102,8 @@ def train(
     if cfg.get("profile"):
         callbacks = [*callbacks, Profile(path)]
     writes_log = True  # a completed run is not changed, train.log included
-    with contextlib.suppress(OSError, Damaged):
-        writes_log = sealed(path / RESULT)["status"] != "completed"
+    with contextlib.suppress(OSError, DamagedRecord):
+        writes_log = read_sealed(path / RESULT)["status"] != "completed"
     console = logged(path, writes_log)
     try:
         with interruptible(f"; resume with train(cfg, {str(path)!r}, resume=True)"):
@@ -148,7 +148,7 @@ def run_training(
         ProcessLost: Another process of this run has ended.
         OSError: A file cannot be written.
     """
-    cfg = run_only(cfg)
+    cfg = run_options(cfg)
     data, module = build_run(cfg)
     info = process_info(cfg)
     locked = RunDirectory(directory, resume=resume, option=option)
@@ -185,13 +185,13 @@ def _checkpoint_to_resume(
     """The newest checkpoint; None if there is none. Raises if this config cannot resume it."""
     saved = newest(directory / CHECKPOINTS)
     if not saved:
-        if before := recorded(directory / CONFIG):
-            _reject(refused_changes(before, cfg), directory / CONFIG)
+        if before := read_config(directory / CONFIG):
+            _reject(resume_problems(before, cfg), directory / CONFIG)
         return None
     path, content = saved
     if different := shape_differences(content["state_dict"], module.state_dict()):
         raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
-    problems = refused_changes(DictConfig(content["config"]), cfg)
+    problems = resume_problems(DictConfig(content["config"]), cfg)
     done, begun = content["position"]["epoch"], content["position"]["batch"] > 0
     epochs, least = cfg.trainer.max_epochs, done + begun
     if least > epochs:

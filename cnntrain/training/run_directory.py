@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.atomic import replacing, write_json
 from cnntrain.config import ConfigError, config_hash, run_directory_problem
-from cnntrain.config.resume import CONFIG, LOCK, OVERRIDES, RESULT, in_use, seal
+from cnntrain.config.resume import CONFIG, LOCK, OVERRIDES, RESULT, add_checksum, in_use
 
 PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 
@@ -69,7 +69,7 @@ class RunDirectory:
 
     def write_result(self, status: str, **content: Any) -> None:
         """`status` is running, completed, failed, interrupted or pruned."""
-        write_json(self.result, seal({"status": status, **self.facts, **content}))
+        write_json(self.result, add_checksum({"status": status, **self.facts, **content}))
 
     def _write_environment(self) -> None:
         """environment.json of the first start, with those of resumed ones in a list."""

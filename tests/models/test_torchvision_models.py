@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnntrain.config import ConfigError, blame, build, compose
+from cnntrain.config import ConfigError, as_config_error, build, compose
 from cnntrain.conv import BACKENDS
 from cnntrain.models import TorchVision
 from cnntrain.training import train
@@ -125,7 +125,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "said"), REFUSED)
 def test_refused_in_one_line(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError) as raised, blame("model"):
+    with pytest.raises(ConfigError) as raised, as_config_error("model"):
         TorchVision(**options)
     (problem,) = raised.value.problems
     assert re.search(said, problem), problem

@@ -10,14 +10,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config import compose, config_hash
-from cnntrain.config.resume import run_only, seal
+from cnntrain.config.resume import add_checksum, run_options
 
 COLUMNS = ["epoch", "step", "lr", "train/loss", "train/acc", "val/loss", "val/acc", "grad_norm"]
 
 
 @cache
 def composed(overrides: tuple[str, ...]) -> DictConfig:
-    return run_only(compose(list(overrides)))
+    return run_options(compose(list(overrides)))
 
 
 def write_run(
@@ -50,7 +50,7 @@ def write_run(
         content["timings"] = {"seconds": seconds, "images_per_second": 1000.0}
     if error:
         content["error"] = error
-    (directory / "result.json").write_text(json.dumps(seal(content)))
+    (directory / "result.json").write_text(json.dumps(add_checksum(content)))
 
 
 def write_sweep(

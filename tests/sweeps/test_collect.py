@@ -10,7 +10,7 @@ from run_folders import write_run, write_sweep
 
 from cnntrain.config import ConfigError
 from cnntrain.config.choices import choice, defaults
-from cnntrain.config.resume import seal
+from cnntrain.config.resume import add_checksum
 from cnntrain.sweeps.collect import collect, write_csv
 
 
@@ -134,5 +134,5 @@ def test_a_forged_seal(tmp_path: Path) -> None:
     (tmp_path / "a/result.json").write_text(json.dumps(content))
     assert collect(tmp_path).members[0].status == "damaged"
     del content["sha256"]
-    (tmp_path / "a/result.json").write_text(json.dumps(seal(content)))
+    (tmp_path / "a/result.json").write_text(json.dumps(add_checksum(content)))
     assert collect(tmp_path).members[0].status == "failed"

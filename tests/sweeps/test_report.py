@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from run_folders import write_run, write_sweep
 
 from cnntrain.config import config_hash
-from cnntrain.config.resume import seal
+from cnntrain.config.resume import add_checksum
 from cnntrain.sweeps.collect import collect
 from cnntrain.sweeps.ranking import rank
 from cnntrain.sweeps.report import write_report
@@ -201,7 +201,7 @@ def write_run_without_training(directory: Path) -> None:
         "seed": 0,
         "metrics": {"test/acc": 0.5},
     }
-    (directory / "result.json").write_text(json.dumps(seal(content)))
+    (directory / "result.json").write_text(json.dumps(add_checksum(content)))
 
 
 def test_help() -> None:

@@ -11,7 +11,7 @@ from run_folders import tree, write_run
 from sweeps_of_records import COMPARE, asked, rows, run, sheet, sweeping
 
 from cnntrain.config import ConfigError
-from cnntrain.config.resume import seal
+from cnntrain.config.resume import add_checksum
 from cnntrain.sweeps.collect import collect
 from cnntrain.sweeps.folder import SweepFolder
 from cnntrain.sweeps.members import Planned
@@ -50,7 +50,7 @@ def test_only_what_is_missing_is_run(tmp_path: Path) -> None:
     result.write_text(json.dumps({**content, "epochs": 9}))
     assert {m.name for m in sweeping(tmp_path / "s", *COMPARE).pending} == {first, second}
     content.pop("sha256")
-    result.write_text(json.dumps(seal({**content, "config_hash": "0" * 16})))
+    result.write_text(json.dumps(add_checksum({**content, "config_hash": "0" * 16})))
     before = tree(tmp_path)
     with pytest.raises(ConfigError, match=f"{re.escape(first)}: holds another run"):
         sweeping(tmp_path / "s", *COMPARE)

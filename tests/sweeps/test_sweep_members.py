@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from sweeps_of_records import asked
 
 from cnntrain.config import ConfigError, compose, config_hash
-from cnntrain.config.resume import run_only
-from cnntrain.sweeps.members import directory_name, name, planned, shown
+from cnntrain.config.resume import run_options
+from cnntrain.sweeps.members import directory_name, format_value, name, planned
 
 
 def names(typed: list[str]) -> list[str]:
@@ -39,7 +39,7 @@ def test_names_of_values() -> None:
     assert names(["optimizer.betas=[0.9,0.99],[0.8,0.9]"])[1] == "optimizer.betas=[0.8,0.9]"
     assert names(["seed=3"]) == ["seed=3"]
     assert names([]) == ["defaults"]
-    assert shown({"a": [True, None], "b": "x"}) == "{a:[true,null],b:x}"
+    assert format_value({"a": [True, None], "b": "x"}) == "{a:[true,null],b:x}"
 
 
 @pytest.mark.parametrize("value", ["a/b", "../up", "a b", "ä", "x" * 300, "a:b", "$HOME", "a'b\n"])
@@ -74,7 +74,7 @@ def test_runs_are_what_each_composes_alone(typed: list[str], composed: int) -> N
     found = asked("data=fashion_mnist_mini", *typed)
     assert len(found.cfgs) == composed
     for run in found.runs:
-        alone = run_only(compose(run.typed))
+        alone = run_options(compose(run.typed))
         assert OmegaConf.to_container(run.config) == OmegaConf.to_container(alone)
         assert config_hash(run.config) == config_hash(alone)
     assert len({config_hash(run.config) for run in found.runs}) == len(found.runs)

@@ -22,7 +22,7 @@ from torturing.runs import differences, record
 
 from cnntrain.config import ConfigError, build, compose
 from cnntrain.config.cross_checks import cross_check_data
-from cnntrain.config.resume import changed, refused_changes
+from cnntrain.config.resume import resume_problems, with_overrides
 from cnntrain.process_info import ProcessInfo
 from cnntrain.training import ProcessLost, checkpoint_file, train
 from cnntrain.training.distributed import connect
@@ -289,7 +289,7 @@ def test_a_batch_that_cannot_be_shared() -> None:
 
 def test_another_number_of_processes_is_another_run() -> None:
     run, wanted = (compose([*DDP, f"trainer.devices={n}"]) for n in (2, 3))
-    (said,) = refused_changes(run, wanted)
+    (said,) = resume_problems(run, wanted)
     assert said.startswith("trainer.devices=3: the run was begun with 2, and has computed with it")
 
 
@@ -299,14 +299,14 @@ def test_a_run_of_two_processes_with_another_trainer(tmp_path: Path) -> None:
     (tmp_path / ".hydra/overrides.yaml").write_text("- trainer=ddp\n- trainer.devices=2\n")
     said = f"trainer=cpu: the run in {tmp_path} has 2 processes.*take trainer.accelerator=cpu"
     with pytest.raises(ConfigError, match=said):
-        changed(run, tmp_path, ["trainer=cpu"])
-    assert changed(run, tmp_path, ["trainer=ddp"]).trainer == run.trainer
-    assert refused_changes(run, compose(["trainer=cpu"])) == [
+        with_overrides(run, tmp_path, ["trainer=cpu"])
+    assert with_overrides(run, tmp_path, ["trainer=ddp"]).trainer == run.trainer
+    assert resume_problems(run, compose(["trainer=cpu"])) == [
         "trainer.devices: the run has 2, and is continued with as many; add trainer=ddp "
         "trainer.devices=2, or start a new run"
     ]
     faster = compose([*DDP, "trainer.devices=2", "trainer.timeout=600"])
-    assert refused_changes(run, faster) == []
+    assert resume_problems(run, faster) == []
 
 
 def test_a_stuck_process(start: Start, tmp_path: Path) -> None:

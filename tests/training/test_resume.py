@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torturing.runs import differences, record
 
 from cnntrain.config import ConfigError, compose, flat
-from cnntrain.config.resume import changed, read_result, run_config, run_only
+from cnntrain.config.resume import read_result, run_config, run_options, with_overrides
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.sweeps.record import history
 from cnntrain.training import CheckpointError, checkpoint_file, train
@@ -198,7 +198,7 @@ def test_a_longer_run_is_one_that_was_meant_so(tmp_path: Path) -> None:
     constant = ["scheduler=none", "trainer.early_stopping=null"]
     assert go(tmp_path / "a", *constant, "trainer.max_epochs=3") == 0
     assert go(tmp_path / "b", *constant, "trainer.max_epochs=2") == 0
-    longer = changed(run_config(tmp_path / "b"), tmp_path / "b", ["trainer.max_epochs=3"])
+    longer = with_overrides(run_config(tmp_path / "b"), tmp_path / "b", ["trainer.max_epochs=3"])
     train(longer, tmp_path / "b", resume=True)
     assert not list(differences(record(tmp_path / "a"), record(tmp_path / "b")))
     assert run_config(tmp_path / "b").trainer.max_epochs == 3
@@ -222,18 +222,18 @@ def test_an_epoch_that_is_begun_counts(stops: Stops, tmp_path: Path) -> None:
 def test_what_is_typed_counts_though_it_was_the_default(tmp_path: Path) -> None:
     """Of a run that was started from Python, and of one that was changed when it was resumed."""
     options = ["scheduler=none", "backend=im2col", "seed=5", "trainer.max_epochs=3"]
-    cfg = run_only(compose(options))
+    cfg = run_options(compose(options))
     for typed, key, value in [
         ("seed=0", "seed", 0),
         ("trainer.max_epochs=10", "trainer.max_epochs", 10),
         ("backend=native", "backend._target_", "cnntrain.conv.NativeConv2d"),
     ]:
-        assert flat(changed(cfg, tmp_path, [typed]))[key] == value
+        assert flat(with_overrides(cfg, tmp_path, [typed]))[key] == value
     (tmp_path / ".hydra").mkdir()
     given = "- scheduler=none\n- backend=im2col\n- seed=5\n- trainer.max_epochs=4\n"
     (tmp_path / ".hydra/overrides.yaml").write_text(given)
-    assert changed(cfg, tmp_path, ["trainer.max_epochs=4"]).trainer.max_epochs == 4
-    assert changed(cfg, tmp_path, ["trainer=cpu"]) == {
+    assert with_overrides(cfg, tmp_path, ["trainer.max_epochs=4"]).trainer.max_epochs == 4
+    assert with_overrides(cfg, tmp_path, ["trainer=cpu"]) == {
         **cfg,
         "trainer": {**cfg.trainer, "accelerator": "cpu"},
     }
@@ -285,7 +285,7 @@ def test_what_was_computed_cannot_be_changed(halfway: Path, options: list[str], 
 
 def test_what_was_not_may_be(undisturbed: Path, halfway: Path) -> None:
     options = ["trainer.progress_bar=true", "trainer=cpu", "trainer.checkpoint_every_n_steps=2"]
-    train(changed(run_config(halfway), halfway, options), halfway, resume=True)
+    train(with_overrides(run_config(halfway), halfway, options), halfway, resume=True)
     assert not list(differences(record(undisturbed), record(halfway)))
 
 

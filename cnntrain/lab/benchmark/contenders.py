@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import nn
 
-from cnntrain.config import CONF, ConfigError, Root, blame, build, check
+from cnntrain.config import CONF, ConfigError, Root, as_config_error, build, check
 from cnntrain.config.overrides import unknown
 from cnntrain.lab.benchmark.peers import PEERS
 
@@ -79,7 +79,7 @@ def _checked(node: Any) -> MakeConv:
     cfg = OmegaConf.create({"backend": node, "seed": 0})
     if problems := check(cfg, Root(("backend",))):
         raise ConfigError([problem.replace("backend", "backends", 1) for problem in problems])
-    with blame("backends"):
+    with as_config_error("backends"):
         return build(cfg.backend)
 
 

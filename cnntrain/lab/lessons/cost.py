@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from cnntrain.config import ConfigError, blame, build, compose
+from cnntrain.config import ConfigError, as_config_error, build, compose
 from cnntrain.conv import BACKENDS
 from cnntrain.lab.lessons.lesson import Lesson
 from cnntrain.models import Layer, summarise, uncounted
@@ -80,7 +80,7 @@ def _network(model: str, backend: str) -> nn.Module:
             raise error from None
         small = str("vit" not in model).lower()  # of which the patches' size is fixed
         cfg = compose(["model=torchvision", f"model.name={model}", f"model.small_images={small}"])
-    with blame("model"):
+    with as_config_error("model"):
         conv = BACKENDS[backend]
         return build(cfg.model, conv=conv, in_shape=IMAGE, num_classes=10).eval()
 
