@@ -1,22 +1,20 @@
-"""Makes the small set in cnntrain/data/fashion_mnist_mini from the real FashionMNIST.
+"""Subset of FashionMNIST in cnntrain/data/fashion_mnist_mini, drawn from the original files.
 
     python scripts/make_fashion_mnist_mini.py FOLDER
 
-FOLDER holds the four real files, plain or gzipped: data.root of an earlier run, or what Debian's
-package dataset-fashion-mnist installs. The first 500 (test: 100) images of each class in a seeded
-order, kept in the real set's order. Prints the lines of MINI_FILES in
-cnntrain/data/fashion_mnist.py.
+FOLDER has the four original files, data.root of an earlier run. The first 500 (test: 100) images of
+each class in a seeded order, stored in the original order.
 """
 
 import argparse
 import gzip
-import hashlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from cnntrain.data.fashion_mnist import FILES, MINI_FOLDER
-from cnntrain.data.idx import IdxFile, parse_idx, read_bytes
+from cnntrain.data import FashionMNIST
+from cnntrain.data.fashion_mnist import MINI_FOLDER, NAMES
 
 SEED = 0
 PER_CLASS = {"train": 500, "test": 100}
@@ -24,47 +22,34 @@ PER_CLASS = {"train": 500, "test": 100}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder with the four real files")
+    parser.add_argument("folder", help="folder with the four original files")
     parser.add_argument("--out", type=Path, default=MINI_FOLDER, help="folder to write")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    for split, per_class in PER_CLASS.items():
-        images, labels = (parse_idx(real(options.folder, file), file.name) for file in FILES[split])
-        chosen = draw(labels, per_class)
-        print(f'    "{split}": (')
-        for file, values in zip(FILES[split], (images[chosen], labels[chosen]), strict=True):
-            data = idx(values)
-            # No time and no name inside: the same bytes whenever and wherever it is made.
+    data = FashionMNIST(root=options.folder)
+    splits: tuple[Literal["train", "test"], ...] = ("train", "test")
+    for split in splits:
+        images, labels = data.read(split)
+        chosen = draw(labels, PER_CLASS[split])
+        for name, values in zip(NAMES[split], (images[chosen, 0], labels[chosen]), strict=True):
+            # Without a time and a name in the header, the bytes are reproducible.
             with (
-                (options.out / f"{file.name}.gz").open("wb") as stream,
-                gzip.GzipFile("", "wb", 9, stream, mtime=0) as packed,
+                (options.out / f"{name}.gz").open("wb") as stream,
+                gzip.GzipFile("", "wb", 9, stream, mtime=0) as file,
             ):
-                packed.write(data)
-            digest = hashlib.sha256(data).hexdigest()
-            print(f'        IdxFile("{file.name}", {len(data):_}, "{digest}"),')
-        print("    ),")
-
-
-def real(folder: Path, file: IdxFile) -> bytes:
-    """A real file's content, checked."""
-    plain = folder / file.name
-    path = plain if plain.exists() else folder / f"{file.name}.gz"
-    data = read_bytes(path)
-    if problem := file.difference(data):
-        raise SystemExit(f"{path}: {problem}")
-    return data
+                file.write(idx(values))
 
 
 def draw(labels: np.ndarray, per_class: int) -> np.ndarray:
     """Indices of `per_class` samples of each class, ascending."""
-    # Raw numbers because NumPy promises them for good, as it does not its shuffles.
+    # Raw numbers: NumPy guarantees them for all versions, but not its shuffles.
     order = np.argsort(np.random.PCG64(SEED).random_raw(len(labels)), kind="stable")
     parts = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
     return np.sort(np.concatenate(parts))
 
 
 def idx(values: np.ndarray) -> bytes:
-    """uint8 values as an idx file."""
+    """Content of an IDX file with uint8 values."""
     sizes = np.array(values.shape, ">u4").tobytes()
     return bytes([0, 0, 8, values.ndim]) + sizes + values.tobytes()
 

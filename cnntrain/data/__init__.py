@@ -1,10 +1,9 @@
-"""Data sets in memory: where they come from, how they become batches."""
+"""Data sets, their download, the in-memory loader and augmentation."""
 
 from cnntrain.data.augment import Augment
+from cnntrain.data.dataset import DataError, ImageData
 from cnntrain.data.drawings import Drawings, Strokes, TwoSigns
 from cnntrain.data.fashion_mnist import FashionMNIST, FashionMNISTMini
-from cnntrain.data.idx import DataError
-from cnntrain.data.images import ImageData
 from cnntrain.data.loader import Loader
 
 __all__ = [

@@ -1,10 +1,8 @@
-"""Random crop, flip and erasing of a whole batch at once, each sample with parameters of its own.
+"""Augmentation of a batch: random crop, horizontal flip and random erasing.
 
-What is random (`draw`) stands apart from what is done (`apply`): the parameters of a whole epoch
-are integers drawn on the CPU, so the same generator gives the same pixels on every device.
+Each sample has its own parameters. They are integers, drawn on the CPU for a whole epoch (`draw`)
+and applied on any device (`apply`): a generator gives the same pixels on every device.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -23,12 +21,12 @@ class Augment:
     """Random crop, horizontal flip and erasing, in this order, per sample.
 
     Args:
-        hflip: Probability of a left-right flip.
-        crop: Pixels of black added on each side before a window of the image's size is cut out,
-            every position alike; 0 is off.
-        erase: Probability that a rectangle is made black: 2 to 33 % of the image, height over
-            width log-uniform in 0.3 to 3.3, every position alike (Zhong et al. 2017,
-            "Random Erasing Data Augmentation", with torchvision's RandomErasing's numbers).
+        hflip: Probability of a horizontal flip.
+        crop: Pixels of black padding on each side before a crop of the image's size at a uniform
+            position; 0: no crop.
+        erase: Probability that a rectangle at a uniform position becomes black: 2 to 33 % of the
+            image, height over width log-uniform in 0.3 to 3.3. Source: Zhong et al. 2017,
+            arXiv:1708.04896, with the constants of torchvision's RandomErasing.
     """
 
     hflip: float = 0.0
@@ -40,17 +38,17 @@ class Augment:
         return self.hflip > 0 or self.crop > 0 or self.erase > 0
 
     def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """Draws the parameters of `n` samples of `height` x `width` pixels from a CPU generator.
+        """Draw the parameters of `n` samples of `height` x `width` pixels from a CPU generator.
 
         Returns:
-            int64 (7, n): flip (0 or 1), row and column of the crop's window in the padded image
-            (0 to 2 * crop), and the erased rectangle's top, left, height and width (0: none).
+            int64 (7, n): flip (0 or 1); row and column of the crop in the padded image (0 to
+            2 * crop); top, left, height and width of the erased rectangle (0: none).
         """
         float64 = torch.float64
         u = torch.rand(3, n, generator=generator, dtype=float64)
         flip = u[0] < self.hflip
         window = (u[1:] * (2 * self.crop + 1)).long()  # (2, n)
-        # Erasing draws last, so that switching it leaves crop and flip as they are.
+        # Drawn last, so that `erase` does not change crop and flip.
         rectangle = torch.zeros(4, n, dtype=torch.int64)
         if self.erase > 0:
             u = torch.rand(3 + 2 * ERASE_ATTEMPTS, n, generator=generator, dtype=float64)
@@ -69,14 +67,14 @@ class Augment:
         return torch.cat([flip.long()[None], window, rectangle])
 
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Augments a batch.
+        """Augment a batch.
 
         Args:
-            images: (B, C, H, W) of any type in which 0 is black; not changed.
-            parameters: int64 (7, B) from `draw`, on the images' device.
+            images: (B, C, H, W) of any dtype in which 0 is black; not modified.
+            parameters: int64 (7, B) from `draw`, on the device of the images.
 
         Returns:
-            The new batch: same shape, type and device.
+            A new batch of the same shape, dtype and device.
         """
         flip, row, column, top, left, height, width = parameters  # (B,) each
         if self.crop > 0:
@@ -97,14 +95,14 @@ class Augment:
 
 
 def _windows(images: Tensor, padding: int, row: Tensor, column: Tensor) -> Tensor:
-    """Each sample's window of the original size, at (row, column) of the padded image."""
+    """Crop of each sample at (row, column) of the padded image."""
     _, c, h, w = images.shape
     padded = F.pad(images, (padding, padding, padding, padding))  # (B, C, H + 2p, W + 2p)
-    # Every pixel starts a (C, H, W) window of this view, so one index_select over whole windows
-    # does the work: several times faster than gathering pixel by pixel.
+    # A view with one (C, H, W) window per start pixel: one index_select of windows is several times
+    # faster than gathering pixels.
     sample, channel, line, _ = padded.stride()
-    reach = (c - 1) * channel + (h - 1) * line + w - 1
-    windows = padded.as_strided((padded.numel() - reach, c, h, w), (1, channel, line, 1))
+    extent = (c - 1) * channel + (h - 1) * line + w - 1
+    windows = padded.as_strided((padded.numel() - extent, c, h, w), (1, channel, line, 1))
     start = torch.arange(len(images), device=images.device) * sample + row * line + column
     return windows.index_select(0, start)
 
@@ -113,5 +111,5 @@ def _outside(start: Tensor, length: Tensor, size: int) -> Tensor:
     """uint8 (B, size): 0 where start <= position < start + length, 1 elsewhere."""
     position = torch.arange(size, device=start.device)
     start, length = start[:, None], length[:, None]
-    # uint8 because PyTorch's CPU kernels broadcast bool several times slower.
+    # uint8: PyTorch's CPU kernels broadcast bool several times slower.
     return ((position < start) | (position >= start + length)).to(torch.uint8)

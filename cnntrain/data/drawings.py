@@ -1,34 +1,36 @@
-"""Drawings small enough to follow every number of a network by hand."""
+"""Synthetic drawings, small enough to compute every activation of a network by hand."""
 
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import PositiveInt
 
-from cnntrain.data.images import ImageData
+from cnntrain.data.dataset import ImageData
 
 
 class Drawings(ImageData):
-    """A few drawings, `#` white and `.` black, that are trained on, validated and tested alike.
+    """A few drawings, `#` white and `.` black: the training, validation and test set at once.
 
-    They show how a network learns, not how it generalises. Pixels come as 0 and 1, not shifted.
-    The options are those of `ImageData`, but for what chooses the images to validate with.
+    They show how a network learns, not how it generalises. Pixels are normalised to 0 and 1.
+
+    Args:
+        options: See `ImageData`, without `val_size` and `split_seed`.
     """
 
     mean = (0.0,)
     std = (1.0,)
-    drawings: ClassVar[tuple[tuple[int, str], ...]]  # of each its label, and its rows
+    drawings: ClassVar[tuple[tuple[int, str], ...]]  # label and rows of each
 
     def __init__(self, *, batch_size: PositiveInt = 1, **options: Any) -> None:
-        own = {"val_size": len(self.drawings), "split_seed": 0}  # given once more, they are refused
-        super().__init__(batch_size=batch_size, **own, **options)
+        fixed = {"val_size": len(self.drawings), "split_seed": 0}  # a TypeError if given again
+        super().__init__(batch_size=batch_size, **fixed, **options)
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
-        images = np.stack([_pixels(rows) for _, rows in self.drawings])  # (N, 1, H, W)
-        labels = np.array([label for label, _ in self.drawings])
-        if split == "train":  # once to train on, once to validate with
-            images, labels = np.concatenate([images, images]), np.concatenate([labels, labels])
-        return images, labels
+        labels, rows = zip(*self.drawings, strict=True)
+        pixels = [[[255 * (p == "#") for p in row] for row in text.split()] for text in rows]
+        images = np.array(pixels, np.uint8)[:, None]  # (N, 1, H, W)
+        times = 2 if split == "train" else 1  # once to train on, once to validate with
+        return np.concatenate([images] * times), np.array(labels * times)
 
     def split(self) -> tuple[np.ndarray, np.ndarray]:
         count = len(self.drawings)
@@ -48,7 +50,7 @@ class TwoSigns(Drawings):
 
 
 class Strokes(Drawings):
-    """The digit one as four vertical bars, each in another place, and a two, 10x10."""
+    """The digit one as a vertical bar at four positions, and a two, 10x10."""
 
     shape = (1, 10, 10)
     classes = tuple("0123456789")
@@ -61,8 +63,3 @@ class Strokes(Drawings):
             "..######.. .......... ..........",
         ),
     )
-
-
-def _pixels(rows: str) -> np.ndarray:
-    """uint8 (1, H, W)."""
-    return np.array([[[255 * (pixel == "#") for pixel in row] for row in rows.split()]], np.uint8)

@@ -1,83 +1,71 @@
-"""FashionMNIST (Xiao, Rasul, Vollgraf 2017, https://arxiv.org/abs/1708.07747), whole and small."""
+"""FashionMNIST and its download: cache folder, system folder, torchvision's mirror, Debian package.
 
-from __future__ import annotations
+Source: Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747.
+"""
 
+import hashlib
+import logging
+import os
+import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
+import pooch
+from filelock import FileLock, Timeout
 from pydantic import PositiveInt
 
-from cnntrain.data.cache import obtain
-from cnntrain.data.idx import DataError, IdxFile, parse_idx
-from cnntrain.data.images import ImageData
+from cnntrain.data.dataset import DataError, ImageData
+from cnntrain.data.idx import parse_idx, read_bytes, read_idx
 
-# Images and labels of each set, decompressed.
-FILES = {
-    "train": (
-        IdxFile(
-            "train-images-idx3-ubyte",
-            47_040_016,
-            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        ),
-        IdxFile(
-            "train-labels-idx1-ubyte",
-            60_008,
-            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        ),
-    ),
-    "test": (
-        IdxFile(
-            "t10k-images-idx3-ubyte",
-            7_840_016,
-            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        ),
-        IdxFile(
-            "t10k-labels-idx1-ubyte",
-            10_008,
-            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-        ),
-    ),
+log = logging.getLogger(__name__)
+
+# Maps a file name and a folder for temporary files to a path, plain or gzipped.
+Source = Callable[[str, Path], Path]
+
+LOCK = ".lock"
+MINI_FOLDER = Path(__file__).parent / "fashion_mnist_mini"  # scripts/make_fashion_mnist_mini.py
+PACKAGE = "dataset-fashion-mnist"  # of Debian
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where that package installs
+HTTP_TIMEOUT = 20  # seconds without an answer
+PROGRAM_TIMEOUT = 600  # seconds
+
+# Images and labels of each split, with their size in bytes and SHA-256, decompressed.
+NAMES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-
-# Made by scripts/make_fashion_mnist_mini.py.
-MINI_FOLDER = Path(__file__).parent / "fashion_mnist_mini"
-MINI_FILES = {
-    "train": (
-        IdxFile(
-            "train-images-idx3-ubyte",
-            3_920_016,
-            "39ec3d4cf0329486de1715ac60961add0175c9fd1d7fcccb4a5fdfc165ae7afb",
-        ),
-        IdxFile(
-            "train-labels-idx1-ubyte",
-            5_008,
-            "f29017232782847b2a9ccd77f17e05c81960c9911c9b49be6dc4f601355a7fa1",
-        ),
+FILES = {
+    "train-images-idx3-ubyte": (
+        47_040_016,
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     ),
-    "test": (
-        IdxFile(
-            "t10k-images-idx3-ubyte",
-            784_016,
-            "d80a67e53cb3b517101bca833cb8ed596b1b0fe4c7a3322c2a8c2f0a4efd55b3",
-        ),
-        IdxFile(
-            "t10k-labels-idx1-ubyte",
-            1_008,
-            "634ffa6c8b922879b3e66937af19eab2df16a7d6ea6b605955fe8f6c1df3cb10",
-        ),
+    "train-labels-idx1-ubyte": (
+        60_008,
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    ),
+    "t10k-images-idx3-ubyte": (
+        7_840_016,
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
+    "t10k-labels-idx1-ubyte": (
+        10_008,
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
 }
 
 
 class FashionMNIST(ImageData):
-    """70,000 grey pictures of clothes, 28 x 28, ten classes: 60,000 to train, 10,000 to test.
+    """70,000 grey images of clothes, 28x28, ten classes: 60,000 to train, 10,000 to test.
 
     Args:
-        root: Cache folder for the four idx files (55 MB), fetched at the first use; a leading ~
-            is the home folder.
-
-    The other options are those of `ImageData`.
+        root: Cache folder of the four IDX files (55 MB), downloaded at first use; a leading ~ is
+            the home folder. Several processes may use it at once; complete, it may be read-only.
+        options: See `ImageData`.
     """
 
     shape = (1, 28, 28)
@@ -103,22 +91,31 @@ class FashionMNIST(ImageData):
             raise ValueError(f"data.root={root!r}: name a folder")
         try:
             self.root = Path(root).expanduser().absolute()
-        except RuntimeError as error:  # ~ of an unknown user, or of one without a home
+        except RuntimeError as error:  # ~ of an unknown user
             raise ValueError(f"data.root={root}: {error}; write the whole path") from error
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
-        files = [file for pair in FILES.values() for file in pair]
-        images, labels = obtain(self.root, files, FILES[split])
-        return _arrays(images, labels, self.file_names(split))
+        log.info("FashionMNIST: cache folder %s", self.root)
+        try:
+            images, labels = _read_cache(self.root, NAMES[split])
+        except DataError as error:
+            _download(self.root, error)
+            images, labels = _read_cache(self.root, NAMES[split])
+        return images[:, None], labels
 
     def file_names(self, split: Literal["train", "test"]) -> tuple[str, str]:
-        images, labels = FILES[split]
-        return str(self.root / images.name), str(self.root / labels.name)
+        images, labels = NAMES[split]
+        return str(self.root / images), str(self.root / labels)
 
 
 class FashionMNISTMini(ImageData):
-    """A tenth of FashionMNIST that comes with cnntrain: 5,000 images to train and 1,000 to test,
-    as many of each class, drawn from the real sets. The options are those of `ImageData`."""
+    """A tenth of FashionMNIST, part of the package: 5,000 images to train, 1,000 to test.
+
+    The images are drawn from the original sets, the same number of each class.
+
+    Args:
+        options: See `ImageData`.
+    """
 
     shape = FashionMNIST.shape
     classes = FashionMNIST.classes
@@ -130,22 +127,180 @@ class FashionMNISTMini(ImageData):
         super().__init__(val_size=val_size, **options)
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
-        names = self.file_names(split)
-        contents = []
-        for file, name in zip(MINI_FILES[split], names, strict=True):
-            try:
-                contents.append(file.read(Path(name)))
-            except OSError as error:
-                problem = f"{name}: {error.strerror}"
-                raise DataError(f"FashionMNISTMini: {problem}; install cnntrain again") from error
-        return _arrays(contents[0], contents[1], names)
+        try:
+            images, labels = (read_idx(Path(name)) for name in self.file_names(split))
+        except DataError as error:
+            raise DataError(f"FashionMNISTMini: {error}; reinstall cnntrain") from error
+        return images[:, None], labels
 
     def file_names(self, split: Literal["train", "test"]) -> tuple[str, str]:
-        images, labels = MINI_FILES[split]
-        return str(MINI_FOLDER / f"{images.name}.gz"), str(MINI_FOLDER / f"{labels.name}.gz")
+        images, labels = NAMES[split]
+        return str(MINI_FOLDER / f"{images}.gz"), str(MINI_FOLDER / f"{labels}.gz")
 
 
-def _arrays(images: bytes, labels: bytes, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (N, 1, H, W) and (N,)."""
-    pixels = parse_idx(images, names[0])  # (N, H, W)
-    return pixels[:, None], parse_idx(labels, names[1])
+def _read_cache(root: Path, names: tuple[str, ...]) -> list[np.ndarray]:
+    """Arrays in the cached files `names`; DataError if one is damaged, or any file is missing.
+
+    Of the other files only the size is checked: the test set is not opened before the test.
+    """
+    for name in FILES:
+        _check_size(root / name)
+    return [_load(root / name) for name in names]
+
+
+def _check_size(path: Path) -> None:
+    size, _ = FILES[path.name]
+    if not os.path.isfile(path):  # unlike path.is_file(), False where the name is too long
+        kind = "is not a regular file" if os.path.exists(path) else "is missing"
+        raise DataError(f"{path}: {kind}")
+    if (found := path.stat().st_size) != size:
+        raise DataError(f"{path}: {found} bytes instead of {size}")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: permission denied")
+
+
+def _load(path: Path) -> np.ndarray:
+    _check_size(path)
+    data = read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != FILES[path.name][1]:
+        raise DataError(f"{path}: wrong SHA-256 sum")
+    return parse_idx(data, path)
+
+
+def _download(root: Path, reason: DataError) -> None:
+    """Fill the cache folder under a lock; processes that waited for the lock find the files."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / LOCK)
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            log.info("FashionMNIST: waiting for another process that fills %s", root)
+            held = lock.acquire()
+        with held, TemporaryDirectory(prefix="cnntrain-", ignore_cleanup_errors=True) as scratch:
+            _fill(root, Path(scratch))
+    except OSError as error:
+        problem = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise DataError(
+            f"FashionMNIST: cannot write the cache folder {root} ({problem or error}), "
+            f"but {reason}: choose another folder with data.root=<folder>, or train on "
+            "data=fashion_mnist_mini"
+        ) from error
+
+
+def _fill(root: Path, scratch: Path) -> None:
+    """Fetch missing and damaged files; DataError names every source that was tried."""
+    missing, tried = [], []
+    for name in FILES:
+        try:
+            _load(root / name)
+        except DataError as error:
+            missing.append(name)
+            tried.append(str(error))
+            if os.path.lexists(root / name):
+                log.warning("FashionMNIST: %s; renamed to %s.bad, fetched again", error, name)
+                (root / name).replace(root / f"{name}.bad")
+    pooch.get_logger().setLevel(logging.WARNING)
+    cached: dict[str, Source] = {f"gzipped files in {root}": partial(_in_folder, root)}
+    for source, find in (cached | SOURCES).items():
+        if not missing:
+            break
+        log.info("FashionMNIST: trying %s", source)
+        try:
+            for name in missing.copy():
+                copy = partial(_copy, find, scratch)
+                pooch.retrieve(name, f"sha256:{FILES[name][1]}", name, root, downloader=copy)
+                missing.remove(name)
+        except DataError as error:
+            tried.append(f"{source}: {error}")
+        except ValueError:  # raised by pooch
+            tried.append(f"{source}: {name}: wrong SHA-256 sum")
+    if missing:
+        raise DataError(
+            f"FashionMNIST: could not be fetched: put the four files of Debian's package {PACKAGE} "
+            f"into data.root=<folder>, or train on data=fashion_mnist_mini ({'; '.join(tried)})"
+        )
+    log.info("FashionMNIST: %s is complete", root)
+
+
+def _copy(find: Source, scratch: Path, name: str, output_file: str, _: object) -> None:
+    """Downloader for pooch: decompress the file that a source finds."""
+    try:
+        data = read_bytes(find(name, scratch), limit=FILES[name][0])
+    except (OSError, ValueError) as error:
+        raise DataError(shorten(f"{name}: {error}", 200, placeholder=" ...")) from error
+    Path(output_file).write_bytes(data)
+    Path(output_file).chmod(0o644)  # pooch's temporary files are private to the user
+
+
+def _in_folder(folder: Path, name: str, scratch: Path) -> Path:
+    return folder / name if (folder / name).is_file() else folder / f"{name}.gz"
+
+
+def system_folder(name: str, scratch: Path) -> Path:
+    """File installed by Debian's package."""
+    return _in_folder(SYSTEM_FOLDER, name, scratch)
+
+
+def torchvision_mirror(name: str, scratch: Path) -> Path:
+    """File downloaded from the address that torchvision uses."""
+    from torchvision.datasets import FashionMNIST as Original
+
+    files = {file: f"md5:{md5}" for file, md5 in Original.resources}
+    mirror = pooch.create(scratch, Original.mirrors[0], registry=files, retry_if_failed=1)
+    downloader = pooch.HTTPDownloader(timeout=HTTP_TIMEOUT)
+    return Path(mirror.fetch(f"{name}.gz", downloader=downloader))
+
+
+def debian_package(name: str, scratch: Path) -> Path:
+    """File of Debian's package, downloaded by apt-get without root rights and unpacked."""
+    unpacked = scratch / "unpacked"
+    if not unpacked.exists():
+        lists, cache = scratch / "lists", scratch / "cache"
+        (lists / "partial").mkdir(parents=True)
+        (cache / "archives" / "partial").mkdir(parents=True)
+        apt = [
+            *("apt-get", "-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={cache}"),
+            *("-o", "Acquire::Languages=none", "-o", "Acquire::Retries=1"),
+            *("-o", f"Acquire::http::Timeout={HTTP_TIMEOUT}"),
+            *("-o", f"Acquire::https::Timeout={HTTP_TIMEOUT}"),
+            # As root, apt-get downloads as a user who may not enter the private folders.
+            *("-o", "APT::Sandbox::User=root"),
+        ]
+        # One unreachable repository makes the update fail: only the download decides.
+        errors = [_run(scratch, *apt, "update"), _run(scratch, *apt, "download", PACKAGE)]
+        if not errors[-1]:
+            package = next(scratch.glob(f"{PACKAGE}*.deb"), PACKAGE)
+            errors = [_run(scratch, "dpkg-deb", "-x", str(package), str(unpacked))]
+        if errors[-1]:
+            raise DataError(" after ".join(filter(None, reversed(errors))))
+    return _in_folder(unpacked / SYSTEM_FOLDER.relative_to("/"), name, scratch)
+
+
+def _run(folder: Path, *command: str) -> str:
+    """Run a program in `folder`: its last error line, or "" if it succeeds."""
+    # Not a pipe: after a timeout, reading it would wait for every child that inherited it.
+    with (folder / "log").open("w+", errors="replace") as output:
+        try:
+            status = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=PROGRAM_TIMEOUT,
+                cwd=folder,
+                env={**os.environ, "LC_ALL": "C"},
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"{command[0]}: timed out after {PROGRAM_TIMEOUT} s"
+        output.seek(0)
+        lines = [line.strip() for line in output if line.strip()] or [f"exit code {status}"]
+    errors = [line for line in lines if line.startswith("E: ")] or lines
+    return f"{command[0]}: {errors[-1]}" if status else ""
+
+
+SOURCES: dict[str, Source] = {
+    f"system folder {SYSTEM_FOLDER}": system_folder,
+    "torchvision's mirror": torchvision_mirror,
+    f"apt-get download {PACKAGE}": debian_package,
+}

@@ -1,10 +1,8 @@
-"""Batches out of memory: gathered, augmented and normalised where the images lie.
+"""In-memory loader: batches are gathered, augmented and normalised as tensors, on the device.
 
-After airbench's CifarLoader (https://github.com/KellerJordan/cifar10-airbench): no worker
-processes, no work per sample in Python.
+No worker processes, no Python code per sample, after airbench's CifarLoader
+(https://github.com/KellerJordan/cifar10-airbench).
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,24 +15,27 @@ from torch import Tensor
 
 from cnntrain.data.augment import Augment
 
-# What is random in an epoch; each has a stream of its own, so that one does not shift the other.
+# Independent random streams of an epoch: augmentation does not change the order.
 ORDER, AUGMENT = 0, 1
 
-# Bytes of normalised images made together, as launching a kernel takes longer than a kernel for a
-# few of them: what stays in a core's cache, and on a GPU much more.
-TOGETHER = {"cpu": 1_700_000, "cuda": 64_000_000}
+# Bytes of normalised images computed at once, as several small batches: launching a kernel costs
+# more than computing a small batch. On the CPU they should fit into the cache of a core.
+CHUNK_BYTES = {"cpu": 1_700_000, "cuda": 64_000_000}
 
 
 class Normalise:
-    """Makes uint8 images (B, C, H, W) on `device` float32: (x / 255 - mean) / std.
+    """Converts uint8 images (B, C, H, W) to float32: (x / 255 - mean) / std.
 
-    `mean` and `std` are of the pixels scaled to 0..1; one number, or one per channel.
+    Args:
+        mean: Mean of the pixels scaled to 0..1; one number, or one per channel.
+        std: Standard deviation, likewise.
+        device: Device of the images.
     """
 
     def __init__(
         self, mean: float | Sequence[float], std: float | Sequence[float], device: torch.device
     ) -> None:
-        # That is scale * x + shift.
+        # (x / 255 - mean) / std = scale * x + shift
         m = torch.tensor(mean, dtype=torch.float64).reshape(-1, 1, 1)
         s = torch.tensor(std, dtype=torch.float64).reshape(-1, 1, 1)
         scale = 1 / (255 * s)
@@ -44,44 +45,37 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.same_scale is not None:
-            # Converts, scales and shifts in one pass over the memory.
+            # One pass over the memory.
             return torch.add(self.shift, images, alpha=self.same_scale)
         return images.to(torch.float32).mul_(self.scale).add_(self.shift)
 
 
 class Loader:
-    """Iterates over labelled images in memory; one iteration is one epoch.
+    """Iterates over batches of labelled images in memory; one iteration is one epoch.
 
-    Several processes that train together share every batch: each gets every `world`-th image of
-    it, from image `rank` on, as it would be without the others. Its part may be empty.
+    The order is a pure function of (seed, epoch), and the augmentation of a sample one of (seed,
+    epoch, position in the order), the same on every device. No global random state is read or
+    changed. Lightning calls `set_epoch`.
 
-    The order is a pure function of (seed, epoch), a sample's augmentation one of (seed, epoch,
-    position in the order): no other random number, PyTorch's global ones included, is read or
-    changed, and both are the same on every device. Lightning sets the epoch by itself.
+    In distributed training every batch is divided: a process gets every `world`-th image, starting
+    with image `rank`. Its share of the last batch may be empty.
 
     Args:
-        images: uint8 (M, C, H, W), of any strides.
+        images: uint8 (M, C, H, W), with any strides.
         labels: int64 (N,).
-        batch_size: Samples in a batch, of all processes; the last one holds the rest.
-        mean: Of the pixels scaled to 0..1; one number, or one per channel.
+        batch_size: Samples per batch, summed over all processes; the last batch has the rest.
+        mean: Mean of the pixels scaled to 0..1; one number, or one per channel.
         std: Standard deviation, likewise.
-        rows: int64 (N,), the images of these labels; None: all of them, M = N. On the CPU the
-            images are indexed, not copied.
-        shuffle: A new order each epoch instead of the stored one.
-        seed: Of order and augmentation, not negative.
-        augment: What to do to the uint8 images first.
-        augment_epochs: How many epochs, from the first one on, crop and erase; None: all. The
-            later ones flip alone, as they would have.
-        device: Where the batches are wanted. Images and labels move there once if they fit, and
-            a batch at a time otherwise.
-        rank: Which of the processes this is, from 0.
-        world: How many there are.
-
-    Yields:
-        Images normalised to (x / 255 - mean) / std, float32 (B, C, H, W), and labels (B,).
-
-    Raises:
-        ValueError: Sizes or types that do not go together.
+        rows: int64 (N,), indices of the images that belong to `labels`; None: all, M = N. On the
+            CPU the images are indexed, not copied.
+        shuffle: Whether each epoch has a new order instead of the stored one.
+        seed: Determines order and augmentation.
+        augment: Augmentation; None: none.
+        augment_epochs: Number of epochs, from the first on, with crop and erase; None: all.
+        device: Device of the batches. The images are moved there once if they take at most half
+            of its free memory, else each batch is moved.
+        rank: Rank of this process.
+        world: Number of processes.
     """
 
     def __init__(
@@ -115,47 +109,46 @@ class Loader:
         self.seed = seed
         self.epoch = 0
         self.start = 0
-        self.seconds = 0.0  # that making batches has taken in all, so far
+        self.seconds = 0.0  # spent on making batches so far
         self.augment = augment or Augment()
         self.augment_epochs = augment_epochs
         self.device = torch.device(device)
         nbytes = len(labels) * images[:1].nbytes
-        home = self.device if fits(nbytes, self.device) else torch.device("cpu")
+        storage = self.device if fits(nbytes, self.device) else torch.device("cpu")
         self.images, self.index = images, rows  # (M, C, H, W), and (N,) or None
-        if home != images.device:
-            moved = torch.empty((len(labels), *images.shape[1:]), dtype=torch.uint8, device=home)
-            for part in torch.arange(len(labels)).split(4096):  # no copy of all of them here
+        if storage != images.device:
+            moved = torch.empty((len(labels), *images.shape[1:]), dtype=torch.uint8, device=storage)
+            for part in torch.arange(len(labels)).split(4096):  # without a second copy on the CPU
                 moved[part[0] : part[-1] + 1] = self.stored(part)
             self.images, self.index = moved, None
-        self.labels = labels.to(home)  # (N,)
+        self.labels = labels.to(storage)  # (N,)
         self.normalise = Normalise(mean, std, self.device)
-        together = TOGETHER.get(self.device.type, TOGETHER["cuda"])
-        self.at_once = max(1, together // (4 * batch_size * images[:1].numel()))  # batches
+        chunk = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
+        self.chunk_batches = max(1, chunk // (4 * batch_size * images[:1].numel()))
 
     def __len__(self) -> int:
-        """The number of batches in an epoch."""
+        """Number of batches in an epoch."""
         return -(-len(self.labels) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the iterations that begin from now on."""
+        """Set the epoch of iterations that begin from now on."""
         self.epoch = epoch
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
-        """Where Lightning looks for `sampler.set_epoch`, which it calls before every epoch.
+        """Lightning calls `batch_sampler.sampler.set_epoch` before every epoch.
 
-        The loader itself has no `sampler`: Lightning would take it for a DataLoader to rebuild.
+        An attribute `sampler` of the loader itself would make Lightning rebuild it as a DataLoader.
         """
         return SimpleNamespace(sampler=self)
 
     def start_at(self, batch: int) -> None:
-        """Lets the next iteration, and only that, begin with this batch (0 is the first): an epoch
-        that was interrupted goes on where it was."""
+        """Let the next iteration begin with this batch (0 is the first), to resume an epoch."""
         self.start = batch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # A generator reads the epoch at the first batch: Lightning makes the first epoch's
-        # iterator before it sets the epoch.
+        # A generator, which reads the epoch at its first batch: Lightning creates the iterator of
+        # the first epoch before it sets the epoch.
         start, self.start = self.start, 0
         batches = self.batches(self.epoch, start)
         while True:
@@ -167,76 +160,68 @@ class Loader:
             yield batch
 
     def size(self, batch: int) -> int:
-        """How many images are in a batch, of all processes."""
+        """Number of images in a batch, summed over all processes."""
         return min(self.batch_size, len(self.labels) - batch * self.batch_size)
 
     def indices(self, epoch: int, batch: int) -> Tensor:
-        """Which images are in a batch of an epoch: int64 (B,), rows of `labels`, on the CPU."""
-        return self._parts(self._order(epoch))[batch]
+        """Rows of `labels` in a batch of an epoch: int64 (B,), on the CPU."""
+        return self._shares(self._order(epoch))[batch]
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """One batch of any epoch, as iterating yields it."""
+        """One batch of any epoch, as iteration yields it."""
         return next(self.batches(epoch, index))
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The images of these rows of `labels` (B,), normalised, not augmented, (B, C, H, W)."""
+        """Images of these rows of `labels` (B,), normalised, not augmented: (B, C, H, W)."""
         return self.normalise(send(self.stored(indices), self.device))
 
     def stored(self, rows: Tensor | None = None) -> Tensor:
-        """The images of these rows of `labels` (B,), or of all: uint8 (B, C, H, W)."""
+        """Images of these rows of `labels` (B,), or of all: uint8 (B, C, H, W)."""
         if rows is None:
             return self.images if self.index is None else self.images[self.index]
         rows = rows.to(self.images.device)
-        # Contiguous, whatever the strides of `images`.
+        # index_select: contiguous for any strides of `images`.
         return self.images.index_select(0, rows if self.index is None else self.index[rows])
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of any epoch from the batch `start` on, as iterating yields them."""
+        """Batches of any epoch from batch `start` on, as iteration yields them."""
         n, (height, width) = len(self.labels), self.images.shape[2:]
         order = send(self._order(epoch), self.images.device)
-        labels = self._parts(send(self.labels.index_select(0, order), self.device))
-        rows = self._parts(order)
+        labels = self._shares(send(self.labels.index_select(0, order), self.device))
+        rows = self._shares(order)
         augment, parameters = self.augment, list[Tensor]()
         if self.augment_epochs is not None and epoch >= self.augment_epochs:
             augment = replace(augment, crop=0, erase=0.0)
         if augment:
             drawn = augment.draw(n, height, width, self._generator(epoch, AUGMENT))
-            parameters = list(self._parts(send(drawn, self.device)))
-        for first in range(start, len(rows), self.at_once):
-            group = slice(first, first + self.at_once)
-            images = send(self.stored(_joined(rows[group])), self.device)
+            parameters = self._shares(send(drawn, self.device))
+        for first in range(start, len(rows), self.chunk_batches):
+            group = slice(first, first + self.chunk_batches)
+            images = send(self.stored(torch.cat(rows[group])), self.device)
             if augment:
-                images = augment.apply(images, _joined(parameters[group]))
+                images = augment.apply(images, torch.cat(parameters[group], -1))
             sizes = [len(batch) for batch in rows[group]]
             yield from zip(self.normalise(images).split(sizes), labels[group], strict=True)
 
-    def _parts(self, epoch: Tensor) -> Sequence[Tensor]:
-        """This process's part of every batch of an epoch: (..., N) in pieces of (..., B)."""
+    def _shares(self, epoch: Tensor) -> list[Tensor]:
+        """This process's share of every batch of an epoch: (..., N) in pieces of (..., B)."""
         batches = epoch.split(self.batch_size, -1)
-        if self.world == 1:
-            return batches
         return [batch[..., self.rank :: self.world] for batch in batches]
 
     def _order(self, epoch: int) -> Tensor:
-        """Every row once, int64 (N,) on the CPU, in the order of the epoch."""
+        """Order of the epoch: every row once, int64 (N,), on the CPU."""
         if not self.shuffle:
             return torch.arange(len(self.labels))
         return torch.randperm(len(self.labels), generator=self._generator(epoch, ORDER))
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
-        """A generator on the CPU that (seed, epoch) determine. SeedSequence mixes: seed 0 of
-        epoch 1 has nothing in common with seed 1 of epoch 0."""
+        # SeedSequence: unlike seed + epoch, no two pairs of seed and epoch have the same stream.
         mixed = np.random.SeedSequence([self.seed, epoch, stream])
         return torch.Generator().manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Parts of batches (..., B) behind each other."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
-
-
 def fits(nbytes: int, device: torch.device) -> bool:
-    """Whether the images may live on the device: half of its free memory is left to training."""
+    """Whether images of this size may be stored on a device, in at most half of its free memory."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
@@ -244,7 +229,7 @@ def fits(nbytes: int, device: torch.device) -> bool:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Moves a tensor without making the CPU wait: only pinned memory is copied in passing."""
+    """Move a tensor without a host-device synchronisation, which requires pinned memory."""
     if tensor.device == device:
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -1,6 +1,7 @@
 """Run directories and data caches with one file damaged, resumed."""
 
 import gzip
+import hashlib
 import random
 import re
 import shutil
@@ -11,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cnntrain.data import cache, fashion_mnist
-from cnntrain.data.sources import Source
+from cnntrain.data import fashion_mnist
 from cnntrain.training.checkpoints import Checkpoints
 from torturing.runs import EVERYTHING, before_call, differences, facts, finish, launch, record
 
@@ -126,10 +126,14 @@ class Stock:
 def small_set(*, source: bool = True, moment: Moment | None = None) -> None:
     """Let this process take the files of the small set for those of FashionMNIST, and fetch them
     from the package, or from nowhere; at a given moment it is ended, too."""
-    fashion_mnist.FILES = fashion_mnist.MINI_FILES
+    for packed in fashion_mnist.MINI_FOLDER.glob("*.gz"):
+        content = gzip.decompress(packed.read_bytes())
+        fashion_mnist.FILES[packed.stem] = len(content), hashlib.sha256(content).hexdigest()
     fashion_mnist.FashionMNIST.train_size = fashion_mnist.FashionMNISTMini.train_size
-    package = Source("the package", lambda _: fashion_mnist.MINI_FOLDER)
-    vars(cache)["SOURCES"] = (package,) if source else ()
+    fashion_mnist.SOURCES.clear()
+    if source:
+        folder = fashion_mnist.MINI_FOLDER
+        fashion_mnist.SOURCES["package"] = lambda name, scratch: folder / f"{name}.gz"
     if moment:
         before_call(*moment)
 

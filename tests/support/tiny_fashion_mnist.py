@@ -1,24 +1,20 @@
-"""FashionMNIST with four tiny files in the real ones' place, and sources to get them from."""
+"""FashionMNIST with four tiny files instead of the original ones, and their sources."""
 
 import gzip
 import hashlib
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 from idx_files import idx_bytes
 
-from cnntrain.data import FashionMNIST, cache, fashion_mnist
-from cnntrain.data.idx import IdxFile
-from cnntrain.data.sources import Source, SourceError
+from cnntrain.data import DataError, FashionMNIST, fashion_mnist
 
 TRAIN, TEST = 30, 10
-NAMES = [file.name for pair in fashion_mnist.FILES.values() for file in pair]
+NAMES = list(fashion_mnist.FILES)
 
 
-def tiny() -> dict[str, bytes]:
-    """Name -> content, shaped like the real files but for the number of images."""
+def tiny_files() -> dict[str, bytes]:
+    """Name -> content, like the original files but for the number of images."""
     random = np.random.default_rng(0)
     contents = []
     for count in (TRAIN, TEST):
@@ -27,41 +23,40 @@ def tiny() -> dict[str, bytes]:
     return dict(zip(NAMES, contents, strict=True))
 
 
-REAL = tiny()
+CONTENTS = tiny_files()
 
 
-def use_tiny(patch, contents: dict[str, bytes] = REAL) -> None:
-    """Makes these the known files, whatever they hold."""
-    files = [IdxFile(n, len(d), hashlib.sha256(d).hexdigest()) for n, d in contents.items()]
-    table = {"train": tuple(files[:2]), "test": tuple(files[2:])}
-    patch.setattr(fashion_mnist, "FILES", table)
+def use_tiny(patch, contents: dict[str, bytes] = CONTENTS) -> None:
+    """Make these the known files, whatever their content."""
+    files = {n: (len(data), hashlib.sha256(data).hexdigest()) for n, data in contents.items()}
+    patch.setattr(fashion_mnist, "FILES", files)
     patch.setattr(FashionMNIST, "train_size", TRAIN)
 
 
-def write(folder: Path, contents: dict[str, bytes] = REAL, packed: bool = False) -> Path:
+def write(folder: Path, contents: dict[str, bytes] = CONTENTS, gzipped: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
-        path = folder / (f"{name}.gz" if packed else name)
-        path.write_bytes(gzip.compress(data) if packed else data)
+        path = folder / (f"{name}.gz" if gzipped else name)
+        path.write_bytes(gzip.compress(data) if gzipped else data)
     return folder
 
 
-class Calls:
-    """Sources that count their openings: each a folder, or the reason why there is none."""
+class Sources:
+    """Replaces the sources, each by a folder or by an error message, and counts their calls."""
 
-    def __init__(self, patch, **given: Path | str) -> None:
-        self.opened: list[str] = []
-        patch.setattr(cache, "SOURCES", [self.source(*item) for item in given.items()])
+    def __init__(self, patch, **sources: Path | str) -> None:
+        self.calls: list[str] = []
+        table = {name: self._source(name, given) for name, given in sources.items()}
+        patch.setattr(fashion_mnist, "SOURCES", table)
 
-    def source(self, name: str, given: Path | str) -> Source:
-        def get(scratch: Path) -> Path:
-            assert list(scratch.iterdir()) == []
-            self.opened.append(name)
+    def _source(self, name: str, given: Path | str) -> fashion_mnist.Source:
+        def find(file: str, scratch: Path) -> Path:
+            self.calls.append(name)
             if isinstance(given, str):
-                raise SourceError(given)
-            return given
+                raise DataError(given)
+            return given / file if (given / file).exists() else given / f"{file}.gz"
 
-        return Source(name, get)
+        return find
 
 
 def data(root: Path) -> FashionMNIST:
@@ -69,27 +64,4 @@ def data(root: Path) -> FashionMNIST:
 
 
 def is_complete(root: Path) -> bool:
-    return {name: (root / name).read_bytes() for name in NAMES} == REAL
-
-
-def a_folder(path: Path) -> None:
-    (path / "with a file").mkdir(parents=True)
-
-
-def a_socket(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)  # the address of a socket is short
-    try:
-        with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(path.name)
-    finally:
-        os.chdir(here)
-
-
-def a_huge_file(path: Path) -> None:
-    with path.open("wb") as stream:
-        stream.truncate(2**42)  # 4 TiB, none of them on the disk
-
-
-def a_loop(path: Path) -> None:
-    path.symlink_to(path.name)
+    return {name: (root / name).read_bytes() for name in NAMES} == CONTENTS

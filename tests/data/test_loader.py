@@ -1,4 +1,4 @@
-"""Loader, augmentation, split and the set that comes with cnntrain."""
+"""Loader and augmentation."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_order_is_a_function_of_seed_and_epoch():
     }
     assert len(set(order.values())) == 9  # seed + epoch would give 5
     loader = make(seed=1)
-    epoch(loader, 7)  # what ran before has no say
+    epoch(loader, 7)  # previous epochs have no influence
     assert tuple(epoch(loader, 2)[1].tolist()) == order[1, 2]
     assert tuple(epoch(make(batch_size=7, seed=1), 2)[1].tolist()) == order[1, 2]
 
@@ -88,10 +88,10 @@ def test_crops_and_erasing_end_before_training_does():
     assert torch.equal(epoch(make(augment_epochs=0, **crops))[0], epoch(make())[0])
 
 
-def test_batches_made_together_are_the_same():
+def test_chunks_of_batches_are_the_same_batches():
     for options in ({"augment": Augment(hflip=0.5, crop=2, erase=0.5)}, {"rank": 1, "world": 3}):
         loader, together = make(**options), make(**options)
-        together.at_once = 3
+        together.chunk_batches = 3
         for start in (0, 1):
             one, several = list(loader.batches(4, start)), list(together.batches(4, start))
             assert len(one) == len(several) == len(loader) - start
@@ -113,7 +113,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_position():
     images, labels = epoch(make(**options), 1)
     again, _ = epoch(make(**options), 1)
     assert torch.equal(images, again)
-    # Not of the batch size, and without a say in the order.
+    # Not of the batch size, and the order does not change.
     other, _ = epoch(make(batch_size=7, **options), 1)
     assert torch.equal(images, other)
     plain, order = epoch(make(), 1)
@@ -122,7 +122,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_position():
     assert not torch.equal(images, epoch(make(seed=1, **options), 1)[0])
 
 
-def test_global_generators_are_left_alone():
+def test_global_random_state_is_not_changed():
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
@@ -133,7 +133,7 @@ def test_global_generators_are_left_alone():
     assert torch.equal(epoch(make(augment=Augment(0.5, 2, 0.5)))[0], first)
 
 
-def test_images_that_do_not_fit_come_a_batch_at_a_time(monkeypatch):
+def test_images_that_do_not_fit_are_moved_batch_by_batch(monkeypatch):
     expected = epoch(make(augment=Augment(0.5, 2, 0.5)))
     monkeypatch.setattr(loader, "fits", lambda nbytes, device: False)
     got = epoch(make(augment=Augment(0.5, 2, 0.5)))
@@ -144,7 +144,7 @@ def test_images_that_do_not_fit_come_a_batch_at_a_time(monkeypatch):
     assert loader.fits(10**15, torch.device("cpu"))
 
 
-def test_loader_refuses_what_does_not_go_together():
+def test_invalid_arguments():
     images, labels = samples()
     options = {"mean": 0.5, "std": 0.5}
     with pytest.raises(ValueError, match="103 images but labels of shape \\(102,\\)"):
@@ -158,7 +158,7 @@ def test_loader_refuses_what_does_not_go_together():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("resident", [True, False])
-def test_gpu_gets_the_same_batches_without_waiting(monkeypatch, resident):
+def test_gpu_gets_the_same_batches_without_synchronisation(monkeypatch, resident):
     options = {"augment": Augment(hflip=0.5, crop=2, erase=0.5)}
     expected = epoch(make(**options), 1)
     monkeypatch.setattr(loader, "fits", lambda nbytes, device: resident)
@@ -174,7 +174,7 @@ def test_gpu_gets_the_same_batches_without_waiting(monkeypatch, resident):
     assert torch.equal(labels.cpu(), expected[1])
 
 
-def by_hand(image: np.ndarray, crop: int, parameters: list[int]) -> np.ndarray:
+def augmented_by_loops(image: np.ndarray, crop: int, parameters: list[int]) -> np.ndarray:
     """Crop, flip and erasing of one (C, H, W) image, pixel by pixel."""
     flip, row, column, top, left, height, width = parameters
     channels, h, w = image.shape
@@ -205,11 +205,13 @@ def test_augmentation_against_loops(augment, dtype):
     assert got.dtype == dtype
     assert torch.equal(images, before)
     for image, result, drawn in zip(images.numpy(), got.numpy(), parameters.T, strict=True):
-        np.testing.assert_array_equal(result, by_hand(image, augment.crop, drawn.tolist()))
+        np.testing.assert_array_equal(
+            result, augmented_by_loops(image, augment.crop, drawn.tolist())
+        )
     assert torch.equal(augment(images, generator.manual_seed(3)), got)
 
 
-def test_augmentation_off_is_the_identity():
+def test_no_augmentation_is_the_identity():
     images = samples()[0]
     assert not Augment()
     assert torch.equal(Augment()(images, torch.Generator()), images)
