@@ -27,7 +27,7 @@ from cnntrain.inference.images import (
 )
 from cnntrain.inference.trained import Device, Trained, load_trained
 from cnntrain.interruption import interruptible
-from cnntrain.models.inside import evaluating
+from cnntrain.models.introspection import evaluation_mode
 from cnntrain.notebook import png_html, table_html
 
 BATCH = 256
@@ -183,7 +183,7 @@ def _classes(trained: Trained, shown: list[Picture], top: int) -> list[list[tupl
     if not shown:
         return []
     images = torch.from_numpy(np.stack([picture.pixels for picture in shown]))
-    with evaluating(trained.network):
+    with evaluation_mode(trained.network):
         logits = trained.network(trained.data.normalised(images, trained.device))
     best = logits.float().softmax(1).topk(min(top, trained.data.num_classes))
     names = trained.data.classes

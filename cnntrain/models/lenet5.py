@@ -1,4 +1,7 @@
-"""LeNet-5, with batch normalisation and dropout."""
+"""LeNet-5 with batch normalisation and dropout.
+
+Source: LeCun, Bottou, Bengio and Haffner 1998, doi:10.1109/5.726791.
+"""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -6,7 +9,7 @@ from typing import Annotated
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from cnntrain.models.choices import (
+from cnntrain.models.layers import (
     ACTIVATIONS,
     POOLINGS,
     Activation,
@@ -22,11 +25,24 @@ from cnntrain.models.choices import (
 class LeNet5(nn.Module):
     """LeNet-5: three 5x5 convolutions, two 2x2 poolings, two fully connected layers.
 
-    Images (N, *in_shape) in, logits (N, num_classes) out. 65,886 parameters with the defaults.
-    Images must be at least 28x28; ValueError if they are smaller or a choice is unknown. `conv` is
-    called like `nn.Conv2d`. Source: LeCun, Bottou, Bengio and Haffner 1998, doi:10.1109/5.726791;
-    here with max pooling, full connections between feature maps and, where `norm`, batch
-    normalisation.
+    Unlike the paper, with max pooling, full connections between feature maps and batch
+    normalisation. 65,886 parameters with the defaults. Maps images (N, *in_shape) to logits
+    (N, num_classes).
+
+    Args:
+        in_shape: Channels, height and width; at least 28x28.
+        num_classes: Number of classes.
+        conv: Called like `nn.Conv2d`.
+        channels: Of the three convolutions.
+        hidden: Units of the first fully connected layer.
+        dropout: Probability of a unit to be dropped.
+        norm: Whether a batch normalisation follows each convolution.
+        activation: relu, leaky_relu, sigmoid or tanh.
+        pooling: max or avg.
+        init: Initialisation of the weights.
+
+    Raises:
+        ValueError: The images are too small, or a choice is unknown.
     """
 
     def __init__(
@@ -52,15 +68,15 @@ class LeNet5(nn.Module):
             layers: list[nn.Module] = [conv(c_in, c_out, 5, padding=padding)]
             return [*layers, *([BatchNorm2d(c_out)] if norm else [])]
 
-        def halved() -> list[nn.Module]:
-            # Activations rise, so that of the largest is the largest: for a quarter of the work.
+        def downsample() -> list[nn.Module]:
+            # Activations increase: max pooling first gives the same for a quarter of the work.
             return [pool(2), act()] if pooling == "max" else [act(), pool(2)]
 
         self.features = nn.Sequential(
             *block(in_shape[0], c1, padding=2),  # (N, 6, 28, 28)
-            *halved(),  # (N, 6, 14, 14)
+            *downsample(),  # (N, 6, 14, 14)
             *block(c1, c2, padding=0),  # (N, 16, 10, 10)
-            *halved(),  # (N, 16, 5, 5)
+            *downsample(),  # (N, 16, 5, 5)
             *block(c2, c3, padding=0),  # (N, 128, 1, 1)
             act(),
             nn.Flatten(),

@@ -1,11 +1,11 @@
-"""The smallest network that convolves."""
+"""Network with a single convolution."""
 
 from collections.abc import Callable
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from cnntrain.models.choices import (
+from cnntrain.models.layers import (
     ACTIVATIONS,
     POOLINGS,
     Activation,
@@ -18,13 +18,21 @@ from cnntrain.models.choices import (
 class Shallow(nn.Module):
     """Convolution, activation, 2x2 pooling, one fully connected layer.
 
-    Images (N, *in_shape) in, logits (N, num_classes) out; ValueError if the images are too small:
-    with the defaults they must be 4x4. Without `pooling`, None, every pixel of the feature maps is
-    connected. `conv` is called like `nn.Conv2d`.
+    Maps images (N, *in_shape) to logits (N, num_classes).
 
-    With `one_output` the fully connected layer makes a single number, for two classes: its sigmoid
-    is the probability of the second. As logits these are 0 and that number, of which softmax makes
-    the same.
+    Args:
+        in_shape: Channels, height and width; at least 4x4 with the defaults.
+        num_classes: Number of classes.
+        conv: Called like `nn.Conv2d`.
+        channels: Of the convolution.
+        kernel_size: Of the convolution.
+        activation: relu, leaky_relu, sigmoid or tanh.
+        pooling: max, avg, or None for no pooling.
+        one_output: For two classes, one output z whose sigmoid is the probability of the second
+            class. The logits are (0, z), which have the same softmax.
+
+    Raises:
+        ValueError: The images are too small, or a choice is unknown.
     """
 
     def __init__(

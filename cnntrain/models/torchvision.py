@@ -1,4 +1,8 @@
-"""Every classification network of torchvision, on any convolution."""
+"""Classification networks of torchvision on any convolution.
+
+Sources: https://docs.pytorch.org/vision/stable/models.html; for the stem of small images He et al.
+2015, arXiv:1512.03385, section 4.2.
+"""
 
 import difflib
 from collections.abc import Callable
@@ -8,22 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.conv import convert
+from cnntrain.models.introspection import evaluation_mode
 
 
 class TorchVision(nn.Module):
-    """The network that torchvision calls `name`, with random weights, for images of any channels.
+    """A network of torchvision with random weights, for images with any number of channels.
 
-    Images (N, *in_shape) in, logits (N, num_classes) out. The first convolution is made anew if
-    images have not three channels. With `small_images` it also becomes a 3x3 one of stride 1, and
-    the first max pooling is left out: a ResNet then has the stem that is usual for CIFAR, and its
-    first stage sees 28x28 pixels of a 28x28 image instead of 7x7, which is 16 times the work. This
-    one rule suits all families but vision transformers. VGG, which has no stem, loses the pooling
-    of its first stage.
+    Maps images (N, *in_shape) to logits (N, num_classes). The first convolution is replaced if the
+    images do not have three channels. GoogLeNet and Inception have no auxiliary classifiers.
 
-    `conv` is a class derived from `nn.Conv2d` or a `functools.partial` of one. GoogLeNet and
-    Inception come without their auxiliary classifiers. ValueError if there is no such network, or
-    if it cannot take the images: many need 32x32 or more without `small_images`. Sources:
-    https://docs.pytorch.org/vision/stable/models.html; He et al. 2015, arXiv:1512.03385, 4.2.
+    Args:
+        in_shape: Channels, height and width; many networks need 32x32 without `small_images`.
+        num_classes: Number of classes.
+        conv: Class derived from `nn.Conv2d`, or a `functools.partial` of one.
+        name: Name in torchvision.
+        small_images: Whether the first convolution becomes 3x3 with stride 1, and the first max
+            pooling is removed. This is the usual stem of a ResNet for CIFAR: its first stage has
+            28x28 instead of 7x7 positions for a 28x28 image, 16 times the work. VGG, which has no
+            stem, loses the pooling of its first stage; vision transformers are rejected.
+
+    Raises:
+        ValueError: There is no such network, or the images are too small for it.
     """
 
     def __init__(
@@ -36,14 +45,18 @@ class TorchVision(nn.Module):
         small_images: bool = False,
     ):
         super().__init__()
-        import torchvision.models  # here: no other network need wait a second for it
+        import torchvision.models  # takes a second, which other networks should not cost
 
         names = torchvision.models.list_models(module=torchvision.models)
         if name not in names:
             near = difflib.get_close_matches(name, names)
             raise ValueError(
                 f"model.name={name}: torchvision has no such classification network; "
-                + (f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}")
+                + (
+                    f"did you mean {' or '.join(near)}?"
+                    if near
+                    else f"choose from {', '.join(names)}"
+                )
             )
         if small_images and "vit" in name:
             raise ValueError(
@@ -51,9 +64,10 @@ class TorchVision(nn.Module):
                 "take model.small_images=false"
             )
         try:
-            self.network = _made(name, in_shape, num_classes)
+            self.network = _build(name, in_shape, num_classes)
             _adapt_stem(self.network, in_shape[0], small_images)
-            _pass_one(self.network, in_shape)
+            with evaluation_mode(self.network):  # raises if the images are too small
+                self.network(torch.zeros(1, *in_shape))
         except (RuntimeError, ValueError, AssertionError) as error:
             reason = str(error).strip().split("\n")[0]
             hint = "" if small_images or "vit" in name else "; try model.small_images=true"
@@ -67,11 +81,11 @@ class TorchVision(nn.Module):
         return self.network(images)
 
 
-def _made(name: str, in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def _build(name: str, in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     import torchvision.models
 
     options: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):  # else they return several logits in training
+    if name in ("googlenet", "inception_v3"):  # otherwise several outputs in training
         options = {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
         options = {"image_size": in_shape[1]}
@@ -81,7 +95,7 @@ def _made(name: str, in_shape: tuple[int, int, int], num_classes: int) -> nn.Mod
 
 
 def _adapt_stem(network: nn.Module, in_channels: int, small_images: bool) -> None:
-    """Exchange the first convolution for one of `in_channels`; `small_images` as above."""
+    """Replace the first convolution by one with `in_channels`; see `small_images` above."""
     layers = list(network.named_modules())
     name, stem = next((name, layer) for name, layer in layers if isinstance(layer, nn.Conv2d))
     if in_channels == stem.in_channels and not small_images:
@@ -95,16 +109,9 @@ def _adapt_stem(network: nn.Module, in_channels: int, small_images: bool) -> Non
         for first in pooling[:1]:
             network.set_submodule(first, nn.Identity())
     adapted = nn.Conv2d(in_channels, stem.out_channels, **geometry, bias=stem.bias is not None)
-    # Each family draws its weights in its own way: what all keep is the scale of the outputs.
+    # The families have different initialisations; the scale of the outputs is kept.
     fan_in, adapted_fan_in = stem.weight[0].numel(), adapted.weight[0].numel()
     std = stem.weight.std().item() * (fan_in / adapted_fan_in) ** 0.5
     nn.init.normal_(adapted.weight, std=std)
     adapted.bias = stem.bias
     network.set_submodule(name, adapted)
-
-
-def _pass_one(network: nn.Module, in_shape: tuple[int, int, int]) -> None:
-    """Show the network an image, which raises where an image is too small to pass."""
-    with torch.no_grad():
-        network.eval()(torch.zeros(1, *in_shape))
-    network.train()

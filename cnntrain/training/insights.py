@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from cnntrain import pictures
 from cnntrain.data import ImageData
 from cnntrain.models import layer_graph
-from cnntrain.models.inside import convolutions, feature_maps, penultimate
+from cnntrain.models.introspection import (
+    feature_maps,
+    named_convolutions,
+    penultimate_features,
+)
 from cnntrain.training.outcome import Outcome
 from cnntrain.training.run_directory import environment
 from cnntrain.training.tensorboard import TensorBoard
@@ -148,7 +152,7 @@ class Insights(lightning.Callback):
             for name, parameter in network.named_parameters():
                 self.board.histogram(f"weights/{name}", parameter, epoch)
         if self.kernels:
-            for name, first in convolutions(network)[:1]:
+            for name, first in named_convolutions(network)[:1]:
                 self.board.picture(f"kernels/{name}", _kernels(first.weight.detach()), epoch)
         if self.features:
             loader: Any = trainer.val_dataloaders
@@ -197,7 +201,7 @@ class Insights(lightning.Callback):
             self.board.picture(f"{stage}/mistakes", picture, epoch)
 
     def _embed(self, network: nn.Module, loader: Any, outcome: Outcome) -> None:
-        features = penultimate(network, loader.rows(torch.arange(1)))
+        features = penultimate_features(network, loader.rows(torch.arange(1)))
         count = min(POINTS, NUMBERS // features.shape[1], len(outcome.labels))
         if not count:
             log.info(
@@ -205,7 +209,7 @@ class Insights(lightning.Callback):
             )
             return
         batches = torch.arange(count).split(loader.batch_size)
-        points = torch.cat([penultimate(network, loader.rows(rows)) for rows in batches])
+        points = torch.cat([penultimate_features(network, loader.rows(rows)) for rows in batches])
         images = pictures.in_colour(loader.stored(torch.arange(count))).cpu()
         step = -(-max(images.shape[2:]) // SPRITE)
         images = images[:, :, ::step, ::step]

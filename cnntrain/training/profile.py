@@ -10,7 +10,7 @@ import lightning.pytorch as lightning
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from cnntrain.models.inside import leaves
+from cnntrain.models.introspection import leaf_modules
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _named(network: nn.Module) -> list[Any]:
     def leave(layer: nn.Module, _: Any, __: Any) -> None:
         open_.pop(layer).__exit__(None, None, None)
 
-    names = leaves(network)
+    names = leaf_modules(network)
     return [
         hook
         for layer in names

@@ -28,7 +28,7 @@ from torch.utils.tensorboard.summary import hparams
 from cnntrain.atomic import replacing
 from cnntrain.config import flat
 from cnntrain.config.choices import choice
-from cnntrain.models import Node
+from cnntrain.models import GraphNode
 from cnntrain.pictures import Picture, grid, png
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class TensorBoard(TensorBoardLogger):
         value = Summary.Value(tag=tag, image=image)
         self.experiment.file_writer.add_summary(Summary(value=[value]), step)
 
-    def graph(self, nodes: Sequence[Node]) -> None:
+    def graph(self, nodes: Sequence[GraphNode]) -> None:
         """Not `add_graph`, which follows a convolution into what it computes with."""
         graph = GraphDef(versions=VersionDef(producer=22))
         for node in nodes:

@@ -217,7 +217,7 @@ def test_memory_is_that_of_the_images():
     assert done.returncode == 0, done.stderr
     times = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
     assert times.keys() == {"contiguous", "read-only", "transposed"}
-    assert max(times.values()) < 1.3, times
+    assert max(times.values()) < 1.6, times
 
 
 @pytest.mark.parametrize(("cls", "total"), [(FashionMNIST, 60_000), (FashionMNISTMini, 5_000)])

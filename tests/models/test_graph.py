@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.conv import BACKENDS
-from cnntrain.models import LeNet5, Node, TorchVision, layer_graph, summarise
-from cnntrain.models.inside import penultimate
+from cnntrain.models import GraphNode, LeNet5, TorchVision, layer_graph, summarise
+from cnntrain.models.introspection import penultimate_features
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,13 +59,13 @@ class Odd(nn.Module):
 def test_what_is_used_twice_has_two_nodes() -> None:
     nodes = layer_graph(Odd(), (1, 4, 4))
     assert nodes == [
-        Node("images", "input", (), (1, 4, 4)),
-        Node("conv.Conv2d", "Conv2d", ("images",), (1, 4, 4)),
-        Node("mul", "mul", ("images",), (1, 4, 4)),
-        Node("conv.Conv2d_2", "Conv2d", ("mul",), (1, 4, 4)),
-        Node("cat", "cat", ("conv.Conv2d", "conv.Conv2d_2"), (2, 4, 4)),
-        Node("flatten", "flatten", ("cat",), (32,)),
-        Node("logits", "output", ("flatten",), (32,)),
+        GraphNode("images", "input", (), (1, 4, 4)),
+        GraphNode("conv.Conv2d", "Conv2d", ("images",), (1, 4, 4)),
+        GraphNode("mul", "mul", ("images",), (1, 4, 4)),
+        GraphNode("conv.Conv2d_2", "Conv2d", ("mul",), (1, 4, 4)),
+        GraphNode("cat", "cat", ("conv.Conv2d", "conv.Conv2d_2"), (2, 4, 4)),
+        GraphNode("flatten", "flatten", ("cat",), (32,)),
+        GraphNode("logits", "output", ("flatten",), (32,)),
     ]
 
 
@@ -86,7 +86,7 @@ def test_what_the_last_layer_is_given() -> None:
     images = torch.randn(2, 3 if vit.conv_proj.in_channels == 3 else 1, 32, 32)
     given: list[Tensor] = []
     hook = vit.heads.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    found = penultimate(vit, images)
+    found = penultimate_features(vit, images)
     hook.remove()
     assert found.shape == (2, 768)
     assert (found == given[0]).all()
@@ -94,7 +94,7 @@ def test_what_the_last_layer_is_given() -> None:
     pictures = torch.randn(3, 1, 28, 28)
     with torch.no_grad():
         wanted = lenet.classifier[:3](lenet.features(pictures))
-    assert (penultimate(lenet, pictures) == wanted).all()
+    assert (penultimate_features(lenet, pictures) == wanted).all()
 
 
 def test_nothing_is_left_behind() -> None:

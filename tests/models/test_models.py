@@ -10,7 +10,7 @@ from torch import nn
 
 from cnntrain.conv import BACKENDS
 from cnntrain.models import LeNet5, Shallow, layer_table, summarise
-from cnntrain.models.choices import BatchNorm2d
+from cnntrain.models.layers import BatchNorm2d
 
 
 def count(network: nn.Module) -> int:

@@ -108,7 +108,7 @@ def test_backends_start_from_the_same_weights() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "resnet19"}, r"^model.name=resnet19: .* no such .*; did you mean resnet1"),
-    ({"name": "Zz"}, r"^model.name=Zz: .* no such .*; there is alexnet, .*, wide_resnet50_2$"),
+    ({"name": "Zz"}, r"^model.name=Zz: .* no such .*; choose from alexnet, .*, wide_resnet50_2$"),
     (
         {"name": "alexnet"},
         r"^model.name=alexnet: .* 1x28x28 \(.*\); try model.small_images=true$",

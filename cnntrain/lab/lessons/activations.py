@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cnntrain.lab.lessons.lesson import INK, SOFT, Lesson
-from cnntrain.models.choices import ACTIVATIONS
+from cnntrain.models.layers import ACTIVATIONS
 
 POINTS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
 

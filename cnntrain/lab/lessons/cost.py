@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from cnntrain.config import ConfigError, as_config_error, build, compose
 from cnntrain.conv import BACKENDS
 from cnntrain.lab.lessons.lesson import Lesson
-from cnntrain.models import Layer, summarise, uncounted
-from cnntrain.models.inside import leaves, watching
+from cnntrain.models import LayerSummary, summarise, uncalled_layers
+from cnntrain.models.introspection import forward_hooks, leaf_modules
 from cnntrain.terminal import fit_lines, left_out_lines, width
 
 IMAGE = (1, 28, 28)  # (C, H, W)
@@ -50,7 +50,7 @@ def cost(
         raise ConfigError([f"backends={unknown}: choose from {', '.join(BACKENDS)}"])
     networks = {name: _network(model, name) for name in names}
     layers = summarise(networks[names[0]], IMAGE)
-    if left := uncounted(networks[names[0]], layers):
+    if left := uncalled_layers(networks[names[0]], layers):
         raise ConfigError(
             [
                 f"model={model}: {left[0]} is never called, as something else computes with its "
@@ -113,9 +113,9 @@ def _timed(network: nn.Module, images: Tensor) -> list[float]:
     def end(*_: Any) -> None:
         taken.append(time.perf_counter() - begun.pop())
 
-    layers = leaves(network)
+    layers = leaf_modules(network)
     before = [layer.register_forward_pre_hook(begin) for layer in layers]
-    with watching(layers, end), torch.no_grad():
+    with forward_hooks(layers, end), torch.no_grad():
         network(images)
     for hook in before:
         hook.remove()
@@ -124,7 +124,7 @@ def _timed(network: nn.Module, images: Tensor) -> list[float]:
 
 def _lines(
     model: str,
-    layers: Sequence[Layer],
+    layers: Sequence[LayerSummary],
     times: dict[str, list[float]],
     batch_size: int,
     left_out: Sequence[str],
@@ -161,7 +161,7 @@ def _lines(
     return [*textwrap.wrap(head, width()), "", *lines, "", last]
 
 
-def _draw(model: str, layers: Sequence[Layer], times: dict[str, list[float]]) -> Figure:
+def _draw(model: str, layers: Sequence[LayerSummary], times: dict[str, list[float]]) -> Figure:
     """Shares of the MACs and of each backend's time, a group of bars for each layer."""
     total = sum(layer.macs for layer in layers) or 1
     shares = {"MACs": [layer.macs / total for layer in layers]}
@@ -186,6 +186,6 @@ def _draw(model: str, layers: Sequence[Layer], times: dict[str, list[float]]) ->
     return figure
 
 
-def _kind(layer: Layer) -> str:
+def _kind(layer: LayerSummary) -> str:
     """The class of a layer; of a convolution not its backend, as there are several."""
     return "Conv2d" if layer.kind.endswith("Conv2d") else layer.kind
