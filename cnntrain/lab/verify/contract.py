@@ -148,8 +148,8 @@ def verify(
     Args:
         cases: random layers; by default 1000, in the short form 200.
         seed: of the random layers and of all numbers.
-        short: a small part of the grid and of the large layers, without the uses that need
-            PyTorch's compiler; for CI.
+        short: a small part of the grid and of the large layers, without checkpointing, which
+            imports PyTorch's compiler; for CI.
         only: just the checks whose name contains this.
         device: 'cpu', 'cuda', 'cuda:1', ...: where the layers are. Oracles stay on the CPU.
         json: a file to write the report into.

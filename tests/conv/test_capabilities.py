@@ -1,0 +1,123 @@
+"""Capability table: docs/convolutions.md shows what the probes find, and the probes find faults."""
+
+import re
+
+import make_capabilities_table as capabilities
+import pytest
+import torch
+from make_capabilities_table import LIMITS, PROBES, channels_last_output, meta_and_fake, table
+from torch import nn
+
+from cnntrain.conv import BACKENDS, Conv2d, Im2colConv2d, NaiveConv2d
+from cnntrain.conv.naive import Naive
+from cnntrain.lab.verify import probes
+from cnntrain.lab.verify.probes import attempt, first_derivatives
+
+SLOW = {"compile_layer", "compile_transforms", "export_any_size", "second_derivatives"}
+
+
+def test_the_docs_show_what_the_probes_find():
+    page = capabilities.PAGE.read_text(encoding="utf-8")
+    shown = page.partition(capabilities.BEGIN)[2].partition(capabilities.END)[0]
+    assert shown == table(BACKENDS), "outdated: run python scripts/make_capabilities_table.py"
+
+
+SHAPES = {  # by which im2col chooses how to compute
+    "no groups": {"groups": 1},
+    "depthwise": {"groups": 4, "out_channels": 4},
+    "pointwise": {"kernel_size": 1, "groups": 1, "dilation": 1},
+    "kernel as large as the image": {"kernel_size": (3, 7), "groups": 1, "dilation": 1},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_im2col_supports_each_use_for_every_shape(shape, monkeypatch):
+    for option, value in SHAPES[shape].items():
+        monkeypatch.setitem(probes.OPTIONS, option, value)
+    for name, probe in PROBES.items():
+        if probe not in LIMITS and probe.__name__ not in SLOW:
+            assert attempt(probe, Im2colConv2d) == "", name
+
+
+class OffByATwentieth(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight, bias) * 1.05
+
+
+class Unsupported(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        raise NotImplementedError("not written\nyet")
+
+
+@pytest.mark.parametrize("probe", PROBES.values())
+def test_each_probe_tells_wrong_from_unsupported(probe):
+    if probe not in (capabilities.second_derivatives, meta_and_fake):  # they compare no output
+        with pytest.raises(AssertionError):
+            attempt(probe, OffByATwentieth)
+    reason = attempt(probe, Unsupported)
+    assert "not written yet" in reason or reason.startswith("Unsupported: Observed exception")
+
+
+def faulty(name, function):
+    """NaiveConv2d with one of its three functions replaced."""
+    return type("Faulty", (Conv2d,), {"algorithm": type("Faulty", (Naive,), {name: function})()})
+
+
+FAULTS = [
+    (
+        faulty("grad_input", lambda self, *args: -Naive.grad_input(self, *args)),
+        {"first_derivatives", "second_derivatives", "reverse_mode", "hooks", "repeatable"},
+    ),
+    (
+        faulty("grad_weight", lambda self, g, x, *a: Naive.grad_weight(self, g[:1], x[:1], *a)),
+        {"first_derivatives", "vmap_of_grad", "checkpointing", "compile_layer", "half_precision"},
+    ),
+    (  # vmap folds models into groups
+        faulty(
+            "forward",
+            lambda self, x, w, g: Naive.forward(self, x.flip(1) if g.groups > 2 else x, w, g),
+        ),
+        {"vmap_weights", "vmap_of_grad"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("backend", "seen_by"), FAULTS)
+def test_faults_are_found(backend, seen_by):
+    found = [probe for probe in PROBES.values() if probe.__name__ in seen_by]
+    assert len(found) == len(seen_by)
+    for probe in found:
+        with pytest.raises(AssertionError):
+            attempt(probe, backend)
+
+
+def test_wrong_second_derivatives_are_found():
+    class DetachedGradient(torch.autograd.Function):  # of the identity
+        forward = staticmethod(lambda ctx, y: y.clone())
+        backward = staticmethod(lambda ctx, g: g.detach())
+
+    class Faulty(nn.Conv2d):
+        def _conv_forward(self, *args):
+            return DetachedGradient.apply(super()._conv_forward(*args))
+
+    attempt(first_derivatives, Faulty)
+    with pytest.raises(AssertionError):
+        attempt(capabilities.second_derivatives, Faulty)
+
+
+def test_the_table_of_another_backend(tmp_path):
+    few = {"gradients": first_derivatives, "layout": channels_last_output}
+    text = table({"mine": NaiveConv2d, "none": Unsupported}, few)
+    assert text.splitlines() == [
+        "|  | `mine` | `none` | why not |",
+        "| --- | --- | --- | --- |",
+        "| gradients | yes | no | NotImplementedError: not written yet |",
+        f"| layout | no | no | {LIMITS[channels_last_output]} |",
+    ]
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- capabilities -->\nold\n<!-- /capabilities -->\nafter\n")
+    capabilities.write(page, text)
+    assert re.split(r"<!-- /?capabilities -->\n", page.read_text()) == ["before\n", text, "after\n"]
+    page.write_text("no markers\n")
+    with pytest.raises(SystemExit, match="has no lines <!-- capabilities -->"):
+        capabilities.write(page, text)
