@@ -1,4 +1,4 @@
-"""The way from a command line to a checked config, for every command that has one."""
+"""Entry of every command with a config: parse, check everything, then call Hydra."""
 
 import argparse
 import logging
@@ -13,31 +13,33 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain import config
 from cnntrain.commands.plan import Plan, places, plan, show_config
 from cnntrain.config.cross_checks import cross_check_data
+from cnntrain.config.errors import format_error, format_os_error
+from cnntrain.config.hydra_compat import get_args_parser
 from cnntrain.config.overrides import merged
+from cnntrain.config.paths import output_problems
 from cnntrain.process_info import launched
 
 Run = Callable[[DictConfig], float | None]
 DryRun = Callable[[DictConfig], None]
 
 
-class Many(Protocol):
-    """What a command does with `-m`."""
+class Multirun(Protocol):
+    """How a command runs `-m`, instead of Hydra's sweeper."""
 
-    def plan(self, asked: Plan) -> list[DictConfig]:
-        """The configs that are to be run; writes nothing, and raises ConfigError."""
+    def plan(self, planned: Plan) -> list[DictConfig]:
+        """The configs that are still to be run; writes nothing. Raises ConfigError."""
 
-    def refuse_options(self) -> None:
-        """Raise ConfigError for options that say nothing without `-m`."""
+    def reject_options(self) -> None:
+        """Raise ConfigError for options that have no effect without `-m`."""
 
     def run(self) -> None:
-        """Run them all, and end the process with another exit code than 0 if not all is well."""
+        """Run them all; exits with code 1 if one has failed."""
 
 
 def start(
@@ -47,42 +49,42 @@ def start(
     dry_run: DryRun | None = None,
     resuming: bool = False,
     one: str | None = None,
-    many: Callable[[argparse.Namespace], "Many"] | None = None,
+    multirun: Callable[[argparse.Namespace], Multirun] | None = None,
 ) -> None:
-    """Check the whole command line against conf/<name>.yaml, then let Hydra call `run`.
+    """Check the command line against conf/<name>.yaml, then call `run` with the config.
 
-    `dry_run` finds what only constructors find, and writes nothing: it is called for every run
-    before the first begins. `resuming` says that the run directory holds what is to be continued;
-    `one` is what the command takes one of, so that there are no sweeps over it; `many` takes a
-    sweep over in place of Hydra.
+    Exit codes: 2 for a wrong command line or config, 130 for Ctrl-C, 1 for a file that cannot be
+    written.
 
-    Exit codes: 2 for what the person who typed it has to change, 130 for Ctrl-C, 1 for a file that
-    cannot be written.
+    Args:
+        dry_run: Builds what a run builds, for every run before the first begins, and writes
+            nothing.
+        resuming: The run directory holds a run to be continued.
+        one: What the command takes one of, so that it has no `-m`.
+        multirun: Runs `-m` in place of Hydra.
     """
     arguments = command_line()
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
-    if arguments.config_path:  # which Hydra would look for beside this file
+    if arguments.config_path:  # Hydra would look for it beside this file
         flags.append(f"--config-path={Path(arguments.config_path).absolute()}")
     sys.argv[1:] = [*flags, *arguments.overrides]
-    sweep = many(arguments) if many else None
+    sweep = multirun(arguments) if multirun else None
     try:
         sweeping = _check(arguments, name, dry_run, resuming, one, sweep)
+        if arguments.cfg:
+            return
+        if sweep and sweeping:
+            return sweep.run()
     except config.ConfigError as error:
         exit_with_problems(error)
-    if arguments.cfg:
-        return
-
-    if sweep and sweeping:
-        try:
-            sweep.run()
-        except config.ConfigError as error:
-            exit_with_problems(error)
-        return
+    running = False
 
     @wraps(run)
     def guarded(cfg: DictConfig) -> float | None:
+        nonlocal running
+        running = True
         try:
-            config.settle(cfg, HydraConfig.get(), config.ROOTS[name])
+            config.adapt_types(cfg, HydraConfig.get())
             return run(cfg)
         except config.ConfigError as error:
             exit_with_problems(error)
@@ -90,26 +92,31 @@ def start(
             print("\ncnntrain: interrupted", file=sys.stderr)
             sys.exit(130)
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else it swallows the error below
-    logging.raiseExceptions = False  # a full disk is told of once, not by every line of a log
-    threading.excepthook = _thread_ended
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra replaces the exception
+    logging.raiseExceptions = False  # a full disk is reported once, not by every line of a log
+    threading.excepthook = _on_thread_error
     try:
         hydra.main(config_path=str(config.CONF), config_name=name, version_base="1.3")(guarded)()
     except OSError as error:  # Hydra itself could not write
         print(f"cnntrain: {format_os_error(error)}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        if running:
+            raise
+        cause = error.__cause__ or error  # of logging's or a plugin's constructor
+        exit_with_problems(config.ConfigError([f"hydra: {format_error(cause)}"]))
 
 
 def command_line() -> argparse.Namespace:
-    """What was typed, in Hydra's terms; modules in the folder that one is in are found from now."""
-    here = os.getcwd()  # a backend of the user's own may lie here
+    """Parse the command line as Hydra does, and add the working directory to sys.path."""
+    here = os.getcwd()  # for a backend of the user's own
     if here not in sys.path[1:2]:
         sys.path.insert(1, here)
     if garbled := [text for text in sys.argv[1:] if any(map(_surrogate, text))]:
         exit_with_problems(config.ConfigError([f"{text}: is not UTF-8" for text in garbled]))
-    # Hydra's parser takes overrides only in one place; a person writes -m wherever it fits.
+    # Hydra accepts overrides only before or after the flags; users write -m anywhere.
     parser = get_args_parser()
-    parser.error = _refuse_flag  # type: ignore[method-assign]
+    parser.error = _reject_flag  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args()
     arguments.typed = len(sys.argv) - 1  # words that follow the program in sys.orig_argv
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
@@ -119,10 +126,7 @@ def command_line() -> argparse.Namespace:
 
 
 def restart(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
-    """A command line that starts this program with other overrides, as one would type it here.
-
-    It has the options that say where configs are, and those of Python itself.
-    """
+    """A command line, quoted for the shell, that starts this program with other overrides."""
     command = sys.orig_argv[: len(sys.orig_argv) - arguments.typed]
     if len(command) > 1 and shutil.which(Path(command[1]).name) == command[1]:
         command[:2] = [Path(command[1]).name]  # a console script
@@ -133,50 +137,42 @@ def restart(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
 
 
 def short(path: Path) -> str:
-    """A path as one would type it where the command was typed."""
+    """A path relative to the working directory of the command, if below it."""
     here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def format_os_error(error: OSError) -> str:
-    """What the operating system says, of which file; of a renaming, which to which."""
-    names = (error.filename, error.filename2)
-    files = " to ".join(os.fsdecode(n) if isinstance(n, bytes) else str(n) for n in names if n)
-    return f"{files}: {error.strerror}" if files else str(error.strerror or error)
-
-
-def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    # A thread that writes, TensorBoard's: its error is raised again where it is given work.
-    if not issubclass(ended.exc_type, OSError):
-        threading.__excepthook__(ended)
+def _on_thread_error(error: threading.ExceptHookArgs) -> None:
+    # TensorBoard's writer thread: its OSError is raised again by the next write.
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
 
 
 def exit_with_problems(error: config.ConfigError) -> NoReturn:
-    """Say what is wrong, a line a problem, and end."""
-    print("cnntrain: this cannot be run as asked", file=sys.stderr)
+    """Print the problems, one line each, and exit with code 2."""
+    print("cnntrain: invalid configuration", file=sys.stderr)
     for problem in error.problems:
         print(f"  {printable(problem)}", file=sys.stderr)
     sys.exit(2)
 
 
 def printable(text: str) -> str:
-    """Line breaks, terminal codes and broken characters, of a command line or of a file's name, as
-    escapes."""
+    """The text with control and invalid characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _refuse_flag(message: str) -> NoReturn:
+def _reject_flag(message: str) -> NoReturn:
     hint = "; options have no dashes: option=value" if "unrecognized" in message else ""
     exit_with_problems(config.ConfigError([message + hint]))
 
 
 def _surrogate(character: str) -> bool:
-    """Whether Python had to make do with it, for a byte that is no text."""
+    """Whether Python has decoded an invalid byte to this."""
     return "\ud800" <= character <= "\udfff"
 
 
 def _only_asks(arguments: argparse.Namespace) -> bool:
-    """Whether nothing is to be run."""
+    """Whether nothing is run."""
     asks = (arguments.help, arguments.hydra_help, arguments.cfg, arguments.info)
     return any(asks) or arguments.shell_completion
 
@@ -187,10 +183,9 @@ def _check(
     dry_run: DryRun | None,
     resuming: bool,
     one: str | None,
-    many: "Many | None",
+    multirun: Multirun | None,
 ) -> bool:
-    """Find all that is wrong with the command line before anything is written; whether it is a
-    sweep that is to be run."""
+    """Find every problem before anything is written. Returns whether it is a sweep."""
     if arguments.hydra_help or arguments.shell_completion:
         return False
     if arguments.cfg:
@@ -205,33 +200,32 @@ def _check(
         sys.exit()
     if _only_asks(arguments):
         return False
-    from cnntrain.config.hydra_options import hydra_problems
-
     required = config.ROOTS[name].required
     if missing := [key for key in required if OmegaConf.is_missing(cfgs[0], key)]:
         raise config.ConfigError([f"{key}: has to be given, {key}=..." for key in missing])
     if sweep and one:
         raise config.ConfigError([f"-m: {name} takes one {one}; start it once for each"])
-    if sweep and (place := launched()):
+    if sweep and (info := launched()):
         raise config.ConfigError(
             [
-                f"-m: makes many runs, and {place.launcher} has started the processes of one; "
-                f"leave {place.launcher} out, each run starts its own: "
-                f"python train.py -m ... trainer=ddp trainer.devices={place.devices}"
+                f"-m: makes many runs, and {info.launcher} has started the processes of one; "
+                f"leave {info.launcher} out, each run starts its own: "
+                f"python train.py -m ... trainer=ddp trainer.devices={info.devices}"
             ]
         )
     if (chosen := cfgs[0].get("resume")) and f"resume={chosen}" not in sys.argv and not resuming:
-        raise config.ConfigError([f"resume={chosen}: has to be typed as it stands here"])
-    problems = hydra_problems(cfgs, sweep=sweep, resuming=resuming, placed=sweep and bool(many))
+        raise config.ConfigError([f"resume={chosen}: has to be on the command line, exactly so"])
+    by_program = sweep and multirun is not None
+    problems = output_problems(cfgs, sweep=sweep, resuming=resuming, by_program=by_program)
     if problems:
         raise config.ConfigError(problems)
-    if many and sweep:
-        cfgs = many.plan(planned)
-    elif many:
-        many.refuse_options()
-    with config.searching(**places(arguments), name=name):
+    if multirun and sweep:
+        cfgs = multirun.plan(planned)
+    elif multirun:
+        multirun.reject_options()
+    with config.config_folders(**places(arguments), name=name):
         if resuming and dry_run:
-            dry_run(cfgs[0])  # of what it continues, whatever is composed here
+            dry_run(cfgs[0])
         elif not resuming:
             for cfg in _different(cfgs):
                 problems += build_problems(cfg, dry_run)
@@ -241,11 +235,7 @@ def _check(
 
 
 def build_problems(cfg: DictConfig, dry_run: DryRun | None) -> list[str]:
-    """What only building shows to be wrong with a config that `check` has found nothing in.
-
-    `dry_run` builds from it all that will be built, writes nothing, and raises ConfigError with
-    the node and the constructor's message.
-    """
+    """Problems of a valid config that only constructors find, or the size of the data."""
     try:
         if dry_run:
             dry_run(cfg)
@@ -258,7 +248,7 @@ def build_problems(cfg: DictConfig, dry_run: DryRun | None) -> list[str]:
 
 
 def _different(cfgs: list[DictConfig]) -> list[DictConfig]:
-    """The configs without Hydra's options, and of those that differ only in the seed one."""
+    """The configs without `hydra`; one of those that differ only in the seed."""
     found = {}
     for cfg in cfgs:
         content: Any = OmegaConf.to_container(cfg)

@@ -10,8 +10,9 @@ from typing import TypeVar
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import format_os_error, start
+from cnntrain.commands.app import start
 from cnntrain.config import quoted
+from cnntrain.config.errors import format_os_error
 
 Loaded = TypeVar("Loaded")
 

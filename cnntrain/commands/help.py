@@ -10,7 +10,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config import searching
+from cnntrain.config import config_folders
 from cnntrain.terminal import PARAGRAPH, paragraph, width
 
 COMMENTS = 36  # the column in which they begin, where there is room
@@ -21,7 +21,7 @@ def show_help(cfg: DictConfig, name: str, folder: Path, extra: Path | None) -> N
 
     `folder` holds that, `extra` may hold further configs.
     """
-    with searching(folder, extra, name):
+    with config_folders(folder, extra, name):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         groups = hydra.format_config_groups(lambda group: not group.startswith("hydra"))

@@ -12,7 +12,7 @@ from cnntrain.commands.app import exit_with_problems, short
 from cnntrain.commands.finished import telling_errors
 from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.checks import mismatch
-from cnntrain.config.overrides import format_value, unknown
+from cnntrain.config.errors import format_value, unknown
 from cnntrain.config.signatures import signature
 
 LESSONS = {

@@ -16,8 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cnntrain import config
 from cnntrain.config import ConfigError
-from cnntrain.config.hydra_options import as_if_running
-from cnntrain.config.overrides import combinations, format_error, key_of, parsed, sweeps
+from cnntrain.config.errors import format_error
+from cnntrain.config.overrides import combinations, key_of, parsed, sweeps
+from cnntrain.config.paths import as_if_running
 from cnntrain.config.resume import NOT_RUN_OPTIONS
 from cnntrain.sweeps.members import Run
 
@@ -153,7 +154,7 @@ def _composed_alike(
             own = pickle.loads(content)
             for key, value in values.values():
                 OmegaConf.update(own, key, value)
-            problems += config.found_in(own, config.ROOTS["train"])
+            problems += config.config_problems(own, config.ROOTS["train"])
             for key in NOT_RUN_OPTIONS:
                 own.pop(key, None)
             typed = dict(zip(before, overrides, strict=True))

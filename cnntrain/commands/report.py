@@ -4,9 +4,9 @@ import logging
 import sys
 from pathlib import Path
 
-from cnntrain.commands.app import exit_with_problems, format_os_error, short
+from cnntrain.commands.app import exit_with_problems, short
 from cnntrain.config import ConfigError, folder_problem
-from cnntrain.config.overrides import unknown
+from cnntrain.config.errors import format_os_error, unknown
 from cnntrain.sweeps.collect import Collection, collect
 from cnntrain.sweeps.record import METRICS
 

@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain.commands.app import restart, short
 from cnntrain.commands.plan import BASIC_SWEEPER, Plan, places
-from cnntrain.config import ConfigError, build, compose_all, searching, sweep_folder_problem
-from cnntrain.config.hydra_options import as_if_running
-from cnntrain.config.overrides import format_error
+from cnntrain.config import ConfigError, build, compose_all, config_folders, sweep_folder_problem
+from cnntrain.config.errors import format_error
+from cnntrain.config.paths import as_if_running
 from cnntrain.config.resume import run_options
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.sweeps.collect import Collection, collect
@@ -44,7 +44,7 @@ class SweepCommand:
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
 
-    def refuse_options(self) -> None:
+    def reject_options(self) -> None:
         problems = [f"{text}: is an option of a sweep; add -m" for text in self._of_sweeps()]
         if problems:
             raise ConfigError(problems)
@@ -190,7 +190,7 @@ def _launch(arguments: argparse.Namespace, folder: Path) -> Launch:
 
     def launch(jobs: list[list[str]], task: MemberTask) -> None:
         name = arguments.config_name or "train"
-        with searching(**places(arguments), name="train"):
+        with config_folders(**places(arguments), name="train"):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             cfg = hydra.compose_config(

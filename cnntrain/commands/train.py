@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import command_line, exit_with_problems, format_os_error, short, start
+from cnntrain.commands.app import command_line, exit_with_problems, short, start
 from cnntrain.commands.plan import places
 from cnntrain.commands.sweeping import SweepCommand
 from cnntrain.config import ConfigError, check, compose, cross_check, fixed_run_directory, quoted
+from cnntrain.config.errors import format_os_error
 from cnntrain.config.resume import (
     CONFIG,
     completed,
@@ -54,7 +55,7 @@ def main() -> None:
                 lambda cfg: _train(cfg, resumed),
                 dry_run=lambda cfg: _dry_run(resumed.cfg if resumed else cfg),
                 resuming=resumed is not None,
-                many=SweepCommand,
+                multirun=SweepCommand,
             )
         except ConfigError as error:
             exit_with_problems(error)

@@ -1,30 +1,29 @@
-"""The check of every key and type of a config against what it may hold.
+"""Check of every key and type of a config against the signatures of its targets.
 
-The signature of what a node names is the schema: there is no second copy of it here. This file
-imports no torch.
+Imports no torch itself.
 """
 
 import contextlib
 import json
 import math
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from cnntrain.config.choices import defaults
+from cnntrain.config.errors import first_line, format_error, format_value, unknown
 from cnntrain.config.nodes import NODES, ROOTS, Node, Root
-from cnntrain.config.overrides import first_line, format_error, format_value, options_of, unknown
+from cnntrain.config.overrides import options_of
 from cnntrain.config.signatures import Signature, is_subclass, plain, signature
 
 
 def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
-    """Every key and type of every node against the signature of its target: one line a problem."""
+    """One line for each option that its node's target does not accept."""
     options = signature(root.target).types if root.target else {}
     names = [*root.nodes, *(name for name in options if name not in root.given)]
     names += ["seed"] * (root.seeded and "seed" not in names)
@@ -43,7 +42,7 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
             problems.append(f"{key}={format_value(value)}: {wrong}")
         elif key == "seed":
             problems += _check_seed(value)
-    if root.seeded and "seed" not in cfg and not problems:  # else it is mistyped, as has been said
+    if root.seeded and "seed" not in cfg and not problems:  # otherwise mistyped, and reported
         problems += _check_seed(None)
     for key in root.nodes:
         if key not in cfg:
@@ -59,12 +58,12 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
 
 @cache
 def _node_problems(key: str, values: bytes) -> list[str]:
-    """`check_node` of a pickled node: the runs of a sweep share most of theirs."""
+    """`check_node` of a pickled node, cached: the runs of a sweep share most nodes."""
     return check_node(key, NODES[key], pickle.loads(values))
 
 
 def _resolved(cfg: DictConfig, key: str) -> tuple[Any, str | None]:
-    """The plain value of an option or a node; or why an interpolation in it cannot be resolved."""
+    """The value of an option or node in plain containers, or why it cannot be resolved."""
     try:
         value = cfg[key]
         if OmegaConf.is_config(value):
@@ -78,78 +77,47 @@ def _resolved(cfg: DictConfig, key: str) -> tuple[Any, str | None]:
         return OmegaConf.to_container(cfg)[key], "refers to itself"  # type: ignore[index, call-overload]
 
 
-def settle(cfg: DictConfig, hydra: Any, root: Root = ROOTS["train"]) -> None:
-    """Adapt a composed config, in place, to the types of the options; `hydra` says what was typed.
+def adapt_types(cfg: DictConfig, hydra: Any) -> None:
+    """Adapt the nodes of a composed config, in place, to another class typed for a choice's.
 
-    Where another class was put in the place of a choice's, the choice's options that it does not
-    take are removed, unless they were typed themselves; model={_target_: ...} removes all. Text
-    that comes from an interpolation, such as ${oc.env:LR}, is read as YAML where the option takes
-    no text.
+    The choice's options that the class does not take are removed, unless they were typed;
+    model={_target_: ...} removes all of them.
+
+    Args:
+        hydra: The `hydra` node, which has the overrides and choices.
     """
     overrides: Any = OmegaConf.to_container(hydra.overrides.task)
     typed = set(options_of(overrides))
-    options: dict[str, Any] = {"seed": int, "profile": bool}
-    with open_dict(cfg):
-        _read_text(cfg, root.target, options)
-        for key, node in NODES.items():
-            with contextlib.suppress(OmegaConfBaseException, ImportError, RecursionError):
-                values = OmegaConf.select(cfg, key)
-                if not isinstance(values, DictConfig) or not isinstance(values._target_, str):
+    for key, node in NODES.items():
+        with (
+            contextlib.suppress(OmegaConfBaseException, ImportError, RecursionError),
+            open_dict(cfg),
+        ):
+            values = OmegaConf.select(cfg, key)
+            if not isinstance(values, DictConfig) or not isinstance(values._target_, str):
+                continue
+            replaced = f"{key}._target_" in typed
+            whole = any(text.lstrip("+~").startswith(f"{key}={{") for text in overrides)
+            file = defaults(key, str(hydra.runtime.choices.get(key)))
+            if not replaced and values._target_ == file.get("_target_", values._target_):
+                continue
+            accepted = signature(values._target_)
+            for name, value in [(str(name), value) for name, value in values.items()]:
+                option = f"{key}.{name}"
+                if option in typed or option in NODES or name.startswith("_"):
                     continue
-                _read_text(values, values._target_, {})
-                replaced = f"{key}._target_" in typed
-                whole = any(text.lstrip("+~").startswith(f"{key}={{") for text in overrides)
-                file = defaults(key, str(hydra.runtime.choices.get(key)))
-                if not replaced and values._target_ == file.get("_target_", values._target_):
-                    continue
-                accepted = signature(values._target_)
-                for name, value in [(str(name), value) for name, value in values.items()]:
-                    option = f"{key}.{name}"
-                    if option in typed or option in NODES or name.startswith("_"):
-                        continue
-                    old = replaced or file.get(name, ...) == value
-                    if old and (whole or not _takes(accepted, name, value)):
-                        del values[name]
-                if node.partial and "_partial_" not in values:
-                    values._partial_ = True
+                old = replaced or file.get(name, ...) == value
+                if old and (whole or not _takes(accepted, name, value)):
+                    del values[name]
+            if node.partial and "_partial_" not in values:
+                values._partial_ = True
 
 
 def _takes(accepted: Signature, name: str, value: Any) -> bool:
     if name not in accepted.types:
         return accepted.open
-    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    return mismatch(accepted.types[name], plain) is None
-
-
-def _read_text(node: DictConfig, target: str | None, types: Mapping[str, Any]) -> None:
-    for key, raw in list(node.items_ex(resolve=False)):
-        name, raw = str(key), OmegaConf.to_container(raw) if OmegaConf.is_config(raw) else raw
-        if "${" not in str(raw) or name in NODES:
-            continue
-        with contextlib.suppress(OmegaConfBaseException, YAMLError):
-            value = node[name]
-            if OmegaConf.is_config(value):
-                value = OmegaConf.to_container(value, resolve=True)
-            read = _as_yaml(raw, value)
-            if read == value:  # no text, or text that is no other value
-                continue
-            types = {**(signature(target).types if target else {}), **types}
-            kind = types.get(name, str)
-            # Without an annotation only the text itself tells.
-            wanted = "oc.env" in str(raw) if kind is Any else mismatch(kind, value)
-            if wanted and not mismatch(kind, read):
-                node[name] = read
-
-
-def _as_yaml(raw: Any, value: Any) -> Any:
-    if isinstance(raw, list) and isinstance(value, list):
-        return [_as_yaml(*pair) for pair in zip(raw, value, strict=True)]
-    if isinstance(raw, dict) and isinstance(value, dict):
-        return {key: _as_yaml(raw[key], inner) for key, inner in value.items()}
-    if "${" in str(raw) and isinstance(value, str):
-        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-        return read["value"]
-    return value
+    content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return mismatch(accepted.types[name], content) is None
 
 
 def _check_seed(value: Any) -> list[str]:
@@ -159,7 +127,7 @@ def _check_seed(value: Any) -> list[str]:
 
 
 def check_node(key: str, node: Node, values: Any) -> list[str]:
-    """As `check`, of one node in plain containers, whose name in NODES is `key`."""
+    """As `check`, of one node in plain containers; `key` is its name in NODES."""
     if node.extra and find_spec(node.extra) is None:
         return [f"{key}: needs {node.extra.title()}; pip install {node.extra}"]
     if not isinstance(values, dict) or "_target_" not in values:
@@ -206,7 +174,7 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
 
 
 def mismatch(kind: Any, value: Any) -> str | None:
-    """What keeps a plain value from being of a type, in pydantic's words."""
+    """Pydantic's message if a plain value is not of a type."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -224,7 +192,7 @@ def mismatch(kind: Any, value: Any) -> str | None:
 
 
 def _unfit_value(value: Any) -> str | None:
-    """What keeps a plain value from being of any use to any option."""
+    """Why a plain value is invalid for any option."""
     for leaf in _leaves(value):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             return "must be a finite number"

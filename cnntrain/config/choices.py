@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import cnntrain.config
+from cnntrain.config.paths import CONF
 
 
 def choice(group: str, node: Mapping[str, Any] | None) -> str:
@@ -35,7 +35,7 @@ def defaults(group: str, name: str) -> dict[str, Any]:
 @cache
 def _files(group: str) -> dict[str, dict[str, Any]]:
     """The content of every file of a group by its choice, read without composing: at once."""
-    folder = cnntrain.config.CONF / group
+    folder = CONF / group
     raw = {path.stem: _read(path) for path in sorted(folder.glob("*.yaml"))}
 
     def whole(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:

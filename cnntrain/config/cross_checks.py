@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cnntrain.config.overrides import format_value
+from cnntrain.config.errors import format_value
 from cnntrain.config.signatures import signature
 from cnntrain.process_info import launched
 

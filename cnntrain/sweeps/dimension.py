@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from cnntrain.config import quoted
-from cnntrain.config.overrides import format_value, unknown
+from cnntrain.config.errors import format_value, unknown
 
 WHERE = "search.space"
 KEYS = ("choices", "low", "high", "log", "step", "when")

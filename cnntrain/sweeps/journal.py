@@ -18,7 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from cnntrain.config import ConfigError
-from cnntrain.config.overrides import format_error
+from cnntrain.config.errors import format_error
 
 STUDY = "study.journal"
 

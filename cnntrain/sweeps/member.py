@@ -24,7 +24,7 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.atomic import write_json
-from cnntrain.config import ConfigError, config_hash, settle
+from cnntrain.config import ConfigError, adapt_types, config_hash
 from cnntrain.config.resume import (
     RESULT,
     add_checksum,
@@ -84,7 +84,7 @@ class MemberTask:
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, _begin_no_other)
             mask_sigint("SIG_UNBLOCK")
-        settle(cfg, hydra)
+        adapt_types(cfg, hydra)
         job = Job(
             OmegaConf.to_container(run_options(cfg), resolve=True),  # type: ignore[arg-type]
             directory,

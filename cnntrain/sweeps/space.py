@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cnntrain.config import ConfigError
-from cnntrain.config.overrides import unknown
+from cnntrain.config.errors import unknown
 from cnntrain.sweeps.dimension import WHERE, Dimension, read, stored, typed
 
 Compose = Callable[[Sequence[str]], DictConfig]  # further overrides to a checked config

@@ -53,7 +53,7 @@ MISTAKES = [
     (["+backend=naive"], ["+backend=naive: has a choice already; write backend=naive"]),
     (["~seed"], ["seed=null: must be a whole number"]),
     (["seed=0,1"], ["seed=0,1: a sweep needs -m"]),
-    (["hydra.rum.dir=x"], ["hydra.rum.dir=x: Hydra refuses it"]),
+    (["hydra.rum.dir=x"], ["hydra.rum.dir=x: Hydra rejects it"]),
     (["+backend.kernel_size=3"], ["backend.kernel_size=3: is decided by the program"]),
     (["+trainer.max_steps=3"], ["trainer.max_steps=3: is decided by the program"]),
     (["+trainer.limit_val_batches=0"], ["trainer.limit_val_batches=0: a run has to validate"]),
@@ -161,7 +161,7 @@ def test_command_line_refuses_with_exit_code_2(cnntrain: Run, tmp_path: Path) ->
     done = cnntrain("backend=im2coll", "model.dropuot=0.1")
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
-    assert lines[0] == "cnntrain: this cannot be run as asked"
+    assert lines[0] == "cnntrain: invalid configuration"
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         "backend=im2coll",
         "model.dropuot=0.1",
@@ -189,7 +189,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         (["--config-dir", "nowhere"], "--config-dir=nowhere: is not a folder"),
         (["--resolve"], "--resolve: goes with --cfg"),
         (["hydra.run.dir="], "hydra.run.dir=: must name a folder"),
-        (["hydra.run.dir=a file/run"], "a file is not a folder that can be written"),
+        (["hydra.run.dir=a file/run"], "a file is not a writable folder"),
     ],
 )
 def test_hydra_s_own_arguments(

@@ -42,25 +42,17 @@ COMMAND_LINES: list[tuple[Sequence[str | bytes], list[str]]] = [
     (["hydra.mode=FOO"], ["hydra.mode=FOO"]),
     (["hydra/launcher=nope"], ["hydra/launcher=nope"]),
     (["hydra/job_logging=nope"], ["hydra/job_logging=nope"]),
-    (["+hydra.rundir=x"], ["hydra.rundir", "'run'"]),
     (["hydra.searchpath=[nowhere]"], ["hydra.searchpath=[nowhere]"]),
-    (["hydra.launcher._target_=os.system"], ["hydra.launcher._target_=os.system: must be"]),
-    (
-        ["+hydra.callbacks.x={_target_:os.system,command:'touch HERE'}"],
-        ["hydra.callbacks.x._target_=os.system: must be a class derived from"],
-    ),
-    (
-        ["+hydra.job_logging.handlers.x={class:os.system,command:'touch HERE'}"],
-        ["hydra.job_logging: class of a handler must be"],
-    ),
-    (["hydra.job_logging.root.level=FOO"], ["hydra.job_logging: ", "FOO"]),
-    (["hydra.output_subdir=/etc"], ["hydra.output_subdir=/etc: must be .hydra or null"]),
-    (["hydra.job.name=a/b"], ["hydra.job.name=a/b"]),
+    (["hydra.launcher._target_=nowhere.L"], ["hydra: ", "nowhere"]),
+    (["hydra.job_logging.root.level=FOO"], ["hydra: ", "FOO"]),
     (["hydra.run.dir="], ["hydra.run.dir=: must name a folder"]),
     (["hydra.run.dir=${nope}"], ["hydra: ", "nope"]),
     (["hydra.run.dir='~/x'"], ["hydra.run.dir=~/x", "write hydra.run.dir=/"]),
-    (["hydra.run.dir=/proc/x"], ["hydra.run.dir=/proc/x: /proc is not a folder that can be"]),
-    (["hydra.run.dir=/dev/null/x"], ["hydra.run.dir=/dev/null/x: /dev/null is not a folder"]),
+    (["hydra.run.dir=/proc/x"], ["hydra.run.dir=/proc/x: /proc is not a writable folder"]),
+    (
+        ["hydra.run.dir=/dev/null/x"],
+        ["/dev/null is not a writable folder"],
+    ),
     ([f"hydra.run.dir=a/{'x' * 300}"], ["hydra.run.dir=a/xxx", "too long"]),
     (["-m", "seed=0,1", "hydra.sweep.dir=/proc/x"], ["hydra.sweep.dir=/proc/x"]),
     (
@@ -86,7 +78,7 @@ def _assert_refused(done: subprocess.CompletedProcess[str], said: list[str]) -> 
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     first, *problems = done.stderr.splitlines()
-    assert first == "cnntrain: this cannot be run as asked"
+    assert first == "cnntrain: invalid configuration"
     assert all(any(part in problem for problem in problems) for part in said), done.stderr
 
 

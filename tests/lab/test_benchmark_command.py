@@ -120,7 +120,7 @@ def test_mistakes_are_one_line_each_and_exit_2(tmp_path: Path) -> None:
     done = run(tmp_path, f"shape={wrong}")
     assert (done.returncode, done.stdout) == (2, "")
     first, second = done.stderr.splitlines()
-    assert first == "cnntrain: this cannot be run as asked"
+    assert first == "cnntrain: invalid configuration"
     assert second.startswith("  shape: Calculated padded input size per channel: (2 x 2)")
 
 

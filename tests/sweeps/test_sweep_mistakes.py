@@ -81,7 +81,7 @@ def test_refused_with_nothing_written(
     done = cnntrain("data=fashion_mnist_mini", *typed)
     assert done.returncode == 2, done.stdout
     head, line = done.stderr.splitlines()
-    assert head == "cnntrain: this cannot be run as asked"
+    assert head == "cnntrain: invalid configuration"
     assert said in line
     assert list(tmp_path.iterdir()) == []
 

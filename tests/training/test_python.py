@@ -233,7 +233,7 @@ def test_messages_name_arguments(result: Result, tmp_path: Path) -> None:
         (result.directory, FEW, "holds another run already; .*resume=True"),
         ("", FEW, "must name a folder"),
         ("~/run", FEW, "~ is not expanded; write directory="),
-        (tmp_path / "file" / "run", FEW, "is not a folder that can be written"),
+        (tmp_path / "file" / "run", FEW, "is not a writable folder"),
         (tmp_path / "new", [*FEW, "resume=outputs/x"], "resume=True"),
         (tmp_path / "new", [*FEW, "search=lenet5_lr"], "of the command line"),
     ]

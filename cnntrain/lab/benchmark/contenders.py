@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from cnntrain.config import CONF, ConfigError, Root, as_config_error, build, check
-from cnntrain.config.overrides import unknown
+from cnntrain.config.errors import unknown
 from cnntrain.lab.benchmark.peers import PEERS
 
 MakeConv: TypeAlias = Callable[..., nn.Conv2d]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnntrain.config import ConfigError, first_line
-from cnntrain.config.overrides import unknown
+from cnntrain.config import ConfigError
+from cnntrain.config.errors import first_line, unknown
 from cnntrain.conv import Geometry
 
 _PARAMETERS = inspect.signature(nn.Conv2d).parameters

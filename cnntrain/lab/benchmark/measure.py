@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cnntrain.config import first_line
+from cnntrain.config.errors import first_line
 from cnntrain.lab.benchmark.contenders import MakeConv
 from cnntrain.lab.benchmark.layers import Layer
 from cnntrain.lab.benchmark.memory import Memory, measure_memory
