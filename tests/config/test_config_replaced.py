@@ -128,7 +128,7 @@ def test_mistake(overrides: list[str], said: str) -> None:
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LR", "3e-3")
     assert compose(["optimizer.lr=${oc.decode:${oc.env:LR}}"]).optimizer.lr == 0.003
-    with pytest.raises(ConfigError, match="optimizer.lr=3e-3: input should be a valid number"):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr=3e-3: input should be a valid number"):
         compose(["optimizer.lr=${oc.env:LR}"])
 
 
