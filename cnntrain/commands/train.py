@@ -1,4 +1,4 @@
-"""`cnntrain train`, `python train.py`: one run, or with -m one for every combination."""
+"""`cnntrain train` and `python train.py`: one run, or a sweep with -m."""
 
 import argparse
 import logging
@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,14 +36,14 @@ from cnntrain.terminal import paragraph
 
 
 def main() -> None:
-    # Every attempt of a socket to connect else has a line of its own on stderr.
+    # Otherwise torch prints a line for every attempt to connect,
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     info = launched()
     if info and info.rank > 0:
         _train_rank(info)
-    # PyTorch's profiler else writes about itself to stderr.
+    # and its profiler prints about itself.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    # A sweep has more options than its name, which is what one types.
+    # sweep=<name> is short for sweep.name=<name>.
     sys.argv[1:] = [re.sub("^sweep=", "sweep.name=", text) for text in sys.argv[1:]]
     with watching("leave"):
         try:
@@ -104,10 +104,10 @@ def _connect(info: ProcessInfo) -> None:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run that is gone on with: its config, and all that was ever typed for it."""
+    """A run to be continued."""
 
     cfg: DictConfig
-    overrides: list[str] | None  # None: as recorded
+    overrides: list[str] | None  # of all its starts; None: as recorded
 
 
 def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
@@ -118,8 +118,8 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     again = f"resume={shlex.quote(short(directory))}"
-    how = ("resume", "profile")  # of this process, not of the run
-    typed = [text for text in hydra.overrides.task if not any(_is(text, key) for key in how)]
+    not_of_run = ("resume", "profile")  # options of this process
+    typed = [o for o in hydra.overrides.task if not any(_is(o, key) for key in not_of_run)]
     run = resumed or Resumed(cfg, typed)
     callbacks = [Profile(directory)] if cfg.get("profile") else []
     try:
@@ -140,7 +140,7 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
         sys.exit(1)
     except ProcessLost as error:
         print(f"cnntrain: {error}; resume with {again}", file=sys.stderr)
-        _end(1)  # a process group would wait once more for the process that is lost
+        _end(1)  # the process group would wait for the lost process once more
     except OSError as error:
         print(
             f"cnntrain: {format_os_error(error)}; once that is fixed, resume with {again}",
@@ -158,14 +158,14 @@ def _dry_run(cfg: DictConfig) -> None:
 
 
 def _resumed(arguments: argparse.Namespace) -> Resumed | None:
-    """The run to be gone on with, if `resume` asks for one that has begun.
+    """The run that `resume` continues, if it has begun.
 
-    A completed one is answered with its result, and the process ends.
+    If it is completed, its result is printed and the process exits.
     """
     given = [text for text in arguments.overrides if text.startswith("resume=")]
-    asks = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
+    prints_only = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
     chosen = _unquoted(given[-1].partition("=")[2]) if given else "null"
-    if chosen == "null" or any(asks):
+    if chosen == "null" or any(prints_only):
         return None
     overrides = [text for text in arguments.overrides if text not in given]
     hydra = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
@@ -188,7 +188,7 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         problem = None
         if not chosen or not has_run(directory):
             home = "; ~ is not expanded there" if chosen.startswith("~") else ""
-            problem = f"{given[-1]}: holds no run; name the folder of one, or auto{home}"
+            problem = f"{given[-1]}: holds no run; give the folder of one, or auto{home}"
         elif arguments.cfg:
             problem = f"--cfg: shows a new run; the config of this one is {directory / CONFIG}"
         elif placed := [text for text in hydra if _is(text, "hydra.run.dir")]:
@@ -197,7 +197,7 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
             raise ConfigError([problem])
     if busy := in_use(directory):
         raise ConfigError([busy])
-    run = run_config(directory)
+    run = run_config(directory, _newest_checkpoint)
     wanted = composed if chosen == "auto" else with_overrides(run, directory, own, load)
     problems = check(wanted) or cross_check(wanted) or resume_problems(run, wanted)
     if problems:
@@ -206,7 +206,7 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         print("already completed")
         _show(result["metrics"], result["timings"]["seconds"], directory)
         sys.exit(0)
-    # Hydra is told nothing but where the run is.
+    # Hydra gets only the run directory.
     others = [*profile, *(text for text in hydra if not _is(text, "hydra.run.dir"))]
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
     sys.argv[1:] = [*flags, *others, f"hydra.run.dir={quoted(str(directory))}"]
@@ -214,9 +214,15 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
     return Resumed(wanted, [*before, *own] if own else None)
 
 
+def _newest_checkpoint(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    from cnntrain.training.checkpoint_file import newest  # imports torch
+
+    return newest(folder)
+
+
 def _leave(interrupted: Interrupted, hint: str = "") -> NoReturn:
     print(f"\ncnntrain: interrupted by {interrupted}{hint}", file=sys.stderr)
-    # Not by way of Python's own end, a second in which another signal has another exit code.
+    # Not sys.exit: shutting Python down takes a second, in which another signal may come.
     _end(interrupted.exit_code)
 
 

@@ -1,12 +1,12 @@
-"""A run directory looked at before anything is run there: begun, at work, completed, and with what.
+"""Reads what a run directory records, and checks whether its run can be resumed.
 
-Nothing here imports torch, unless a damaged config has to be read from a checkpoint.
+Imports no torch.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 RESULT, LOCK, CHECKPOINTS = "result.json", ".lock", "checkpoints"
-# How it is started, and among which others.
+# How a run is started, and with which others.
 NOT_RUN_OPTIONS = ("profile", "resume", "sweep", "search", "hydra")
 
 
@@ -32,7 +32,7 @@ def has_run(directory: Path) -> bool:
 
 
 def is_running(directory: Path) -> bool:
-    """Whether a process is training there, as far as can be seen."""
+    """Whether a process is training in the directory; false if that cannot be read."""
     try:
         return _locked(directory)
     except OSError:
@@ -40,7 +40,7 @@ def is_running(directory: Path) -> bool:
 
 
 def in_use(directory: Path, option: str = "hydra.run.dir") -> str | None:
-    """The line that says so if a process is training there, or that one cannot know."""
+    """The error line if a process is training in the directory, or if that cannot be read."""
     try:
         if _locked(directory):
             return f"{option}={directory}: another process is training there; wait for it or end it"
@@ -60,12 +60,12 @@ def _locked(directory: Path) -> bool:
 
 
 def add_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """The same with a checksum, by which `read_result` knows whether it was altered."""
+    """The content with its SHA-256."""
     return {**content, "sha256": _digest(content)}
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
-    """What result.json says, without its checksum; None if there is none or it is damaged."""
+    """The content of result.json; None if it is missing or damaged."""
     try:
         return read_sealed(directory / RESULT)
     except FileNotFoundError:
@@ -76,11 +76,11 @@ def read_result(directory: Path) -> dict[str, Any] | None:
 
 
 class DamagedRecord(Exception):
-    """A file that is not what the run wrote, named."""
+    """A file that is not as the run wrote it; the message names it."""
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What a sealed file says, without its checksum. Raises Damaged, or OSError."""
+    """The content of a file with a checksum. Raises DamagedRecord or OSError."""
     try:
         content = json.loads(path.read_bytes())
         if content.pop("sha256") == _digest(content):
@@ -90,28 +90,32 @@ def read_sealed(path: Path) -> dict[str, Any]:
     raise DamagedRecord(f"{path}: is damaged or was edited by hand; its content is not used")
 
 
-def run_config(directory: Path) -> DictConfig:
-    """The config that the run in a directory was started with, `resume` left out.
+def run_config(
+    directory: Path, newest: Callable[[Path], tuple[Path, Mapping[str, Any]] | None]
+) -> DictConfig:
+    """The config of the run in a directory, `resume` left out.
 
-    Raises ConfigError if nothing in the directory tells.
+    Args:
+        newest: Reads the newest checkpoint of a folder, which has the config as well.
+
+    Raises:
+        ConfigError: The config cannot be read from anything in the directory.
     """
     result = read_result(directory)
     cfg = read_config(directory / CONFIG)
     if cfg is not None and result is not None and config_hash(cfg) == result["config_hash"]:
         return cfg
     if cfg is not None and not any((directory / n).exists() for n in (RESULT, CHECKPOINTS)):
-        return cfg  # ended before it had begun
-    # One of the two is not what the run wrote.
-    from cnntrain.training.checkpoint_file import newest
-
+        return cfg  # ended before the first result.json
+    # One of the two is damaged.
     if found := newest(directory / CHECKPOINTS):
         path, content = found
-        log.warning(f"{directory / CONFIG}: is not the run's; the config in {path} is used")
+        log.warning(f"{directory / CONFIG}: is damaged; the config in {path} is used")
         return DictConfig(content["config"])
     raise ConfigError(
         [
             f"resume={directory}: {CONFIG} or {RESULT} is damaged, and there is no checkpoint to "
-            "tell the run's config; start a new run"
+            "read the config from; start a new run"
         ]
     )
 
@@ -122,8 +126,7 @@ def with_overrides(
     overrides: Sequence[str],
     compose: Callable[[Sequence[str]], DictConfig] = compose,
 ) -> DictConfig:
-    """The config of the run in a directory with other options: what the overrides would have
-    changed had they been given at the start.
+    """The config of a run as if the overrides had been given at its start.
 
     Raises ConfigError, as `compose` does.
     """
@@ -137,8 +140,8 @@ def with_overrides(
         raise ConfigError(
             [
                 f"{other[-1]}: the run in {directory} has {processes} processes, and its batches "
-                "are shared by as many; leave it out, and take trainer.accelerator=cpu, "
-                "trainer.progress_bar=false and the like for the rest"
+                "are divided among as many; leave it out, and set trainer.accelerator=cpu, "
+                "trainer.progress_bar=false and so on"
             ]
         )
     try:
@@ -152,7 +155,7 @@ def with_overrides(
         ) from None
     after = flat(compose([*given, *overrides]))
     typed = {text.lstrip("+~").partition("=")[0] for text in overrides}
-    # Whatever they were before, as that may not be known: of a run that was started from Python.
+    # Also if unchanged: the overrides of a run started from Python are not recorded.
     typed |= {f"{name}._target_" for name in typed}
     options = {key: value for key, value in flat(run).items() if key in after or key not in before}
     options |= {k: v for k, v in after.items() if k in typed or v != before.get(k, ...)}
@@ -163,7 +166,7 @@ def with_overrides(
 
 
 def read_overrides(directory: Path) -> list[str]:
-    """What was typed at the start of a run, and each time that it was gone on with."""
+    """The overrides of a run: of its start, and of each time it was resumed with others."""
     file = directory / OVERRIDES
     if not file.exists():
         return []
@@ -176,13 +179,12 @@ def read_overrides(directory: Path) -> list[str]:
 
 
 def run_options(cfg: DictConfig) -> DictConfig:
-    """The config of a run as such, however it is started: alone, resumed or in a sweep."""
+    """The config without the options that say how a run is started."""
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_RUN_OPTIONS])
 
 
 def resume_problems(run: DictConfig, wanted: DictConfig) -> list[str]:
-    """Why a run cannot go on with another config than its own: a line for each option that would
-    change what was computed already."""
+    """One line for each option that cannot change when a run is resumed."""
     old, new = flat(run), flat(wanted)
     problems = []
     for key in sorted(old.keys() | new.keys()):
@@ -194,31 +196,31 @@ def resume_problems(run: DictConfig, wanted: DictConfig) -> list[str]:
         if key in ("trainer.devices", "trainer.num_nodes") and key not in new:
             if old[key] > 1:
                 problems.append(
-                    f"{key}: the run has {old[key]}, and is continued with as many; add "
+                    f"{key}: the run has {old[key]}, and is resumed with as many; add "
                     f"trainer=ddp {key}={old[key]}, or start a new run"
                 )
         elif key != "trainer.max_epochs":
             problems.append(
-                f"{value}: the run was begun with {_shown(old.get(key))}, and has computed with "
-                "it; leave the option out, or start a new run"
+                f"{value}: the run was started with {_shown(old.get(key))}; leave the option out, "
+                "or start a new run"
             )
         elif _needs_length(run):
             problems.append(
-                f"{value}: the learning rate of this run is laid out for {old[key]} epochs; "
+                f"{value}: the learning rate schedule of this run is for {old[key]} epochs; "
                 "leave the option out, or start a new run"
             )
     return problems
 
 
 def completed(directory: Path, cfg: DictConfig) -> dict[str, Any] | None:
-    """What result.json says if the run is completed with this very config."""
+    """The content of result.json if the run is completed with this config."""
     return result_with_status(directory, config_hash(cfg))
 
 
 def result_with_status(
     directory: Path, config_hash: str, statuses: Sequence[str] = ("completed",)
 ) -> dict[str, Any] | None:
-    """What result.json says if the run with this config has one of these statuses."""
+    """The content of result.json if the run has this config and one of these statuses."""
     result = read_result(directory)
     if result and result["status"] in statuses and result["config_hash"] == config_hash:
         return result
@@ -239,7 +241,7 @@ def _needs_length(cfg: DictConfig) -> bool:
 
 
 def read_config(path: Path) -> DictConfig | None:
-    """The config in a file as the run wrote it, `resume` left out; None if it cannot be read."""
+    """The config in a file, `resume` left out; None if it cannot be read."""
     try:
         cfg = OmegaConf.load(path)
         if not isinstance(cfg, DictConfig):

@@ -290,7 +290,7 @@ def test_a_batch_that_cannot_be_shared() -> None:
 def test_another_number_of_processes_is_another_run() -> None:
     run, wanted = (compose([*DDP, f"trainer.devices={n}"]) for n in (2, 3))
     (said,) = resume_problems(run, wanted)
-    assert said.startswith("trainer.devices=3: the run was begun with 2, and has computed with it")
+    assert said.startswith("trainer.devices=3: the run was started with 2")
 
 
 def test_a_run_of_two_processes_with_another_trainer(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_run_of_two_processes_with_another_trainer(tmp_path: Path) -> None:
         with_overrides(run, tmp_path, ["trainer=cpu"])
     assert with_overrides(run, tmp_path, ["trainer=ddp"]).trainer == run.trainer
     assert resume_problems(run, compose(["trainer=cpu"])) == [
-        "trainer.devices: the run has 2, and is continued with as many; add trainer=ddp "
+        "trainer.devices: the run has 2, and is resumed with as many; add trainer=ddp "
         "trainer.devices=2, or start a new run"
     ]
     faster = compose([*DDP, "trainer.devices=2", "trainer.timeout=600"])

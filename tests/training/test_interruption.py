@@ -243,11 +243,11 @@ def test_no_room_for_a_checkpoint(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["resume=nowhere"], "resume=nowhere: holds no run; name the folder of one, or auto"),
+        (["resume=nowhere"], "resume=nowhere: holds no run; give the folder of one, or auto"),
         (["resume="], "resume=: holds no run"),
         (["resume=auto", "-m"], "resume=auto: continues one run; leave out -m"),
         (["resume=auto", "hydra.run.dir=null"], "hydra.run.dir"),
-        (["resume=begun", "optimizer.lr=1"], "optimizer.lr=1: the run was begun with 0.005"),
+        (["resume=begun", "optimizer.lr=1"], "optimizer.lr=1: the run was started with 0.005"),
         (["resume=begun", "hydra.run.dir=x"], "hydra.run.dir=x: goes with resume=auto"),
         (["resume=begun", "optimizer.lrr=1"], "did you mean 'lr'"),
         (["resume=broken"], "resume=broken: .hydra/config.yaml or result.json is damaged"),

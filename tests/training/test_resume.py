@@ -198,10 +198,12 @@ def test_a_longer_run_is_one_that_was_meant_so(tmp_path: Path) -> None:
     constant = ["scheduler=none", "trainer.early_stopping=null"]
     assert go(tmp_path / "a", *constant, "trainer.max_epochs=3") == 0
     assert go(tmp_path / "b", *constant, "trainer.max_epochs=2") == 0
-    longer = with_overrides(run_config(tmp_path / "b"), tmp_path / "b", ["trainer.max_epochs=3"])
+    longer = with_overrides(
+        run_config(tmp_path / "b", checkpoint_file.newest), tmp_path / "b", ["trainer.max_epochs=3"]
+    )
     train(longer, tmp_path / "b", resume=True)
     assert not list(differences(record(tmp_path / "a"), record(tmp_path / "b")))
-    assert run_config(tmp_path / "b").trainer.max_epochs == 3
+    assert run_config(tmp_path / "b", checkpoint_file.newest).trainer.max_epochs == 3
     with pytest.raises(ConfigError, match=r"^trainer.max_epochs=2: 3 epochs are done; take 3 or"):
         train(
             compose([*EVERYTHING, *constant, "trainer.max_epochs=2"]), tmp_path / "b", resume=True
@@ -265,13 +267,19 @@ def test_an_old_run_keeps_its_numbers(halfway: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["seed=5"], "seed=5: the run was begun with 4"),
-        (["optimizer.lr=1"], "optimizer.lr=1: the run was begun with 0.005"),
-        (["backend=im2col"], "backend._target_=cnntrain.conv.Im2colConv2d: the run was begun with"),
-        (["trainer.max_epochs=5"], "the learning rate of this run is laid out for 3 epochs"),
-        (["trainer.precision=bf16-mixed"], "trainer.precision=bf16-mixed: the run was begun with"),
-        (["data.hflip=0"], "data.hflip=0: the run was begun with 0.5"),
-        (["scheduler=none"], "scheduler._target_=null: the run was begun with"),
+        (["seed=5"], "seed=5: the run was started with 4"),
+        (["optimizer.lr=1"], "optimizer.lr=1: the run was started with 0.005"),
+        (
+            ["backend=im2col"],
+            "backend._target_=cnntrain.conv.Im2colConv2d: the run was started",
+        ),
+        (["trainer.max_epochs=5"], "the learning rate schedule of this run is for 3 epochs"),
+        (
+            ["trainer.precision=bf16-mixed"],
+            "trainer.precision=bf16-mixed: the run was started",
+        ),
+        (["data.hflip=0"], "data.hflip=0: the run was started with 0.5"),
+        (["scheduler=none"], "scheduler._target_=null: the run was started with"),
     ],
     ids=str,
 )
@@ -285,7 +293,8 @@ def test_what_was_computed_cannot_be_changed(halfway: Path, options: list[str], 
 
 def test_what_was_not_may_be(undisturbed: Path, halfway: Path) -> None:
     options = ["trainer.progress_bar=true", "trainer=cpu", "trainer.checkpoint_every_n_steps=2"]
-    train(with_overrides(run_config(halfway), halfway, options), halfway, resume=True)
+    run = run_config(halfway, checkpoint_file.newest)
+    train(with_overrides(run, halfway, options), halfway, resume=True)
     assert not list(differences(record(undisturbed), record(halfway)))
 
 
@@ -327,9 +336,9 @@ def test_a_damaged_config_is_taken_from_the_checkpoint(
     text = file.read_text()
     assert "lr: 0.005" in text
     file.write_text(text.replace("lr: 0.005", "lr: 0.004"))
-    cfg = run_config(halfway)
+    cfg = run_config(halfway, checkpoint_file.newest)
     assert cfg.optimizer.lr == 0.005
-    assert "config.yaml: is not the run's" in caplog.messages[0]
+    assert "config.yaml: is damaged" in caplog.messages[0]
     train(cfg, halfway, resume=True)
     assert not list(differences(record(undisturbed), record(halfway)))
     assert "lr: 0.005" in file.read_text()
@@ -369,7 +378,7 @@ def test_another_runs_checkpoint_is_refused(
     train(compose([*EVERYTHING, "seed=9", "trainer.max_epochs=1"]), tmp_path / "other")
     other = (tmp_path / "other/checkpoints/last.ckpt").read_bytes()
     (halfway / "checkpoints/last.ckpt").write_bytes(other)
-    with pytest.raises(ConfigError, match="seed=4: the run was begun with 9"):
+    with pytest.raises(ConfigError, match="seed=4: the run was started with 9"):
         train(compose(EVERYTHING), halfway, resume=True)
 
 
