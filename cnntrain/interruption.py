@@ -1,24 +1,23 @@
-"""SIGINT, SIGTERM and SIGUSR1: requests to stop, met where nothing is lost.
+"""Signal handling: SIGINT, SIGTERM and SIGUSR1 save a checkpoint and stop the run.
 
-Nothing here imports torch: a signal may come while that is imported.
+Imports no torch, as a signal may come while that is imported.
 """
 
 import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Literal
+from typing import Literal, Protocol
 
 from cnntrain.notebook import OneLine
 from cnntrain.terminal import write_stderr
 
-# SIGUSR1 is what Slurm can be asked to send ahead of a job's end, SIGUSR2 what submitit asks it to;
+# Slurm sends SIGUSR1 before a job's time limit if asked to, submitit has it send SIGUSR2;
 # Windows has neither.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
@@ -28,8 +27,12 @@ Answer = Literal["leave", "raise", "note"]
 SIGNAL_TIMEOUT = 30  # seconds for the main thread to handle a first signal
 
 
+class Killable(Protocol):
+    def kill(self) -> None: ...
+
+
 class Interrupted(BaseException):
-    """A signal asked to stop. Not an Exception, so that nothing takes it for an error."""
+    """A signal was received. A BaseException, so that `except Exception` does not catch it."""
 
     def __init__(self, signum: int):
         self.signal = signal.Signals(signum)
@@ -37,15 +40,12 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells count."""
+        """128 + the number of the signal, as in a shell."""
         return 128 + self.signal
 
 
 class InterruptedCall(OneLine, Interrupted, KeyboardInterrupt):
-    """What a function called from Python raises after a signal; the message says how to continue.
-
-    A KeyboardInterrupt, so that callers stop as they do after Ctrl-C.
-    """
+    """Raised by `train` and the like after a signal; the message says how to resume."""
 
     def __init__(self, signum: int, hint: str = ""):
         super().__init__(signum)
@@ -53,37 +53,35 @@ class InterruptedCall(OneLine, Interrupted, KeyboardInterrupt):
 
 
 class InterruptedScript(InterruptedCall, SystemExit):
-    """Uncaught, it ends a script with the exit code of the signal and without a traceback."""
+    """Uncaught, it exits a script with the code of the signal and without a traceback."""
 
     code = Interrupted.exit_code
 
 
 class Interruption:
-    """What signals ask for. There is one for the process, as signals are the process's.
+    """The signal state of the process; there is one instance.
 
-    The answer to a signal is to `leave` at once where there is nothing to lose, as while modules
-    are imported, which an exception would leave half made; to `raise` Interrupted; or to `note`
-    it until `check` is called, as while training. A second SIGINT leaves at once in any case; where
-    the process is the caller's, as in a notebook, it raises Interrupted at once instead.
+    `answer` is what a signal does: `leave` exits at once, as while modules are imported; `raise`
+    raises Interrupted; `note` records it for `check`, as while training. A second SIGINT exits at
+    once, or raises Interrupted where the process belongs to a caller, such as a notebook.
 
-    Python calls handlers in the main thread, which it cannot do while that waits in a collective
-    for a process that is stuck. A thread then leaves in its place: at once where the handler would,
-    and after SIGNAL_TIMEOUT where it would not.
+    Python runs handlers in the main thread, which may be blocked in a collective. A watcher thread
+    then exits in its place: at once where the handler would, otherwise after SIGNAL_TIMEOUT.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.answer: Answer = "raise"
         self.before_leaving: Callable[[], None] | None = None
-        self.quiet = False  # in processes for which another one speaks
-        self.owns_process = False  # else the caller's process must survive a second SIGINT
-        self.children: list[subprocess.Popen[bytes]] = []  # killed when this process leaves
+        self.quiet = False  # on ranks > 0, which print nothing
+        self.owns_process = False  # a second SIGINT may exit it
+        self.children: list[Killable] = []  # killed when this process exits
         self.leaving = threading.Lock()
         self.wakeup: socket.socket | None = None  # the interpreter writes signal numbers there
         self.wakeup_before = -1
 
     def install(self) -> None:
-        """Handle the signals from here on, also those that a library has taken over."""
+        """Install the handlers, also in place of those that a library has installed since."""
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 signal.signal(signum, self._handle)
@@ -94,20 +92,20 @@ class Interruption:
                 threading.Thread(target=self._watch, args=(numbers,), daemon=True).start()
 
     def uninstall(self) -> None:
-        """End the thread; in a forked process as well, whose signals are not its parent's."""
+        """Stop the watcher thread, also in a forked process."""
         if self.wakeup is not None:
             signal.set_wakeup_fd(self.wakeup_before)
             self.wakeup.close()
             self.wakeup = None
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal was received."""
         if self.received is not None:
             raise Interrupted(self.received)
 
     @contextlib.contextmanager
     def answering(self, answer: Answer) -> Iterator[None]:
-        """Another answer for a while."""
+        """Set `answer` within."""
         before, self.answer = self.answer, answer
         try:
             yield
@@ -144,7 +142,7 @@ class Interruption:
                 self._leave(first, f"; stuck for {SIGNAL_TIMEOUT} s, no checkpoint was saved")
 
     def _leave(self, signum: int, why: str = "") -> None:
-        """End the process. By one thread; that of a handler returns to what it interrupted."""
+        """Exit the process from one thread; if another one is exiting, a handler returns."""
         main = threading.current_thread() is threading.main_thread()
         if not self.leaving.acquire(timeout=0 if main else 5) and main:
             return
@@ -152,12 +150,12 @@ class Interruption:
             if self.before_leaving is not None:
                 self.before_leaving()
         self._say(f"interrupted by {signal.Signals(signum).name}{why}")
-        for child in self.children:  # one that is stopped does not notice that its parent is gone
+        for child in self.children:  # a stopped one does not notice that its parent is gone
             child.kill()
         os._exit(Interrupted(signum).exit_code)
 
     def _say(self, text: str) -> None:
-        # Not by way of print or logging, in the middle of which the signal may have come.
+        # Not print or logging: the signal may have come in the middle of one.
         if not self.quiet:
             write_stderr(f"\ncnntrain: {text}")
 
@@ -169,10 +167,10 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def watching(answer: Answer = "raise") -> Iterator[None]:
-    """Handle signals within; nothing changes where they are handled already, or cannot be.
+    """Handle signals within, unless they are handled already or this is not the main thread.
 
-    With `leave`, which is for a whole process, they are handled until that has ended: Python takes
-    a second to take down what was imported, and would answer with a traceback.
+    With `leave`, for a whole process, they stay handled: shutting Python down takes a second, in
+    which a signal would print a traceback.
     """
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     main = threading.current_thread() is threading.main_thread()
@@ -195,15 +193,15 @@ def watching(answer: Answer = "raise") -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible(hint: str = "") -> Iterator[None]:
-    """For a function called from Python: after a signal, raise what its caller shows as one line.
+    """Turn Interrupted into InterruptedCall, with `hint` at the end of its message.
 
-    A decorator as well. The error starts with the message and ends with `hint`.
+    For functions called from Python; also a decorator.
     """
     try:
         with watching():
             yield
     except Interrupted as error:
-        if hasattr(sys, "ps1"):  # a notebook, IPython or Python's own prompt: it must not be closed
+        if hasattr(sys, "ps1"):  # a notebook or interactive Python, which must not exit
             raise InterruptedCall(error.signal, hint) from None
         print(f"cnntrain: interrupted by {error.signal.name}{hint}", file=sys.stderr)
         raise InterruptedScript(error.signal, hint) from None

@@ -1,4 +1,4 @@
-"""The command line: one file per command. Nothing here imports torch before it is needed."""
+"""Command line: one file per command. Imports torch only where it is needed."""
 
 import difflib
 import importlib
@@ -11,20 +11,20 @@ from cnntrain.terminal import safe_streams
 
 COMMANDS = {
     "train": "train a network from a config",
-    "verify": "prove that a backend is a convolution, check by check",
-    "benchmark": "time backends side by side on the layers of a model",
-    "evaluate": "say how good a trained network is, on any backend",
-    "predict": "say what is on pictures of any size",
-    "export": "write a trained network as ONNX or as a program of torch.export",
-    "lesson": "show what a convolution is, in numbers and pictures",
-    "report": "rank the runs of a sweep or a folder: table, page with pictures",
+    "verify": "check a backend against reference implementations",
+    "benchmark": "time backends on the layers of a model",
+    "evaluate": "evaluate a trained network on the test set, on any backend",
+    "predict": "classify images of any size with a trained network",
+    "export": "export a trained network as ONNX or with torch.export",
+    "lesson": "explain convolution in numbers and pictures",
+    "report": "rank the runs of a sweep or folder: table and HTML page",
 }
 
 
 def main(command: str | None = None) -> None:
     """`cnntrain COMMAND ...`, the console script; `python train.py ...` with `command` given.
 
-    A closed pipe (`| head`) changes neither what a command does nor its exit code.
+    A closed pipe (`| head`) does not change the exit code.
     """
     use_utf8_file_names()
     with watching("leave"), safe_streams():  # also while what the command needs is imported
@@ -40,7 +40,7 @@ def _main(command: str | None) -> None:
     elif command in COMMANDS:
         importlib.import_module(f"cnntrain.commands.{command}").main()
     elif command in ("--help", "-h", "help"):
-        print("cnntrain COMMAND [...]      (cnntrain COMMAND --help tells more)\n")
+        print("cnntrain COMMAND [...]      (cnntrain COMMAND --help shows its options)\n")
         for name, purpose in COMMANDS.items():
             print(f"  {name:12}{purpose}")
     else:
@@ -51,8 +51,7 @@ def _main(command: str | None) -> None:
 
 
 def use_utf8_file_names() -> None:
-    """Restart Python in its UTF-8 mode where it reads file names in an encoding that they are not
-    in: ASCII (LC_ALL=C with PYTHONUTF8=0), or one that the command line is not valid in.
+    """Restart Python in UTF-8 mode if its file system encoding is ASCII or does not fit argv.
 
     The standard streams keep the encoding of the locale.
     """

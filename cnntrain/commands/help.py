@@ -1,4 +1,4 @@
-"""`--help`: every option with its value and the comment of its YAML file. Imports no torch."""
+"""`--help`: every option with its value and its comment in conf/. Imports no torch."""
 
 import string
 import textwrap
@@ -13,13 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from cnntrain.config import config_folders
 from cnntrain.terminal import PARAGRAPH, paragraph, width
 
-COMMENTS = 36  # the column in which they begin, where there is room
+COMMENTS = 36  # their column, where there is room
 
 
 def show_help(cfg: DictConfig, name: str, folder: Path, extra: Path | None) -> None:
-    """Print the help of a composed config, Hydra's options in it, whose root is `name`.yaml.
+    """Print the help of a composed config, `hydra` included.
 
-    `folder` holds that, `extra` may hold further configs.
+    Args:
+        name: The root config, `name`.yaml in `folder`.
+        extra: A further config folder.
     """
     with config_folders(folder, extra, name):
         hydra = GlobalHydra.instance().hydra
@@ -39,8 +41,7 @@ def show_help(cfg: DictConfig, name: str, folder: Path, extra: Path | None) -> N
 
 
 def _comments(file: Path, package: str) -> dict[str, str]:
-    """Comments of a config file and of those in its folder that it is made from, by option: what
-    stands behind a value, or else right above it."""
+    """Comments of a config file and of its defaults, by option: behind the value or above it."""
     if not file.is_file():
         return {}
     text = file.read_text(encoding="utf-8")
@@ -73,7 +74,7 @@ def _comments(file: Path, package: str) -> dict[str, str]:
 def _lines(
     node: Mapping[str, Any], comments: Mapping[str, str], columns: int, prefix: str = ""
 ) -> Iterator[str]:
-    """Options as YAML, each with its comment in lines of at most so many `columns`."""
+    """Options as YAML, each with its comment, in lines of at most `columns` characters."""
     for key, value in node.items():
         nested = isinstance(value, Mapping) and value
         shown = "" if nested else " " + yaml.safe_dump(value, default_flow_style=True, width=1e9)

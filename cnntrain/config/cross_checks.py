@@ -9,13 +9,12 @@ from cnntrain.config.errors import format_value
 from cnntrain.config.signatures import signature
 from cnntrain.process_info import launched
 
-# How schedules call the number of steps after which they do something. Whole epochs, unless the
-# program tells them how many steps there are.
+# Parameters of schedulers that are numbers of epochs.
 LENGTHS = ("T_max", "T_0", "total_iters", "step_size", "milestones")
 
 
 def cross_check(cfg: DictConfig) -> list[str]:
-    """Options of a checked config of a run that exclude each other: one line a problem."""
+    """One line for each pair of options of a checked config that exclude each other."""
     return [
         *_profile(cfg),
         *_device(cfg),
@@ -67,11 +66,11 @@ def _graphs(cfg: DictConfig) -> list[str]:
     elif not torch.cuda.is_available():
         problems.append("this machine has no NVIDIA GPU that PyTorch can use;")
     if trainer.get("devices", 1) * trainer.get("num_nodes", 1) > 1:
-        problems.append("goes with one process; take trainer.devices=1, or")
+        problems.append("works with one process only; take trainer.devices=1, or")
     batches = trainer.get("accumulate_grad_batches", 1)
     if batches > 1:
         problems.append(
-            f"goes with a step for each batch; take trainer.accumulate_grad_batches=1 instead of "
+            f"needs a step for each batch; take trainer.accumulate_grad_batches=1 instead of "
             f"{batches}, or"
         )
     return [
@@ -81,17 +80,17 @@ def _graphs(cfg: DictConfig) -> list[str]:
 
 
 def _processes(cfg: DictConfig) -> list[str]:
-    """A process for each device, on each machine: who starts them, and are there so many GPUs."""
-    trainer, place = cfg.trainer, launched()
+    """Whether there are as many processes and GPUs as `devices` and `num_nodes` say."""
+    trainer, info = cfg.trainer, launched()
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    if place and (place.devices, place.nodes) != (devices, nodes):
+    if info and (info.devices, info.nodes) != (devices, nodes):
         return [
             f"trainer.devices={devices} times trainer.num_nodes={nodes}: is not what "
-            f"{place.launcher} has started, {place.devices} processes times {place.nodes} "
-            f"machines; take trainer=ddp trainer.devices={place.devices} "
-            f"trainer.num_nodes={place.nodes}"
+            f"{info.launcher} has started, {info.devices} processes times {info.nodes} "
+            f"machines; take trainer=ddp trainer.devices={info.devices} "
+            f"trainer.num_nodes={info.nodes}"
         ]
-    if nodes > 1 and not place:
+    if nodes > 1 and not info:
         return [
             f"trainer.num_nodes={nodes}: each of the machines has to start its processes: "
             f"torchrun --nnodes {nodes} --nproc-per-node {devices} ... train.py ..., or srun"
@@ -133,8 +132,8 @@ def _trainer(cfg: DictConfig) -> list[str]:
     limit = trainer.get("limit_test_batches")
     if isinstance(limit, float) and 0 < limit < 1:
         problems.append(
-            f"trainer.limit_test_batches={limit}: how many batches that is shows only at the end; "
-            "take a whole number of them, or leave it out"
+            f"trainer.limit_test_batches={limit}: a fraction is not supported here; take a "
+            "whole number, or leave it out"
         )
     if trainer.get("gradient_clip_algorithm") and trainer.get("gradient_clip_val") is None:
         problems.append(
@@ -143,8 +142,8 @@ def _trainer(cfg: DictConfig) -> list[str]:
         )
     if trainer.get("benchmark") and trainer.get("deterministic"):
         problems.append(
-            "trainer.benchmark=true: chooses algorithms by their speed, which "
-            "trainer.deterministic=true rules out; leave one of them out"
+            "trainer.benchmark=true: chooses algorithms by speed, which "
+            "trainer.deterministic=true forbids; leave one of them out"
         )
     epochs, least = trainer.get("max_epochs"), trainer.get("min_epochs")
     if epochs is not None and least is not None and least > epochs:
@@ -156,14 +155,14 @@ def _trainer(cfg: DictConfig) -> list[str]:
     if mixed and cfg.optimizer.get("fused") and trainer.get("gradient_clip_val"):
         problems.append(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val}: with "
-            f"precision={trainer.precision} the gradient cannot be clipped in front of a fused "
+            f"precision={trainer.precision} gradients cannot be clipped before a fused "
             "optimizer; add optimizer.fused=false"
         )
     return problems
 
 
 def _lengths(cfg: DictConfig) -> list[str]:
-    """A schedule by epochs that does not end, or does nothing, within the run."""
+    """A schedule by epochs that is longer than the run."""
     epochs, problems = cfg.trainer.get("max_epochs"), []
     if not cfg.get("scheduler") or "total_steps" in signature(cfg.scheduler._target_).types:
         return []
@@ -183,13 +182,13 @@ def _lengths(cfg: DictConfig) -> list[str]:
 
 
 def cross_check_data(cfg: DictConfig, data: Any) -> list[str]:
-    """Options that do not fit the size of the data, an ImageData: one line a problem."""
+    """One line for each option that does not fit the image size or number of images."""
     problems = []
     crop, smallest = cfg.data.get("crop", 0), min(data.shape[1:])
     if crop >= smallest:
         problems.append(
-            f"data.crop={crop}: on images of {data.shape[1]}x{data.shape[2]} a window may then "
-            f"show nothing but padding; take less than {smallest}"
+            f"data.crop={crop}: on images of {data.shape[1]}x{data.shape[2]} a crop may then "
+            f"contain only padding; take less than {smallest}"
         )
     images = data.train_size - data.val_size
     whole = math.ceil(images / data.batch_size)
@@ -213,7 +212,7 @@ def cross_check_data(cfg: DictConfig, data: Any) -> list[str]:
             f"batches; take at most that, or a smaller data.batch_size"
         )
     processes = cfg.trainer.get("devices", 1) * cfg.trainer.get("num_nodes", 1)
-    rest = images - (whole - 1) * data.batch_size  # in the last batch of an epoch
+    rest = images - (whole - 1) * data.batch_size  # of the last batch of an epoch
     smallest = rest if batches["train"] == whole else data.batch_size
     if smallest < processes:
         problems.append(

@@ -1,12 +1,12 @@
-"""What a config may hold, for each command.
+"""The nodes of each command's config, with the base class that each `_target_` must derive from.
 
-This file knows groups and kinds by name, and imports no class.
+Classes are named, not imported.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-# Arguments of Lightning's trainer that a run decides itself, and what to use in their place.
+# Arguments of Lightning's trainer that a run sets itself, and what to use instead.
 TRAINER_GIVEN = {
     "default_root_dir": "hydra.run.dir is the run directory",
     "logger": "a run writes TensorBoard files and metrics.csv; tensorboard=full or scalars",
@@ -38,15 +38,15 @@ TRAINER_GIVEN = {
 
 @dataclass(frozen=True)
 class Node:
-    """What a node of the config with a `_target_` has to be."""
+    """A node of the config with a `_target_`."""
 
-    kind: str  # the class that the target must be or derive from
-    given: Sequence[str] = ()  # parameters that the program decides, not the config
-    instead: Mapping[str, str] = field(default_factory=dict)  # of these: what to use in their place
-    partial: bool = False  # called later, with what is given
-    filled: bool = False  # and all of that has to be taken
-    unfit: Mapping[str, str] = field(default_factory=dict)  # of that kind, and of no use: why
-    extra: str | None = None  # a package that has to be installed
+    kind: str  # the base class of the target
+    given: Sequence[str] = ()  # parameters that the program sets
+    instead: Mapping[str, str] = field(default_factory=dict)  # of these: what to use instead
+    partial: bool = False  # instantiated with _partial_: true
+    filled: bool = False  # all of `given` must be parameters of the target
+    unfit: Mapping[str, str] = field(default_factory=dict)  # unusable classes of that kind, and why
+    extra: str | None = None  # package that must be installed
 
 
 NODES = {
@@ -66,8 +66,8 @@ NODES = {
         ("optimizer", "total_steps"),
         partial=True,
         unfit={
-            "torch.optim.lr_scheduler.ReduceLROnPlateau": "waits for a metric, and the schedule "
-            "here is one of steps or epochs; take cnntrain.training.WarmupCosine"
+            "torch.optim.lr_scheduler.ReduceLROnPlateau": "waits for a metric, but schedules "
+            "here are by step or epoch; take cnntrain.training.WarmupCosine"
         },
     ),
     "loss": Node("torch.nn.Module"),
@@ -80,9 +80,9 @@ NODES = {
         partial=True,
         filled=True,
         unfit={
-            "optuna.samplers.GridSampler": "asks for the space once more; take search/sampler=grid",
-            "optuna.samplers.QMCSampler": "keeps its place in a sequence, and each trial has a "
-            "sampler of its own here; take search/sampler=random",
+            "optuna.samplers.GridSampler": "needs the space again; take search/sampler=grid",
+            "optuna.samplers.QMCSampler": "keeps state between trials, but each trial has a "
+            "new sampler; take search/sampler=random",
         },
     ),
     "search.pruner": Node("optuna.pruners.BasePruner"),
@@ -92,14 +92,14 @@ NODES = {
 
 @dataclass(frozen=True)
 class Root:
-    """What a command's root config conf/<command>.yaml may hold."""
+    """The root config of a command, conf/<command>.yaml."""
 
     nodes: tuple[str, ...]
-    target: str | None = None  # the function whose parameters are the other options
-    given: tuple[str, ...] = ()  # what the command itself makes of the config, parameters or not
-    optional: tuple[str, ...] = ()  # nodes that need not be there
-    required: tuple[str, ...] = ()  # options without a default; `start` asks for them
-    seeded: bool = True  # it draws random numbers
+    target: str | None = None  # function whose parameters are the other options
+    given: tuple[str, ...] = ()  # options that the command handles
+    optional: tuple[str, ...] = ()  # nodes that may be missing
+    required: tuple[str, ...] = ()  # options without a default
+    seeded: bool = True  # has a `seed`
 
 
 ROOTS = {

@@ -145,7 +145,7 @@ WRONG = [
     ),
     (["search.sampler.n_startup_trials=few"], "search.sampler.n_startup_trials=few: input should"),
     (["search.pruner.n_warmup_steps=-1"], "search.pruner: Number of warmup steps cannot be negat"),
-    (["search.sampler._target_=optuna.samplers.QMCSampler"], "keeps its place in a sequence"),
+    (["search.sampler._target_=optuna.samplers.QMCSampler"], "keeps state between trials"),
     (["~search.pruner"], "search.pruner: missing"),
 ]
 

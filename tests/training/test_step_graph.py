@@ -282,10 +282,9 @@ def test_a_step_that_waits_is_told(tmp_path: Path) -> None:
         (["trainer=cpu"], "trainer.accelerator=cpu has none; take trainer=gpu, or"),
         (
             ["trainer.accumulate_grad_batches=2", "trainer=auto"],
-            "goes with a step for each batch; take trainer.accumulate_grad_batches=1 instead of "
-            "2, or",
+            "needs a step for each batch; take trainer.accumulate_grad_batches=1 instead of 2, or",
         ),
-        (["trainer=ddp"], "goes with one process; take trainer.devices=1, or"),
+        (["trainer=ddp"], "works with one process only; take trainer.devices=1, or"),
     ],
 )
 def test_where_there_can_be_no_graph(options: list[str], problem: str) -> None:
