@@ -1,4 +1,4 @@
-"""`cnntrain benchmark`: backends side by side on the layers of a model, on sets, on a shape."""
+"""`cnntrain benchmark`: time backends on the layers of a model, on layer sets, on one shape."""
 
 import os
 from pathlib import Path
@@ -12,45 +12,41 @@ from cnntrain.config import as_config_error, build
 
 
 def main() -> None:
-    # PyTorch's profiler, which measures memory here, else writes about itself to stderr.
+    # Otherwise PyTorch's profiler, which measures memory, logs to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     start("benchmark", _benchmark, dry_run=_dry_run)
 
 
 def _dry_run(cfg: DictConfig) -> None:
-    from cnntrain.lab.benchmark.run import prepared
+    from cnntrain.lab.benchmark.run import prepare
 
-    layers, options = _wanted(cfg)
-    prepared(layers, **options)
+    layers, options = _arguments(cfg)
+    prepare(layers, **options)
 
 
 def _benchmark(cfg: DictConfig) -> None:
     directory = Path(HydraConfig.get().runtime.output_dir)
-    from cnntrain.lab.benchmark import benchmark, draw, print_report
+    from cnntrain.lab.benchmark import benchmark, plot, print_report
 
-    layers, options = _wanted(cfg)
+    layers, options = _arguments(cfg)
     report = benchmark(layers, **options)
     report.write(directory)
-    draw(report, directory / "benchmark.png")
+    plot(report, directory / "benchmark.png")
     print_report(report)
     files = [directory / name for name in ("results.csv", "results.json", "benchmark.png")]
     print("\n" + "\n".join(short(file) for file in files))
 
 
-def _wanted(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is to be timed, and the other options of `cnntrain.lab.benchmark.benchmark`."""
-    options: Any = OmegaConf.to_container(cfg, resolve=True)
-    options.pop("model", None)  # the node; `_layers` builds it
-    return _layers(cfg, options.pop("layers"), options.pop("shape")), options
-
-
-def _layers(cfg: DictConfig, sets: dict[str, Any], shape: Any) -> dict[str, Any]:
-    """All that is to be timed, by name, as `cnntrain.lab.benchmark.layers.layer_sets` takes it."""
+def _arguments(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The layer sets and the other arguments of `cnntrain.lab.benchmark.benchmark`."""
     from torch import nn
 
-    from cnntrain.lab.benchmark.contenders import choice
+    from cnntrain.lab.benchmark.implementations import choice
     from cnntrain.lab.benchmark.layers import layer
 
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    options.pop("model", None)
+    sets, shape = options.pop("layers"), options.pop("shape")
     if cfg.get("model"):
         choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
         name = cfg.model.get("name") or choices.get("model", "model")
@@ -58,4 +54,4 @@ def _layers(cfg: DictConfig, sets: dict[str, Any], shape: Any) -> dict[str, Any]
             sets[name] = build(cfg.model, conv=nn.Conv2d, in_shape=cfg.in_shape, num_classes=10)
     if shape is not None:
         sets["shape"] = [layer(shape)]
-    return sets or choice("layers", "lenet5")
+    return sets or choice("layers", "lenet5"), options

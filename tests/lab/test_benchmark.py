@@ -16,26 +16,30 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError
-from cnntrain.lab.benchmark import Report, benchmark, draw, print_report, timing
+from cnntrain.lab.benchmark import BenchmarkReport, benchmark, measure, plot, print_report
+from cnntrain.lab.benchmark.display import speedup_lines
 from cnntrain.lab.benchmark.layers import layer, layer_sets
-from cnntrain.lab.benchmark.measure import Case, Measured
-from cnntrain.lab.benchmark.memory import Memory, measure_memory
-from cnntrain.lab.benchmark.report import Row, Spread
-from cnntrain.lab.benchmark.tables import speedup_lines
-from cnntrain.lab.benchmark.timing import Subject, Times, take_turns
+from cnntrain.lab.benchmark.measure import (
+    ExtraMemory,
+    PassTime,
+    TimedConv,
+    extra_memory,
+    time_in_turns,
+)
+from cnntrain.lab.benchmark.report import BenchmarkCase, Measurement, Quartiles, Row
 
 MIB = 2**20
 SMALL = {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "size": 8}
 QUICK: dict[str, Any] = {"rounds": 2, "min_turn_ms": 0}
 
 
-def flat(report: Report, **wanted: Any) -> list[dict[str, Any]]:
+def flat(report: BenchmarkReport, **wanted: Any) -> list[dict[str, Any]]:
     """The rows whose columns have these values."""
     rows = [row.flat() for row in report.rows]
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def shown(report: Report) -> str:
+def shown(report: BenchmarkReport) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         print_report(report)
     return out.getvalue()
@@ -45,13 +49,13 @@ def shown(report: Report) -> str:
     ("changed", "said"),
     [
         ({"kernal_size": 3}, "shape: it has no key 'kernal_size'; did you mean 'kernel_size'?"),
-        ({"size": None}, "shape.size=None: must be a whole number from 1, or two, [down, right]"),
-        ({"size": [8, 8, 8]}, "shape.size=[8, 8, 8]: must be a whole number from 1, or two"),
-        ({"stride": 0}, "shape.stride=0: must be a whole number from 1"),
-        ({"kernel_size": 2.5}, "shape.kernel_size=2.5: must be a whole number from 1"),
-        ({"in_channels": True}, "shape.in_channels=True: must be a whole number from 1"),
+        ({"size": None}, "shape.size=None: must be an integer from 1, or two, [height, width]"),
+        ({"size": [8, 8, 8]}, "shape.size=[8, 8, 8]: must be an integer from 1, or two"),
+        ({"stride": 0}, "shape.stride=0: must be an integer from 1"),
+        ({"kernel_size": 2.5}, "shape.kernel_size=2.5: must be an integer from 1"),
+        ({"in_channels": True}, "shape.in_channels=True: must be an integer from 1"),
         ({"bias": "no"}, "shape.bias=no: must be true or false"),
-        ({"padding": -1}, "shape.padding=-1: must be a whole number from 0"),
+        ({"padding": -1}, "shape.padding=-1: must be an integer from 0"),
         ({"padding": "sam"}, "shape: Invalid padding string 'sam'"),
         ({"groups": 3}, "shape: in_channels must be divisible by groups"),
         ({"padding_mode": "mirror"}, "shape: padding_mode must be one of"),
@@ -80,7 +84,7 @@ def test_a_wrong_set_is_named() -> None:
         layer_sets(wrong, (1, 8, 2))
     a, b, c, d, e, f = caught.value.problems
     assert a == "layers.a: it has no key 'layer'; did you mean 'layers'?"
-    assert b == "layers.b.batch_sizes=[0]: must be a list of whole numbers from 1"
+    assert b == "layers.b.batch_sizes=[0]: must be a list of integers from 1"
     assert c.startswith("layers.c.layers: must be a list of layers, each as '{in_channels: 64,")
     assert d.startswith("layers.d[1]: in_channels must be divisible")
     assert e == "model: e has no nn.Conv2d to time"
@@ -113,17 +117,17 @@ class AllocatesConv2d(nn.Conv2d):
 
 def test_memory_to_the_byte() -> None:
     conv, x = AllocatesConv2d(2, 4, 3), torch.randn(5, 2, 8, 8, requires_grad=True)
-    subject = Subject(conv, x, torch.randn(5, 4, 6, 6))
-    assert measure_memory(subject) == Memory(8 * MIB, (3 + 16) * MIB, 3 * MIB)
-    alone = Subject(conv, x.detach(), None)
-    assert measure_memory(alone) == Memory(8 * MIB, None, None)
+    subject = TimedConv(conv, x, torch.randn(5, 4, 6, 6))
+    assert extra_memory(subject) == ExtraMemory(8 * MIB, (3 + 16) * MIB, 3 * MIB)
+    alone = TimedConv(conv, x.detach(), None)
+    assert extra_memory(alone) == ExtraMemory(8 * MIB, None, None)
 
 
 def test_native_s_own_scratch_memory_is_seen() -> None:
     """In float64 PyTorch unrolls the whole batch: N * C*9 * OH*OW numbers of 8 bytes."""
     conv = nn.Conv2d(16, 16, 3, padding=1).double()
-    subject = Subject(conv, torch.randn(4, 16, 16, 16, dtype=torch.float64), None)
-    assert measure_memory(subject).forward >= 4 * 16 * 9 * 16 * 16 * 8
+    subject = TimedConv(conv, torch.randn(4, 16, 16, 16, dtype=torch.float64), None)
+    assert extra_memory(subject).forward >= 4 * 16 * 9 * 16 * 16 * 8
 
 
 class Clock:
@@ -152,7 +156,7 @@ class Ticks(torch.autograd.Function):
 def taking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., type[nn.Conv2d]]:
     """Make a convolution whose forward and backward take so many seconds on a fake clock."""
     clock = Clock()
-    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(measure, "time", clock)
 
     def make(name: str, forward: float, backward: float) -> type[nn.Conv2d]:
         class Taking(nn.Conv2d):
@@ -205,14 +209,14 @@ def row(backend: str, seconds: list[float], baseline: list[float], **kind: Any) 
     like = {"set": "s", "batch_size": 2, "dtype": "float32", "shape": {}} | kind
     found = layer_sets({"s": [{**SMALL, **like.pop("shape")}] * kind.get("count", 1)}, (1, 1, 1))
     like.pop("count", None)
-    case = Case(layer=found[0].layers[0], **like)
-    both = [Times(s / 4, 3 * s / 4) for s in seconds]
-    return Row(case, backend, Measured(both, seconds, 1), baseline)
+    case = BenchmarkCase(layer=found[0].layers[0], **like)
+    both = [PassTime(s / 4, 3 * s / 4) for s in seconds]
+    return Row(case, backend, Measurement(both, seconds, 1), baseline)
 
 
 def test_ratios_are_taken_within_a_round_and_sums_over_the_layers() -> None:
     base, mine = [1.0, 2.0, 4.0], [2.0, 2.0, 12.0]
-    assert Spread.ratio(mine, base) == Spread(2, 1.5, 2.5)  # of 2, 1, 3
+    assert Quartiles.ratio(mine, base) == Quartiles(2, 1.5, 2.5)  # of 2, 1, 3
     wide = {"shape": {"out_channels": 8}, "count": 2}
     rows = [
         row("native", base, base),
@@ -220,11 +224,11 @@ def test_ratios_are_taken_within_a_round_and_sums_over_the_layers() -> None:
         row("native", [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], **wide),
         row("mine", [3.0, 5.0, 1.0], [1.0, 1.0, 1.0], **wide),
     ]
-    report = Report({"baseline": "native"}, rows)
+    report = BenchmarkReport({"baseline": "native"}, rows)
     native, other = report.sums
     assert native.totals == [1 + 2, 2 + 2, 4 + 2]
     assert other.totals == [2 + 6, 2 + 10, 12 + 2]
-    assert other.ratio == Spread.of([8 / 3, 12 / 4, 14 / 6])
+    assert other.ratio == Quartiles.of([8 / 3, 12 / 4, 14 / 6])
     assert other.flat()["total_ms"] == 12_000
 
 
@@ -235,7 +239,9 @@ def test_speedups_are_geometric_means_over_the_sums() -> None:
         rows.append(row("native", base, base, batch_size=batch_size))
         rows.append(row("im2col", [3.0, 6.0], base, batch_size=batch_size))
         rows.append(row("unfold", [3 * factor, 6 * factor], base, batch_size=batch_size))
-    found = {(s.backend, s.other): s for s in Report({"baseline": "native"}, rows).speedups}
+    found = {
+        (s.backend, s.other): s for s in BenchmarkReport({"baseline": "native"}, rows).speedups
+    }
     assert found["im2col", "unfold"].geometric_mean == pytest.approx(4)  # of 2 and 8
     assert found["unfold", "im2col"].geometric_mean == pytest.approx(1 / 4)
     assert found["native", "unfold"].geometric_mean == pytest.approx(12)
@@ -246,9 +252,9 @@ def test_speedups_are_geometric_means_over_the_sums() -> None:
 
 
 def test_a_set_with_a_layer_that_failed_has_no_sum() -> None:
-    failed = Row(row("mine", [1.0], [1.0]).case, "mine", Measured(problem="no"), [1.0])
+    failed = Row(row("mine", [1.0], [1.0]).case, "mine", Measurement(problem="no"), [1.0])
     whole = row("native", [1.0], [1.0])
-    report = Report({"baseline": "native"}, [whole, failed])
+    report = BenchmarkReport({"baseline": "native"}, [whole, failed])
     assert [found.ratio is None for found in report.sums] == [False, True]
     assert report.speedups == []
 
@@ -267,10 +273,10 @@ def test_turns_are_shuffled_and_one_that_raises_leaves() -> None:
 
     subjects = {}
     for name in "abc":
-        subjects[name] = Subject(Notes(2, 4, 3), torch.zeros(1, 2, 8, 8), None)
+        subjects[name] = TimedConv(Notes(2, 4, 3), torch.zeros(1, 2, 8, 8), None)
         subjects[name].conv.name = name
     ticks: list[None] = []
-    times, raised = take_turns(
+    times, raised = time_in_turns(
         subjects, dict.fromkeys("abc", 1), 40, random.Random(0), lambda: ticks.append(None)
     )
     assert {name: len(found) for name, found in times.items()} == {"a": 40, "c": 40}
@@ -305,14 +311,14 @@ class Infinite(nn.Conv2d):
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> BenchmarkReport:
     sets = {"a": [SMALL, {**SMALL, "stride": 2}], "b": {"batch_sizes": [3], "layers": [SMALL]}}
     entries = ["native", "im2col", "naive", "seven_loops", Wrong, Raises, Misshapen, Infinite]
     dtypes: Any = ["float32", "bfloat16"]
     return benchmark(sets, entries, batch_sizes=[2, 4], dtypes=dtypes, **QUICK)
 
 
-def test_a_row_for_every_combination(report: Report) -> None:
+def test_a_row_for_every_combination(report: BenchmarkReport) -> None:
     found = [
         (r["set"], r["layer"], r["batch_size"], r["dtype"], r["backend"]) for r in flat(report)
     ]
@@ -333,7 +339,7 @@ def test_a_row_for_every_combination(report: Report) -> None:
             assert found_row["problem"] == ""
 
 
-def test_errors_against_float64(report: Report) -> None:
+def test_errors_against_float64(report: BenchmarkReport) -> None:
     for r in flat(report, dtype="float32"):
         if r["backend"] in ("native", "im2col", "naive"):
             assert 0 < r["output_error"] < 2e-6
@@ -345,7 +351,7 @@ def test_errors_against_float64(report: Report) -> None:
         assert 1e-4 < r["output_error"] < 1e-2
 
 
-def test_what_cannot_be_done_is_said(report: Report) -> None:
+def test_what_cannot_be_done_is_said(report: BenchmarkReport) -> None:
     said = {name: {r["problem"] for r in flat(report, backend=name)} for name in report.backends}
     assert said["Raises"] == {"NotImplementedError: not for you"}
     assert said["Infinite"] == {"RuntimeError: its results are not finite"}
@@ -359,7 +365,7 @@ def test_what_cannot_be_done_is_said(report: Report) -> None:
     assert "Raises, 2->4 3x3 on 8x8, batch 2, float32: NotImplementedError: not for you" in text
 
 
-def test_files_agree(report: Report, tmp_path: Path) -> None:
+def test_files_agree(report: BenchmarkReport, tmp_path: Path) -> None:
     report.write(tmp_path)
     with (tmp_path / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -381,8 +387,8 @@ def test_files_agree(report: Report, tmp_path: Path) -> None:
     assert {s["dtype"] for s in content["speedups"]} == {"float32", "bfloat16"}
 
 
-def test_a_picture(report: Report, tmp_path: Path) -> None:
-    draw(report, tmp_path / "new" / "picture.png")
+def test_a_picture(report: BenchmarkReport, tmp_path: Path) -> None:
+    plot(report, tmp_path / "new" / "picture.png")
     with Image.open(tmp_path / "new" / "picture.png") as image:
         image.load()
         assert image.format == "PNG"

@@ -10,9 +10,11 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from cnntrain.commands.benchmark import _arguments
 from cnntrain.config import ConfigError, compose
+from cnntrain.lab.benchmark import benchmark
+from cnntrain.lab.benchmark.display import number, times
 from cnntrain.lab.benchmark.layers import layer_sets
-from cnntrain.lab.benchmark.tables import number, times
 
 WRONG = [
     (["rounds=0"], "rounds=0: input should be greater than 0"),
@@ -96,12 +98,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert "hydra.run.dir=run: holds another run already" in again.stderr
 
 
-def test_seed_table(tmp_path: Path) -> None:
-    done = run(tmp_path, "benchmark=seed_table", "rounds=3")
-    assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.glob("outputs/benchmark/*/results.json")
-    content = json.loads(file.read_text())
-    rows = {(r["set"], r["backend"]): r for r in content["rows"]}
+def test_seed_table() -> None:
+    cfg = compose(["benchmark=seed_table", "rounds=3"], name="benchmark")
+    layers, options = _arguments(cfg)
+    rows = {(r.case.set, r.backend): r.flat() for r in benchmark(layers, **options).rows}
     assert len(rows) == 2 * 4
     for (name, _), found in rows.items():
         first = name == "1x1x3x3 input"

@@ -1,146 +1,198 @@
-"""One layer, at one batch size, in one dtype: what every contender takes and how wrong it is."""
+"""Time and memory of a convolution, measured.
+
+torch.utils.benchmark.Timer is not used: it times one statement as a whole, so the backward of a new
+graph cannot be told from the forward that builds it, and it synchronises with the GPU.
+"""
 
 from __future__ import annotations
 
-import copy
+import gc
+import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from cnntrain.config.errors import first_line
-from cnntrain.lab.benchmark.contenders import MakeConv
-from cnntrain.lab.benchmark.layers import Layer
-from cnntrain.lab.benchmark.memory import Memory, measure_memory
-from cnntrain.lab.benchmark.timing import Subject, Times, passes_needed, take_turns
-
-SLICE = 16  # images of which the float64 reference has the columns at a time
+MAX_PASSES = 10_000  # in a turn
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layer of a set, with the batch and the dtype that it is timed with."""
+class TimedConv:
+    """A layer, its input x (N, C, H, W), and the gradient g (N, O, OH, OW) of its output.
 
-    set: str
-    layer: Layer
-    batch_size: int
-    dtype: str
-
-
-@dataclass(frozen=True)
-class How:
-    """What is the same for all cases of a run; as in `benchmark`."""
-
-    device: str
-    memory_format: str
-    backward: bool
-    rounds: int
-    min_turn_ms: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a contender took for a case: nothing but `problem` if it raised."""
-
-    times: Sequence[Times] = ()  # of a pass, for each round
-    totals: Sequence[float] = ()  # seconds, for each round; none if the backward is missing
-    passes: int | None = None  # in a turn
-    memory: Memory | None = None
-    output_error: float | None = None
-    gradient_error: float | None = None  # the largest of the input's, the weight's and the bias's
-    problem: str = ""
-
-
-def measure(
-    case: Case,
-    makers: Mapping[str, MakeConv],
-    how: How,
-    order: random.Random,
-    tick: Callable[[], None],
-) -> dict[str, Measured]:
-    """Try every contender once, then have those that did not raise take turns."""
-    torch.default_generator.manual_seed(how.seed)
-    to = {"device": how.device, "dtype": getattr(torch, case.dtype)}
-    conv = nn.Conv2d(**dict(case.layer.options)).to(**to)
-    x = _to(torch.randn(case.batch_size, *case.layer.in_shape), how, to)
-    g = _to(torch.randn(case.batch_size, *case.layer.out_shape), how, to) if how.backward else None
-    expected = _expected(conv, x, g)
-    x.requires_grad_(how.backward)
-
-    found: dict[str, Measured] = {}
-    subjects: dict[str, Subject] = {}
-    for name, make in makers.items():
-        try:
-            mine = make(**dict(case.layer.options)).to(**to)
-            mine.load_state_dict(conv.state_dict())
-            mine.to(memory_format=_format(how))
-            subjects[name], found[name] = _tried(Subject(mine, x, g), expected, how)
-        except Exception as error:
-            found[name] = Measured(problem=_reason(error))
-    passes = {name: found[name].passes or 1 for name in subjects}
-    times, raised = take_turns(subjects, passes, how.rounds, order, tick)
-    for name in times:
-        whole = (subjects[name].g is not None) == how.backward
-        totals = [t.total for t in times[name]] if whole else []
-        found[name] = replace(found[name], times=times[name], totals=totals)
-    found |= {name: Measured(problem=_reason(error)) for name, error in raised.items()}
-    return {name: found[name] for name in makers}
-
-
-def _tried(subject: Subject, expected: list[Tensor], how: How) -> tuple[Subject, Measured]:
-    """What is known of a contender before it takes its turns: also its warm-up."""
-    y = subject.forward()
-    if y.shape != expected[0].shape:
-        raise RuntimeError(f"its output is {list(y.shape)}, not {list(expected[0].shape)}")
-    output_error, gradient_error, problem = _error([y], expected[:1]), None, ""
-    if subject.g is not None and not y.requires_grad:
-        subject, problem = replace(subject, g=None), "forward only: its output has no gradient"
-    if subject.g is not None:
-        gradient_error = _error(subject.backward(y), expected[1:])
-    del y
-    memory = measure_memory(subject)
-    passes = passes_needed(subject, how.min_turn_ms / 1000)
-    return subject, Measured((), (), passes, memory, output_error, gradient_error, problem)
-
-
-def _expected(conv: nn.Conv2d, x: Tensor, g: Tensor | None) -> list[Tensor]:
-    """Output, and gradients of input, weight and bias if g is given, of nn.Conv2d in float64.
-
-    PyTorch's float64 convolution is itself im2col on a CPU: a reference for rounding, no oracle.
-    A batch is passed in slices, since there it unrolls all that it is given at once.
+    Without g only the forward is measured, and it builds no graph.
     """
-    conv = copy.deepcopy(conv).double()
-    slices = []
-    for part, x_part in enumerate(x.double().split(SLICE)):
-        g_part = None if g is None else g.double().split(SLICE)[part]
-        subject = Subject(conv, x_part.requires_grad_(g is not None), g_part)
-        y = subject.forward()
-        slices.append([y.detach(), *(() if g is None else subject.backward(y))])
-    joined = list(zip(*slices, strict=True))
-    return [*map(torch.cat, joined[:2]), *(sum(parts[1:], parts[0]) for parts in joined[2:])]
+
+    conv: nn.Conv2d
+    x: Tensor
+    g: Tensor | None
+
+    def forward(self) -> Tensor:
+        with torch.set_grad_enabled(self.g is not None):
+            return self.conv(self.x)
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of input, weight and bias."""
+        conv = self.conv
+        leaves = [self.x, conv.weight, *([] if conv.bias is None else [conv.bias])]
+        return torch.autograd.grad(y, leaves, self.g)
 
 
-def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest max|a - b| / max|b|. RuntimeError if a result is not finite."""
-    pairs = zip(found, expected, strict=True)
-    errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
-    if not all(map(math.isfinite, errors)):
-        raise RuntimeError("its results are not finite")
-    return max(errors)
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds of a pass; `backward` is None where there was none."""
+
+    forward: float
+    backward: float | None
+
+    @property
+    def total(self) -> float:
+        return self.forward + (self.backward or 0.0)
 
 
-def _to(t: Tensor, how: How, to: dict) -> Tensor:
-    return t.to(**to, memory_format=_format(how))
+@dataclass(frozen=True)
+class ExtraMemory:
+    """Bytes beyond input, weight, bias and the results, which are output and gradients.
+
+    Attributes:
+        forward: the peak during the forward.
+        total: the peak during forward and backward; None without backward.
+        kept: what is allocated between the two; None without backward.
+    """
+
+    forward: int
+    total: int | None
+    kept: int | None
 
 
-def _format(how: How) -> torch.memory_format:
-    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    return formats[how.memory_format]
+def time_passes(timed: TimedConv, passes: int) -> PassTime:
+    """Mean time of consecutive passes, without the deallocation between them.
+
+    On a GPU by events in the stream, so that nothing synchronises between them.
+    """
+    marks: list[Any] = []
+
+    def mark() -> None:
+        if timed.x.is_cuda:
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+
+    if timed.x.is_cuda:
+        torch.cuda.synchronize()
+    gc_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(passes):
+            mark()
+            y = timed.forward()
+            mark()
+            gradients = None if timed.g is None else timed.backward(y)
+            mark()
+            del y, gradients
+    finally:
+        if gc_enabled:
+            gc.enable()
+    pairs = list(itertools.pairwise(marks))
+    if timed.x.is_cuda:
+        torch.cuda.synchronize()
+        seconds = [start.elapsed_time(end) / 1000 for start, end in pairs]
+    else:
+        seconds = [end - start for start, end in pairs]
+    backward = None if timed.g is None else sum(seconds[1::3]) / passes
+    return PassTime(sum(seconds[0::3]) / passes, backward)
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+def passes_per_turn(timed: TimedConv, min_seconds: float) -> int:
+    """The number of passes that take at least `min_seconds`."""
+    passes = 1
+    while (spent := time_passes(timed, passes).total * passes) < min_seconds:
+        if passes >= MAX_PASSES:
+            break
+        # The first pass is slow, so its time is an upper bound: increase step by step.
+        enough = math.ceil(1.2 * passes * min_seconds / max(spent, 1e-9))
+        passes = min(MAX_PASSES, enough, 10 * passes)
+    return passes
+
+
+def time_in_turns(
+    timed: Mapping[str, TimedConv],
+    passes: Mapping[str, int],
+    rounds: int,
+    order: random.Random,
+    on_round: Callable[[], Any] = lambda: None,
+) -> tuple[dict[str, list[PassTime]], dict[str, Exception]]:
+    """Time each implementation once a round, in an order drawn for each round.
+
+    Changes of the machine's speed then meet all of them alike. Returns the times by round, and the
+    exceptions of those that raised, which have no times.
+    """
+    times: dict[str, list[PassTime]] = {name: [] for name in timed}
+    raised: dict[str, Exception] = {}
+    for _ in range(rounds):
+        names = list(times)
+        order.shuffle(names)
+        for name in names:
+            try:
+                times[name].append(time_passes(timed[name], passes[name]))
+            except Exception as error:
+                raised[name] = error
+                del times[name]
+        on_round()
+    return times, raised
+
+
+def extra_memory(timed: TimedConv) -> ExtraMemory:
+    """Memory of a forward and its backward, measured.
+
+    On a CPU by PyTorch's profiler, which records each block of PyTorch's allocator, oneDNN's
+    scratch memory included; on a GPU by the statistics of the caching allocator.
+    """
+    track = _track_cuda if timed.x.is_cuda else _track_cpu
+    (y,), forward, kept = track(lambda: [timed.forward()])
+    if timed.g is None:
+        return ExtraMemory(forward, None, None)
+    _, backward, _ = track(lambda: timed.backward(y))
+    return ExtraMemory(forward, max(forward, kept + backward), kept)
+
+
+def _track_cpu(call: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], int, int]:
+    """Results of a call, and the peak and final growth of memory in bytes without them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = call()
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    blocks = sorted(_blocks(tree))  # by time
+    # Addresses are used again: the last block at the address of a result is the result.
+    last = {address: i for i, (_, address, size) in enumerate(blocks) if size > 0}
+    own = {last.get(result.untyped_storage().data_ptr()) for result in results}
+    in_use = [*itertools.accumulate(size for i, (_, _, size) in enumerate(blocks) if i not in own)]
+    return results, max(in_use, default=0), in_use[-1] if in_use else 0
+
+
+def _blocks(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """(time, address, bytes) of each allocation, and with negative bytes of each deallocation."""
+    for event in events:
+        if event.name == "[memory]":
+            fields = event.extra_fields
+            yield event.start_time_ns, fields.ptr, fields.alloc_size
+        yield from _blocks(event.children)
+
+
+def _track_cuda(call: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], int, int]:
+    """As `_track_cpu`, with the results counted as allocated from the start."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = call()
+    torch.cuda.synchronize()
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in results}
+    before += sum(own.values())
+    peak, end = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    return results, max(peak, 0), max(end, 0)

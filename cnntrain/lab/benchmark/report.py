@@ -1,11 +1,11 @@
-"""What a benchmark found: rows, sums over the layers of a set, and how contenders compare."""
+"""Report of a benchmark: rows, sums over the layers of a set, and speedups between backends."""
 
 from __future__ import annotations
 
 import csv
-import math
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, permutations
@@ -16,30 +16,54 @@ import numpy as np
 import torch
 
 from cnntrain.atomic import write_json
-from cnntrain.lab.benchmark.measure import Case, Measured
+from cnntrain.lab.benchmark.layers import ConvLayer
+from cnntrain.lab.benchmark.measure import ExtraMemory, PassTime
 from cnntrain.training.run_directory import environment
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The median over the rounds, and the quartiles around it."""
+class BenchmarkCase:
+    """A layer of a set with the batch size and dtype that it is timed with."""
+
+    set: str
+    layer: ConvLayer
+    batch_size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What an implementation took for a case; only `problem` if it raised."""
+
+    times: Sequence[PassTime] = ()  # of a pass, for each round
+    totals: Sequence[float] = ()  # seconds, for each round; none if the backward is missing
+    passes: int | None = None  # in a turn
+    memory: ExtraMemory | None = None
+    output_error: float | None = None
+    gradient_error: float | None = None  # the largest of input, weight and bias
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median and quartiles over the rounds."""
 
     median: float
     q1: float
     q3: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> Spread | None:
-        """None if there are no values."""
-        known = list(values)
+    def of(cls, values: Iterable[float | None], factor: float = 1) -> Quartiles | None:
+        """Of the values times `factor`; None without values."""
+        known = [factor * value for value in values if value is not None]
         if not known:
             return None
         q1, median, q3 = np.percentile(known, [25, 50, 75]).tolist()
         return cls(median, q1, q3)
 
     @classmethod
-    def ratio(cls, values: Sequence[float], others: Sequence[float]) -> Spread | None:
-        """Of values that were taken in the same round. None where one of the two is missing."""
+    def ratio(cls, values: Sequence[float], others: Sequence[float]) -> Quartiles | None:
+        """Of the ratios within a round; None without one of the two."""
         if not values or not others:
             return None
         return cls.of(value / other for value, other in zip(values, others, strict=True))
@@ -47,40 +71,39 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """A contender on one layer. `baseline`: the seconds that it is compared to, of each round."""
+    """An implementation on one layer; `baseline` are the baseline's seconds of each round."""
 
-    case: Case
+    case: BenchmarkCase
     backend: str
-    measured: Measured
+    measured: Measurement
     baseline: Sequence[float]
 
     @property
-    def forward(self) -> Spread | None:
-        """In ms, as the next two."""
-        return Spread.of(1000 * times.forward for times in self.measured.times)
+    def forward(self) -> Quartiles | None:
+        """In ms, as `backward` and `total`."""
+        return Quartiles.of((times.forward for times in self.measured.times), 1000)
 
     @property
-    def backward(self) -> Spread | None:
-        backwards = [times.backward for times in self.measured.times]
-        return Spread.of(1000 * seconds for seconds in backwards if seconds is not None)
+    def backward(self) -> Quartiles | None:
+        return Quartiles.of((times.backward for times in self.measured.times), 1000)
 
     @property
-    def total(self) -> Spread | None:
-        """Forward and backward, or the forward alone in a run without backward."""
-        return Spread.of(1000 * seconds for seconds in self.measured.totals)
+    def total(self) -> Quartiles | None:
+        """Forward and backward, or the forward in a run without backward."""
+        return Quartiles.of(self.measured.totals, 1000)
 
     @property
-    def ratio(self) -> Spread | None:
+    def ratio(self) -> Quartiles | None:
         """Of the totals to the baseline's."""
-        return Spread.ratio(self.measured.totals, self.baseline)
+        return Quartiles.ratio(self.measured.totals, self.baseline)
 
-    def gflops(self, what: Spread | None, products: int) -> float | None:
-        """GFLOP/s at the median time: a product of all is 2 MACs for each of the images."""
+    def gflops(self, time: Quartiles | None, products: int) -> float | None:
+        """GFLOP/s at the median time, for `products` times the MACs of the forward."""
         flop = products * 2 * self.case.layer.macs * self.case.batch_size
-        return None if what is None else flop / what.median / 1e6
+        return None if time is None else flop / time.median / 1e6
 
     def flat(self) -> dict[str, Any]:
-        """A row of results.csv. Times in ms, memory in bytes; None for what is not there."""
+        """A row of results.csv. Times in ms, memory in bytes; None where there is no value."""
         case, measured, memory = self.case, self.measured, self.measured.memory
         return {
             "set": case.set,
@@ -109,10 +132,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """A contender on all layers of a set, each as often as the set has it.
+class SetTotal:
+    """An implementation on all layers of a set, each multiplied by its count.
 
-    `totals`, `baseline`: seconds of each round; empty if one of the layers has none.
+    `totals` and `baseline` are seconds of each round; empty if a layer has none.
     """
 
     set: str
@@ -123,25 +146,25 @@ class Sum:
     baseline: Sequence[float]
 
     @property
-    def total(self) -> Spread | None:
+    def total(self) -> Quartiles | None:
         """In ms."""
-        return Spread.of(1000 * seconds for seconds in self.totals)
+        return Quartiles.of(self.totals, 1000)
 
     @property
-    def ratio(self) -> Spread | None:
-        return Spread.ratio(self.totals, self.baseline)
+    def ratio(self) -> Quartiles | None:
+        return Quartiles.ratio(self.totals, self.baseline)
 
     def flat(self) -> dict[str, Any]:
         names = {"set": self.set, "batch_size": self.batch_size, "dtype": self.dtype}
-        spreads = _columns("total_ms", self.total) | _columns("ratio", self.ratio)
-        return {**names, "backend": self.backend, **spreads}
+        columns = _columns("total_ms", self.total) | _columns("ratio", self.ratio)
+        return {**names, "backend": self.backend, **columns}
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times as fast one contender is as another, over the sums that both have.
+    """How many times as fast `backend` is as `other`, over the sums that both have.
 
-    Of each sum the median over the rounds; of these the geometric mean, lowest and highest.
+    Geometric mean, lowest and highest of the medians over the rounds.
     """
 
     dtype: str
@@ -154,8 +177,8 @@ class Speedup:
 
 
 @dataclass(frozen=True)
-class Report:
-    """All that a benchmark found. `meta`: what the numbers depend on."""
+class BenchmarkReport:
+    """Results of a benchmark; `meta` has its options, the machine and the versions."""
 
     meta: dict[str, Any]
     rows: list[Row]
@@ -165,36 +188,37 @@ class Report:
         return list(dict.fromkeys(row.backend for row in self.rows))
 
     @property
-    def sums(self) -> list[Sum]:
-        """Of each set, batch size and dtype, in the order of the rows."""
-        found = []
-        for (name, batch_size, dtype), group in groupby(self.rows, _sum_key):
+    def sums(self) -> list[SetTotal]:
+        """For each set, batch size and dtype, in the order of the rows."""
+        sums = []
+        for key, group in groupby(
+            self.rows, lambda r: (r.case.set, r.case.batch_size, r.case.dtype)
+        ):
             rows = list(group)
             totals = {b: _summed([r for r in rows if r.backend == b]) for b in self.backends}
             baseline = totals[self.meta["baseline"]]
-            found += [Sum(name, batch_size, dtype, b, totals[b], baseline) for b in self.backends]
-        return found
+            sums += [SetTotal(*key, b, totals[b], baseline) for b in self.backends]
+        return sums
 
     @property
     def speedups(self) -> list[Speedup]:
-        """Of each pair of contenders, both ways round, for each dtype."""
-        found = []
+        """Of each ordered pair of implementations, for each dtype."""
+        speedups, sums = [], self.sums
         for dtype in dict.fromkeys(row.case.dtype for row in self.rows):
-            sums = {b: [s for s in self.sums if (s.dtype, s.backend) == (dtype, b)]
-                    for b in self.backends}  # fmt: skip
+            own = {b: [s for s in sums if (s.dtype, s.backend) == (dtype, b)]
+                   for b in self.backends}  # fmt: skip
             for one, other in permutations(self.backends, 2):
-                pairs = zip(sums[one], sums[other], strict=True)
-                ratios = [Spread.ratio(b.totals, a.totals) for a, b in pairs]
-                times = [ratio.median for ratio in ratios if ratio is not None]
-                if times:
-                    mean = math.exp(sum(map(math.log, times)) / len(times))
-                    found.append(
-                        Speedup(dtype, one, other, mean, min(times), max(times), len(times))
-                    )
-        return found
+                pairs = zip(own[one], own[other], strict=True)
+                ratios = [Quartiles.ratio(b.totals, a.totals) for a, b in pairs]
+                medians = [ratio.median for ratio in ratios if ratio is not None]
+                if medians:
+                    mean = statistics.geometric_mean(medians)
+                    extremes = min(medians), max(medians)
+                    speedups.append(Speedup(dtype, one, other, mean, *extremes, len(medians)))
+        return speedups
 
     def write(self, directory: str | os.PathLike[str]) -> None:
-        """results.csv, a row a line; results.json, with `meta`, `rows`, `sums` and `speedups`."""
+        """Write results.csv with the rows, and results.json with everything."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         rows = [row.flat() for row in self.rows]
@@ -202,17 +226,13 @@ class Report:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        content = {
-            "meta": self.meta,
-            "rows": rows,
-            "sums": [found.flat() for found in self.sums],
-            "speedups": [asdict(speedup) for speedup in self.speedups],
-        }
+        sums, speedups = [s.flat() for s in self.sums], [asdict(s) for s in self.speedups]
+        content = {"meta": self.meta, "rows": rows, "sums": sums, "speedups": speedups}
         write_json(directory / "results.json", content)
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What times depend on and the options do not say."""
+    """Machine, versions and global settings of PyTorch."""
     known = environment()
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {
@@ -232,7 +252,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's name: on Linux the kernel's, since `platform` doesn't know it there."""
+    """The CPU's name; on Linux from /proc, as `platform` does not know it there."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
@@ -240,17 +260,13 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _columns(name: str, spread: Spread | None) -> dict[str, float | None]:
-    values = (spread.median, spread.q1, spread.q3) if spread else (None, None, None)
-    return dict(zip([name, f"{name}_q1", f"{name}_q3"], values, strict=True))
-
-
-def _sum_key(row: Row) -> tuple[str, int, str]:
-    return row.case.set, row.case.batch_size, row.case.dtype
+def _columns(name: str, values: Quartiles | None) -> dict[str, float | None]:
+    columns = (values.median, values.q1, values.q3) if values else (None, None, None)
+    return dict(zip([name, f"{name}_q1", f"{name}_q3"], columns, strict=True))
 
 
 def _summed(rows: Sequence[Row]) -> list[float]:
-    """Seconds for all layers, round by round; empty if one is missing."""
+    """Seconds of all layers in each round; empty if a layer has none."""
     if not all(row.measured.totals for row in rows):
         return []
     rounds = zip(*(row.measured.totals for row in rows), strict=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cnntrain.config import ConfigError
-from cnntrain.lab.benchmark.contenders import choice, contenders
+from cnntrain.lab.benchmark.implementations import choice, implementations
 from cnntrain.lab.benchmark.layers import layer, layer_sets, layers_of
 from cnntrain.models import LeNet5
 
@@ -65,7 +65,7 @@ def test_contenders_of_every_kind() -> None:
         pass
 
     limited = {"_target_": "cnntrain.conv.Im2colConv2d", "max_column_mib": 8}
-    found = contenders(["im2col", "torch.nn.Conv2d", limited, "unfold", "seven_loops", Mine])
+    found = implementations(["im2col", "torch.nn.Conv2d", limited, "unfold", "seven_loops", Mine])
     assert list(found) == [
         "im2col", "Conv2d", "Im2colConv2d(max_column_mib=8)", "unfold", "seven_loops", "Mine",
     ]  # fmt: skip
@@ -99,7 +99,7 @@ def test_contenders_of_every_kind() -> None:
 )
 def test_a_wrong_contender_is_named(entries: list[Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        contenders(entries)
+        implementations(entries)
     assert any(problem.startswith(said) for problem in caught.value.problems), caught.value
 
 
@@ -108,7 +108,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match=r"unfoldNd is a package of its own: pip install unfoldNd"
     ):
-        contenders(["unfoldNd"])
+        implementations(["unfoldNd"])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_peers_are_convolutions(peer: str, options: dict[str, Any]) -> None:
         pytest.importorskip("unfoldNd")
     torch.manual_seed(0)
     native = nn.Conv2d(4, 8, (3, 2), **options).double()
-    mine = contenders([peer])[peer](4, 8, (3, 2), **options).double()
+    mine = implementations([peer])[peer](4, 8, (3, 2), **options).double()
     mine.load_state_dict(native.state_dict())
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     torch.testing.assert_close(mine(x), native(x).detach() if peer == "seven_loops" else native(x))
