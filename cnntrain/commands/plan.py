@@ -1,4 +1,4 @@
-"""From a command line to the configs of all its runs, checked."""
+"""Command-line plan: the checked configs of all runs that a command line asks for."""
 
 import argparse
 import os
@@ -20,31 +20,34 @@ from cnntrain.config.errors import format_error
 from cnntrain.config.overrides import combinations, key_of, parsed, sweeps
 from cnntrain.config.paths import as_if_running
 from cnntrain.config.resume import NOT_RUN_OPTIONS
-from cnntrain.sweeps.members import Run
+from cnntrain.sweeps.members import ComposedRun
 
-MOST_RUNS = 10_000  # a sweep of which all configs are composed before the first run begins
-BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+MOST_RUNS = 10_000  # of a sweep: all configs are composed before the first run starts
 
 
 def places(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The folders that hold the configs, as `cnntrain.config` calls them."""
+    """The folders with configs, as keyword arguments for `cnntrain.config`."""
     extra = Path(arguments.config_dir).absolute() if arguments.config_dir else None
     return {"folder": Path(arguments.config_path or config.CONF), "extra": extra}
 
 
+def is_basic(plugin: DictConfig | None) -> bool:
+    """Whether a config node is Hydra's own launcher or sweeper."""
+    return plugin is None or str(plugin._target_).rpartition(".")[2].startswith("Basic")
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The checked runs that are asked for."""
+    """The checked runs of a command line."""
 
-    cfgs: list[DictConfig]  # composed by Hydra, with its own options in them
-    runs: list[Run]  # all runs of a sweep
+    cfgs: list[DictConfig]  # composed by Hydra, with the node `hydra`
+    runs: list[ComposedRun]  # all runs of a sweep
     sweep: bool
-    varied: list[str]  # the options that have several values, in the order typed
+    varied: list[str]  # the options with several values, in the order typed
 
 
 def plan(arguments: argparse.Namespace, name: str) -> Plan:
-    """What a command line for conf/<name>.yaml asks for. Raises ConfigError with all that is wrong
-    with it."""
+    """Compose and check a command line for conf/<name>.yaml. ConfigError with all problems."""
     if problems := _flag_problems(arguments):
         raise ConfigError(problems)
     if arguments.multirun and name == "train":
@@ -57,45 +60,39 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
     }
     overrides: list[str] = arguments.overrides
     fixed = [text for text in overrides if not sweeps(text)]
-    cfgs = _composed([fixed], where, problems)
-    sweep = arguments.multirun or _asked(cfgs, "hydra.mode") == RunMode.MULTIRUN
-    varied, of_sweep = list[str](), list[Run]()
+    cfgs = _compose([fixed], where, problems)
+    sweep = arguments.multirun or _select(cfgs, "hydra.mode") == RunMode.MULTIRUN
+    varied, runs = list[str](), list[ComposedRun]()
     if not sweep and fixed != overrides:
-        cfgs = _composed([overrides], where, problems)
-    # Another sweeper than Hydra's own is alone to know what its sweeps stand for.
-    elif sweep and _asked(cfgs, "hydra.sweeper._target_") in (None, BASIC_SWEEPER):
-        problems.clear()  # what does not vary need not make a run without what does
-        params = _asked(cfgs, "hydra.sweeper.params") or {}
+        cfgs = _compose([overrides], where, problems)
+    # Only Hydra's own sweeper expands overrides in a known way.
+    elif sweep and is_basic(_select(cfgs, "hydra.sweeper")):
+        problems.clear()  # the fixed overrides alone need not be a valid run
+        params = _select(cfgs, "hydra.sweeper.params") or {}
         overrides = [*(f"{key}={value}" for key, value in params.items()), *overrides]
         varied = [key_of(text) for text in overrides if sweeps(text)]
-        runs = combinations(overrides, where["folder"], MOST_RUNS + 1)
-        if len(runs) > MOST_RUNS:
+        expanded = combinations(overrides, where["folder"], MOST_RUNS + 1)
+        if len(expanded) > MOST_RUNS:
             problems.append(f"-m: makes more than {MOST_RUNS:,} runs; sweep over fewer values")
+        elif name == "train":
+            values = [key for key in varied if not key.endswith("_target_")]
+            values = [key for key in values if not cfgs or _is_plain(_select(cfgs, key))]
+            cfgs, runs = _compose_alike(expanded, values, where, problems)
         else:
-            if name == "train":
-                plain = [
-                    key
-                    for key in varied
-                    if not key.endswith("_target_") and (not cfgs or _is_plain(_asked(cfgs, key)))
-                ]
-                cfgs, of_sweep = _composed_alike(runs, plain, where, problems)
-            else:
-                cfgs = _composed(runs, where, problems)
+            cfgs = _compose(expanded, where, problems)
         empty = [o for o in overrides if sweeps(o) and not combinations([o], where["folder"], 1)]
-        problems += [f"{text}: stands for no value at all" for text in empty]
+        problems += [f"{text}: expands to no value" for text in empty]
     if problems:
         raise ConfigError(problems)
-    return Plan(cfgs, of_sweep, sweep, list(dict.fromkeys(varied)))
+    return Plan(cfgs, runs, sweep, list(dict.fromkeys(varied)))
 
 
 def show_config(arguments: argparse.Namespace, name: str) -> None:
-    """`--cfg`: print the config as it is used, with what can be applied of an invalid command line;
-    then raise ConfigError with all that is wrong."""
+    """`--cfg`: print the config, as far as it can be composed; ConfigError with all problems."""
     if problems := _flag_problems(arguments):
         raise ConfigError(problems)
-    root = arguments.config_name or name
     cfg, problems = config.compose_valid(
-        arguments.overrides, root, name, **places(arguments), types=False
+        arguments.overrides, arguments.config_name or name, name, **places(arguments), types=False
     )
     if cfg is None:
         raise ConfigError(problems)
@@ -121,7 +118,7 @@ def show_config(arguments: argparse.Namespace, name: str) -> None:
         raise ConfigError(problems)
 
 
-def _composed(
+def _compose(
     runs: Sequence[Sequence[str]], where: dict[str, Any], problems: list[str]
 ) -> list[DictConfig]:
     cfgs = []
@@ -133,20 +130,20 @@ def _composed(
     return cfgs
 
 
-def _composed_alike(
-    runs: Sequence[Sequence[str]],
+def _compose_alike(
+    expanded: Sequence[Sequence[str]],
     plain: Collection[str],
     where: dict[str, Any],
     problems: list[str],
-) -> tuple[list[DictConfig], list[Run]]:
-    """The runs of a sweep, and those of their configs that Hydra has composed.
+) -> tuple[list[DictConfig], list[ComposedRun]]:
+    """The runs of a sweep, and those of their configs that were composed by Hydra.
 
-    Hydra takes some 150 ms for each. So of runs that differ only in the values of `plain` options,
-    which have plain values in the config, it composes one; in copies of this the values are set.
+    Hydra takes about 150 ms per config. Of runs that differ only in the values of `plain` options,
+    it composes one; in copies of that config the values are replaced.
     """
-    cfgs, found, hopeless = list[DictConfig](), list[Run](), set[tuple[str, ...]]()
-    alike: dict[tuple[str, ...], tuple[bytes, Run, Sequence[str]]] = {}
-    for overrides in runs:
+    cfgs, runs, invalid = list[DictConfig](), list[ComposedRun](), set[tuple[str, ...]]()
+    alike: dict[tuple[str, ...], tuple[bytes, ComposedRun, Sequence[str]]] = {}
+    for overrides in expanded:
         values = {t: pair for t in overrides if (pair := _assigned(t)) and pair[0] in plain}
         kind = tuple(values[text][0] if text in values else text for text in overrides)
         if kind in alike:
@@ -158,24 +155,25 @@ def _composed_alike(
             for key in NOT_RUN_OPTIONS:
                 own.pop(key, None)
             typed = dict(zip(before, overrides, strict=True))
-            found.append(Run(own, [typed.get(text, text) for text in like.typed], like.choices))
-        elif kind not in hopeless:
-            composed = _composed([overrides], where, new := list[str]())
+            texts = [typed.get(text, text) for text in like.typed]
+            runs.append(ComposedRun(own, texts, like.choices))
+        elif kind not in invalid:
+            composed = _compose([overrides], where, new := list[str]())
             if new and not set(new) - set(problems):
-                hopeless.add(kind)  # the others have the same problems
+                invalid.add(kind)  # the others have the same problems
             problems += new
             for cfg in composed:
                 cfgs.append(cfg)
-                found.append(Run.of(cfg))
+                runs.append(ComposedRun.of(cfg))
                 own = config.without_hydra(cfg)
                 if all(OmegaConf.select(own, key) == value for key, value in values.values()):
-                    alike[kind] = pickle.dumps(own), found[-1], overrides
-    return cfgs, found
+                    alike[kind] = pickle.dumps(own), runs[-1], overrides
+    return cfgs, runs
 
 
 @cache
 def _assigned(text: str) -> tuple[str, Any] | None:
-    """The option and the value of an override, if that is a plain one."""
+    """The option and the value of an override with a plain value."""
     try:
         value = parsed(text).value()
     except HydraException:
@@ -189,12 +187,12 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _asked(cfgs: Sequence[DictConfig], option: str) -> Any:
+def _select(cfgs: Sequence[DictConfig], option: str) -> Any:
     return OmegaConf.select(cfgs[0], option) if cfgs else None
 
 
 def _flag_problems(arguments: argparse.Namespace) -> list[str]:
-    """Flags of Hydra's that name nothing, contradict each other, or run what they are given."""
+    """Problems of Hydra's flags: missing folders, contradictions, unsafe ones."""
     problems = []
     for flag in ("config_path", "config_dir"):
         given = getattr(arguments, flag)
@@ -204,17 +202,11 @@ def _flag_problems(arguments: argparse.Namespace) -> list[str]:
         problems.append("--config-name=: must name a root config")
     if arguments.experimental_rerun is not None:
         problems.append("--experimental-rerun: unpickles a file, which may run anything; leave out")
-    if arguments.resolve and not arguments.cfg:
-        problems.append("--resolve: goes with --cfg")
-    if arguments.package is not None and not arguments.cfg:
-        problems.append("--package: goes with --cfg")
-    modes = {
-        "--run": arguments.run,
-        "-m": arguments.multirun,
-        "--cfg": arguments.cfg,
-        "--info": arguments.info,
-        "--shell-completion": arguments.shell_completion,
-    }
-    if len(given := [flag for flag, on in modes.items() if on]) > 1:
+    for flag in ("resolve", "package"):
+        if getattr(arguments, flag) and not arguments.cfg:
+            problems.append(f"--{flag}: requires --cfg")
+    modes = {"--run": "run", "-m": "multirun", "--cfg": "cfg", "--info": "info"}
+    modes["--shell-completion"] = "shell_completion"
+    if len(given := [flag for flag, name in modes.items() if getattr(arguments, name)]) > 1:
         problems.append(f"{' '.join(given)}: only one of them at a time")
     return problems

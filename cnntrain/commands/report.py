@@ -1,4 +1,4 @@
-"""`cnntrain report`: the ranked table of a folder of runs, and a page with pictures."""
+"""`cnntrain report`: the ranking of a folder of runs on the terminal, and the report's files."""
 
 import logging
 import sys
@@ -7,8 +7,7 @@ from pathlib import Path
 from cnntrain.commands.app import exit_with_problems, short
 from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.errors import format_os_error, unknown
-from cnntrain.sweeps.collect import Collection, collect
-from cnntrain.sweeps.record import METRICS
+from cnntrain.sweeps.records import METRICS, Collection, collect
 
 OPTIONS = ("metric", "out")
 HELP = f"""\
@@ -19,11 +18,11 @@ cnntrain report FOLDER [option=value ...]
   cnntrain report outputs/sweeps/compare             finished or not
   cnntrain report outputs metric=val/loss            any folder with runs below it
 
-Members that differ only in the seed are one group: mean, standard deviation, and whether chance
-explains the difference to the best. FOLDER/report/ holds report.html, report.md and report.csv.
+Runs that differ only in the seed are one group: mean, standard deviation, and Welch's t-test
+against the best group. FOLDER/report/ holds report.html, report.md and report.csv.
 
 == Options ==
-metric: what ranks; by default the sweep's: {", ".join(METRICS)}
+metric: for the ranking; by default the sweep's: {", ".join(METRICS)}
         (accuracies: the highest first; losses: the lowest)
 out:    a folder for the report's files instead of FOLDER/report
 """
@@ -33,16 +32,15 @@ def main() -> None:
     if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
         print(HELP, end="")
         sys.exit(0 if sys.argv[1:] else 2)
-    logging.getLogger("cnntrain.config.resume").setLevel(logging.ERROR)  # the report tells of it
+    logging.getLogger("cnntrain.config.resume").setLevel(logging.ERROR)  # also in the report
     try:
-        folder, options = _parsed(sys.argv[1:])
+        folder, options = _parse(sys.argv[1:])
         collection = collect(folder, options.get("metric"))
         done = [member for member in collection.members if member.status == "completed"]
-        if done and not any(collection.metric in member.metrics for member in done):
-            known = [m for m in METRICS if any(m in member.metrics for member in done)]
-            raise ConfigError(
-                [f"metric={collection.metric}: no run has it; there is {', '.join(known)}"]
-            )
+        known = [m for m in METRICS if any(m in member.metrics for member in done)]
+        if done and collection.metric not in known:
+            problem = f"metric={collection.metric}: no run has it; there is {', '.join(known)}"
+            raise ConfigError([problem])
     except ConfigError as error:
         exit_with_problems(error)
     except OSError as error:
@@ -52,36 +50,31 @@ def main() -> None:
 
 
 def _report(collection: Collection, out: Path) -> None:
-    """The files first, as whoever reads the table may stop reading; but the table in any case."""
+    """Write the files, then print the table, in a pipe whose reader may stop early."""
     from cnntrain.sweeps.report import write_report
-    from cnntrain.sweeps.switches import print_switches
-    from cnntrain.sweeps.tables import print_ranked
+    from cnntrain.sweeps.tables import print_effects, print_ranked
 
     files, problem = [], None
     try:
         files = write_report(collection, out)
     except OSError as error:
-        problem = error
+        problem = f"cnntrain: {format_os_error(error)}; out=<folder> writes elsewhere"
     print_ranked(collection)
-    print_switches(collection)
+    print_effects(collection)
     if problem:
-        print(
-            f"cnntrain: {format_os_error(problem)}; out=<folder> writes elsewhere", file=sys.stderr
-        )
+        print(problem, file=sys.stderr)
         sys.exit(1)
     print("\n" + "\n".join(short(file) for file in files))
 
 
-def _parsed(arguments: list[str]) -> tuple[Path, dict[str, str]]:
-    """The folder and the options; ConfigError with all that is wrong."""
+def _parse(arguments: list[str]) -> tuple[Path, dict[str, str]]:
+    """The folder and the options. ConfigError with all problems."""
     folders, options, problems = [], {}, []
     for text in arguments:
         name, equals, value = text.partition("=")
-        if Path(text).is_dir():  # a member's folder has = in its name
-            folders.append(text)
-        elif text.startswith("-"):
+        if text.startswith("-") and not Path(text).is_dir():
             problems.append(f"{text}: options have no dashes: metric=val/loss")
-        elif not equals or "/" in name:
+        elif Path(text).is_dir() or not equals or "/" in name:  # a member's folder has = in it
             folders.append(text)
         elif name not in OPTIONS:
             problems.append(f"{text}: {unknown('report has', 'option', name, OPTIONS)}")

@@ -1,62 +1,114 @@
-"""Processes for the members of a sweep: their server, and SIGINT in a launcher's workers."""
+"""Member processes: each member of a sweep runs in a process of its own, under any launcher.
+
+No device memory, random generator or import passes from one member to the next. The sweep's process
+imports no torch; on POSIX, members are forked from a server that has imported it.
+"""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
 import site
+import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
-from multiprocessing import resource_tracker
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
-# Where processes can be had from a server that has torch imported; Windows has none.
-STANDARD = multiprocessing.get_all_start_methods()
-METHOD = "forkserver" if "forkserver" in STANDARD else "spawn"
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
+from omegaconf import DictConfig, OmegaConf
+
+from cnntrain.atomic import write_json
+from cnntrain.config import ConfigError, adapt_types, config_hash
+from cnntrain.config.resume import (
+    RESULT,
+    add_checksum,
+    holds_another_run,
+    is_running,
+    read_result,
+    result_with_status,
+    run_options,
+)
+from cnntrain.interruption import Interrupted, interruption, watching
+from cnntrain.sweeps.records import METRICS, history
+from cnntrain.terminal import output
+
+STOP_FILE = ".stop"  # in the sweep's folder: no further members are started,
+SAVE_AND_EXIT = "leave"  # and with this content running members save and exit
+LOG = "train.log"
+POLL_INTERVAL = 0.2  # seconds
+FINISHED = ("completed", "failed", "interrupted", "pruned")
+START_METHODS = multiprocessing.get_all_start_methods()
+METHOD = "forkserver" if "forkserver" in START_METHODS else "spawn"  # Windows has no forkserver
 PROCESSES: Any = multiprocessing.get_context(METHOD)
 
 
-def prepare_processes() -> None:
-    """Start the server that members' processes come from, which takes it seconds, ahead of need."""
-    if METHOD == "forkserver":
-        from multiprocessing import forkserver
+@dataclass(frozen=True)
+class MemberJob:
+    """The arguments of a member's process."""
 
-        PROCESSES.set_forkserver_preload(["cnntrain.sweeps.preload"])
-        # It is to import this very code, which need not be what is installed.
-        root, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
-        if root not in site.getsitepackages():
-            os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
-        with sigint_blocked():
-            forkserver.ensure_running()
-        os.environ.pop("PYTHONPATH", None)
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+    config: dict[str, Any]
+    directory: Path
+    overrides: list[str]
+    hparams: dict[str, Any]  # the varying options
+    logging: dict[str, Any]
+    threads: int | None
+    cwd: str
+    trial: int | None
+    environment: dict[str, str]
 
 
-@contextlib.contextmanager
-def sigint_blocked() -> Iterator[None]:
-    """Processes started within do not receive SIGINT until they unblock it; this one does later."""
-    if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # unblocks SIGINT when it starts
-    mask_sigint("SIG_BLOCK")
-    try:
-        yield
-    finally:
-        mask_sigint("SIG_UNBLOCK")
+@dataclass(frozen=True)
+class MemberTask:
+    """Hydra task function that runs a member; picklable, for launchers with other processes.
+
+    Returns when result.json records how the member ended; errors of the member are not raised.
+    """
+
+    sweep_pid: int
+    cwd: str  # of the command
+    threads: int | None
+    fail_fast: bool
+    hparams: dict[str, dict[str, Any]]  # by the name of the member's directory
+    trials: dict[str, int]  # numbers of a search's trials, by the same
+
+    def __call__(self, cfg: DictConfig) -> None:
+        hydra = HydraConfig.get()
+        directory = Path(hydra.runtime.output_dir)
+        if os.getpid() != self.sweep_pid:  # a launcher's worker
+            os.chdir(self.cwd)
+            _exit_with_launcher()
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                # The worker waits until its member has saved.
+                signal.signal(signal.SIGINT, lambda s, _: setattr(interruption, "received", s))
+            mask_sigint("SIG_UNBLOCK")
+        adapt_types(cfg, hydra)
+        config: Any = OmegaConf.to_container(run_options(cfg), resolve=True)
+        logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
+        hparams, trial = self.hparams.get(directory.name, {}), self.trials.get(directory.name)
+        typed, environment = [*hydra.overrides.task], dict(os.environ)
+        _run(
+            MemberJob(
+                config, directory, typed, hparams, logs, self.threads, self.cwd, trial, environment
+            )
+        )
+        # Here and not in the sweep's process, which might only see it after the next has started.
+        if self.fail_fast and (read_result(directory) or {}).get("status") == "failed":
+            (directory.parent / STOP_FILE).touch()
 
 
-def mask_sigint(how: str) -> None:
-    if hasattr(signal, "pthread_sigmask"):  # Windows has none
-        signal.pthread_sigmask(getattr(signal, how), [signal.SIGINT])
+class InterruptibleJobs(list[list[str]]):
+    """The members' overrides; a launcher iterating over them gets no more once `stop` exists.
 
-
-class JobsUntilStopped(list[list[str]]):
-    """The overrides of members; a launcher that iterates over them gets no more once there is the
-    file `stop`.
-
-    One that starts `workers` has them start with SIGINT blocked, which would end them with a
-    traceback while they import; `MemberTask` unblocks it. Blocked anew for each job, as loky's
-    resource tracker unblocks it when it starts.
+    A launcher's workers are started with SIGINT blocked, as it would end them with a traceback
+    while they import; MemberTask unblocks it. It is blocked again for each job because loky's
+    resource tracker unblocks it.
     """
 
     def __init__(self, jobs: Iterable[list[str]], stop: Path, *, workers: bool):
@@ -70,3 +122,185 @@ class JobsUntilStopped(list[list[str]]):
             if self.workers:
                 mask_sigint("SIG_BLOCK")
             yield job
+
+
+def start_server() -> None:
+    """Start the server from which members are forked; its imports take seconds."""
+    if METHOD == "forkserver":
+        from multiprocessing import forkserver
+
+        PROCESSES.set_forkserver_preload(["cnntrain.training"])
+        # Before Python 3.12 the server does not get sys.path: it might import an installed copy.
+        root, paths = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")
+        if root not in [*site.getsitepackages(), *paths.split(os.pathsep)]:
+            os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{paths}" if paths else root
+        # Blocked while the server imports; multiprocessing ignores it there afterwards.
+        with sigint_blocked():
+            forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def sigint_blocked() -> Iterator[None]:
+    """Block SIGINT in processes started within; in this one it is delivered afterwards."""
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # unblocks SIGINT when it starts
+    mask_sigint("SIG_BLOCK")
+    try:
+        yield
+    finally:
+        mask_sigint("SIG_UNBLOCK")
+
+
+def mask_sigint(how: str) -> None:
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(getattr(signal, how), [signal.SIGINT])
+
+
+def result_version(directory: Path) -> tuple[int, int] | None:
+    """Differs after each write of result.json; None without one."""
+    try:
+        found = (directory / RESULT).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_ino
+
+
+def record_failure(directory: Path, config: Any, reason: str) -> None:
+    """Write the result.json of a run that could not write it itself."""
+    cfg = OmegaConf.create(config)
+    facts = {"status": "failed", "config_hash": config_hash(cfg), "seed": cfg.seed}
+    rows = history(directory)
+    metrics = {k: v for k, v in rows[-1].items() if k in METRICS} if rows else {}
+    directory.mkdir(parents=True, exist_ok=True)
+    result = {**facts, "metrics": metrics, "epochs": len(rows), "error": reason}
+    write_json(directory / RESULT, add_checksum(result))
+
+
+@cache
+def _exit_with_launcher() -> None:
+    """End a launcher's worker when its parent is gone; loky's would wait forever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_INTERVAL)
+        os._exit(1)  # the member notices, saves and exits
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(job: MemberJob) -> None:
+    """Run a member until its result.json records how it ended.
+
+    Waits first for a process that trains in its directory: a cluster's job of an earlier sweep.
+    """
+    directory, stop = job.directory, job.directory.parent / STOP_FILE
+    own_hash = config_hash(OmegaConf.create(job.config))
+    while True:
+        while not stop.exists() and is_running(directory):
+            time.sleep(POLL_INTERVAL)
+        if stop.exists() or interruption.received is not None:
+            return
+        if result_with_status(directory, own_hash) or holds_another_run(
+            directory, own_hash
+        ):  # since the start
+            return
+        before = result_version(directory)
+        reason = _run_process(job, stop)
+        if not is_running(directory):  # else another process has taken the directory's lock
+            break
+    if stop.exists() or interruption.received is not None:  # it may have exited before it began
+        return
+    result = read_result(directory) or {}
+    if result_version(directory) == before or result.get("status") not in FINISHED:
+        record_failure(directory, job.config, reason)
+
+
+def _run_process(job: MemberJob, stop: Path) -> str:
+    """Train in a new process, which the stop file may end; returns the reason of a failure."""
+    start_server()
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *START_METHODS):
+        multiprocessing.set_start_method(METHOD, force=True)  # loky's is unknown to the child
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_main, args=(job, sender), name=job.directory.name)
+    try:
+        process.start()
+    except (EOFError, ConnectionError):
+        return "the server of members' processes has ended"
+    finally:
+        sender.close()
+    terminated = False
+    while process.is_alive():
+        process.join(POLL_INTERVAL)
+        if not terminated and stop.exists() and stop.read_text(encoding="utf-8") == SAVE_AND_EXIT:
+            process.terminate()  # SIGTERM: it saves a checkpoint and its result.json
+            terminated = True
+    try:
+        return str(receiver.recv())
+    except EOFError:
+        return _exit_reason(process.exitcode)
+
+
+def _exit_reason(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = " (by the system, if memory ran out)" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}"
+    return f"its process ended with exit code {exit_code}; its {LOG} may say why"
+
+
+def _main(job: MemberJob, reason: Any) -> None:
+    """The member's process; `reason` is a pipe for the message of an error."""
+    os.environ.clear()
+    os.environ.update(job.environment)
+    os.chdir(job.cwd)
+    log = os.open(job.directory / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for standard in (1, 2):  # what libraries print, and tracebacks
+        os.dup2(log, standard)
+    os.close(log)
+    sys.stdout, sys.stderr = output(1, "utf-8"), output(2, "utf-8")
+    with watching("leave"):
+        mask_sigint("SIG_UNBLOCK")
+        _exit_with_parent()
+        configure_log(OmegaConf.create(job.logging), False)
+        root = logging.getLogger()  # its own handler writes to the log already
+        root.handlers = [h for h in root.handlers if getattr(h, "stream", None) is not sys.stdout]
+        try:
+            _train(job)
+        except Interrupted as error:
+            os._exit(error.exit_code)
+        except ConfigError as error:
+            reason.send("; ".join(error.problems))
+            sys.exit(2)
+        except Exception as error:
+            reason.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            raise  # its traceback goes to the log
+
+
+def _train(job: MemberJob) -> None:
+    import torch
+
+    from cnntrain.training.run import Pruned, run_training
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    callbacks = []
+    if job.trial is not None:
+        from cnntrain.sweeps.search_sweep import pruning_callback
+
+        callbacks.append(pruning_callback(job.directory.parent, job.trial))
+    with contextlib.suppress(Pruned):  # recorded in result.json
+        run_training(OmegaConf.create(job.config), job.directory, resume=True,
+                     overrides=job.overrides, labels=job.hparams, callbacks=callbacks)  # fmt: skip
+
+
+def _exit_with_parent() -> None:
+    """Save and exit when the parent process is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

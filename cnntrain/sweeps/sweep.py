@@ -1,40 +1,50 @@
-"""Many runs from one command line, on any of Hydra's launchers."""
+"""Sweep: the runs of one command line with several values, on any of Hydra's launchers."""
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, Literal
 
 from pydantic import PositiveInt
 
 from cnntrain.config import quoted
-from cnntrain.config.resume import is_running, result_with_status
+from cnntrain.config.resume import is_running, read_result, result_with_status
 from cnntrain.interruption import interruption
-from cnntrain.sweeps.collect import Collection, collect, write_csv
-from cnntrain.sweeps.folder import SweepFolder
-from cnntrain.sweeps.hparams import cell, write_schema
-from cnntrain.sweeps.member import LEAVE, STOP, MemberTask, record_failure
-from cnntrain.sweeps.members import Planned, Run, planned
-from cnntrain.sweeps.progress import LOOK, Progress
-from cnntrain.sweeps.record import Member, read_member
+from cnntrain.sweeps.members import ComposedRun, PlannedMember, SweepFolder, plan_members
+from cnntrain.sweeps.processes import (
+    FINISHED,
+    LOG,
+    POLL_INTERVAL,
+    SAVE_AND_EXIT,
+    STOP_FILE,
+    MemberTask,
+    record_failure,
+    result_version,
+)
+from cnntrain.sweeps.records import collect
+from cnntrain.sweeps.tables import hparam_value, write_hparams_schema, write_member_csv
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss", "test/acc", "test/loss"]
-Launch = Callable[[list[list[str]], MemberTask], None]
-Say = Callable[[str], None]
+Launch = Callable[[list[list[str]], MemberTask], None]  # a launcher, called with overrides
+Print = Callable[[str], None]
 
 CSV = "sweep.csv"
-SHARE = 50  # sweep.csv is written for at most this part of the time
-FINAL = ("completed", "failed", "pruned")  # what a member is until it is run again
+CSV_INTERVAL = 50  # seconds between two writes of sweep.csv, per second that one takes
 
 
 class Sweep:
-    """How a sweep goes about its members: the node `sweep` of a config.
+    """Options of a sweep.
 
-    `name` is that of its folder, `metric` what ranks, `threads` those of PyTorch in each member on
-    the CPU (None: its own choice, with which numbers differ from machine to machine), and with
-    `fail_fast` no more members begin once one has failed.
+    Args:
+        name: Of its folder; default: the time, or the name of the search.
+        metric: For the ranking.
+        threads: CPU threads of PyTorch in each member. With None PyTorch chooses, and results
+            differ between machines.
+        fail_fast: Start no further members once one has failed.
     """
 
     def __init__(
@@ -49,49 +59,65 @@ class Sweep:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What sweep.yaml says of these."""
+        """The entries in sweep.yaml."""
         mode = "max" if self.metric.endswith("acc") else "min"
         return {"metric": self.metric, "mode": mode}
 
 
-class Sweeping:
-    """A sweep under way: the members of one command line in the sweep's folder.
+class GridSweep:
+    """The sweep over given runs.
 
-    Making one writes nothing. Raises ConfigError if the folder belongs to a sweep with another
-    base config, with the difference.
+    Construction writes nothing. Raises ConfigError if the folder belongs to a sweep with another
+    base config, with the differences.
     """
 
-    def __init__(self, folder: Path, options: Sweep, runs: Sequence[Run], varied: Iterable[str]):
+    def __init__(
+        self, folder: Path, options: Sweep, runs: Sequence[ComposedRun], varied: Iterable[str]
+    ):
         self.folder, self.options = SweepFolder(folder), options
         keys = list(dict.fromkeys([*self.folder.sheet["over"], *varied]))
-        self.members = self.folder.extend(planned(runs, keys), keys)
+        self.members = self.folder.extend(plan_members(runs, keys), keys)
         self.pending = [
             m
             for m in self.members
             if not result_with_status(self.folder.directory(m.name), m.config_hash)
         ]
 
-    def run(self, launch: Launch, say: Say) -> "Outcome":
-        """Run what is not completed; raises no error of a member's.
+    @property
+    def size(self) -> str:
+        done = len(self.members) - len(self.pending)
+        return f"{len(self.members)} members" + (f", {done} completed before" if done else "")
 
-        Raises ConfigError if another process runs the same sweep, and Interrupted when a signal
-        has asked to stop and the members have saved.
+    def run(self, launch: Launch, write: Print) -> "SweepRunner":
+        """Run the members that are not completed; their errors are not raised.
+
+        Raises ConfigError if another process runs the same sweep, and Interrupted after a signal,
+        when the members have saved.
         """
         with self.folder.locked():
             self.folder.write(**self.options.facts)
             over = self.folder.sheet["over"]
-            write_schema(self.folder.path, over)
-            total, pending = len(self.members), len(self.pending)
-            outcome = Outcome(self.folder, self.options, over, total, total - pending, say)
-            outcome.add(self.members)
+            write_hparams_schema(self.folder.path, over)
+            total, done = len(self.members), len(self.members) - len(self.pending)
+            runner = SweepRunner(self.folder, self.options, over, total, done, write)
+            runner.write_csv()
             if self.pending:
-                outcome.run(self.pending, launch)
-            outcome.write()
-            return outcome
+                runner.run(self.pending, launch)
+            runner.write_csv()
+            return runner
 
 
-class Outcome:
-    """What has become of the members so far, told and written down as it comes."""
+class SweepRunner:
+    """Runs members on a launcher; prints a line as each ends and keeps sweep.csv up to date.
+
+    It watches the members' directories, so a launcher need not report anything and may use machines
+    that share only the disk.
+
+    Args:
+        columns: The varying options and their values.
+        total: Number of members in all, of which `done` are completed.
+        write: Prints a line.
+    """
 
     def __init__(
         self,
@@ -100,128 +126,156 @@ class Outcome:
         columns: Mapping[str, Sequence[Any]],
         total: int,
         done: int,
-        say: Say,
+        write: Print,
     ):
-        """`columns` are the options that vary, with their values; `total` members are to be run in
-        all, of which `done` are."""
-        self.folder, self.options, self.columns, self.say = folder, options, columns, say
-        self.progress = Progress(
-            folder.path,
-            options.metric,
-            total,
-            done,
-            say,
-            lambda name: self.unread.add(name),
-            self._while_waiting,
-        )
-        self.stop = folder.path / STOP
-        self.stop.unlink(missing_ok=True)
-        self.passed_on = False
-        self.collection: Collection | None = None
-        self.unread: set[str] = set()  # members that have ended since sweep.csv was written
-        self.next_write = 0.0  # on the clock of time.monotonic
+        self.folder, self.options, self.columns, self.write = folder, options, columns, write
+        self.total, self.done = total, done
+        self.waiting: dict[str, tuple[int, int] | None] = {}  # version of the earlier result.json
+        self.results: dict[str, dict[str, Any]] = {}  # the last of each member
+        self.findings: list[str] = []  # of a search
+        self.started = time.monotonic()
+        self.stop = folder.path / STOP_FILE
+        self.stop_requested = False
+        self.csv_outdated, self.next_csv = False, 0.0
 
     @property
     def failed(self) -> dict[str, str]:
-        """What the members that failed in this process's time died of, by name."""
-        found = self.progress.results.items()
+        """Errors of the failed members, by name."""
+        found = self.results.items()
         return {name: str(r.get("error")) for name, r in found if r["status"] == "failed"}
 
     @property
     def unfinished(self) -> list[str]:
-        """Members that have not come to their end: interrupted, not begun, or run elsewhere."""
-        return [*self.progress.waiting]
+        """Members that were interrupted or have not started."""
+        return [*self.waiting]
 
-    def run(self, members: Sequence[Planned], launch: Launch) -> None:
-        """Run members on a launcher, until each has a result.json or the launcher gives up."""
-        labels = {
-            member.name: {key: cell(v, self.columns[key]) for key, v in member.values.items()}
+    def run(self, members: Sequence[PlannedMember], launch: Launch) -> None:
+        """Run members until each has a result.json or the launcher has ended."""
+        hparams = {
+            member.name: {k: hparam_value(v, self.columns[k]) for k, v in member.values.items()}
             for member in members
         }
         trials = {m.name: m.trial for m in members if m.trial is not None}
-        options = self.options
+        options, parent = self.options, str(self.folder.path.absolute())
         task = MemberTask(
-            os.getpid(), os.getcwd(), options.threads, options.fail_fast, labels, trials
+            os.getpid(), os.getcwd(), options.threads, options.fail_fast, hparams, trials
         )
         jobs = [
             [
                 *member.run.typed,
-                f"hydra.sweep.dir={quoted(str(self.folder.path.absolute()))}",
+                f"hydra.sweep.dir={quoted(parent)}",
                 f"hydra.sweep.subdir={quoted(member.name)}",
             ]
             for member in members
         ]
-        problem = "its process ended without a word"
-        interruption.quiet = True  # `_while_waiting` reports what there is to wait for
+        reason = "its process ended without a result"
+        self.stop.unlink(missing_ok=True)
+        interruption.quiet = True  # `_poll` reports signals
         with interruption.answering("note"):
-            with self.progress.watching([member.name for member in members]):
+            with self._watching([member.name for member in members]):
                 try:
                     launch(jobs, task)
-                except Exception as error:  # of the launcher: what it runs raises none
-                    problem = " ".join(f"{type(error).__name__}: {error}".split())
-                    self.say(f"the launcher failed: {problem}")
-                self._wait_for_those_at_work()
+                except Exception as error:  # of the launcher; MemberTask raises none
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    self.write(f"the launcher failed: {reason}")
+                while self._running():  # of a launcher that has given up
+                    time.sleep(POLL_INTERVAL)
             if not self.stop.exists() and interruption.received is None:
-                self._bury(members, problem)
+                self._record_failures(members, reason)
             self.stop.unlink(missing_ok=True)
             interruption.quiet = False
             if interruption.received is not None:
-                self.write()
+                self.write_csv()
             interruption.check()
 
-    def add(self, members: Sequence[Planned]) -> None:
-        """Take further members, which sweep.yaml has, into sweep.csv."""
-        if self.collection is None:
-            self.write()
-        assert self.collection is not None
-        new = [m for m in members if m.name not in self.shown]
-        self.shown |= {m.name for m in new}
-        self.unread |= {m.name for m in new}
-        found = [Member(m.name, self.folder.directory(m.name), m.values, "pending") for m in new]
-        self.collection = replace(self.collection, members=(*self.collection.members, *found))
+    def check_results(self) -> None:
+        """Print a line for each member that has ended since the last call."""
+        for name, before in list(self.waiting.items()):
+            directory = self.folder.directory(name)
+            version = result_version(directory)
+            result = read_result(directory) if version != before else None
+            if result is None or result["status"] not in FINISHED:
+                continue
+            self.results[name], self.csv_outdated = result, True
+            if result["status"] == "interrupted":  # a cluster may start it again
+                self.waiting[name] = version
+            else:
+                del self.waiting[name]
+                self.done += 1
+            self.write(self._line(name, result))
 
-    def write(self) -> None:
-        """sweep.csv, a row for each member that the folder has ever had, as sweep.yaml names it."""
-        if self.collection is None:
-            self.collection = collect(self.folder.path)
-            self.shown = {member.name for member in self.collection.members}
-        started, unread = time.monotonic(), self.unread
-        self.unread = set()
-        members = tuple(
-            read_member(m.name, m.directory, dict(m.values))
-            if m.name in unread or m.status not in FINAL
-            else m
-            for m in self.collection.members
-        )
-        self.collection = replace(self.collection, members=members)
+    def write_csv(self) -> None:
+        """Write sweep.csv, with a row per member that the folder has ever had."""
+        started, self.csv_outdated = time.monotonic(), False
         try:
-            write_csv(self.collection, self.folder.path / CSV)
-        except OSError as error:  # the members' own records are what counts
-            self.say(f"{CSV}: {error.strerror}")
-        # The file has a row for each member: written for each that ends, it would take ever longer.
-        self.next_write = time.monotonic() + SHARE * (time.monotonic() - started)
+            write_member_csv(collect(self.folder.path), self.folder.path / CSV)
+        except OSError as error:  # the members' own records are complete
+            self.write(f"{CSV}: {error.strerror}")
+        self.next_csv = time.monotonic() + CSV_INTERVAL * (time.monotonic() - started)
 
-    def _while_waiting(self) -> None:
-        """Write what has changed, and pass a request to stop on to the members, wherever they are,
-        by a file that they see."""
-        if self.unread and time.monotonic() >= self.next_write:
-            self.write()
-        if interruption.received is not None and not self.passed_on:
-            self.stop.write_text(LEAVE, encoding="utf-8")
-            self.passed_on, interruption.quiet = True, False
-            if any(is_running(self.folder.directory(name)) for name in [*self.progress.waiting]):
-                self.say("\nrunning members save a checkpoint; Ctrl-C again leaves at once")
+    @contextlib.contextmanager
+    def _watching(self, names: list[str]) -> Iterator[None]:
+        """Poll these members in a thread, and once more at the end."""
+        self.waiting |= {name: result_version(self.folder.directory(name)) for name in names}
+        over = Event()
 
-    def _wait_for_those_at_work(self) -> None:
-        """A launcher that gives up, as one whose workers a signal has ended, leaves some."""
-        while any(is_running(self.folder.directory(name)) for name in [*self.progress.waiting]):
-            time.sleep(LOOK)
+        def watch() -> None:
+            while not over.wait(POLL_INTERVAL):
+                self._poll()
 
-    def _bury(self, members: Sequence[Planned], reason: str) -> None:
-        """Record what has ended without a word, with its machine or its launcher's process."""
+        thread = Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self.check_results()
+
+    def _poll(self) -> None:
+        """Report results, write sweep.csv, pass a signal on to the members through a file."""
+        self.check_results()
+        if self.csv_outdated and time.monotonic() >= self.next_csv:
+            self.write_csv()
+        if interruption.received is not None and not self.stop_requested:
+            self.stop.write_text(SAVE_AND_EXIT, encoding="utf-8")
+            self.stop_requested, interruption.quiet = True, False
+            if self._running():
+                self.write("\nrunning members save a checkpoint; Ctrl-C again leaves at once")
+
+    def _running(self) -> bool:
+        return any(is_running(self.folder.directory(name)) for name in [*self.waiting])
+
+    def _record_failures(self, members: Sequence[PlannedMember], reason: str) -> None:
+        """Record members whose machine or launcher ended without a result."""
         for member in members:
             directory, name = self.folder.directory(member.name), member.name
-            silent = name in self.progress.waiting and name not in self.progress.results
-            if silent and directory.exists():
+            if name in self.waiting and name not in self.results and directory.exists():
                 record_failure(directory, member.run.config, reason)
-        self.progress.look()
+        self.check_results()
+
+    def _line(self, name: str, result: dict[str, Any]) -> str:
+        status, metric = result["status"], self.options.metric
+        if status == "completed":
+            ending = f"{metric} {format_metric(metric, result['metrics'].get(metric))}"
+            ending += f", {result['timings']['seconds']:.0f} s"
+        elif status == "failed":
+            log, here = self.folder.directory(name) / LOG, Path.cwd()
+            log = log.relative_to(here) if log.is_relative_to(here) else log
+            ending = f"failed: {result.get('error')} ({log})"
+        else:
+            epochs = result.get("epochs", 0)
+            ending = f"{status} after {epochs} epoch{'s' * (epochs != 1)}"
+        width, remaining = len(str(self.total)), self.total - self.done
+        if status != "interrupted" and remaining > 0:
+            finished = len([name for name in self.results if name not in self.waiting])
+            each = (time.monotonic() - self.started) / finished
+            ending += f"; {timedelta(seconds=round(each * remaining))} left"
+        return f"[{self.done:>{width}}/{self.total}] {name}: {ending}"
+
+
+def format_metric(metric: str, value: float | None) -> str:
+    """91.20% for an accuracy, 0.2345 for a loss."""
+    if value is None:
+        return "none"
+    return f"{value:.2%}" if metric.endswith("acc") else f"{value:.4f}"

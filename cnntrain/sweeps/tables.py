@@ -1,16 +1,19 @@
-"""A ranking as a table: for the terminal, as Markdown, as CSV."""
+"""Tables of a sweep: the ranking on the terminal, sweep.csv, TensorBoard's HParams schema."""
 
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import stdev
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from cnntrain import terminal
-from cnntrain.sweeps.collect import Collection
+from cnntrain.atomic import replacing
 from cnntrain.sweeps.ranking import (
     DIFFERS,
     NOISE,
@@ -18,161 +21,191 @@ from cnntrain.sweeps.ranking import (
     TIE,
     Comparison,
     Group,
+    OptionEffect,
     Ranking,
+    option_effects,
     rank,
     short,
     text,
 )
-from cnntrain.sweeps.record import METRICS, plain
+from cnntrain.sweeps.records import METRICS, Collection, as_typed, is_number
 
 MOST_ROWS = 30  # on the terminal
-# Columns that a narrow terminal does without, the first one first; then the last options.
+# Columns left out on a narrow terminal, in this order; then options from the last one on.
 OPTIONAL = (
     *("train/acc", "train/loss", "val/loss", "seconds", "val/acc", "test/loss", "test/acc"),
     *("n", "− best", "verdict"),
 )
-SHOWN = ("val/acc", "test/acc", "train/acc", "val/loss")  # beside the metric that ranks
-FEW_SEEDS = "n = 1 in every row: nothing tells a difference from chance; add seeds (seed=0,1,2)."
-OF_THE_TEST = "Ranked on the test set: what is chosen by it has no unbiased test accuracy any more."
+SHOWN = ("val/acc", "test/acc", "train/acc", "val/loss")  # besides the ranking metric
+EFFECT_COLUMNS = ("option", "instead of", "effect", "pairs", "better in")
+FEW_SEEDS = (
+    "n = 1 in every row: differences cannot be distinguished from noise; add seeds (seed=0,1,2)."
+)
+TEST_SET = "Ranked on the test set: the test accuracy of a run selected by it is biased upwards."
 
 
 def print_ranked(collection: Collection) -> None:
-    """The groups, best first, the rule by which they are told apart, and what failed."""
+    """Print the ranked groups, the rule of the comparison, and the failed members."""
     ranking = rank(collection)
     needed = [collection.metric, *_titles(collection.options)]
     optional = [name for name in OPTIONAL if name not in needed] + needed[:1:-1]
     terminal.paragraph(f"{headline(ranking)}\n\n")
-    terminal.print_table(_table(ranking), optional, " or the report")
-    if (more := len(ranking.groups) - MOST_ROWS) > 0:
-        print(f"and {more} more")
-    terminal.paragraph(f"\n{note(ranking)}")
-    failed = [m for m in collection.members if m.status in ("failed", "damaged")]
-    lines = [f"{m.status}: {m.name}: {m.error or 'no reason is recorded'}" for m in failed]
-    for line in [*lines, *collection.problems]:  # a line each, for who searches or copies it
-        print(terminal.encodable(line))
-
-
-def _table(ranking: Ranking) -> Table:
-    """A line for each group."""
-    options = _titles(ranking.collection.options)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for title in columns(ranking):
         name = title.removesuffix(" %")
-        left = name in (*options, "n", "verdict")
+        left = name in (*_titles(collection.options), "n", "verdict")
         head = f"{name}\n{'%' if name != title else ''}"
         table.add_column(terminal.encodable(head), justify="left" if left else "right")
     for group, row in zip(ranking.groups, rows(ranking)[:MOST_ROWS], strict=False):
         cells = [Text(terminal.encodable(cell)) for cell in row]
         table.add_row(*cells, style="bold" if group is ranking.best else "")
-    return table
+    terminal.print_table(table, optional, " or the report")
+    if (more := len(ranking.groups) - MOST_ROWS) > 0:
+        print(f"and {more} more")
+    terminal.paragraph(f"\n{note(ranking)}")
+    for line in [*failures(collection), *collection.problems]:  # not wrapped: to be copied
+        print(terminal.encodable(line))
+
+
+def print_effects(collection: Collection) -> None:
+    """Print the effects of options with two values, if there are any."""
+    metric = collection.metric
+    if not (found := option_effects(rank(collection))):
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for i, title in enumerate(EFFECT_COLUMNS):
+        table.add_column(title, justify="right" if i > 1 else "left")
+    for effect in found:
+        table.add_row(*(Text(terminal.encodable(cell)) for cell in effect_row(effect, metric)))
+    print("\nEffect of each option\n")
+    terminal.print_table(table, ("better in", "pairs"), " or the report")
+    terminal.paragraph(f"\n{effects_note(metric)}")
 
 
 def headline(ranking: Ranking) -> str:
-    """The answer in a sentence."""
+    """The result in one sentence."""
     collection, best = ranking.collection, ranking.best
     counts = ", ".join(f"{n} {status}" for status, n in collection.counts.items())
     if best is None:
         return f"{collection.name}: no completed member has {collection.metric} yet ({counts})"
     metric = collection.metric
     named = f"best by {metric} is {best.label}" if len(ranking.groups) > 1 else metric
-    said = f"{collection.name}: {named}, {value(metric, best)}"
-    said += unit(metric) + (f" (n = {best.n})" if best.n > 1 else "")
+    sentence = f"{collection.name}: {named}, {value(metric, best)}"
+    sentence += unit(metric) + (f" (n = {best.n})" if best.n > 1 else "")
     verdicts = Counter(g.against.verdict for g in ranking.groups if g.against)
     alike = verdicts[NOISE] + verdicts[TIE]
     if alike:
-        said += f"; {alike} other{'s are' if alike > 1 else ' is'} within noise of it"
+        sentence += f"; {alike} other{'s are' if alike > 1 else ' is'} within noise of it"
     elif verdicts[DIFFERS] == len(ranking.ranked) - 1 > 0:
-        said += "; every other differs from it by more than noise"
+        sentence += "; every other differs from it by more than noise"
     members = len(collection.members)
-    return f"{said}. {members} member{'s' if members > 1 else ''}: {counts}."
+    return f"{sentence}. {members} member{'s' if members > 1 else ''}: {counts}."
 
 
 def note(ranking: Ranking) -> str:
-    """The rule by which groups are told apart, or why none are."""
-    said = f"Mean ± standard deviation over n seeds, best first. {RULE}"
+    """The rule by which groups are compared, or why none are."""
+    sentence = f"Mean ± standard deviation over n seeds, best first. {RULE}"
     if not _tested(ranking):
-        said = FEW_SEEDS if len(ranking.ranked) > 1 else "There is nothing to compare with yet."
-    return f"{said} {OF_THE_TEST}" if ranking.collection.metric.startswith("test") else said
+        sentence = FEW_SEEDS if len(ranking.ranked) > 1 else "There is nothing to compare with yet."
+    test = ranking.collection.metric.startswith("test")
+    return f"{sentence} {TEST_SET}" if test else sentence
 
 
 def columns(ranking: Ranking) -> list[str]:
     """The titles of `rows`."""
-    metric = ranking.collection.metric
-    metrics = [f"{name}{unit(name)}" for name in [metric, *_others(ranking)]]
-    verdict = ["verdict"] if _told(ranking) else []
-    options = _titles(ranking.collection.options)
-    return ["#", *options, *metrics, "seconds", "− best", "n", *verdict]
+    metrics = [f"{name}{unit(name)}" for name in [ranking.collection.metric, *_others(ranking)]]
+    verdict = ["verdict"] if _verdicts(ranking) else []
+    return ["#", *_titles(ranking.collection.options), *metrics, "seconds", "− best", "n", *verdict]
 
 
 def rows(ranking: Ranking) -> list[list[str]]:
-    """A row of text for each group: rank, options, means, difference to the best, n, verdict."""
+    """A row per group: rank, options, means, seconds, difference to the best, n, verdict."""
     metric = ranking.collection.metric
-    found = []
-    for i, group in enumerate(ranking.groups, 1):
-        options = [
-            text(group.values[o]) if o in group.values else "–" for o in ranking.collection.options
+    return [
+        [
+            str(i) if g.samples else "–",
+            *(text(g.values[o]) if o in g.values else "–" for o in ranking.collection.options),
+            value(metric, g),
+            *(number(name, g.means.get(name)) for name in _others(ranking)),
+            duration(g.seconds, g.seconds_deviation),
+            difference(metric, g.against.difference) if g.against else "",
+            str(g.n) if g.n == g.planned else f"{g.n} of {g.planned}",
+            *([_verdict(ranking, g)] if _verdicts(ranking) else []),
         ]
-        others = [number(name, group.means.get(name)) for name in _others(ranking)]
-        found.append(
-            [
-                str(i) if group.samples else "–",
-                *options,
-                value(metric, group),
-                *others,
-                duration(group.seconds, group.seconds_deviation),
-                difference(metric, group.against),
-                count(group),
-                *([verdict(ranking, group)] if _told(ranking) else []),
-            ]
-        )
-    return found
+        for i, g in enumerate(ranking.groups, 1)
+    ]
 
 
-def markdown(collection: Collection) -> str:
-    """The ranked table as Markdown."""
-    ranking = rank(collection)
-    table = markdown_table(columns(ranking), rows(ranking))
-    failed = [
-        f"- {m.status}: `{m.name}`: {_escaped(m.error or 'no reason is recorded')}"
+def effect_row(effect: OptionEffect, metric: str) -> list[str]:
+    """Cells for EFFECT_COLUMNS, in percentage points of accuracy or nats."""
+    return [
+        f"{effect.option}={text(effect.value)}",
+        text(effect.instead),
+        f"{difference(metric, effect.gain)} ± {number(metric, stdev(effect.gains))}",
+        str(len(effect.gains)),
+        str(sum(gain > 0 for gain in effect.gains)),
+    ]
+
+
+def effects_note(metric: str) -> str:
+    return (
+        f"{metric}, in {'percentage points' if metric.endswith('acc') else 'nats'}: the mean "
+        "difference ± its standard deviation over pairs of members that differ in nothing else."
+    )
+
+
+def failures(collection: Collection) -> list[str]:
+    """A line per failed or damaged member."""
+    return [
+        f"{m.status}: {m.name}: {m.error or 'no reason is recorded'}"
         for m in collection.members
         if m.status in ("failed", "damaged")
     ]
-    parts = [f"# {collection.name}", _escaped(headline(ranking)), table, note(ranking)]
-    parts += ["\n".join(failed)] if failed else []
-    return "\n\n".join([*parts, *collection.problems]) + "\n"
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as they are to be read."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+def write_member_csv(collection: Collection, path: Path) -> None:
+    """Write a row per member: status, varying options, metrics, seconds, directory, error."""
+    options = list(collection.over)
+    if any("seed" in member.values for member in collection.members) and "seed" not in options:
+        options.append("seed")
+    head = ["status", *options, *METRICS, "seconds", "epochs", "directory", "error"]
+    table: list[list[Any]] = [head]
+    for m in collection.members:
+        values = [as_typed(m.values[o]) if o in m.values else "" for o in options]
+        metrics = [m.metrics.get(name, "") for name in METRICS]
+        table.append([m.status, *values, *metrics, m.seconds, m.epochs, m.name, m.error])
+    with replacing(path) as file:
+        file.write(csv_text(table).encode())
 
 
-def group_csv(collection: Collection) -> str:
-    """A row per group, numbers as they are: accuracies from 0 to 1, losses in nats, seconds."""
-    ranking, options = rank(collection), collection.options
-    out = io.StringIO(newline="")
-    writer = csv.writer(out)
-    spread = [f"{metric} {what}" for metric in METRICS for what in ("mean", "std")]
-    against_best = ["difference", "p", "verdict"]
-    writer.writerow(["rank", *options, "n", "members", *spread, "seconds", *against_best])
-    for i, group in enumerate(ranking.groups, 1):
-        against = group.against
-        numbers = [d.get(m) for m in METRICS for d in (group.means, group.deviations)]
-        writer.writerow(
-            [
-                i if group.samples else "",
-                *(plain(group.values[o]) if o in group.values else "" for o in options),
-                group.n,
-                len(group.members),
-                *numbers,
-                group.seconds,
-                against.difference if against else "",
-                against.p if against else "",
-                "best" if group is ranking.best else against.verdict if against else "",
-            ]
-        )
-    return out.getvalue()
+def write_hparams_schema(folder: Path, over: Mapping[str, Sequence[Any]]) -> None:
+    """Write the schema of TensorBoard's HParams tab: the varying options, and the metrics.
+
+    The values are in the members' own event files. Without a schema TensorBoard would show every
+    option of every member, and every scalar as a metric.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams import summary_v2 as hp
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    hparams = []
+    for option, values in over.items():
+        domain = hp.Discrete([hparam_value(value, values) for value in values])
+        if all(map(is_number, values)) and values:
+            domain = hp.RealInterval(float(min(values)), float(max(values)))
+        hparams.append(hp.HParam(option, domain))
+    schema = hp.hparams_config_pb(hparams, [hp.Metric(metric) for metric in METRICS])
+    old = list(folder.glob("events.out.tfevents.*"))
+    writer = EventFileWriter(str(folder), filename_suffix=".hparams")
+    writer.add_event(Event(summary=schema))
+    writer.close()
+    for file in old:  # of a schema with fewer options or values
+        file.unlink()
+
+
+def hparam_value(value: Any, values: Sequence[Any]) -> Any:
+    """A value in a column of `values`, which has one type: number or text."""
+    return value if all(map(is_number, values)) else as_typed(value)
 
 
 def unit(metric: str) -> str:
@@ -180,7 +213,7 @@ def unit(metric: str) -> str:
 
 
 def number(metric: str, mean: float | None, digits: int = 2) -> str:
-    """An accuracy in %, a loss with four digits behind the point."""
+    """An accuracy in %, a loss with four decimals."""
     if mean is None:
         return "–"
     return f"{100 * mean:.{digits}f}" if metric.endswith("acc") else f"{mean:.4f}"
@@ -197,24 +230,22 @@ def duration(seconds: float | None, deviation: float | None = None) -> str:
     """`9.54`, `120 ± 3`"""
     if seconds is None:
         return "–"
-    said = f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
-    return said if deviation is None else f"{said} ± {deviation:.2g}"
+    rounded = f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
+    return rounded if deviation is None else f"{rounded} ± {deviation:.2g}"
 
 
-def difference(metric: str, against: Comparison | None) -> str:
-    """To the best, with its sign: points of accuracy, or nats."""
-    if against is None:
-        return ""
-    sign = "−" if against.difference < 0 else "+"
-    return sign + number(metric, abs(against.difference))
+def difference(metric: str, amount: float) -> str:
+    """A signed difference in percentage points of accuracy, or nats."""
+    return ("−" if amount < 0 else "+") + number(metric, abs(amount))
 
 
-def count(group: Group) -> str:
-    """`3`, or `2 of 3`."""
-    return str(group.n) if group.n == group.planned else f"{group.n} of {group.planned}"
+def p_value(comparison: Comparison) -> str:
+    if comparison.p is None:
+        return "no test"
+    return "p < 0.001" if comparison.p < 0.001 else f"p = {comparison.p:.2g}"
 
 
-def verdict(ranking: Ranking, group: Group) -> str:
+def _verdict(ranking: Ranking, group: Group) -> str:
     """`best`, `≈ p = 0.32`, `n = 1: cannot tell`."""
     against = group.against
     if group is ranking.best:
@@ -222,19 +253,19 @@ def verdict(ranking: Ranking, group: Group) -> str:
     if against is None:
         return ", ".join(dict.fromkeys(m.status for m in group.members))
     if not _tested(ranking):
-        return ""  # of n = 1 in every row the note tells
+        return ""  # n = 1 in every row: stated in the note
     if against.p is None or against.verdict == TIE:
         return against.verdict
-    return f"{against.verdict} " + ("p < 0.001" if against.p < 0.001 else f"p = {against.p:.2g}")
+    return f"{against.verdict} {p_value(against)}"
 
 
 def _tested(ranking: Ranking) -> bool:
-    """Whether there are seeds enough to compare any two groups."""
+    """Whether any two groups have seeds enough for a test."""
     return sum(group.n > 1 for group in ranking.ranked) > 1
 
 
-def _told(ranking: Ranking) -> bool:
-    """Whether there is a verdict on any group, or a reason why it has no value."""
+def _verdicts(ranking: Ranking) -> bool:
+    """Whether the column of verdicts has any."""
     return _tested(ranking) or len(ranking.ranked) < len(ranking.groups)
 
 
@@ -244,10 +275,12 @@ def _others(ranking: Ranking) -> list[str]:
 
 
 def _titles(options: list[str]) -> list[str]:
-    """The last part of an option's name where that is clear."""
-    shorts = list(map(short, options))
-    return [last if shorts.count(last) == 1 else o for last, o in zip(shorts, options, strict=True)]
+    """The last part of an option's name where that is unambiguous."""
+    names = list(map(short, options))
+    return [last if names.count(last) == 1 else o for last, o in zip(names, options, strict=True)]
 
 
-def _escaped(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+def csv_text(table: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows(table)
+    return out.getvalue()

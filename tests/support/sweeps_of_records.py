@@ -1,36 +1,39 @@
-"""Sweeps for tests whose members are not trained: a launcher writes down how each ended."""
+"""Sweeps for tests whose members are not trained: a launcher writes their records."""
 
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from run_folders import write_run
 
+from cnntrain.commands.app import command_line
 from cnntrain.commands.plan import plan
-from cnntrain.sweeps.members import Planned
-from cnntrain.sweeps.sweep import Outcome, Sweep, Sweeping
+from cnntrain.sweeps.members import PlannedMember
+from cnntrain.sweeps.sweep import GridSweep, Sweep, SweepRunner
 
 COMPARE = ["model=shallow,lenet5", "seed=0,1"]
 
 
 def asked(*typed: str) -> Any:
-    """What a command line with -m asks for."""
-    return plan(get_args_parser().parse_intermixed_args(["-m", *typed]), "train")
+    """The plan of a command line with -m."""
+    with patch.object(sys, "argv", ["cnntrain train", "-m", *typed]):
+        return plan(command_line(), "train")
 
 
-def sweeping(folder: Path, *typed: str, **options: Any) -> Sweeping:
+def sweeping(folder: Path, *typed: str, **options: Any) -> GridSweep:
     found = asked(*typed)
-    return Sweeping(folder, Sweep(**options), found.runs, found.varied)
+    return GridSweep(folder, Sweep(**options), found.runs, found.varied)
 
 
 class Launcher:
-    """In a real one's place: each job is a record that says how it ended, or does nothing."""
+    """A launcher that writes each job's record, or nothing."""
 
-    def __init__(self, of: Sweeping, *, failing: tuple[str, ...] = (), silent: bool = False):
+    def __init__(self, of: GridSweep, *, failing: tuple[str, ...] = (), silent: bool = False):
         self.members = {member.name: member for member in of.pending}
         self.of, self.failing, self.silent, self.launched = of, failing, silent, list[str]()
 
@@ -42,7 +45,7 @@ class Launcher:
             if not self.silent:
                 self.record(self.members[called[1]])
 
-    def record(self, member: Planned) -> None:
+    def record(self, member: PlannedMember) -> None:
         directory = self.of.folder.directory(member.name)
         failed = member.name in self.failing
         typed = [text for text in member.run.typed if not text.startswith("seed=")]
@@ -57,11 +60,11 @@ class Launcher:
         assert content["config_hash"] == member.config_hash
 
 
-def run(folder: Path, *typed: str, **how: Any) -> tuple[Outcome, Launcher, list[str]]:
-    """The sweep on a launcher of records; with what it said."""
-    under_way = sweeping(folder, *typed)
-    launcher, said = Launcher(under_way, **how), list[str]()
-    return under_way.run(launcher, said.append), launcher, said
+def run(folder: Path, *typed: str, **how: Any) -> tuple[SweepRunner, Launcher, list[str]]:
+    """Run the sweep on a Launcher; returns what it printed, too."""
+    sweep = sweeping(folder, *typed)
+    launcher, printed = Launcher(sweep, **how), list[str]()
+    return sweep.run(launcher, printed.append), launcher, printed
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

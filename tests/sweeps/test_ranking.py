@@ -14,10 +14,10 @@ import pytest
 import scipy.stats
 from run_folders import write_run
 
-from cnntrain.sweeps.collect import Collection, collect
 from cnntrain.sweeps.ranking import DIFFERS, NOISE, TIE, UNKNOWN, compare, label, rank
-from cnntrain.sweeps.record import history
-from cnntrain.sweeps.tables import group_csv, markdown, print_ranked
+from cnntrain.sweeps.records import Collection, collect, history
+from cnntrain.sweeps.report import group_csv, markdown
+from cnntrain.sweeps.tables import print_ranked
 
 NATIVE, IM2COL, NAIVE = [0.90, 0.92, 0.91], [0.91, 0.93, 0.905], [0.80, 0.81, 0.83]
 
@@ -208,7 +208,7 @@ def test_labels() -> None:
 def test_torch_is_not_imported(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     code = (
-        "import sys; from pathlib import Path; from cnntrain.sweeps.collect import collect;"
+        "import sys; from pathlib import Path; from cnntrain.sweeps.records import collect;"
         "from cnntrain.sweeps.report import write_report;"
         "write_report(collect(Path(sys.argv[1])), Path(sys.argv[1]) / 'report');"
         "print('torch' in sys.modules)"

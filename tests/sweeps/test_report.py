@@ -19,11 +19,10 @@ from run_folders import write_run, write_sweep
 
 from cnntrain.config import config_hash
 from cnntrain.config.resume import add_checksum
-from cnntrain.sweeps.collect import collect
+from cnntrain.sweeps.figures import effect_panels
 from cnntrain.sweeps.ranking import rank
-from cnntrain.sweeps.report import write_report
-from cnntrain.sweeps.report.effects import effects
-from cnntrain.sweeps.report.page import page
+from cnntrain.sweeps.records import collect
+from cnntrain.sweeps.report import html, write_report
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 NAUGHTY = '<script>alert("x")</script> & $x_1$ \\frac'
@@ -207,7 +206,7 @@ def write_run_without_training(directory: Path) -> None:
 def test_help() -> None:
     done = report("--help")
     assert done.returncode == 0
-    assert "metric: what ranks" in done.stdout
+    assert "metric: for the ranking" in done.stdout
     assert report().returncode == 2
     listed = subprocess.run(
         [sys.executable, "-m", "cnntrain"], capture_output=True, text=True, cwd=ROOT
@@ -261,12 +260,12 @@ def test_a_search(tmp_path: Path) -> None:
         write_run(tmp_path / name, status=status, val=[0.5, 0.6 + 0.03 * (i % 4)])
     collection = collect(tmp_path)
     assert collection.options == ["optimizer", "optimizer.lr", "optimizer.momentum"]
-    text = page(collection, tmp_path / "report")
+    text = html(collection, tmp_path / "report")
     said = "".join(Page(text).text)
     assert "pruned, at its last epoch" in said
-    assert "the best value so far: 69.00 % since trial 3" in said
-    assert "n/a: the option has no part in it" in said
-    assert "Parallel coordinates of 6 groups; the best, 69.00 %" in text
+    assert "the line is the best so far: 69.00 % in trial 3" in said
+    assert "n/a: the option does not apply" in said
+    assert "6 groups; the best, 69.00 %, in orange" in text
 
 
 @pytest.mark.parametrize("members", [1, 100])
@@ -276,12 +275,12 @@ def test_folders_of_any_size(tmp_path: Path, members: int) -> None:
         lr = f"optimizer.lr={0.001 * (1 + i // 4)}"
         write_run(tmp_path / f"{i}", [lr], seed=i % 4, val=[0.5 + i / 400 + 0.003 * (i % 4)])
     collection = collect(tmp_path)
-    found = Page(page(collection, tmp_path / "report"))
+    found = Page(html(collection, tmp_path / "report"))
     said = "".join(found.text)
     assert f"{members} completed" in said
     assert len(set(found.values("a", "href"))) == members
     assert ("In colour the best 12, grey the other 13" in said) == (members == 100)
-    assert len(effects(rank(collection))) == (members == 100)
+    assert len(effect_panels(rank(collection))) == (members == 100)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

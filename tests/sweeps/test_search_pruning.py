@@ -12,43 +12,40 @@ from searches import QUIET, search
 
 from cnntrain.config import ConfigError, compose
 from cnntrain.config.resume import read_result
-from cnntrain.sweeps.findings import summary
-from cnntrain.sweeps.journal import STUDY, load
-from cnntrain.sweeps.pruning import Pruning
-from cnntrain.sweeps.study import Asked, Study
+from cnntrain.sweeps.search_sweep import pruning_callback, summary
+from cnntrain.sweeps.study import STUDY, PlannedTrial, SearchStudy, load_study, open_trial
 from cnntrain.training import Pruned, train
 
 SPACE = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 RUN = [*QUIET, "+trainer.limit_train_batches=3", "trainer.max_epochs=4", "scheduler=none"]
 
 
-def begin(sweep: Path, others: float, *overrides: str) -> tuple[Study, Asked]:
+def begin(sweep: Path, others: float, *overrides: str) -> tuple[SearchStudy, PlannedTrial]:
     """A search in which five trials are completed, with this accuracy in each of four epochs."""
     sweep.mkdir()
     node = search(*(overrides or ["search.pruner.n_warmup_steps=2"]), space=SPACE)
-    study = Study(sweep, node, seed=0)
+    study = SearchStudy(sweep, node, seed=0)
     add_others(study, 5, others)
     (asked,) = study.ask()
     return study, asked
 
 
-def add_others(study: Study, count: int, accuracy: float) -> None:
-    import optuna
-
+def add_others(study: SearchStudy, count: int, accuracy: float) -> None:
     for asked in (trial for _ in range(count) for trial in study.ask()):
-        (trial,) = (t for t in study.study.get_trials() if t.number == asked.number)
-        reporting = optuna.trial.Trial(study.study, trial._trial_id)
+        reporting = open_trial(study.folder, asked.number)
         for epoch in range(1, 5):
             reporting.report(accuracy, epoch)
         study.tell({asked.number: {"status": "completed", "metrics": {"val/acc": accuracy}}})
 
 
-def run(sweep: Path, asked: Asked, *callbacks: lightning.Callback, resume: bool = False) -> Any:
+def run(
+    sweep: Path, asked: PlannedTrial, *callbacks: lightning.Callback, resume: bool = False
+) -> Any:
     return train(
         compose([*RUN, *asked.overrides]),
         sweep / asked.name,
         resume=resume,
-        callbacks=[Pruning(sweep, asked.number), *callbacks],
+        callbacks=[pruning_callback(sweep, asked.number), *callbacks],
     )
 
 
@@ -60,7 +57,7 @@ def values(directory: Path) -> dict[int, float]:
 def test_a_trial_that_is_worse_is_ended(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     study, asked = begin(sweep, 0.999)
-    with pytest.raises(Pruned, match="others did better in epoch 2"):
+    with pytest.raises(Pruned, match="the pruner stopped the trial in epoch 2"):
         run(sweep, asked)
     result = read_result(sweep / asked.name)
     assert result is not None
@@ -73,9 +70,9 @@ def test_a_trial_that_is_worse_is_ended(tmp_path: Path) -> None:
     # Ended again should its record have been lost, though others have become worse.
     add_others(study, 20, 0.01)
     (sweep / asked.name / "result.json").unlink()
-    with pytest.raises(Pruned, match="others did better in epoch 2"):
+    with pytest.raises(Pruned, match="the pruner stopped the trial in epoch 2"):
         run(sweep, asked, resume=True)
-    assert load(sweep).trials[asked.number].intermediate_values == reported
+    assert load_study(sweep).trials[asked.number].intermediate_values == reported
 
     study.tell({asked.number: result})
     trial = study.study.trials[asked.number]
@@ -90,7 +87,7 @@ def test_a_trial_that_goes_on(tmp_path: Path, others: float, overrides: tuple[st
     study, asked = begin(sweep, others, *overrides)
     result = run(sweep, asked)
     reported = values(sweep / asked.name)
-    assert load(sweep).trials[asked.number].intermediate_values == reported
+    assert load_study(sweep).trials[asked.number].intermediate_values == reported
     assert len(reported) == 4
     study.tell({asked.number: read_result(sweep / asked.name)})
     assert study.study.trials[asked.number].value == result.metrics["val/acc"]
@@ -114,20 +111,20 @@ def test_a_decision_stands(tmp_path: Path) -> None:
     study, asked = begin(sweep, 0.01)
     with pytest.raises(OSError, match="cut"):
         run(sweep, asked, Cut(1))
-    before = load(sweep).trials[asked.number].intermediate_values
+    before = load_study(sweep).trials[asked.number].intermediate_values
     assert list(before) == [1, 2]
     add_others(study, 8, 0.999)
-    with pytest.raises(Pruned, match="others did better in epoch 3"):
+    with pytest.raises(Pruned, match="the pruner stopped the trial in epoch 3"):
         run(sweep, asked, resume=True)
     reported = values(sweep / asked.name)
     assert list(reported) == [1, 2, 3]
-    trial = load(sweep).trials[asked.number]
+    trial = load_study(sweep).trials[asked.number]
     assert trial.intermediate_values == reported
     assert {k: reported[k] for k in before} == before
     steps = [
         json.loads(line)["step"]
         for line in (sweep / STUDY).read_text().splitlines()
-        if '"op_code":7' in line and f'"trial_id":{trial._trial_id},' in line
+        if '"op_code":7' in line and f'"trial_id":{trial.number},' in line
     ]
     assert steps == [1, 2, 3]  # each once
 
@@ -136,6 +133,6 @@ def test_a_pruner_of_another_kind_is_not_built(tmp_path: Path) -> None:
     """The study's file says which, and might have been written by anybody."""
     sweep = tmp_path / "sweep"
     _, asked = begin(sweep, 0.01)
-    load(sweep).set_user_attr("pruner", {"_target_": "os.system", "command": "false"})
+    load_study(sweep).set_user_attr("pruner", {"_target_": "os.system", "command": "false"})
     with pytest.raises(ConfigError, match=r"os\.system: must be a class derived from optuna"):
         run(sweep, asked)

@@ -13,9 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from searches import search
 
 from cnntrain.config import CONF, ConfigError, compose, flat
-from cnntrain.sweeps.dimension import override
-from cnntrain.sweeps.search import problems
-from cnntrain.sweeps.space import Space
+from cnntrain.sweeps.search import Space, override
+from cnntrain.sweeps.search_sweep import search_problems
 
 LR = {"low": 1e-4, "high": 1e-1, "log": True}
 
@@ -27,14 +26,14 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"a": {"choices": "b"}}, ["search.space.a=b: must be choices, at least one"]),
     ({"a": ["b", "b", 1]}, ['search.space.a=["b", "b", 1]: has b twice']),
     ({"a": [{"b": 1}]}, ["a choice must be a value or a list of values"]),
-    ({"a": {"choices": [1], "step": 2}}, ["search.space.a.step: goes with a range"]),
+    ({"a": {"choices": [1], "step": 2}}, ["search.space.a.step: belongs to a range"]),
     ({"a": {"low": 1, "hihg": 2}}, ["a.hihg: a range has no option 'hihg'; did you mean 'high'?"]),
     ({"a": {"low": 1}}, ["search.space.a.high=null: must be a number"]),
     ({"a": {"low": "x", "high": True}}, ["a.low=x: must be a number", "a.high=true: must be a"]),
     ({"a": {"low": 2, "high": 1}}, ["search.space.a.low=2: is more than high=1"]),
     ({"a": {"low": 0, "high": 1, "log": True}}, ["a.low=0: must be more than 0 with log=true"]),
     ({"a": {"low": 0, "high": 1, "log": "yes"}}, ["a.log=yes: must be true or false"]),
-    ({"a": {**LR, "step": 0.1}}, ["a.step=0.1: goes without log=true"]),
+    ({"a": {**LR, "step": 0.1}}, ["a.step=0.1: cannot be combined with log=true"]),
     ({"a": {"low": 0, "high": 1, "step": 0}}, ["a.step=0: must be more than 0"]),
     (
         {"a": {"low": 0.0, "high": 1.0, "step": 0.3}},
@@ -53,7 +52,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"a": {**LR, "when": {"b": 1}}, "b": {"low": 1, "high": 2}}, ["a condition needs choices"]),
     (
         {"a": {"choices": [1], "when": {"b": 1}}, "b": {"choices": [1], "when": {"a": 1}}},
-        ["search.space.a.when, search.space.b.when: conditions that go round in a circle"],
+        ["search.space.a.when, search.space.b.when: conditions that depend on each other"],
     ),
     (
         {
@@ -117,7 +116,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("space", "said"), REFUSED, ids=lambda v: str(v)[:60])
 def test_values_that_a_run_would_refuse(space: dict, said: list[str]) -> None:
-    found = problems(search(space=space), compose)
+    found = search_problems(search(space=space), compose)
     assert bool(found) == bool(said)
     assert all(part in "\n".join(found) for part in said), found
 
@@ -129,15 +128,15 @@ CHOICES = [f"{g}={file.stem}" for g in GROUPS for file in sorted((CONF / g).glob
 @pytest.mark.parametrize("choice", CHOICES)
 def test_no_mistake_in_what_ships(choice: str) -> None:
     space = {"model.dropout": {"low": 0.0, "high": 0.4, "step": 0.2}} if "grid" in choice else None
-    assert problems(search(choice, space=space), compose) == []
+    assert search_problems(search(choice, space=space), compose) == []
 
 
 WRONG = [
-    (["search.metric=test/acc"], "search.metric=test/acc: what is chosen by the test set has no"),
+    (["search.metric=test/acc"], "search.metric=test/acc: the test metric of a run selected by it"),
     (["search.metric=val/f1"], "search.metric=val/f1: input should be 'val/acc'"),
     (["search.trials=0"], "search.trials=0: input should be greater than 0"),
     (["search/sampler=tep"], "search/sampler has no choice 'tep'; did you mean 'tpe'?"),
-    (["search/sampler=grid"], "search.space.optimizer.lr has no end of values; give it a step"),
+    (["search/sampler=grid"], "search.space.optimizer.lr is continuous; give it a step"),
     (["search.sampler._target_=os.system"], "must be a class derived from optuna.samplers.BaseSam"),
     (
         ["search.pruner._target_=os.system"],
@@ -153,14 +152,14 @@ WRONG = [
 @pytest.mark.parametrize(("overrides", "said"), WRONG, ids=lambda v: str(v)[:60])
 def test_a_search_that_cannot_be(overrides: list[str], said: str) -> None:
     try:
-        found = problems(search(*overrides), compose)
+        found = search_problems(search(*overrides), compose)
     except ConfigError as error:
         found = error.problems
     assert any(said in problem for problem in found), found
 
 
 def test_what_is_typed_is_not_searched_over() -> None:
-    found = problems(search(), compose, ["seed=3", "optimizer.lr=0.1"])
+    found = search_problems(search(), compose, ["seed=3", "optimizer.lr=0.1"])
     assert found == ["optimizer.lr=0.1: is searched over, see search.space; leave it out"]
 
 

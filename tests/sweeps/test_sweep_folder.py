@@ -12,10 +12,9 @@ from sweeps_of_records import COMPARE, asked, rows, run, sheet, sweeping
 
 from cnntrain.config import ConfigError
 from cnntrain.config.resume import add_checksum
-from cnntrain.sweeps.collect import collect
-from cnntrain.sweeps.folder import SweepFolder
-from cnntrain.sweeps.members import Planned
-from cnntrain.sweeps.progress import Progress, formatted
+from cnntrain.sweeps.members import PlannedMember, SweepFolder
+from cnntrain.sweeps.records import collect
+from cnntrain.sweeps.sweep import Sweep, SweepRunner, format_metric
 
 
 def test_the_sheet(tmp_path: Path) -> None:
@@ -118,28 +117,26 @@ def test_a_launcher_that_breaks(tmp_path: Path) -> None:
 def test_a_line_for_each_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     clock = iter([0.0, 40.0, 50.0, 60.0])
-    progress = Progress(
-        tmp_path, "val/loss", 12, 3, said.append, ended=lambda *_: None, while_waiting=lambda: None
-    )
-    progress.started = next(clock)
-    monkeypatch.setattr("cnntrain.sweeps.progress.time.monotonic", lambda: next(clock))
-    progress.waiting |= dict.fromkeys("abcd")
+    runner = SweepRunner(SweepFolder(tmp_path), Sweep(metric="val/loss"), {}, 12, 3, said.append)
+    runner.started = next(clock)
+    monkeypatch.setattr("cnntrain.sweeps.sweep.time.monotonic", lambda: next(clock))
+    runner.waiting |= dict.fromkeys("abcd")
     for called, status in {"a": "completed", "b": "failed", "c": "interrupted"}.items():
         write_run(tmp_path / called, status=status, error="OSError: no room", seconds=7.4)
-        progress.look()
-        progress.look()  # once each
+        runner.check_results()
+        runner.check_results()  # once each
     assert said[0] == "[ 4/12] a: val/loss 0.2000, 7 s; 0:05:20 left"
     assert re.fullmatch(
         r"\[ 5/12\] b: failed: OSError: no room \(.*b/train\.log\); 0:02:55 left", said[1]
     )
     assert said[2:] == ["[ 5/12] c: interrupted after 3 epochs"]
-    assert list(progress.waiting) == ["c", "d"]
+    assert list(runner.waiting) == ["c", "d"]
     shutil.rmtree(tmp_path / "c")
     write_run(tmp_path / "c", seconds=7.4)  # started again, as by a cluster that had preempted it
-    progress.look()
+    runner.check_results()
     assert said[3] == "[ 6/12] c: val/loss 0.2000, 7 s; 0:02:00 left"
-    assert list(progress.waiting) == ["d"]
-    assert formatted("val/acc", 0.912) == "91.20%"
+    assert list(runner.waiting) == ["d"]
+    assert format_metric("val/acc", 0.912) == "91.20%"
 
 
 def test_the_trials_of_a_search_are_appended(tmp_path: Path) -> None:
@@ -148,7 +145,7 @@ def test_the_trials_of_a_search_are_appended(tmp_path: Path) -> None:
     for number, lr in enumerate((0.001, 1e-5, 0.5)):
         (run,) = asked("data=fashion_mnist_mini", f"optimizer.lr={lr}").runs
         folder.extend(
-            [Planned(f"trial={number:03},a: b", run, {"optimizer.lr": lr}, number)],
+            [PlannedMember(f"trial={number:03},a: b", run, {"optimizer.lr": lr}, number)],
             ["optimizer.lr"],
         )
         folder.write(metric="val/acc", search={"trials": 3})

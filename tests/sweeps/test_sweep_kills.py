@@ -15,7 +15,7 @@ import pytest
 from sweep_commands import completed, end, hparams, numbers, rows, start, wait_until
 
 from cnntrain.config.resume import read_result
-from cnntrain.sweeps.record import METRICS, history
+from cnntrain.sweeps.records import METRICS, history
 
 pytestmark = pytest.mark.xdist_group("sweeps killed")  # one undisturbed sweep for all
 
@@ -104,7 +104,7 @@ def test_interrupted_and_completed(calm: Path, tmp_path: Path) -> None:
         wait_until(process, lambda name=name: training(folder / name))
         (os.killpg if signum == "SIGINT" else os.kill)(process.pid, getattr(signal, signum))
         lines = end(process, code)
-        assert lines[-1] == f"interrupted by {signum}; the same command goes on with what is left"
+        assert lines[-1] == f"interrupted by {signum}; the same command resumes what is left"
         found = rows(folder)
         after = MEMBERS[MEMBERS.index(name) + 1 :]
         assert [found[later]["status"] for later in after] == ["pending"] * len(after)

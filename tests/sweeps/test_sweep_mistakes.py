@@ -16,10 +16,10 @@ from run_folders import tree
 from cnntrain.commands.app import command_line, restart
 from cnntrain.config import CONF, ConfigError
 from cnntrain.config import compose as checked
-from cnntrain.sweeps.folder import SweepFolder
-from cnntrain.sweeps.journal import STUDY, storage
+from cnntrain.sweeps.members import SweepFolder
 from cnntrain.sweeps.ranking import short
-from cnntrain.sweeps.space import Space
+from cnntrain.sweeps.search import Space
+from cnntrain.sweeps.study import STUDY, open_storage
 from cnntrain.training import dry_run
 from cnntrain.training.run_directory import RunDirectory
 
@@ -59,18 +59,21 @@ MISTAKES = [
     (["-m", "sweep.metric=val/auc"], "sweep.metric=val/auc: input should be 'val/acc'"),
     (["-m", "sweep.fail_fast=maybe"], "sweep.fail_fast=maybe: input should be a valid boolean"),
     (["-m", "sweep.threads=0"], "sweep.threads=0: input should be greater than 0"),
-    (["-m", "sweep=a,b"], "sweep.name: there is one for all members; give it one value"),
+    (["-m", "sweep=a,b"], "sweep.name: is the same for all members; give it one value"),
     (["-m", "sweep.nmae=x"], "did you mean 'name'?"),
     (["-m", "search=lenet5"], "did you mean 'lenet5_lr'?"),
     (["-m", "search=lenet5_lr", "seed=0,1"], "seed: has several values; a search varies"),
     (["-m", "search=lenet5_lr", "optimizer.lr=0.1"], "optimizer.lr=0.1: is searched over"),
-    (["-m", "search=lenet5_lr", "sweep.metric=test/acc"], "has no test left; take val/acc"),
+    (
+        ["-m", "search=lenet5_lr", "sweep.metric=test/acc"],
+        "is biased; take val/acc",
+    ),
     (["-m", "seed=0,1", "hydra/launcher=joblb"], "hydra/launcher=joblb: "),
     (["-m", "hydra.sweep.dir=/proc/x"], "hydra.sweep.dir=/proc/x: "),
     (["-m", "resume=x"], "resume=x: continues one run; leave out -m"),
     (["-m", "sweep="], "sweep.name=: must be a folder's name"),
-    (["-m", "~sweep"], "~sweep: says how -m goes about its members; leave it in"),
-    (["-m", "hydra/launcher=basic,joblib"], "hydra/launcher: there is one for all members"),
+    (["-m", "~sweep"], "~sweep: has the options of the sweep; leave it in"),
+    (["-m", "hydra/launcher=basic,joblib"], "hydra/launcher: is the same for all members"),
 ]
 
 
@@ -171,9 +174,9 @@ def test_a_damaged_study_is_named(tmp_path: Path, lines: str) -> None:
     (tmp_path / STUDY).write_text(lines)
     if lines.endswith("\n"):
         with pytest.raises(ConfigError, match=rf"{STUDY}: is damaged .*sweep=<name>"):
-            storage(tmp_path)
+            open_storage(tmp_path)
     else:  # as a kill leaves it: cut off when the next line is written
-        assert storage(tmp_path).get_all_studies() == []
+        assert open_storage(tmp_path).get_all_studies() == []
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "search").glob("*.yaml"))])

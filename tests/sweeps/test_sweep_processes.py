@@ -13,7 +13,7 @@ from conftest import ROOT
 from sweep_commands import completed, end, hparams, numbers, rows, start, wait_until
 
 from cnntrain.config.resume import read_result
-from cnntrain.sweeps.record import METRICS
+from cnntrain.sweeps.records import METRICS
 
 SMALL = ["data=fashion_mnist_mini", "trainer=cpu", "+trainer.limit_train_batches=6"]
 SMALL += ["tensorboard=scalars"]
@@ -123,7 +123,7 @@ def test_a_signal_saves_all_members(signum: str, whole: bool, code: int, tmp_pat
         assert "sweep.name=cut: another process is running this sweep" in said
     (os.killpg if whole else os.kill)(process.pid, getattr(signal, f"SIG{signum}"))
     lines = end(process, code)
-    assert lines[-1] == f"interrupted by SIG{signum}; the same command goes on with what is left"
+    assert lines[-1] == f"interrupted by SIG{signum}; the same command resumes what is left"
     statuses = Counter(row["status"] for row in rows(folder).values())
     assert statuses == {"interrupted": 2, "pending": 1}
     for name, row in rows(folder).items():

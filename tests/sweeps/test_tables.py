@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cnntrain.sweeps.collect import Collection
-from cnntrain.sweeps.record import Member
+from cnntrain.sweeps.records import Collection, Member
 from cnntrain.sweeps.tables import print_ranked
 
 

@@ -23,8 +23,8 @@ from cnntrain.config import ConfigError, build, compose, config_hash
 from cnntrain.config.resume import read_result
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.pictures import GAP, LINE
-from cnntrain.sweeps.hparams import write_schema
-from cnntrain.sweeps.record import METRICS
+from cnntrain.sweeps.records import METRICS
+from cnntrain.sweeps.tables import write_hparams_schema
 from cnntrain.training import insights, train
 from cnntrain.training.checkpoints import Checkpoints
 from cnntrain.training.tensorboard import TensorBoard
@@ -126,7 +126,7 @@ def test_losses_and_accuracies_come_first(events: EventAccumulator) -> None:
 @pytest.mark.parametrize("single", ["a", "z"])  # the first schema counts
 def test_no_column_is_blank_beside_a_sweep(single: str, tmp_path: Path) -> None:
     over = {"backend": ["native", "im2col"], "optimizer.lr": [0.01, 0.02]}
-    write_schema(tmp_path / "sweeps", over)
+    write_hparams_schema(tmp_path / "sweeps", over)
 
     def shown(name: str, *options: str, labels: dict[str, Any] | None = None) -> None:
         cfg, board = compose(list(options)), TensorBoard(tmp_path / name)

@@ -28,7 +28,7 @@ from cnntrain.data import FashionMNISTMini
 from cnntrain.inference import evaluate, export, load_trained, predict
 from cnntrain.interruption import SIGNALS, interruption
 from cnntrain.lab.lessons import activations
-from cnntrain.sweeps.collect import collect
+from cnntrain.sweeps.records import collect
 from cnntrain.sweeps.report import write_report
 from cnntrain.training import Result, train
 

@@ -16,7 +16,7 @@ from torturing.runs import differences, record
 from cnntrain.config import ConfigError, compose, flat
 from cnntrain.config.resume import read_result, run_config, run_options, with_overrides
 from cnntrain.interruption import Interrupted, interruption
-from cnntrain.sweeps.record import history
+from cnntrain.sweeps.records import history
 from cnntrain.training import CheckpointError, checkpoint_file, train
 from cnntrain.training.checkpoints import Checkpoints
 

@@ -1,4 +1,4 @@
-"""What an option brings, over pairs of members that differ in nothing else."""
+"""Effects of options with two values, over pairs of members that differ in nothing else."""
 
 from pathlib import Path
 from statistics import fmean, stdev
@@ -6,10 +6,10 @@ from statistics import fmean, stdev
 import pytest
 from run_folders import write_run, write_sweep
 
-from cnntrain.sweeps.collect import collect
-from cnntrain.sweeps.ranking import rank
+from cnntrain.sweeps.ranking import option_effects, rank
+from cnntrain.sweeps.records import collect
 from cnntrain.sweeps.report import write_report
-from cnntrain.sweeps.switches import switches
+from cnntrain.sweeps.tables import effect_row
 
 SCORES = {  # backend, norm, seed -> val/acc
     ("native", True, 0): 0.90,
@@ -38,11 +38,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_only_pairs_count(folder: Path) -> None:
-    norm, backend = switches(rank(collect(folder)))
+    norm, backend = option_effects(rank(collect(folder)))
     gains = [0.90 - 0.80, 0.91 - 0.84, 0.905 - 0.81]  # im2col, seed 1 has no partner
     assert (norm.option, norm.value, norm.instead) == ("model.norm", True, False)
     assert sorted(norm.gains) == pytest.approx(sorted(gains))
-    assert norm.row("val/acc") == [
+    assert effect_row(norm, "val/acc") == [
         "model.norm=true",
         "false",
         f"+{100 * fmean(gains):.2f} ± {100 * stdev(gains):.2f}",
@@ -52,11 +52,11 @@ def test_only_pairs_count(folder: Path) -> None:
     pairs = [0.905 - 0.90, 0.90 - 0.91, 0.81 - 0.80]
     assert (backend.value, backend.instead) == ("im2col", "native")
     assert sorted(backend.gains) == pytest.approx(sorted(pairs))
-    assert backend.row("val/acc")[-1] == "2"
+    assert effect_row(backend, "val/acc")[-1] == "2"
 
 
-def test_less_is_better_of_a_loss(folder: Path) -> None:
-    norm, _ = switches(rank(collect(folder, "val/loss")))
+def test_lower_is_better_for_a_loss(folder: Path) -> None:
+    norm, _ = option_effects(rank(collect(folder, "val/loss")))
     assert norm.value is True  # run_folders makes the loss 1.1 less the accuracy
     assert norm.gain == pytest.approx(fmean([0.10, 0.07, 0.095]))
 

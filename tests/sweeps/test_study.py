@@ -1,4 +1,4 @@
-"""A search's study: what it asks, what it is told, and what is left of it after a kill."""
+"""The study of a search: trials asked for, results recorded, and what a kill leaves."""
 
 import json
 import math
@@ -25,9 +25,8 @@ from optuna.trial import TrialState
 from searches import completed, run_all, search, value
 
 from cnntrain.config import ConfigError
-from cnntrain.sweeps.findings import summary
-from cnntrain.sweeps.journal import STUDY, load
-from cnntrain.sweeps.study import Study
+from cnntrain.sweeps.search_sweep import summary
+from cnntrain.sweeps.study import STUDY, JournalLock, SearchStudy, load_study, open_storage
 
 Known = list[tuple[int, str, dict[str, Any], float | None]]
 
@@ -40,12 +39,12 @@ def sweep(tmp_path: Path) -> Path:
 
 def known(sweep: Path) -> Known:
     """All that the study knows of its trials that does not depend on when they were run."""
-    trials = load(sweep).get_trials()
+    trials = load_study(sweep).get_trials()
     return [(t.number, t.state.name, t.params, t.value) for t in trials]
 
 
-def search_all(sweep: Path, node: Any, at_once: int = 1) -> Study:
-    study = Study(sweep, node, seed=3)
+def search_all(sweep: Path, node: Any, at_once: int = 1) -> SearchStudy:
+    study = SearchStudy(sweep, node, seed=3)
     for _ in run_all(study, at_once):
         pass
     return study
@@ -99,7 +98,7 @@ def test_a_loss_is_minimised(sweep: Path) -> None:
 
 def test_names_are_legible(sweep: Path) -> None:
     space = {"optimizer.lr": {"low": 1e-5, "high": 1e-1, "log": True}, "model.norm": [True]}
-    (asked,) = Study(sweep, search(space=space), seed=0).ask()
+    (asked,) = SearchStudy(sweep, search(space=space), seed=0).ask()
     lr = asked.values["optimizer.lr"]
     assert asked.name == f"trial=000,model.norm=true,optimizer.lr={float(f'{lr:.3e}')!r}"
     assert asked.overrides == [f"optimizer.lr={lr!r}", "model.norm=true"]
@@ -107,7 +106,7 @@ def test_names_are_legible(sweep: Path) -> None:
 
 def test_how_a_trial_ended(sweep: Path) -> None:
     node = search("search.trials=6")
-    study = Study(sweep, node, seed=0)
+    study = SearchStudy(sweep, node, seed=0)
     asked = study.ask(6)
     assert study.ask(6) == []
     results: list[dict[str, Any] | None] = [
@@ -127,7 +126,7 @@ def test_how_a_trial_ended(sweep: Path) -> None:
     assert summary(study, shlex.join)[0] == f"search       6 of 6 trials: {counts}"
     assert study.ask(6) == []  # not within one command
 
-    again = Study(sweep, node, seed=0)
+    again = SearchStudy(sweep, node, seed=0)
     left = again.ask(6)
     # Interrupted, never begun, and failed for a reason that may be gone: in their own directories.
     assert [(a.name, a.overrides) for a in left] == [
@@ -139,20 +138,20 @@ def test_how_a_trial_ended(sweep: Path) -> None:
         summary(again, shlex.join)[0]
         == "search       6 of 6 trials: 4 completed, 1 pruned, 1 failed"
     )
-    fewer = Study(sweep, search("search.trials=4"), seed=0)
+    fewer = SearchStudy(sweep, search("search.trials=4"), seed=0)
     assert summary(fewer, shlex.join)[0].startswith(
         "search       6 trials, more than search.trials=4: "
     )
-    assert Study(sweep, node, seed=0).ask() == []
-    more = Study(sweep, search("search.trials=8"), seed=0).ask(6)
+    assert SearchStudy(sweep, node, seed=0).ask() == []
+    more = SearchStudy(sweep, search("search.trials=8"), seed=0).ask(6)
     assert [a.name.partition(",")[0] for a in more] == ["trial=007", "trial=008"]
 
 
 def test_trials_are_counted_in_all(sweep: Path) -> None:
     assert len(search_all(sweep, search("search.trials=5")).study.trials) == 5
-    study = Study(sweep, search("search.trials=8"), seed=3)
+    study = SearchStudy(sweep, search("search.trials=8"), seed=3)
     assert sum(len(asked) for asked in run_all(study, 2)) == 3
-    assert Study(sweep, search("search.trials=2"), seed=3).ask() == []
+    assert SearchStudy(sweep, search("search.trials=2"), seed=3).ask() == []
 
 
 def test_all_combinations_are_enough(sweep: Path) -> None:
@@ -172,23 +171,23 @@ def test_all_combinations_are_enough(sweep: Path) -> None:
 
 
 def test_nothing_is_fixed_before_the_first_trial(sweep: Path) -> None:
-    Study(sweep, search("search.trials=7"), seed=0)
+    SearchStudy(sweep, search("search.trials=7"), seed=0)
     study = search_all(sweep, search("search.metric=val/loss", "search.trials=3"))
     assert study.study.best_value == min(t.value for t in study.study.trials)
-    assert len(optuna.get_all_study_names(load(sweep)._storage)) == 1
+    assert len(optuna.get_all_study_names(open_storage(sweep))) == 1
 
 
 def test_another_search_is_not_mixed_with_it(sweep: Path) -> None:
-    Study(sweep, search(), seed=0).ask()
+    SearchStudy(sweep, search(), seed=0).ask()
     other = search("search.metric=val/loss", "search.space={optimizer.lr:{high:0.2}}")
     with pytest.raises(ConfigError) as caught:
-        Study(sweep, other, seed=1)
+        SearchStudy(sweep, other, seed=1)
     assert [problem.partition("; ")[0] for problem in caught.value.problems] == [
         "search.metric=val/loss: the search was begun with val/acc",
         "search.space.optimizer.lr.high=0.2: the search was begun with 0.05",
         "seed=1: the search was begun with 0",
     ]
-    assert len(Study(sweep, search("search/sampler=random"), seed=0).ask()) == 1
+    assert len(SearchStudy(sweep, search("search/sampler=random"), seed=0).ask()) == 1
 
 
 # A search whose members take no time, in a process of its own: it is killed where it may be.
@@ -198,11 +197,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from searches import completed, value
 from cnntrain.config.resume import read_result, seal
-from cnntrain.sweeps.study import Study
+from cnntrain.sweeps.study import SearchStudy
 
 sweep, at_once = Path(sys.argv[1]), int(sys.argv[2])
 print("begun", flush=True)
-study = Study(sweep, OmegaConf.load(sweep / "search.yaml"), seed=3)
+study = SearchStudy(sweep, OmegaConf.load(sweep / "search.yaml"), seed=3)
 while asked := study.ask(at_once):
     for trial in asked:
         directory = sweep / trial.name
@@ -271,14 +270,12 @@ def test_a_damaged_journal_is_named(sweep: Path) -> None:
     for damage in (b"???\n", b"[]\n", b'{"op_code": 6}\n'):
         (sweep / STUDY).write_bytes(b"".join([*lines[:3], damage, *lines[3:]]))
         with pytest.raises(ConfigError, match=r"study\.journal: is damaged .*sweep=<name>"):
-            Study(sweep, search(), seed=3)
+            SearchStudy(sweep, search(), seed=3)
 
 
 def test_two_write_one_after_the_other(sweep: Path) -> None:
-    from cnntrain.sweeps import journal
-
-    journal.storage(sweep)
-    first, second = (journal.Lock(sweep / STUDY) for _ in range(2))
+    open_storage(sweep)
+    first, second = (JournalLock(sweep / STUDY) for _ in range(2))
     first.acquire()
     second.lock.timeout = 0
     with pytest.raises(Timeout):

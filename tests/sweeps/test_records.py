@@ -11,7 +11,8 @@ from run_folders import write_run, write_sweep
 from cnntrain.config import ConfigError
 from cnntrain.config.choices import choice, defaults
 from cnntrain.config.resume import add_checksum
-from cnntrain.sweeps.collect import collect, write_csv
+from cnntrain.sweeps.records import collect
+from cnntrain.sweeps.tables import write_member_csv
 
 
 def test_choices_as_one_types_them(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_a_row_for_each_member(tmp_path: Path) -> None:
     write_sweep(tmp_path, {"backend": ["native", "im2col"], "seed": ["0", "1"]}, members)
     write_run(tmp_path / names[0], val=[0.7512345678901234])
     write_run(tmp_path / names[1], status="failed", error='a "quoted", thing')
-    write_csv(collect(tmp_path), tmp_path / "sweep.csv")
+    write_member_csv(collect(tmp_path), tmp_path / "sweep.csv")
     rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert [row["directory"] for row in rows] == names
     assert [row["status"] for row in rows] == ["completed", "failed", "pending", "pending"]
