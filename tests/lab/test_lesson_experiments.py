@@ -144,7 +144,7 @@ def test_ablation_is_a_sweep_whose_report_says_what_each_brings(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "16 completed"
     done = command("report", "outputs/sweeps/lenet5_ablation", cwd=tmp_path)
-    told = done.stdout.split("What each option brings")[1]
+    told = done.stdout.split("Effect of each option")[1]
     for option in ("model.norm=", "model.dropout=", "model.init=", "model.activation="):
         (line,) = (line for line in told.splitlines() if line.startswith(option))
         assert line.split()[-2] == "8"  # pairs that differ in nothing else
