@@ -106,8 +106,8 @@ class SweepCommand:
             yield "profile=true: is for a single run; leave out -m"
         if not is_basic(cfg.hydra.sweeper):
             yield (
-                f"hydra.sweeper._target_={cfg.hydra.sweeper._target_}: searches are "
-                "search=<choice> here, by Optuna; leave the sweeper as it is"
+                f"hydra/sweeper: {cfg.hydra.sweeper._target_} is not supported; searches are "
+                "search=<choice>, by Optuna; leave the sweeper as it is"
             )
 
     def _search(self, cfg: DictConfig, folder: Path, options: Sweep) -> "SearchSweep":
