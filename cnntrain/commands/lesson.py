@@ -1,4 +1,4 @@
-"""`cnntrain lesson`: what a convolution is, in numbers and a picture."""
+"""`cnntrain lesson`: lessons on convolutions, printed and drawn."""
 
 import ast
 import inspect
@@ -16,76 +16,67 @@ from cnntrain.config.errors import format_value, unknown
 from cnntrain.config.signatures import signature
 
 LESSONS = {
-    "patterns": "a kernel finds what looks like it",
+    "patterns": "a kernel responds to patterns that look like it",
     "activations": "relu, leaky_relu, sigmoid, tanh and their derivatives",
     "window": "every number of an im2col, for a convolution of your own",
-    "cost": "the MACs of a model's layers, and the time that they take",
+    "cost": "MACs and time of each layer of a model",
 }
+USAGE = "cnntrain lesson NAME [option=value ...]     (options: cnntrain lesson NAME --help)\n"
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name in ("", "--help", "-h"):
-        print(
-            "cnntrain lesson NAME [option=value ...]     (cnntrain lesson NAME --help tells more)\n"
-        )
-        for lesson, what in LESSONS.items():
-            print(f"  {lesson:14}{what}")
+        print(USAGE, *(f"  {lesson:14}{what}" for lesson, what in LESSONS.items()), sep="\n")
         sys.exit(0 if name else 2)
     try:
         if name not in LESSONS:
             raise ConfigError([f"{name}: {unknown('there is', 'lesson', name, [*LESSONS])}"])
-        if {"--help", "-h"} & set(sys.argv[2:]):
-            _help(name)
+        if {"--help", "-h"} & {*arguments}:
+            _print_help(name)
             return
-        out, options = _parsed(name, sys.argv[2:])
-        _teach(name, out, options)
+        out, options = _parse(name, arguments)
+        from cnntrain.lab import lessons
+
+        lesson = getattr(lessons, name)(**options)
+        print(lesson.text)
+        with telling_errors():
+            lesson.write(out / f"{name}.png")
+        print(f"\n{short(out / f'{name}.png')}")
     except ConfigError as error:
         exit_with_problems(error)
 
 
-def _teach(name: str, out: Path, options: dict[str, Any]) -> None:
-    from cnntrain.lab import lessons
-
-    lesson = getattr(lessons, name)(**options)
-    print(lesson.text)
-    file = out / f"{name}.png"
-    with telling_errors():
-        lesson.write(file)
-    print(f"\n{short(file)}")
-
-
-def _source(name: str) -> ast.FunctionDef:
-    """A lesson's function, from its source: importing it imports torch."""
-    file = Path(__file__).parents[1] / "lab" / "lessons" / f"{name}.py"
-    functions = [n for n in ast.parse(file.read_bytes()).body if isinstance(n, ast.FunctionDef)]
+def _definition(name: str) -> ast.FunctionDef:
+    """A lesson's function, parsed from its source, as importing it would import torch."""
+    files = (Path(__file__).parents[1] / "lab/lessons").glob("*.py")
+    statements = (node for file in files for node in ast.parse(file.read_bytes()).body)
+    functions = (node for node in statements if isinstance(node, ast.FunctionDef))
     return next(function for function in functions if function.name == name)
 
 
-def _help(name: str) -> None:
-    function = _source(name)
-    given = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-    options = [
-        f"{arg.arg}={format_value(ast.literal_eval(default))}" for arg, default in given if default
-    ]
+def _print_help(name: str) -> None:
+    function = _definition(name)
+    parameters = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    options = [f"{p.arg}={format_value(ast.literal_eval(d))}" for p, d in parameters if d]
     print(f"cnntrain lesson {name} [option=value ...]\n")
     print(inspect.cleandoc(ast.get_docstring(function) or ""))
-    print("\nOptions as they stand now: " + " ".join([*options, "out=outputs/lessons"]))
+    print("\nOptions and their defaults: " + " ".join([*options, "out=outputs/lessons"]))
 
 
-def _parsed(name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
-    """The folder for the picture, and the options; ConfigError with all that is wrong."""
-    known = [*(argument.arg for argument in _source(name).args.kwonlyargs), "out"]
+def _parse(name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
+    """The folder for the picture, and the options; ConfigError with all problems found."""
+    known = [*(argument.arg for argument in _definition(name).args.kwonlyargs), "out"]
     options: dict[str, Any] = {}
     problems = []
     for text in arguments:
         option, equals, value = text.partition("=")
         if text.startswith("-"):
             problems.append(f"{text}: options have no dashes: option=value")
-        elif not equals and option in known:
-            problems.append(f"{text}: has to be given a value: {text}=...")
         elif option not in known:
             problems.append(f"{text}: {unknown(f'{name} has', 'option', option, known)}")
+        elif not equals:
+            problems.append(f"{text}: has no value: {text}=...")
         elif option == "out":
             options["out"] = value
             problems += [problem] if (problem := folder_problem(value, "out")) else []
@@ -94,7 +85,7 @@ def _parsed(name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
                 options[option] = yaml.safe_load(value)
             except yaml.YAMLError:
                 options[option] = value
-    types = {} if problems else signature(f"cnntrain.lab.lessons.{name}.{name}").types
+    types = {} if problems else signature(f"cnntrain.lab.lessons.{name}").types
     for option, kind in types.items():
         if option in options and (wrong := mismatch(kind, options[option])):
             problems.append(f"{option}={format_value(options[option])}: {wrong}")

@@ -1,12 +1,8 @@
-"""What a convolution is, in numbers and pictures: `cnntrain lesson`.
+"""Lessons on convolutions: functions that take the options of `cnntrain lesson`."""
 
-Each lesson is a function that takes the options of its command, and gives a `Lesson`.
-"""
-
-from cnntrain.lab.lessons.activations import activations
-from cnntrain.lab.lessons.cost import cost
+from cnntrain.lab.lessons.basics import activations, patterns
+from cnntrain.lab.lessons.im2col import window
 from cnntrain.lab.lessons.lesson import Lesson
-from cnntrain.lab.lessons.patterns import patterns
-from cnntrain.lab.lessons.window import window
+from cnntrain.lab.lessons.macs import cost
 
 __all__ = ["Lesson", "activations", "cost", "patterns", "window"]

@@ -1,16 +1,21 @@
-"""Every number of an im2col: the padded input, a window, the column matrix, the product."""
+"""Lesson `window`: im2col and its matrix product with every number shown."""
 
 import math
 from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor
 
 from cnntrain.config import ConfigError
-from cnntrain.lab.lessons.example import Example, Mode, Padding, Positive, pair, worked_out
-from cnntrain.lab.lessons.lesson import Lesson, matrix, plain, side_by_side
-from cnntrain.lab.lessons.sheet import Sheet
+from cnntrain.lab.lessons.lesson import Lesson, Sheet, matrix_lines, side_by_side
+from cnntrain.lab.lessons.small_convolution import (
+    Mode,
+    Padding,
+    Positive,
+    SmallConvolution,
+    pair,
+    small_convolution,
+)
 
 
 def window(
@@ -31,16 +36,16 @@ def window(
     Args:
         size: Height and width of the input, one number or [height,width].
         in_channels: Of the input.
-        out_channels: Of the output: so many kernels.
+        out_channels: Of the output: the number of kernels.
         kernel: Height and width of the window.
         stride: Steps of the window, down and right.
         padding: Pixels around the input; same, valid.
-        dilation: Distances between the taps of the window.
-        groups: So many convolutions side by side, each with its part of the channels.
+        dilation: Distances between the elements of the window.
+        groups: Number of convolutions side by side, each on its part of the channels.
         padding_mode: zeros, reflect, replicate, circular.
-        position: The window that is marked; 0 is the first, in reading order.
+        position: Index of the marked window, from 0, in reading order.
     """
-    example = worked_out(
+    example = small_convolution(
         pair(size), in_channels, out_channels, pair(kernel), pair(stride), padding,
         pair(dilation), groups, padding_mode,
     )  # fmt: skip
@@ -50,8 +55,8 @@ def window(
     return Lesson("\n".join(_lines(example, position)), lambda: _draw(example, position))
 
 
-def formula(example: Example) -> list[str]:
-    """The size of the output with its numbers filled in, height and width."""
+def formula(example: SmallConvolution) -> list[str]:
+    """The formula of the output's height and width with its numbers filled in."""
     left, right, top, bottom = example.amounts
     lines = []
     for i, (name, before, after) in enumerate((("height", top, bottom), ("width", left, right))):
@@ -64,7 +69,7 @@ def formula(example: Example) -> list[str]:
     return lines
 
 
-def _lines(example: Example, position: int) -> Iterator[str]:
+def _lines(example: SmallConvolution, position: int) -> Iterator[str]:
     groups, rows, count = example.columns.shape
     channels, kh, kw = example.weight.shape[1:]
     yield (
@@ -72,11 +77,11 @@ def _lines(example: Example, position: int) -> Iterator[str]:
         "/ stride) + 1"
     )
     yield from formula(example)
-    taps = set(example.taps(position))
+    taps = set(example.window(position))
     for number, image in enumerate(example.padded):
         yield ""
         yield f"{_input(example, number)}: window {position} in [ ]"
-        yield from _marked(image, taps)
+        yield from matrix_lines(image.tolist(), taps)
     yield ""
     yield (
         f"column matrix: {rows} rows (channels {channels} * kernel {kh} * {kw}), a column for "
@@ -91,37 +96,21 @@ def _lines(example: Example, position: int) -> Iterator[str]:
         yield ""
         yield f"output{_channel(number, len(example.output))}: the product, row by row"
         width = example.output.shape[2]
-        yield from _marked(image, {(position // width, position % width)})
+        yield from matrix_lines(image.tolist(), {(position // width, position % width)})
 
 
-def _product(example: Example, group: int, position: int) -> list[str]:
+def _product(example: SmallConvolution, group: int, position: int) -> list[str]:
     """kernels x columns = product, side by side, the marked window's column in brackets."""
-    weights = matrix(
-        example.weight.reshape(len(example.products), -1, example.columns.shape[1])[group].tolist()
-    )
-    columns = _marked(
-        example.columns[group], {(i, position) for i in range(example.columns.shape[1])}
-    )
-    products = _marked(
-        example.products[group], {(i, position) for i in range(example.products.shape[1])}
-    )
-    return side_by_side([weights, columns, products], ["  x ", "  = "])
+    _, rows, _ = example.columns.shape
+    weights = example.weight.reshape(len(example.products), -1, rows)[group]
+    columns, products = example.columns[group], example.products[group]
+    blocks = [matrix_lines(m.tolist(), {(i, position) for i in range(len(m))})
+              for m in (columns, products)]  # fmt: skip
+    return side_by_side([matrix_lines(weights.tolist()), *blocks], ["  x ", "  = "])
 
 
-def _marked(values: Tensor, marked: set[tuple[int, int]]) -> list[str]:
-    """A matrix of whole numbers as lines, some of them in brackets."""
-    width = max(len(plain(v)) for v in values.flatten().tolist())
-    return [
-        "".join(
-            f"[{plain(v):>{width}}]" if (y, x) in marked else f" {plain(v):>{width}} "
-            for x, v in enumerate(row)
-        )
-        for y, row in enumerate(values.tolist())
-    ]
-
-
-def _input(example: Example, number: int) -> str:
-    """What a channel of the input is called: padded only where there is padding."""
+def _input(example: SmallConvolution, number: int) -> str:
+    """Title of a channel of the input."""
     padded = ", padded" if any(example.amounts) else ""
     return f"input{padded}{_channel(number, len(example.padded))}"
 
@@ -138,44 +127,43 @@ def _numbered(name: str, group: int, groups: int, count: int) -> str:
     return f"{name}s {first} to {last}"
 
 
-def _draw(example: Example, position: int) -> Figure:
-    """All in cells of one size, of each group: a row of its input, kernels and output, and below
-    it the product."""
+def _draw(example: SmallConvolution, position: int) -> Figure:
+    """For each group a row of its input, kernels and output, and below it the product."""
     groups, rows, count = example.columns.shape
     of_group, width = example.products.shape[1], example.output.shape[2]
     here = (position // width, position % width)
     channels, kernels = len(example.padded), len(example.weight)
-    sheet = Sheet(across=max(24.0, rows + 2 * count + 12.0) if groups == 1 else math.inf)
+    sheet = Sheet(max(24.0, rows + 2 * count + 12.0) if groups == 1 else math.inf)
     weights = example.weight.reshape(groups, of_group, rows)
     for group in range(groups):
         inputs = range(group * channels // groups, (group + 1) * channels // groups)
         outputs = range(group * of_group, (group + 1) * of_group)
-        sheet.line()
+        sheet.new_line()
         for i in inputs:
             name = _input(example, i)
-            sheet.put(example.padded[i], name, example.taps(position), _inside(example))
+            sheet.add(example.padded[i], name, example.window(position), _inside(example))
         for o in outputs:
             number = f" {o}" if kernels > 1 else ""
             for i in inputs:
                 name = f"kernel{number}{_channel(i, channels)}"
-                sheet.put(example.weight[o, i - inputs[0]], name)
+                sheet.add(example.weight[o, i - inputs[0]], name)
         for o in outputs:
-            sheet.put(example.output[o], f"output{_channel(o, kernels)}", [here])
+            sheet.add(example.output[o], f"output{_channel(o, kernels)}", [here])
         column, product = ([(y, position) for y in range(n)] for n in (rows, of_group))
         seen, made = (_numbered("channel", group, groups, n) for n in (channels, kernels))
-        sheet.line()
+        sheet.new_line()
         name = _numbered("kernel", group, groups, kernels)
-        sheet.put(weights[group], f"{name}, {'as a row' if of_group == 1 else 'a row each'}")
-        sheet.say("×")
+        sheet.add(weights[group], f"{name}, {'as a row' if of_group == 1 else 'a row each'}")
+        sheet.add_sign("×")
         name = f"columns of {seen}, one for each window"
-        sheet.put(example.columns[group], name.replace(" of channel,", ","), column)
-        sheet.say("=")
-        sheet.put(example.products[group], f"product, {made}".removesuffix(", channel"), product)
+        sheet.add(example.columns[group], name.replace(" of channel,", ","), column)
+        sheet.add_sign("=")
+        sheet.add(example.products[group], f"product, {made}".removesuffix(", channel"), product)
     return sheet.figure("\n".join(formula(example)))
 
 
-def _inside(example: Example) -> set[tuple[int, int]]:
-    """(row, column) of what is no padding."""
+def _inside(example: SmallConvolution) -> set[tuple[int, int]]:
+    """(row, column) of the cells that are not padding."""
     left, _, top, _ = example.amounts
     height, width = example.input.shape[1:]
     return {(top + y, left + x) for y in range(height) for x in range(width)}

@@ -1,10 +1,9 @@
-"""Where a network's work is, and where its time goes."""
+"""Lesson `cost`: multiply-accumulate operations and measured time of each layer."""
 
 import statistics
 import textwrap
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torchvision
@@ -33,15 +32,15 @@ def cost(
 ) -> Lesson:
     """MACs of every layer of a model against measured time on each backend.
 
-    A multiply-accumulate is one product and one sum. How long a layer takes is not how many of
-    them it has: the same MACs cost more as loops than as one matrix product, and layers that have
-    none, such as pooling, take their time too. Times are of the forward on the CPU, medians.
+    A multiply-accumulate operation is one product and one sum. Their number does not determine the
+    time: the same MACs take longer as loops than as one matrix product, and layers without any,
+    such as pooling, take time too. Times are medians of the forward on the CPU.
 
     Args:
-        model: A choice of conf/model, or for a torchvision network its name, such as resnet18.
-        backends: Which; by default all.
+        model: A choice of conf/model, or the name of a torchvision network, such as resnet18.
+        backends: By default all.
         batch_size: Images in a batch.
-        rounds: Turns of each backend.
+        rounds: Measurements of each backend, in turns.
         threads: Of PyTorch; by default its own choice.
     """
     names = list(BACKENDS) if backends is None else backends
@@ -51,12 +50,8 @@ def cost(
     networks = {name: _network(model, name) for name in names}
     layers = summarise(networks[names[0]], IMAGE)
     if left := uncalled_layers(networks[names[0]], layers):
-        raise ConfigError(
-            [
-                f"model={model}: {left[0]} is never called, as something else computes with its "
-                "weights, and would not be counted; take a network without attention"
-            ]
-        )
+        problem = "is never called, as another layer uses its weights, and cannot be counted"
+        raise ConfigError([f"model={model}: {left[0]} {problem}; choose one without attention"])
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -72,13 +67,13 @@ def cost(
 
 
 def _network(model: str, backend: str) -> nn.Module:
-    """In evaluation; ConfigError if there is none of this name."""
+    """A network in evaluation mode; ConfigError if there is none of this name."""
     try:
         cfg = compose([f"model={model}"])
     except ConfigError as error:
         if model not in torchvision.models.list_models(module=torchvision.models):
             raise error from None
-        small = str("vit" not in model).lower()  # of which the patches' size is fixed
+        small = str("vit" not in model).lower()  # the size of ViT's patches is fixed
         cfg = compose(["model=torchvision", f"model.name={model}", f"model.small_images={small}"])
     with as_config_error("model"):
         conv = BACKENDS[backend]
@@ -88,38 +83,31 @@ def _network(model: str, backend: str) -> nn.Module:
 def layer_times(
     networks: dict[str, nn.Module], batch_size: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds that each layer's forward takes, by backend: medians, backends in turns."""
+    """Median seconds of each layer's forward, by backend, measured in turns."""
     images = torch.randn(batch_size, *IMAGE, generator=torch.Generator().manual_seed(0))
-    found: dict[str, list[list[float]]] = {name: [] for name in networks}
-    for turn in range(rounds + 1):
+    measured: dict[str, list[list[float]]] = {name: [] for name in networks}
+    for _ in range(rounds + 1):
         for name, network in networks.items():
-            taken = _timed(network, images)
-            if turn:  # the first one warms up
-                found[name].append(taken)
-    return {
-        name: [statistics.median(layer) for layer in zip(*turns, strict=True)]
-        for name, turns in found.items()
+            measured[name].append(_timed(network, images))
+    return {  # without the first round, a warm-up
+        name: [statistics.median(layer[1:]) for layer in zip(*times, strict=True)]
+        for name, times in measured.items()
     }
 
 
 def _timed(network: nn.Module, images: Tensor) -> list[float]:
-    """Seconds of each layer's forward, in the order in which the images meet them."""
+    """Seconds of each layer's forward, in the order of execution."""
     begun: list[float] = []
-    taken: list[float] = []
-
-    def begin(*_: Any) -> None:
-        begun.append(time.perf_counter())
-
-    def end(*_: Any) -> None:
-        taken.append(time.perf_counter() - begun.pop())
-
+    seconds: list[float] = []
     layers = leaf_modules(network)
-    before = [layer.register_forward_pre_hook(begin) for layer in layers]
+    handles = [layer.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter()))
+               for layer in layers]  # fmt: skip
+    end = lambda *_: seconds.append(time.perf_counter() - begun.pop())  # noqa: E731
     with forward_hooks(layers, end), torch.no_grad():
         network(images)
-    for hook in before:
-        hook.remove()
-    return taken
+    for handle in handles:
+        handle.remove()
+    return seconds
 
 
 def _lines(
@@ -129,36 +117,31 @@ def _lines(
     batch_size: int,
     left_out: Sequence[str],
 ) -> list[str]:
-    times = {name: taken for name, taken in times.items() if name not in left_out}
-    total = sum(layer.macs for layer in layers) or 1
-    kinds = [_kind(layer) for layer in layers]
-    wide = max(len(layer.name) + len(kind) + 2 for layer, kind in zip(layers, kinds, strict=True))
+    """The table as lines of text, without the columns and backends in `left_out`."""
+    times = {name: seconds for name, seconds in times.items() if name not in left_out}
+    total = sum(layer.macs for layer in layers)
+    names = [f"{layer.name}  {_kind(layer)}" for layer in layers]
+    width_of_names = max(map(len, names))
 
     def row(name: str, macs: str, share: str, cells: Sequence[tuple[str, str]]) -> str:
-        columns = [("layer", name, wide), ("MACs/image", f"{macs:>14}", 14)]
-        columns += [("share", f"{share:>8}", 8)]
-        for taken, rate in cells:
-            columns += [("ms", f"{taken:>12}", 12), ("GMAC/s", f"{rate:>8}", 8)]
-        shown = [f"{text:{size}}" for title, text, size in columns if title not in left_out]
-        return "".join(shown).rstrip()
+        columns = [("layer", f"{name:{width_of_names}}"), ("MACs/image", f"{macs:>14}")]
+        columns += [("share", f"{share:>8}")]
+        for milliseconds, rate in cells:
+            columns += [("ms", f"{milliseconds:>12}"), ("GMAC/s", f"{rate:>8}")]
+        return "".join(text for title, text in columns if title not in left_out).rstrip()
 
-    lines = [row("layer", "MACs/image", "share", [(name, "GMAC/s") for name in times])]
-    for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
-        rates = [layer.macs * batch_size / taken[i] / 1e9 for taken in times.values()]
-        cells = [
-            (f"{taken[i] * 1000:.3f}", f"{rate:.1f}" if layer.macs else "")
-            for taken, rate in zip(times.values(), rates, strict=True)
-        ]
-        macs, share = f"{layer.macs:,}", f"{layer.macs / total:.1%}"
-        name = f"{layer.name}  {kind}"
-        lines.append(row(name, macs, share, cells) if layer.macs else row(name, "", "", cells))
-    cells = [
-        (f"{sum(taken) * 1000:.3f}", f"{total * batch_size / sum(taken) / 1e9:.1f}")
-        for taken in times.values()
-    ]
-    last = row("total", f"{sum(layer.macs for layer in layers):,}", "", cells)
+    def cell(seconds: float, macs: int) -> tuple[str, str]:
+        return f"{seconds * 1000:.3f}", f"{macs * batch_size / seconds / 1e9:.1f}" if macs else ""
+
     head = f"{model}, a batch of {batch_size}, forward, {torch.get_num_threads()} threads; in ms"
-    return [*textwrap.wrap(head, width()), "", *lines, "", last]
+    lines = [*textwrap.wrap(head, width()), ""]
+    lines.append(row("layer", "MACs/image", "share", [(name, "GMAC/s") for name in times]))
+    for i, (layer, name) in enumerate(zip(layers, names, strict=True)):
+        cells = [cell(seconds[i], layer.macs) for seconds in times.values()]
+        macs = (f"{layer.macs:,}", f"{layer.macs / total:.1%}") if layer.macs else ("", "")
+        lines.append(row(name, *macs, cells))
+    cells = [cell(sum(seconds), total) for seconds in times.values()]
+    return [*lines, "", row("total", f"{total:,}", "", cells)]
 
 
 def _draw(model: str, layers: Sequence[LayerSummary], times: dict[str, list[float]]) -> Figure:
@@ -167,25 +150,24 @@ def _draw(model: str, layers: Sequence[LayerSummary], times: dict[str, list[floa
     shares = {"MACs": [layer.macs / total for layer in layers]}
     shares |= {f"time, {name}": [t / sum(taken) for t in taken] for name, taken in times.items()}
     shown = sorted(range(len(layers)), key=lambda i: -max(share[i] for share in shares.values()))
-    shown = sorted(shown[:16])  # of a deep network those that matter most
+    shown = sorted(shown[:16])  # the largest of a deep network
     figure = Figure(figsize=(9, 0.9 + 0.42 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    tall = 0.8 / len(shares)
+    thickness = 0.8 / len(shares)
     for number, (name, share) in enumerate(shares.items()):
         colour = "#555555" if name == "MACs" else COLOURS[(number - 1) % len(COLOURS)]
-        places = [row + number * tall for row in range(len(shown))]
-        axes.barh(places, [100 * share[i] for i in shown], tall, color=colour, label=name)
-    axes.set_yticks([row + 0.4 - tall / 2 for row in range(len(shown))])
+        positions = [row + number * thickness for row in range(len(shown))]
+        axes.barh(positions, [100 * share[i] for i in shown], thickness, color=colour, label=name)
+    axes.set_yticks([row + 0.4 - thickness / 2 for row in range(len(shown))])
     axes.set_yticklabels([f"{layers[i].name}  {_kind(layers[i])}" for i in shown])
     axes.invert_yaxis()
-    axes.set_xlabel("% of the whole")
-    axes.set_title(f"{model}: where the work is, and where the time goes", fontsize=11)
+    axes.set_xlabel("% of the total")
+    axes.set_title(f"{model}: MACs and time of each layer", fontsize=11)
     axes.legend(frameon=False, loc="lower right")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _kind(layer: LayerSummary) -> str:
-    """The class of a layer; of a convolution not its backend, as there are several."""
+    """The class of a layer; Conv2d for every backend."""
     return "Conv2d" if layer.kind.endswith("Conv2d") else layer.kind
