@@ -1,10 +1,10 @@
-"""A finished run put to use: evaluated, shown pictures, exported."""
+"""Inference with the trained network of a run: evaluate, predict, export."""
 
 from cnntrain.inference.evaluation import Evaluation, evaluate, evaluate_trained
 from cnntrain.inference.exporting import (
     Exported,
     ExportError,
-    Mismatch,
+    MismatchError,
     export,
     export_trained,
 )
@@ -15,7 +15,7 @@ __all__ = [
     "Evaluation",
     "ExportError",
     "Exported",
-    "Mismatch",
+    "MismatchError",
     "Prediction",
     "Trained",
     "evaluate",

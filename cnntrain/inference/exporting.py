@@ -1,4 +1,4 @@
-"""A trained network as a file that other programs run: `cnntrain export`."""
+"""Export of a trained network to ONNX or torch.export, compared with the original."""
 
 import contextlib
 import io
@@ -24,31 +24,31 @@ from cnntrain.training.building import build_network
 from cnntrain.training.checkpoints import shape_differences
 
 Format = Literal["onnx", "torch"]
-Run = Callable[[Tensor], Tensor]
+Network = Callable[[Tensor], Tensor]
 
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
-FACTS = "cnntrain.json"  # what a torch.export file calls them
-BATCHES = (1, 2, 7, 256)  # sizes in which the file is tried
-TOLERANCE = 1e-4  # of the largest logit: float32 in another order of sums
+METADATA_FILE = "cnntrain.json"  # extra file of a torch.export program
+BATCH_SIZES = (1, 2, 7, 256)  # compared
+TOLERANCE = 1e-4  # relative to the largest logit: float32 sums in another order
 
 
 class ExportError(OneLine, RuntimeError):
-    """A network that PyTorch cannot export; no file is left."""
+    """PyTorch cannot export the network; no file is written."""
 
 
-class Mismatch(ExportError):
-    """An exported network does not compute what the trained one does; no file is left."""
+class MismatchError(ExportError):
+    """The exported network computes other logits; no file is written."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was loaded again, and found to compute the same."""
+    """An exported file that was loaded again and compared."""
 
     file: Path
-    images: int  # real ones, on which the two were compared
-    error: float  # the largest difference of a logit
-    largest: float  # the largest logit
-    answers: int  # images that both take for the same
+    images: int  # compared
+    error: float  # largest absolute difference of a logit
+    largest: float  # largest absolute logit
+    same: int  # images with the same predicted class
 
 
 @interruptible()
@@ -60,28 +60,27 @@ def export(
     root: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Exported:
-    """Write a run's network into `folder`, by default the run's folder export/.
+    """Export the network of a run to a file.
 
-    What the file takes is images, float32 (N, C, H, W), normalised, of any N; what it gives is
-    logits (N, classes). It holds the class names, and mean and standard deviation of the pixels
-    scaled to 0..1, by which images are normalised: an ONNX file as metadata, a torch.export file
-    as its extra file cnntrain.json.
+    The file maps normalised images, float32 (N, C, H, W) with any N, to logits (N, classes). It
+    contains class names, mean and standard deviation: as metadata of the ONNX model, or as the
+    extra file cnntrain.json of the torch.export program.
 
-    Its convolutions are those of the runtime, whatever the network was trained on: loops would make
-    a graph of thousands of nodes. So what it computes is compared with the network on the backend
-    that it was trained on, on validation images. A backend of somebody's own with other parameters
-    than nn.Conv2d's is exported as it computes.
+    Convolutions are exported as those of `nn.Conv2d`, whatever the backend: loops would become
+    thousands of graph nodes. The result is compared with the network on its own backend, on
+    validation images. A backend with other parameters than `nn.Conv2d` is exported as it is.
 
     Args:
-        run: The run's folder, or a Result.
-        format: onnx, or torch: a program of torch.export.
+        run: Run directory, or a Result.
+        format: onnx, or torch for a torch.export program.
         checkpoint: best, last, or a file.
-        root: The data set's folder, where that is not the one that the run had.
-        folder: Where to.
+        root: Folder of the data set; None: that of the run.
+        folder: Where to write; None: export/ in the run directory.
 
     Raises:
-        ConfigError, CheckpointError, DataError: As `evaluate`; or packages are not installed.
-        ExportError, Mismatch: See there.
+        ConfigError, CheckpointError, DataError: See `evaluate`; or packages are not installed.
+        ExportError: PyTorch cannot export the network.
+        MismatchError: The exported network computes other logits.
     """
     check_installed(format)
     trained = load_trained(run, checkpoint, device="cpu", root=root)
@@ -89,7 +88,7 @@ def export(
 
 
 def check_installed(format: Format) -> None:
-    """ConfigError if a format's packages are not there."""
+    """Raise ConfigError if packages that a format needs are not installed."""
     needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
     if missing := [name for name in needed if find_spec(name) is None]:
         raise ConfigError(
@@ -98,11 +97,10 @@ def check_installed(format: Format) -> None:
 
 
 def export_trained(trained: Trained, format: Format, folder: str | os.PathLike[str]) -> Exported:
-    """As `export`, of a network that is loaded on the CPU."""
-    folder = Path(folder)
+    """`export` for a network that is already loaded, on the CPU."""
     data = trained.data
-    images = data.val_loader().rows(torch.arange(min(max(BATCHES), data.val_size)))
-    # Not `convert`, which refuses a convolution of somebody's own that computes in its own way.
+    images = data.val_loader().rows(torch.arange(min(max(BATCH_SIZES), data.val_size)))
+    # Not `convert`, which rejects convolutions that override the computation.
     cfg = trained.cfg.copy()
     cfg.backend = {"_target_": "torch.nn.Conv2d", "_partial_": True}
     network, weights = build_network(cfg, data).eval(), trained.network.state_dict()
@@ -110,32 +108,31 @@ def export_trained(trained: Trained, format: Format, folder: str | os.PathLike[s
         network = trained.network
     else:
         network.load_state_dict(weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{trained.checkpoint.stem}{SUFFIXES[format]}"
-    new = file.with_name(f".{file.name}")  # hidden until it is whole and right
+    file = Path(folder) / f"{trained.checkpoint.stem}{SUFFIXES[format]}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}")
+    write, load = (_write_onnx, _load_onnx) if format == "onnx" else (_write_torch, _load_torch)
     try:
-        with _quiet():
-            write, load = (_write_onnx, _load_onnx) if format == "onnx" else (_write, _load)
-            # What a program is traced with, it keeps: no image of anybody's. Two are any number.
+        with _silence():
             try:
-                write(network, torch.zeros(2, *data.shape), _facts(trained), new)
-                exported = load(new)
+                # Zeros, as the program keeps its example; a batch of one would fix the batch size.
+                write(network, torch.zeros(2, *data.shape), _metadata(trained), temporary)
+                exported = load(temporary)
             except OSError:
                 raise
-            except Exception as error:  # of many classes, some of them torch's own
-                said = str(error).strip().split("\n")[0]
+            except Exception as error:  # exporters raise many classes
+                reason = str(error).strip().split("\n")[0]
                 raise ExportError(
-                    f"format={format}: PyTorch cannot export this network: {said}"
+                    f"format={format}: PyTorch cannot export this network: {reason}"
                 ) from error
-            found = _compared(trained.network, exported, images, file)
-        os.replace(new, file)
+            result = _compare(trained.network, exported, images, file)
+        os.replace(temporary, file)
     finally:
-        new.unlink(missing_ok=True)
-    return found
+        temporary.unlink(missing_ok=True)
+    return result
 
 
-def _facts(trained: Trained) -> dict[str, Any]:
-    """What somebody who has nothing but the file needs to know."""
+def _metadata(trained: Trained) -> dict[str, Any]:
     data = trained.data
     return {
         "classes": list(data.classes),
@@ -151,29 +148,27 @@ def _facts(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _compared(network: nn.Module, exported: Run, images: Tensor, file: Path) -> Exported:
-    """Both networks' answers to batches of several sizes; Mismatch if they differ."""
-    error = largest = 0.0
-    same = 0
-    for size in dict.fromkeys(min(size, len(images)) for size in BATCHES):
-        shown = images[-size:]
-        with torch.no_grad():
-            wanted, found = network(shown), exported(shown)
-        if found.shape != wanted.shape:
-            raise Mismatch(f"{file}: gives {tuple(found.shape)} for {size} images; not written")
-        difference = float((found - wanted).abs().max())
-        error = max(error, difference) if difference == difference else difference
-        largest = float(wanted.abs().max())
-        if not difference <= TOLERANCE * max(1.0, largest):
-            raise Mismatch(
-                f"{file}: logits of {size} images differ by {difference:.2g} from those of the "
+@torch.no_grad()
+def _compare(network: Network, exported: Network, images: Tensor, file: Path) -> Exported:
+    errors = []
+    for size in dict.fromkeys(min(size, len(images)) for size in BATCH_SIZES):
+        expected, logits = network(images[-size:]), exported(images[-size:])
+        if logits.shape != expected.shape:
+            raise MismatchError(
+                f"{file}: logits of {size} images have shape {tuple(logits.shape)}; not written"
+            )
+        error, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+        if not error <= TOLERANCE * max(1.0, largest):  # also if it is NaN
+            raise MismatchError(
+                f"{file}: logits of {size} images differ by {error:.2g} from those of the "
                 f"trained network, of which the largest is {largest:.2g}; not written"
             )
-        same = int((found.argmax(1) == wanted.argmax(1)).sum())
-    return Exported(file, len(images), error, largest, same)
+        errors.append(error)
+    same = int((logits.argmax(1) == expected.argmax(1)).sum())  # of the last and largest batch
+    return Exported(file, len(images), max(errors), largest, same)
 
 
-def _write_onnx(network: nn.Module, images: Tensor, facts: dict[str, Any], file: Path) -> None:
+def _write_onnx(network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path) -> None:
     program = torch.onnx.export(
         network,
         (images,),
@@ -184,15 +179,15 @@ def _write_onnx(network: nn.Module, images: Tensor, facts: dict[str, Any], file:
         verbose=False,
     )
     assert program is not None
-    graph = program.model.graph  # its parts say where on this machine their source lies
+    graph = program.model.graph  # the metadata of its parts contains paths of this machine
     for part in (graph, *graph, *graph.initializers.values(), *graph.inputs, *graph.outputs):
         part.metadata_props.clear()
-    for name, value in facts.items():
+    for name, value in metadata.items():
         program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
     program.save(str(file), external_data=False)
 
 
-def _load_onnx(file: Path) -> Run:
+def _load_onnx(file: Path) -> Network:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -201,21 +196,21 @@ def _load_onnx(file: Path) -> Run:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _write(network: nn.Module, images: Tensor, facts: dict[str, Any], file: Path) -> None:
+def _write_torch(network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path) -> None:
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(network, (images,), dynamic_shapes=(batch,))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # which says where on this machine the source lies
-    torch.export.save(program, str(file), extra_files={FACTS: json.dumps(facts)})
+        node.meta.pop("stack_trace", None)  # contains paths of this machine
+    torch.export.save(program, str(file), extra_files={METADATA_FILE: json.dumps(metadata)})
 
 
-def _load(file: Path) -> Run:
+def _load_torch(file: Path) -> Network:
     return torch.export.load(str(file)).module()
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporters say of themselves."""
+def _silence() -> Iterator[None]:
+    """Suppress log records, warnings and output of the exporters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Pictures from files and arrays, of any size and kind, as a network was trained on them."""
+"""Input images of `predict`: files, folders and arrays, converted to the input of a network."""
 
 import os
 import warnings
@@ -12,195 +12,169 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cnntrain.config import ConfigError
-from cnntrain.data.idx import GZIP_MAGIC, DataError, parse_idx, read_bytes
+from cnntrain.data import DataError
+from cnntrain.data.idx import GZIP_MAGIC, read_idx
 
-PICTURES = (".png", ".jpg", ".jpeg")
-IDX = (".idx", "-ubyte", ".idx.gz", "-ubyte.gz")
-LARGEST_IDX = 2**32  # bytes
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IDX_SUFFIXES = (".idx", "-ubyte", ".idx.gz", "-ubyte.gz")
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
-Given = Path | tuple[str, Image.Image]  # a file or folder; or a picture in memory and its name
+Source = Path | tuple[str, Image.Image]  # a file or folder; or an image in memory and its name
 
 
-class Unreadable(Exception):
-    """A file that holds no picture that can be used; the message says why, without its name."""
+class UnreadableError(Exception):
+    """A file without a usable image; the message is the reason, without the file name."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One of them: `index` is its place in an idx file."""
+class InputImage:
+    """An image as the input of a network."""
 
-    file: Path
-    index: int | None
-    pixels: np.ndarray  # uint8 (C, H, W), as the network is to see it
-    border: float = 0.0  # brightness along the edge, 0 to 1, if lighter than the middle; else 0
-
-    @property
-    def name(self) -> str:
-        return str(self.file) if self.index is None else f"{self.file}[{self.index}]"
+    name: str  # of the file, with an index for IDX files
+    pixels: np.ndarray  # uint8 (C, H, W)
+    border: float  # `lighter_border` of the image
 
 
-def picture_files(path: Path) -> list[Path]:
-    """The file itself, or of a folder, and of those in it, all PNG, JPEG and idx files by their
-    names, sorted; none of files of labels. A folder that cannot be looked into stands for itself.
+def image_files(path: Path) -> list[Path]:
+    """A file itself, or all PNG, JPEG and IDX files below a folder, without hidden and label files.
+
+    A folder that cannot be listed is returned itself.
     """
     if not path.is_dir():
         return [path]
-    found: list[Path] = []
-    closed: list[OSError] = []
-    for folder, folders, files in os.walk(path, onerror=closed.append):
+    files: list[Path] = []
+    errors: list[OSError] = []
+    for folder, folders, names in os.walk(path, onerror=errors.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [file for name in files if _named_as_pictures(file := Path(folder, name))]
-    return sorted([*found, *(Path(error.filename) for error in closed)])
+        files += [file for name in names if _is_image_file(file := Path(folder, name))]
+    return sorted([*files, *(Path(error.filename) for error in errors)])
 
 
-def _named_as_pictures(file: Path) -> bool:
+def _is_image_file(file: Path) -> bool:
     name = file.name.lower()
-    if name.startswith(".") or not file.is_file():
-        return False
     labels = "idx1" in name or "labels" in name
-    return name.endswith(PICTURES) or (name.endswith(IDX) and not labels)
+    known = name.endswith(IMAGE_SUFFIXES) or (name.endswith(IDX_SUFFIXES) and not labels)
+    return known and not name.startswith(".") and file.is_file()
 
 
-def read_pictures(
-    given: Given, shape: tuple[int, int, int], *, invert: bool, max_pixels: int
-) -> Iterator[Picture]:
-    """All pictures in a PNG, JPEG or idx file, or the one in memory, each `fitted`.
+def read_images(
+    source: Source, shape: tuple[int, int, int], *, invert: bool, max_pixels: int
+) -> Iterator[InputImage]:
+    """All images in a PNG, JPEG or IDX file, or the one in memory, as (C, H, W) = `shape`.
+
+    An image is scaled to fit and centred on black. 16 bits become 8; colour becomes grey (ITU-R
+    601) where C is 1; transparent pixels become background, which is black. A grey image of the
+    size `shape` is not changed.
+
+    Args:
+        source: File, or name and image.
+        shape: Channels, height and width of the network's input.
+        invert: Whether dark becomes light first, as for ink on paper.
+        max_pixels: Larger images are not decoded.
 
     Raises:
-        Unreadable: It is damaged, of another kind, or beyond `max_pixels`.
+        UnreadableError: The file is damaged or of another format, the image is too large, or the
+            network has neither 1 nor 3 channels.
     """
-    file = given if isinstance(given, Path) else Path(given[0])
+    name = str(source if isinstance(source, Path) else source[0])
     try:
-        if not isinstance(given, Path):
-            _limit(*given[1].size, max_pixels)
-            yield Picture(file, None, fitted(_upright(given[1]), shape, invert))
-            return
-        if file.is_dir():
-            raise Unreadable("a folder that cannot be looked into")
-        with file.open("rb") as stream:
-            head = stream.read(4)
-        if head.startswith(GZIP_MAGIC) or head[:3] == b"\0\0\x08":
-            for index, pixels in enumerate(_idx(file, max_pixels)):
-                yield _picture(file, index, Image.fromarray(pixels), shape, invert)
-        else:
-            yield _picture(file, None, _opened(file, max_pixels), shape, invert)
-    except (UnidentifiedImageError, OSError) as error:
-        strange = isinstance(error, UnidentifiedImageError)
-        why = "is neither PNG, JPEG nor idx" if strange else (error.strerror or str(error))
-        raise Unreadable(why) from error
+        for suffix, image in _decode(source, max_pixels):
+            image = _scale(image, shape, invert)
+            yield InputImage(name + suffix, _pad(image, shape), lighter_border(np.asarray(image)))
+    except UnidentifiedImageError as error:
+        raise UnreadableError("is not a PNG, JPEG or IDX file") from error
+    except OSError as error:
+        raise UnreadableError(error.strerror or str(error)) from error
     except (DataError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        said = str(error).removeprefix(f"{file}: ").split("\n")[0]
-        raise Unreadable(said or "does not fit into the memory") from error
+        reason = str(error).removeprefix(f"{name}: ").split("\n")[0]
+        raise UnreadableError(reason or "does not fit into the memory") from error
 
 
-def given_pictures(images: Any, name: str = "images") -> Iterator[Given]:
-    """All pictures in what `predict` was given, arrays as PIL images.
-
-    Raises ConfigError for an object that is no picture, or an array whose shape, dtype or values
-    leave open what it shows.
-    """
-    if isinstance(images, (str, os.PathLike)):
-        if not os.fspath(images):
-            raise ConfigError(["images=: there is no such file"])
-        yield Path(images)
-    elif isinstance(images, Image.Image):
-        yield getattr(images, "filename", "") or name, images
-    elif hasattr(images, "__array__"):
-        pixels = _channels_last(images, name)
-        for i, one in enumerate(pixels):
-            image = Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one)
-            yield name if len(pixels) == 1 else f"{name}[{i}]", image
-    elif isinstance(images, Iterable):
-        for i, one in enumerate(images):
-            yield from given_pictures(one, f"{name}[{i}]")
-    else:
-        kinds = "a path, a PIL image, an array, a tensor, or a list of these"
-        raise ConfigError([f"{name}: is {type(images).__name__}; give {kinds}"])
+def _decode(source: Source, max_pixels: int) -> Iterator[tuple[str, Image.Image]]:
+    """Images, with the suffixes of their names."""
+    if not isinstance(source, Path):
+        _check_pixels(*source[1].size, max_pixels)
+        yield "", _upright(source[1])
+        return
+    if source.is_dir():
+        raise UnreadableError("is a folder that cannot be listed")
+    with source.open("rb") as stream:
+        head = stream.read(4)
+    if not (head.startswith(GZIP_MAGIC) or head[:3] == b"\0\0\x08"):
+        yield "", _open(source, max_pixels)
+        return
+    images = read_idx(source)
+    if images.ndim != 3:
+        kind = "labels" if images.ndim == 1 else f"an array of {images.ndim} dimensions"
+        raise UnreadableError(f"contains {kind}, not images (N, H, W)")
+    _check_pixels(images.shape[2], images.shape[1], max_pixels)
+    for index, pixels in enumerate(images):
+        yield f"[{index}]", Image.fromarray(pixels)
 
 
-def _channels_last(images: Any, name: str) -> np.ndarray:
-    """One or several images in an array or tensor as uint8 (N, H, W, C), C in CHANNELS."""
-    tensor = isinstance(images, torch.Tensor)
-    if tensor:
-        images = images.detach().cpu()
-        images = images.float() if images.is_floating_point() else images
-    array = np.asarray(images)
-    what = f"{name}: {'tensor' if tensor else 'array'} of {array.dtype}, shape {array.shape}"
-    # Whether the first or the last dimension of an image can be its channels.
-    first, last = (array.ndim in (3, 4) and array.shape[i] in CHANNELS for i in (-3, -1))
-    several = array.ndim == 3 and not (tensor or last or array.shape[0] in CHANNELS[1:])
-    if array.ndim == 2 or several:
-        array = array[..., None]
-    elif first and (tensor or (array.ndim == 4 and not last)):
-        array = np.moveaxis(array, -3, -1)
-    elif not last or (first and array.ndim == 4):
-        shapes = f"(H, W) or {'(C, H, W)' if tensor else '(H, W, C)'}; several are (N, C, H, W)"
-        raise ConfigError([f"{what}: the shape of one image is {shapes}; C is 1, 3 or 4"])
-    kind, top = array.dtype.kind, 1 if array.dtype.kind in "bf" else 255
-    # NaN is rejected as well.
-    if not array.size or kind not in "buif" or not (array.min() >= 0 and array.max() <= top):
-        raise ConfigError([f"{what}: give integers from 0 to 255 or floats from 0 to 1"])
-    return (array * (255 / top)).round().astype(np.uint8).reshape(-1, *array.shape[-3:])
-
-
-def _idx(file: Path, max_pixels: int) -> np.ndarray:
-    """uint8 (N, H, W)."""
-    if file.stat().st_size > LARGEST_IDX:
-        raise Unreadable(f"is larger than {LARGEST_IDX:,} bytes")
-    content = read_bytes(file, limit=LARGEST_IDX)
-    if len(content) > LARGEST_IDX:
-        raise Unreadable(f"is larger than {LARGEST_IDX:,} bytes when unpacked")
-    found = parse_idx(content, file)
-    if found.ndim != 3:
-        what = "labels" if found.ndim == 1 else f"an array of {found.ndim} dimensions"
-        raise Unreadable(f"holds {what}, not images (N, H, W)")
-    if found.shape[1] * found.shape[2] == 0:
-        raise Unreadable("holds images without a pixel")
-    _limit(found.shape[2], found.shape[1], max_pixels)
-    return found
-
-
-def _opened(file: Path, max_pixels: int) -> Image.Image:
-    # Pillow's own limit warns of what may be, and has no say here: ours is known before decoding.
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def _open(file: Path, max_pixels: int) -> Image.Image:
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # `max_pixels` instead
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF, which says how a picture was taken
+            warnings.simplefilter("ignore")  # of damaged EXIF
             image = Image.open(file, formats=["PNG", "JPEG"])
-            _limit(*image.size, max_pixels)
+            _check_pixels(*image.size, max_pixels)
             image.load()
             return _upright(image)
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # of many classes: EXIF that is damaged; the picture itself is not
+    except Exception:  # of many classes, if only the EXIF data are damaged
         return image
 
 
-def _limit(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise Unreadable(f"has {width:,} x {height:,} pixels, more than max_pixels={max_pixels:,}")
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if not 0 < width * height <= max_pixels:
+        problem = f"more than max_pixels={max_pixels:,}" if width * height else "none at all"
+        raise UnreadableError(f"has {width:,} x {height:,} pixels, {problem}")
 
 
-def _picture(
-    file: Path, index: int | None, image: Image.Image, shape: tuple[int, int, int], invert: bool
-) -> Picture:
-    scaled = _scaled(image, shape, invert)
-    return Picture(file, index, _centred(scaled, shape), lighter_border(np.asarray(scaled)))
+def _scale(image: Image.Image, shape: tuple[int, int, int], invert: bool) -> Image.Image:
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise UnreadableError(f"is grey or colour, but the network expects {channels} channels")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        background = (255, 255, 255) if invert else (0, 0, 0)
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    if invert:
+        image = ImageOps.invert(image)
+    scale = min(width / image.width, height / image.height)
+    size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def _pad(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    _, height, width = shape
+    canvas = Image.new(image.mode, (width, height))
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return np.asarray(canvas).reshape(height, width, -1).transpose(2, 0, 1)
 
 
 def lighter_border(pixels: np.ndarray) -> float:
-    """How bright the edge of a picture (H, W) or (H, W, 3), uint8, is, from 0 to 1; 0 where it is
-    no lighter than the middle.
+    """Brightness of the border of an image if it is lighter than the middle, otherwise 0.
 
-    The median of a frame of 1/28 of the longer side, as an object may reach the edge. Lighter: what
-    is darker than that in the middle outweighs what is lighter, differences below 8 of 255 left
-    out, so that noise and uneven light do not count, but a small object does.
+    The brightness is the median of a frame of 1/28 of the longer side, as objects may touch the
+    edge. It is lighter if darker pixels of the middle outweigh lighter ones. Differences below 8 of
+    255, as of noise and uneven light, are ignored.
+
+    Args:
+        pixels: uint8 (H, W) or (H, W, 3).
+
+    Returns:
+        From 0 to 1.
     """
     grey = pixels.reshape(*pixels.shape[:2], -1).mean(2)
     frame = max(1, max(grey.shape) // 28)
@@ -214,43 +188,53 @@ def lighter_border(pixels: np.ndarray) -> float:
     return border / 255 if darker > lighter + 0.25 else 0.0
 
 
-def fitted(image: Image.Image, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
-    """A picture as large as possible in the middle of a black one of `shape`, (C, H, W), uint8.
-
-    Sixteen bits become eight, colour becomes grey (ITU-R 601) where C is 1. With `invert`, what is
-    dark becomes light first: of ink on paper, light strokes on black. What is transparent becomes
-    black either way. A grey picture of this very size stays as it is, bit for bit.
+def image_sources(images: Any, name: str = "images") -> Iterator[Source]:
+    """Paths and images in the argument of `predict`, with arrays converted to PIL images.
 
     Raises:
-        Unreadable: C is neither 1 nor 3.
+        ConfigError: An object is not an image, or the shape, dtype or values of an array are
+            ambiguous.
     """
-    return _centred(_scaled(image, shape, invert), shape)
+    if isinstance(images, (str, os.PathLike)):
+        if not os.fspath(images):
+            raise ConfigError(["images=: there is no such file"])
+        yield Path(images)
+    elif isinstance(images, Image.Image):
+        yield getattr(images, "filename", "") or name, images
+    elif hasattr(images, "__array__"):
+        arrays = _channels_last(images, name)
+        for i, array in enumerate(arrays):
+            image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+            yield name if len(arrays) == 1 else f"{name}[{i}]", image
+    elif isinstance(images, Iterable):
+        for i, each in enumerate(images):
+            yield from image_sources(each, f"{name}[{i}]")
+    else:
+        kinds = "a path, a PIL image, an array, a tensor, or a list of these"
+        raise ConfigError([f"{name}: is {type(images).__name__}; give {kinds}"])
 
 
-def _scaled(image: Image.Image, shape: tuple[int, int, int], invert: bool) -> Image.Image:
-    """The part of `fitted` that shows the picture."""
-    channels, height, width = shape
-    if channels not in (1, 3):
-        raise Unreadable(f"is grey or colour, and the network sees {channels} channels")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        paper = (255, 255, 255) if invert else (0, 0, 0)
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*paper, 255)), image)
-    image = image.convert("RGB" if channels == 3 else "L")
-    if invert:
-        image = ImageOps.invert(image)
-    scale = min(width / image.width, height / image.height)
-    size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)  # of an area, where it is smaller
-    return image
-
-
-def _centred(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    _, height, width = shape
-    whole = Image.new(image.mode, (width, height))
-    whole.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-    pixels = np.asarray(whole)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+def _channels_last(images: Any, name: str) -> np.ndarray:
+    """One or several images in an array or tensor as uint8 (N, H, W, C), C in CHANNELS."""
+    is_tensor = isinstance(images, torch.Tensor)
+    if is_tensor:
+        images = images.detach().cpu()
+        images = images.float() if images.is_floating_point() else images
+    array = np.asarray(images)
+    kind = f"{name}: {'tensor' if is_tensor else 'array'} of {array.dtype}, shape {array.shape}"
+    # Whether the first or the last dimension of an image can be its channels.
+    first, last = (array.ndim in (3, 4) and array.shape[i] in CHANNELS for i in (-3, -1))
+    several = array.ndim == 3 and not (is_tensor or last or array.shape[0] in CHANNELS[1:])
+    if array.ndim == 2 or several:
+        array = array[..., None]
+    elif first and (is_tensor or (array.ndim == 4 and not last)):
+        array = np.moveaxis(array, -3, -1)
+    elif not last or (first and array.ndim == 4):
+        shapes = f"(H, W) or {'(C, H, W)' if is_tensor else '(H, W, C)'}; several are (N, C, H, W)"
+        raise ConfigError([f"{kind}: the shape of one image is {shapes}; C is 1, 3 or 4"])
+    top = 1 if array.dtype.kind in "bf" else 255
+    # Written so that NaN is rejected.
+    in_range = array.size and array.dtype.kind in "buif" and array.min() >= 0 and array.max() <= top
+    if not in_range:
+        raise ConfigError([f"{kind}: give integers from 0 to 255 or floats from 0 to 1"])
+    return (array * (255 / top)).round().astype(np.uint8).reshape(-1, *array.shape[-3:])

@@ -1,4 +1,4 @@
-"""What a trained network takes pictures for: `cnntrain predict`."""
+"""Prediction of the classes of images by a trained network."""
 
 import html
 import json
@@ -18,64 +18,61 @@ from pydantic import PositiveInt
 from cnntrain import pictures
 from cnntrain.config import ConfigError
 from cnntrain.inference.images import (
-    Given,
-    Picture,
-    Unreadable,
-    given_pictures,
-    picture_files,
-    read_pictures,
+    InputImage,
+    Source,
+    UnreadableError,
+    image_files,
+    image_sources,
+    read_images,
 )
 from cnntrain.inference.trained import Device, Trained, load_trained
 from cnntrain.interruption import interruptible
 from cnntrain.models.introspection import evaluation_mode
 from cnntrain.notebook import png_html, table_html
 
-BATCH = 256
-DRAWN = 80  # pictures in the grid
-SHOWN = 20  # of a list, in a notebook
+BATCH_SIZE = 256
+MAX_DRAWN = 80  # images in predictions.png
+MAX_SHOWN = 20  # images of a list in a notebook
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one picture the most probable classes, with probabilities; or why it has none.
-
-    `dark_on_light`: its border is lighter than its middle, and the network was trained on what is
-    light on dark, so that `invert=True` is probably missing.
-    """
+    """Most probable classes of an image, or the error that it cannot be read."""
 
     name: str
-    classes: list[tuple[str, float]]
-    pixels: np.ndarray | None = None  # uint8 (C, H, W), as the network saw it
+    classes: list[tuple[str, float]]  # with probabilities, the most probable first
+    pixels: np.ndarray | None = None  # input of the network, uint8 (C, H, W)
     error: str | None = None
+    # Whether the image seems to be dark on light, but the training images are light on dark.
     dark_on_light: bool = False
 
     def __repr__(self) -> str:
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in self.classes)
-        return f"Prediction({self.name!r}: {self.error or shares})"
+        classes = ", ".join(f"{name} {p:.1%}" for name, p in self.classes)
+        return f"Prediction({self.name!r}: {self.error or classes})"
 
     def _repr_html_(self) -> str:
-        seen = ""
+        image = ""
         if self.pixels is not None:
             tile = torch.tensor(self.pixels[None])
-            seen = png_html(pictures.png(pictures.grid(pictures.in_colour(tile), 1)))
-        rows = ((name, f"{share:.1%}") for name, share in self.classes)
-        said = f"<br>{html.escape(self.error)}" if self.error else table_html([], rows)
-        return f"<div>{html.escape(self.name)}<br>{seen}{said}</div>"
+            image = png_html(pictures.png(pictures.grid(pictures.in_colour(tile), 1)))
+        rows = ((name, f"{p:.1%}") for name, p in self.classes)
+        text = f"<br>{html.escape(self.error)}" if self.error else table_html([], rows)
+        return f"<div>{html.escape(self.name)}<br>{image}{text}</div>"
 
     def json(self) -> str:
-        """One line."""
+        """JSON without line breaks."""
         if self.error:
             return json.dumps({"image": self.name, "error": self.error})
-        answers = [{"class": name, "probability": p} for name, p in self.classes]
-        return json.dumps({"image": self.name, "predictions": answers})
+        classes = [{"class": name, "probability": p} for name, p in self.classes]
+        return json.dumps({"image": self.name, "predictions": classes})
 
 
 class Predictions(list[Prediction]):
-    """A list that a notebook shows with its first pictures."""
+    """List whose first images are shown in a notebook."""
 
     def _repr_html_(self) -> str:
-        more = f"... and {len(self) - SHOWN:,} more" if len(self) > SHOWN else ""
-        return "".join(one._repr_html_() for one in self[:SHOWN]) + more
+        more = f"... and {len(self) - MAX_SHOWN:,} more" if len(self) > MAX_SHOWN else ""
+        return "".join(one._repr_html_() for one in self[:MAX_SHOWN]) + more
 
 
 @interruptible()
@@ -90,101 +87,105 @@ def predict(
     device: Device = "auto",
     max_pixels: PositiveInt = 100_000_000,
 ) -> Predictions:
-    """The classes of pictures of any size and kind by a run's network, in their order.
+    """Predict the classes of images of any size with the network of a run.
 
-    An array or tensor holds uint8 from 0 to 255, or floats from 0 to 1, not normalised. One image
-    is (H, W), or (H, W, C) in an array and (C, H, W) in a tensor; several are (N, C, H, W) or
+    Arrays and tensors are not normalised: uint8 from 0 to 255, or floats from 0 to 1. One image is
+    (H, W), or (H, W, C) in an array and (C, H, W) in a tensor; several are (N, C, H, W) or
     (N, H, W, C), in an array also (N, H, W). C is 1, 3 or 4: grey, RGB, RGBA.
 
     Args:
-        run: The run's folder, or a Result.
-        images: A path of a PNG, JPEG or idx file or of a folder with such, a PIL image, an array,
-            a tensor, or an iterable of any of these.
-        top: The most probable classes that are wanted of each.
-        invert: Dark becomes light first: for what is dark on light.
+        run: Run directory, or a Result.
+        images: A path of a PNG, JPEG or IDX file or of a folder with such files, a PIL image, an
+            array, a tensor, or an iterable of any of these.
+        top: Number of classes of each image.
+        invert: Whether dark becomes light first, for images that are dark on light.
         checkpoint: best, last, or a file.
-        backend: A choice by name, or a node of a config; None: the run's own.
-        device: cpu, cuda, mps, or auto: a GPU where there is one.
-        max_pixels: A larger picture is not decoded.
+        backend: Choice by name, or config node; None: that of the run.
+        device: cpu, cuda, mps, or auto: a GPU if there is one.
+        max_pixels: Larger images are not decoded.
+
+    Returns:
+        One for each image, in the same order. Files that cannot be read have an `error`.
 
     Raises:
-        ConfigError, CheckpointError: As `load_trained`; or a file or folder is not there, or an
-            array's shape, dtype or values are none of these.
+        ConfigError, CheckpointError: See `load_trained`; or a file does not exist, or the shape,
+            dtype or values of an array are ambiguous.
     """
-    given = list(given_pictures(images))
-    paths = [one for one in given if isinstance(one, Path)]
-    if paths or not given:
-        files(paths)  # all are there
-    each = (
-        picture
-        for one in given
-        for picture in (picture_files(one) if isinstance(one, Path) else [one])
+    sources = list(image_sources(images))
+    paths = [source for source in sources if isinstance(source, Path)]
+    if paths or not sources:
+        find_files(paths)  # raises if one does not exist
+    files: Iterator[Source] = (
+        file
+        for source in sources
+        for file in (image_files(source) if isinstance(source, Path) else [source])
     )
     trained = load_trained(run, checkpoint, backend=backend, device=device)
-    return Predictions(predictions(trained, each, top=top, invert=invert, max_pixels=max_pixels))
+    return Predictions(predictions(trained, files, top=top, invert=invert, max_pixels=max_pixels))
 
 
-def files(images: str | Iterable[str | Path]) -> list[Path]:
-    """All files with pictures that are named, or in folders that are; ConfigError if one is not
-    there."""
-    named = [images] if isinstance(images, str) else [str(name) for name in images]
-    found: list[Path] = []
-    problems = []
-    for name in named:
-        there = picture_files(Path(name)) if name and Path(name).exists() else []
-        if not there:
+def find_files(images: str | Iterable[str | Path]) -> list[Path]:
+    """Image files, named or in named folders.
+
+    Raises:
+        ConfigError: One does not exist, or a folder has no images.
+    """
+    names = [images] if isinstance(images, str) else [str(name) for name in images]
+    files: list[Path] = []
+    problems = [] if names else ["images=[]: name a file or a folder"]
+    for name in names:
+        found = image_files(Path(name)) if name and Path(name).exists() else []
+        files += found
+        if not found:
             folder = bool(name) and Path(name).is_dir()
-            why = "no PNG, JPEG or idx file is in it" if folder else "there is no such file"
-            problems.append(f"images={name}: {why}")
-        found += there
-    if problems or not found:
-        raise ConfigError(problems or ["images=[]: name a file or a folder"])
-    return list(dict.fromkeys(found))
+            reason = "contains no PNG, JPEG or IDX file" if folder else "there is no such file"
+            problems.append(f"images={name}: {reason}")
+    if problems:
+        raise ConfigError(problems)
+    return list(dict.fromkeys(files))
 
 
 def predictions(
-    trained: Trained, files: Iterable[Given], *, top: int, invert: bool, max_pixels: int
+    trained: Trained, files: Iterable[Source], *, top: int, invert: bool, max_pixels: int
 ) -> Iterator[Prediction]:
-    """One for each picture, in their order; of a file that cannot be read, one with its `error`."""
-    shape = trained.data.shape
-    waiting = _each(files, shape, invert, max_pixels)
-    # Where the deviation exceeds the mean most pixels are dark, as the background of digits and
-    # clothes; photographs that fill their frame have a deviation of half their mean.
+    """Predictions of the images, one after the other; see `predict`."""
+    images = _read(files, trained.data.shape, invert, max_pixels)
+    # Where the standard deviation exceeds the mean, most pixels are dark, as the background of
+    # digits and clothes; in photographs it is about half the mean.
     mean, std = trained.data.mean, trained.data.std
     light_on_dark = all(m < s for m, s in zip(mean, std, strict=True)) and not invert
-    dark = max(mean) / 2
-    while batch := list(islice(waiting, BATCH)):
-        good = [picture for picture in batch if isinstance(picture, Picture)]
-        answers = iter(_classes(trained, good, top))
-        for picture in batch:
-            if isinstance(picture, Prediction):
-                yield picture
-            else:
-                classes = next(answers)
-                wrong = (
-                    None if math.isfinite(classes[0][1]) else "the network's answer is no number"
-                )
-                hint = light_on_dark and picture.border > dark
-                yield Prediction(picture.name, classes, picture.pixels, wrong, hint)
+    while batch := list(islice(images, BATCH_SIZE)):
+        readable = [image for image in batch if isinstance(image, InputImage)]
+        classes = iter(_classify(trained, readable, top))
+        for image in batch:
+            if isinstance(image, Prediction):
+                yield image
+                continue
+            best = next(classes)
+            error = None if math.isfinite(best[0][1]) else "the output of the network is not finite"
+            hint = light_on_dark and image.border > max(mean) / 2
+            yield Prediction(image.name, best, image.pixels, error, hint)
 
 
-def _each(
-    files: Iterable[Given], shape: tuple[int, int, int], invert: bool, max_pixels: int
-) -> Iterator[Picture | Prediction]:
+def _read(
+    files: Iterable[Source], shape: tuple[int, int, int], invert: bool, max_pixels: int
+) -> Iterator[InputImage | Prediction]:
     for file in files:
         try:
-            yield from read_pictures(file, shape, invert=invert, max_pixels=max_pixels)
-        except Unreadable as error:
+            yield from read_images(file, shape, invert=invert, max_pixels=max_pixels)
+        except UnreadableError as error:
             name = file if isinstance(file, Path) else file[0]
             yield Prediction(str(name), [], error=str(error))
 
 
-def _classes(trained: Trained, shown: list[Picture], top: int) -> list[list[tuple[str, float]]]:
-    if not shown:
+def _classify(
+    trained: Trained, images: list[InputImage], top: int
+) -> list[list[tuple[str, float]]]:
+    if not images:
         return []
-    images = torch.from_numpy(np.stack([picture.pixels for picture in shown]))
+    pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
     with evaluation_mode(trained.network):
-        logits = trained.network(trained.data.normalised(images, trained.device))
+        logits = trained.network(trained.data.normalised(pixels, trained.device))
     best = logits.float().softmax(1).topk(min(top, trained.data.num_classes))
     names = trained.data.classes
     return [
@@ -193,15 +194,10 @@ def _classes(trained: Trained, shown: list[Picture], top: int) -> list[list[tupl
     ]
 
 
-def draw(found: list[Prediction], file: Path) -> None:
-    """Pictures that were read, as the network saw them, with their class and its probability."""
-    tiles = torch.from_numpy(np.stack([one.pixels for one in found if one.pixels is not None]))
-    texts = [f"{Path(one.name).name}\n{_first(one)}" for one in found]
-    columns = min(8, len(found))
-    picture = pictures.captioned(pictures.in_colour(tiles), texts, columns=columns)
-    file.write_bytes(pictures.png(picture))
-
-
-def _first(one: Prediction) -> str:
-    name, probability = one.classes[0]
-    return f"{name} {probability:.0%}"
+def draw(predictions: list[Prediction], file: Path) -> None:
+    """Draw the inputs of the network with the most probable class, as a PNG file."""
+    tiles = torch.from_numpy(np.stack([p.pixels for p in predictions if p.pixels is not None]))
+    texts = [f"{Path(p.name).name}\n{p.classes[0][0]} {p.classes[0][1]:.0%}" for p in predictions]
+    columns = min(8, len(texts))
+    sheet = pictures.captioned(pictures.in_colour(tiles), texts, columns=columns)
+    file.write_bytes(pictures.png(sheet))

@@ -1,4 +1,4 @@
-"""What a run has left: its network with the weights of a checkpoint, and what it was trained on."""
+"""Trained network of a finished run: checkpoint, config, data set and network."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError, as_config_error, build, check, compose
-from cnntrain.config.resume import CHECKPOINTS, has_run
+from cnntrain.config.resume import CHECKPOINTS, begun
 from cnntrain.data import ImageData
 from cnntrain.training.building import build_network
 from cnntrain.training.checkpoint_file import (
@@ -24,24 +24,24 @@ from cnntrain.training.checkpoint_file import (
 from cnntrain.training.checkpoints import shape_differences
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-NAMED = {"best": BEST, "last": LAST}
+FILES = {"best": BEST, "last": LAST}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that is ready to be asked."""
+    """A trained network with its run."""
 
-    run: Path
+    run: Path  # directory
     checkpoint: Path
-    epoch: int  # whose weights these are, from 1
-    cfg: DictConfig  # of the run; its backend may be another one
-    data: ImageData  # not read
-    network: nn.Module  # in evaluation, on `device`
+    epoch: int  # of the weights, starting with 1
+    cfg: DictConfig  # of the run, possibly with another backend
+    data: ImageData  # not read yet
+    network: nn.Module  # in evaluation mode, on `device`
     device: torch.device
 
     @property
     def backend(self) -> str:
-        """The class of the convolutions."""
+        """Class name of the convolutions."""
         target: str = self.cfg.backend._target_
         return target.rpartition(".")[2]
 
@@ -54,24 +54,27 @@ def load_trained(
     device: Device = "auto",
     root: str | os.PathLike[str] | None = None,
 ) -> Trained:
-    """The network of the run in the folder `run`, on `backend`, whatever it was trained on.
+    """Load the network of a run.
 
-    `checkpoint` is best, last, or a file. `backend` is a choice by name or a node of a config.
-    `root` is the data set's folder where that is not the one that the run had.
+    Args:
+        run: Run directory, or a Result.
+        checkpoint: best, last, or a file.
+        backend: Choice by name, or config node; None: that of the run.
+        device: cpu, cuda, mps, or auto: a GPU if there is one.
+        root: Folder of the data set; None: that of the run.
 
     Raises:
         ConfigError: There is no such run or checkpoint, or the network cannot be built.
-        CheckpointError: The checkpoint cannot be used.
+        CheckpointError: The checkpoint is damaged or of another network.
     """
     folder = Path(run)
-    path = _checkpoint(folder, checkpoint)
+    path = _checkpoint_path(folder, checkpoint)
     content = read(path)
     cfg = _config(path, content, backend)
-    with open_dict(cfg):
-        if root is not None:
-            if "root" not in cfg.data:
-                raise ConfigError([f"root={root}: the data set of this run has no folder"])
-            cfg.data.root = os.fspath(root)
+    if root is not None:
+        if "root" not in cfg.data:
+            raise ConfigError([f"root={root}: the data set of this run has no folder"])
+        cfg.data.root = os.fspath(root)
     with as_config_error("data"):
         data = build(cfg.data)
     network = build_network(cfg, data)
@@ -80,39 +83,38 @@ def load_trained(
         for name, tensor in content["state_dict"].items()
         if name.startswith("network.")
     }
-    if different := shape_differences(weights, network.state_dict()):
-        raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
+    if differences := shape_differences(weights, network.state_dict()):
+        raise CheckpointError(f"{path}: is of another network: {'; '.join(differences)}")
     network.load_state_dict(weights)
-    where = choose_device(device)
-    return Trained(folder, path, content["epoch"] + 1, cfg, data, network.eval().to(where), where)
+    place = choose_device(device)
+    return Trained(folder, path, content["epoch"] + 1, cfg, data, network.eval().to(place), place)
 
 
-def _checkpoint(folder: Path, checkpoint: str | os.PathLike[str]) -> Path:
-    """The file; ConfigError if there is none."""
-    if not has_run(folder):
-        home = "; ~ is not expanded there" if str(folder).startswith("~") else ""
-        raise ConfigError([f"run={folder}: holds no run; name the folder of one{home}"])
-    if str(checkpoint) not in NAMED:
+def _checkpoint_path(folder: Path, checkpoint: str | os.PathLike[str]) -> Path:
+    if not begun(folder):
+        hint = "; ~ is not expanded" if str(folder).startswith("~") else ""
+        raise ConfigError([f"run={folder}: is not a run directory{hint}"])
+    if str(checkpoint) not in FILES:
         if not Path(checkpoint).is_file():
-            raise ConfigError([f"checkpoint={checkpoint}: is no file; take best, last, or a path"])
+            raise ConfigError([f"checkpoint={checkpoint}: no such file; use best, last, or a path"])
         return Path(checkpoint)
-    path = folder / CHECKPOINTS / NAMED[str(checkpoint)]
+    path = folder / CHECKPOINTS / FILES[str(checkpoint)]
     if not path.exists():
         others = sorted((folder / CHECKPOINTS).glob("*.ckpt"))
-        there = ", ".join(map(str, others)) or "none: the run was not saved yet"
+        there = ", ".join(map(str, others)) or "none: the run has not saved one yet"
         raise ConfigError([f"checkpoint={checkpoint}: {path} is missing; there is {there}"])
     return path
 
 
 def _config(path: Path, content: Content, backend: str | DictConfig | None) -> DictConfig:
-    """Of the run that has written a checkpoint, on another `backend` if one is given.
+    """Config in a checkpoint, with another `backend` if given.
 
-    It is checked as one that is typed: nothing that a stranger has put into it is called.
+    It is checked like one from the command line: a checkpoint from a stranger runs no code.
     """
     weights, epoch, config = (content.get(name) for name in ("state_dict", "epoch", "config"))
-    whole = isinstance(epoch, int) and isinstance(config, dict) and isinstance(weights, dict)
-    if not whole or any(not isinstance(tensor, Tensor) for tensor in dict(weights or {}).values()):
-        raise DamagedError(f"{path}: has no weights or no config in it")
+    complete = isinstance(epoch, int) and isinstance(config, dict) and isinstance(weights, dict)
+    if not complete or not all(isinstance(t, Tensor) for t in dict(weights or {}).values()):
+        raise DamagedError(f"{path}: has no weights or no config")
     cfg = DictConfig(config)
     if isinstance(backend, str):
         backend = compose([f"backend={backend}"]).backend
@@ -120,21 +122,24 @@ def _config(path: Path, content: Content, backend: str | DictConfig | None) -> D
         with open_dict(cfg):
             cfg.backend = backend
     if problems := check(cfg):
-        raise CheckpointError(f"{path}: the config in it cannot be used: {problems[0]}")
+        raise CheckpointError(f"{path}: its config is invalid: {problems[0]}")
     return cfg
 
 
 def choose_device(device: Device) -> torch.device:
-    """The device of this name; of `auto` the first that this machine has. ConfigError if it is not
-    there."""
+    """Device by name; auto: the first available of cuda, mps and cpu.
+
+    Raises:
+        ConfigError: The device is not available.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    for name, there in available.items():
-        if there and device in (name, "auto"):
+    for name, exists in available.items():
+        if exists and device in (name, "auto"):
             return torch.device(name)
     raise ConfigError(
-        [f"device={device}: this machine has no GPU that PyTorch can use; take device=cpu or auto"]
+        [f"device={device}: this machine has no GPU that PyTorch can use; use device=cpu or auto"]
     )
