@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from cnntrain.commands.app import exit_with_problems, short
-from cnntrain.commands.finished import telling_errors
+from cnntrain.commands.finished_run import report_errors
 from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.checks import mismatch
 from cnntrain.config.errors import format_value, unknown
@@ -40,7 +40,7 @@ def main() -> None:
 
         lesson = getattr(lessons, name)(**options)
         print(lesson.text)
-        with telling_errors():
+        with report_errors():
             lesson.write(out / f"{name}.png")
         print(f"\n{short(out / f'{name}.png')}")
     except ConfigError as error:

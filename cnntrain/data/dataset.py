@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -130,28 +130,19 @@ class ImageData(ABC):
             rank: Of this process; it gets every `world`-th image of a batch.
             world: Number of processes.
         """
-        images, labels, rows = self._part(0)
-        return Loader(
-            images,
-            labels,
-            self.batch_size,
-            rows=rows,
-            mean=self.mean,
-            std=self.std,
+        return self._loader(
+            *("train", self.batch_size, device, rank, world),
             shuffle=True,
             seed=seed,
             augment=self.augment,
             augment_epochs=self.augment_epochs,
-            device=device,
-            rank=rank,
-            world=world,
         )
 
     def val_loader(
         self, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
     ) -> Loader:
         """Validation batches, in the stored order; see `train_loader`."""
-        return self._eval_loader(*self._part(1), device, rank, world)
+        return self._loader("val", self.eval_batch_size, device, rank, world)
 
     def test_loader(
         self, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
@@ -161,36 +152,27 @@ class ImageData(ABC):
         Raises:
             DataError: See `prepare`.
         """
-        return self._eval_loader(*self._checked("test"), None, device, rank, world)
+        return self._loader("test", self.eval_batch_size, device, rank, world)
 
-    def _eval_loader(
+    def _loader(
         self,
-        images: Tensor,
-        labels: Tensor,
-        rows: Tensor | None,
+        part: Literal["train", "val", "test"],
+        size: int,
         device: torch.device | str,
         rank: int,
         world: int,
+        **options: Any,
     ) -> Loader:
-        return Loader(
-            images,
-            labels,
-            self.eval_batch_size,
-            rows=rows,
-            mean=self.mean,
-            std=self.std,
-            device=device,
-            rank=rank,
-            world=world,
-        )
-
-    def _part(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """All training images, labels of a part of `split`, and its rows: no images are copied."""
-        self.prepare()
-        assert self._train is not None
-        images, labels = self._train
-        rows = torch.from_numpy(self.split()[number])
-        return images, labels[rows], rows
+        if part == "test":
+            (images, labels), rows = self._checked("test"), None
+        else:  # both parts index the same images
+            self.prepare()
+            assert self._train is not None
+            images, labels = self._train
+            rows = torch.from_numpy(self.split()[0 if part == "train" else 1])
+            labels = labels[rows]
+        options |= {"device": device, "rank": rank, "world": world}
+        return Loader(images, labels, size, rows=rows, mean=self.mean, std=self.std, **options)
 
     def _checked(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
         """Images, uint8 (N, C, H, W), and labels, int64 (N,), if `read` returns what it should.

@@ -34,29 +34,17 @@ SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where that package 
 HTTP_TIMEOUT = 20  # seconds without an answer
 PROGRAM_TIMEOUT = 600  # seconds
 
-# Images and labels of each split, with their size in bytes and SHA-256, decompressed.
-NAMES = {
+NAMES = {  # images and labels of each split
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-FILES = {
-    "train-images-idx3-ubyte": (
-        47_040_016,
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    ),
-    "train-labels-idx1-ubyte": (
-        60_008,
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    ),
-    "t10k-images-idx3-ubyte": (
-        7_840_016,
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    ),
-    "t10k-labels-idx1-ubyte": (
-        10_008,
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    ),
+SHA256 = {  # of the decompressed files
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+SIZES = dict(zip(SHA256, (47_040_016, 60_008, 7_840_016, 10_008), strict=True))  # in bytes
 
 
 class FashionMNIST(ImageData):
@@ -70,16 +58,8 @@ class FashionMNIST(ImageData):
 
     shape = (1, 28, 28)
     classes = (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     )
     mean = (0.2860,)
     std = (0.3530,)
@@ -143,18 +123,17 @@ def _read_cache(root: Path, names: tuple[str, ...]) -> list[np.ndarray]:
 
     Of the other files only the size is checked: the test set is not opened before the test.
     """
-    for name in FILES:
+    for name in SHA256:
         _check_size(root / name)
     return [_load(root / name) for name in names]
 
 
 def _check_size(path: Path) -> None:
-    size, _ = FILES[path.name]
     if not os.path.isfile(path):  # unlike path.is_file(), False where the name is too long
         kind = "is not a regular file" if os.path.exists(path) else "is missing"
         raise DataError(f"{path}: {kind}")
-    if (found := path.stat().st_size) != size:
-        raise DataError(f"{path}: {found} bytes instead of {size}")
+    if (size := path.stat().st_size) != SIZES[path.name]:
+        raise DataError(f"{path}: {size} bytes instead of {SIZES[path.name]}")
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: permission denied")
 
@@ -162,7 +141,7 @@ def _check_size(path: Path) -> None:
 def _load(path: Path) -> np.ndarray:
     _check_size(path)
     data = read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != FILES[path.name][1]:
+    if hashlib.sha256(data).hexdigest() != SHA256[path.name]:
         raise DataError(f"{path}: wrong SHA-256 sum")
     return parse_idx(data, path)
 
@@ -191,7 +170,7 @@ def _download(root: Path, reason: DataError) -> None:
 def _fill(root: Path, scratch: Path) -> None:
     """Fetch missing and damaged files; DataError names every source that was tried."""
     missing, tried = [], []
-    for name in FILES:
+    for name in SHA256:
         try:
             _load(root / name)
         except DataError as error:
@@ -209,7 +188,7 @@ def _fill(root: Path, scratch: Path) -> None:
         try:
             for name in missing.copy():
                 copy = partial(_copy, find, scratch)
-                pooch.retrieve(name, f"sha256:{FILES[name][1]}", name, root, downloader=copy)
+                pooch.retrieve(name, f"sha256:{SHA256[name]}", name, root, downloader=copy)
                 missing.remove(name)
         except DataError as error:
             tried.append(f"{source}: {error}")
@@ -226,7 +205,7 @@ def _fill(root: Path, scratch: Path) -> None:
 def _copy(find: Source, scratch: Path, name: str, output_file: str, _: object) -> None:
     """Downloader for pooch: decompress the file that a source finds."""
     try:
-        data = read_bytes(find(name, scratch), limit=FILES[name][0])
+        data = read_bytes(find(name, scratch), limit=SIZES[name])
     except (OSError, ValueError) as error:
         raise DataError(shorten(f"{name}: {error}", 200, placeholder=" ...")) from error
     Path(output_file).write_bytes(data)
@@ -256,18 +235,16 @@ def debian_package(name: str, scratch: Path) -> Path:
     """File of Debian's package, downloaded by apt-get without root rights and unpacked."""
     unpacked = scratch / "unpacked"
     if not unpacked.exists():
-        lists, cache = scratch / "lists", scratch / "cache"
-        (lists / "partial").mkdir(parents=True)
-        (cache / "archives" / "partial").mkdir(parents=True)
-        apt = [
-            *("apt-get", "-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={cache}"),
-            *("-o", "Acquire::Languages=none", "-o", "Acquire::Retries=1"),
-            *("-o", f"Acquire::http::Timeout={HTTP_TIMEOUT}"),
-            *("-o", f"Acquire::https::Timeout={HTTP_TIMEOUT}"),
-            # As root, apt-get downloads as a user who may not enter the private folders.
-            *("-o", "APT::Sandbox::User=root"),
-        ]
-        # One unreachable repository makes the update fail: only the download decides.
+        for folder in ("lists/partial", "cache/archives/partial"):
+            (scratch / folder).mkdir(parents=True)
+        options = (
+            *(f"Dir::State::Lists={scratch}/lists", f"Dir::Cache={scratch}/cache"),
+            *(f"Acquire::{scheme}::Timeout={HTTP_TIMEOUT}" for scheme in ("http", "https")),
+            *("Acquire::Languages=none", "Acquire::Retries=1"),
+            "APT::Sandbox::User=root",  # root's apt-get downloads as a user without access here
+        )
+        apt = ["apt-get", *(part for option in options for part in ("-o", option))]
+        # An update fails if any repository is unreachable: only the download decides.
         errors = [_run(scratch, *apt, "update"), _run(scratch, *apt, "download", PACKAGE)]
         if not errors[-1]:
             package = next(scratch.glob(f"{PACKAGE}*.deb"), PACKAGE)
@@ -280,23 +257,24 @@ def debian_package(name: str, scratch: Path) -> Path:
 def _run(folder: Path, *command: str) -> str:
     """Run a program in `folder`: its last error line, or "" if it succeeds."""
     # Not a pipe: after a timeout, reading it would wait for every child that inherited it.
-    with (folder / "log").open("w+", errors="replace") as output:
+    with (folder / "log").open("w+", errors="replace") as log_file:
         try:
-            status = subprocess.run(
+            done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=log_file,
                 stderr=subprocess.STDOUT,
                 timeout=PROGRAM_TIMEOUT,
                 cwd=folder,
                 env={**os.environ, "LC_ALL": "C"},
-            ).returncode
+            )
         except subprocess.TimeoutExpired:
             return f"{command[0]}: timed out after {PROGRAM_TIMEOUT} s"
-        output.seek(0)
-        lines = [line.strip() for line in output if line.strip()] or [f"exit code {status}"]
+        log_file.seek(0)
+        lines = [line.strip() for line in log_file if line.strip()]
     errors = [line for line in lines if line.startswith("E: ")] or lines
-    return f"{command[0]}: {errors[-1]}" if status else ""
+    errors = errors or [f"exit code {done.returncode}"]
+    return f"{command[0]}: {errors[-1]}" if done.returncode else ""
 
 
 SOURCES: dict[str, Source] = {

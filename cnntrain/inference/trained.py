@@ -10,7 +10,7 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError, as_config_error, build, check, compose
-from cnntrain.config.resume import CHECKPOINTS, begun
+from cnntrain.config.resume import CHECKPOINTS, has_run
 from cnntrain.data import ImageData
 from cnntrain.training.building import build_network
 from cnntrain.training.checkpoint_file import (
@@ -91,7 +91,7 @@ def load_trained(
 
 
 def _checkpoint_path(folder: Path, checkpoint: str | os.PathLike[str]) -> Path:
-    if not begun(folder):
+    if not has_run(folder):
         hint = "; ~ is not expanded" if str(folder).startswith("~") else ""
         raise ConfigError([f"run={folder}: is not a run directory{hint}"])
     if str(checkpoint) not in FILES:

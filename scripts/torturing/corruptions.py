@@ -128,7 +128,8 @@ def small_set(*, source: bool = True, moment: Moment | None = None) -> None:
     from the package, or from nowhere; at a given moment it is ended, too."""
     for packed in fashion_mnist.MINI_FOLDER.glob("*.gz"):
         content = gzip.decompress(packed.read_bytes())
-        fashion_mnist.FILES[packed.stem] = len(content), hashlib.sha256(content).hexdigest()
+        fashion_mnist.SIZES[packed.stem] = len(content)
+        fashion_mnist.SHA256[packed.stem] = hashlib.sha256(content).hexdigest()
     fashion_mnist.FashionMNIST.train_size = fashion_mnist.FashionMNISTMini.train_size
     fashion_mnist.SOURCES.clear()
     if source:

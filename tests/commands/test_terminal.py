@@ -14,7 +14,7 @@ import torch
 
 from cnntrain import commands
 from cnntrain.commands.help import show_help
-from cnntrain.commands.predict import _line as prediction_line
+from cnntrain.commands.predict import prediction_line
 from cnntrain.config import CONF, ConfigError, compose_all
 from cnntrain.conv import BACKENDS
 from cnntrain.inference.prediction import Prediction

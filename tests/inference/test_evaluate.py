@@ -1,4 +1,4 @@
-"""`cnntrain evaluate`: numbers against a plain loop, on every backend, and what it refuses."""
+"""`cnntrain evaluate`: metrics against a plain loop, on every backend, and its error lines."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def test_accuracy_and_loss_on_every_backend(run: Path, backend: str | None, spli
     )
 
 
-def test_it_is_what_the_run_had(run: Path) -> None:
+def test_metrics_are_those_of_the_run(run: Path) -> None:
     recorded = json.loads((run / "result.json").read_text())["metrics"]
     found = evaluate(run)
     assert found.accuracy == recorded["test/acc"]
@@ -52,11 +52,11 @@ def test_it_is_what_the_run_had(run: Path) -> None:
     assert evaluate(run, split="val").accuracy == recorded["val/acc"]
 
 
-def test_mirror_images_are_averaged(run: Path) -> None:
+def test_flips_are_averaged(run: Path) -> None:
     network, data = plain_network(run), FashionMNISTMini()
     logits, labels = answers(network, data.test_loader())
-    mirrored, _ = answers(lambda images: network(images.flip(-1)), data.test_loader())
-    mean = (logits.softmax(1) + mirrored.softmax(1)) / 2
+    flipped, _ = answers(lambda images: network(images.flip(-1)), data.test_loader())
+    mean = (logits.softmax(1) + flipped.softmax(1)) / 2
     found = evaluate(run, tta="flip")
     torch.testing.assert_close(found.outcome.probabilities, mean.float(), atol=1e-4, rtol=0)
     assert found.loss == pytest.approx(-mean.log()[torch.arange(1000), labels].mean().item(), 1e-4)
@@ -80,7 +80,7 @@ def test_checkpoints(run: Path, tmp_path: Path) -> None:
         evaluate(run, checkpoint=str(copy))
 
 
-def test_mistakes_have_their_place_in_the_files(run: Path) -> None:
+def test_mistakes_have_their_index_in_the_files(run: Path) -> None:
     found = evaluate(run, split="val")
     images, labels = FashionMNISTMini().read("train")
     worst = found.mistakes[0]
@@ -93,7 +93,7 @@ def test_mistakes_have_their_place_in_the_files(run: Path) -> None:
     assert shares.max().item() == pytest.approx(worst["probability"], abs=1e-4)
 
 
-def test_nothing_of_an_earlier_evaluation_stays(run: Path, tmp_path: Path) -> None:
+def test_files_of_an_earlier_evaluation_are_removed(run: Path, tmp_path: Path) -> None:
     found = evaluate(run)
     assert len(found.write(tmp_path)) == 3
     right = replace(found, outcome=Outcome(found.outcome.probabilities, found.outcome.predicted))
@@ -116,7 +116,7 @@ def test_command(run: Path, tmp_path: Path) -> None:
     assert content["images"] == 1000
     assert f"test accuracy   {content['accuracy']:.2%}" in done.stdout
     assert "weights of epoch 2" in done.stdout
-    assert "with the mirror images" in done.stdout
+    assert "averaged with their horizontal flips" in done.stdout
     shirt = next(row for row in content["classes"] if row["class"] == "Shirt")
     line = next(line for line in done.stdout.splitlines() if line.strip().startswith("Shirt"))
     assert line.split()[1:5] == [
@@ -125,15 +125,17 @@ def test_command(run: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_mistakes_are_answered_on_one_line(run: Path, tmp_path: Path) -> None:
+def test_invalid_options_are_reported_on_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, said in {
         (): "run: has to be given, run=...",
-        ("rnu=empty",): "rnu=empty: there is no option 'rnu'; did you mean 'run'?",
-        ("run=empty",): "run=empty: holds no run; name the folder of one",
+        ("run=empty",): "run=empty: is not a run directory",
         (f"run={run}", "splt=val"): "splt=val: there is no option 'splt'; did you mean 'split'?",
-        (f"run={run}", "split=vall"): "split=vall: input should be 'test' or 'val'",
-        (f"run={run}", "tta=flop"): "tta=flop: input should be 'flip'",
+        (
+            f"run={run}",
+            "split=vall",
+            "tta=flop",
+        ): "split=vall: input should be 'test' or 'val'\n  tta=flop: input should be 'flip'",
         (
             f"run={run}",
             "-m",
@@ -146,7 +148,7 @@ def test_mistakes_are_answered_on_one_line(run: Path, tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
     assert not list((tmp_path / "empty").iterdir())
     for options, said in (
-        ({"checkpoint": "bst"}, "checkpoint=bst: is no file; take best, last, or a path"),
+        ({"checkpoint": "bst"}, "checkpoint=bst: no such file; use best, last, or a path"),
         ({"root": "/x"}, "root=/x: the data set of this run has no folder"),
         ({"precision": "16-mixed"}, "precision=16-mixed: the CPU has no float16"),
     ):
@@ -154,7 +156,7 @@ def test_mistakes_are_answered_on_one_line(run: Path, tmp_path: Path) -> None:
             evaluate(run, **options)
 
 
-def test_what_is_logged_is_for_the_terminal_alone(run: Path, tmp_path: Path) -> None:
+def test_log_is_not_written_to_a_file(run: Path, tmp_path: Path) -> None:
     shown = command("evaluate", f"run={run}", "--cfg", "hydra", cwd=tmp_path).stdout
     assert "cnntrain.terminal.TerminalHandler" in shown
     assert "FileHandler" not in shown
@@ -163,7 +165,7 @@ def test_what_is_logged_is_for_the_terminal_alone(run: Path, tmp_path: Path) -> 
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/result.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"best\.ckpt is missing; there is none: the run was"):
+    with pytest.raises(ConfigError, match=r"best\.ckpt is missing; there is none: the run has"):
         evaluate(tmp_path / "run")
 
 
@@ -182,7 +184,7 @@ def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
         ({"trainer": None}, "trainer=null: must name a choice"),
     ],
 )
-def test_a_strangers_checkpoint_runs_no_code(
+def test_checkpoint_of_a_stranger_runs_no_code(
     change: dict, said: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -195,7 +197,7 @@ def test_a_strangers_checkpoint_runs_no_code(
     assert not (tmp_path / "b").exists()
 
 
-def test_a_damaged_checkpoint_has_exit_code_1(run: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_has_exit_code_1(run: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.ckpt").write_bytes(b"PK")
     before = sorted(run.iterdir())
     done = command("evaluate", f"run={run}", "checkpoint=bad.ckpt", cwd=tmp_path)

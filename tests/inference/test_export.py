@@ -1,4 +1,4 @@
-"""`cnntrain export`: files that other programs run, and that compute the same."""
+"""`cnntrain export`: files with the same logits in onnxruntime and torch.export."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cnntrain.config import ConfigError
 from cnntrain.data import FashionMNISTMini
-from cnntrain.inference import ExportError, Mismatch, export, exporting
+from cnntrain.inference import ExportError, MismatchError, export, exporting
 
 BACKENDS = ["native", "im2col", "naive"]
 
@@ -35,13 +35,13 @@ def facts(file: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("format", ["onnx", "torch"])
-def test_it_computes_the_same_for_any_batch(
+def test_same_logits_for_any_batch_size(
     runs: dict[str, Path], backend: str, format: str, tmp_path: Path
 ) -> None:
     found = export(runs[backend], format, folder=tmp_path)
     assert found.file == tmp_path / ("best.onnx" if format == "onnx" else "best.pt2")
     assert found.error < 1e-4
-    assert found.images == found.answers == 256
+    assert found.images == found.same == 256
     assert [file.name for file in tmp_path.iterdir()] == [found.file.name]
     network = plain_network(runs[backend])
     if format == "onnx":
@@ -58,7 +58,7 @@ def test_it_computes_the_same_for_any_batch(
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch"])
-def test_the_file_tells_nothing_of_this_machine(
+def test_no_path_of_this_machine_is_in_the_file(
     runs: dict[str, Path], format: str, tmp_path: Path
 ) -> None:
     content = export(runs["im2col"], format, folder=tmp_path).file.read_bytes()
@@ -68,9 +68,7 @@ def test_the_file_tells_nothing_of_this_machine(
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch"])
-def test_the_file_says_what_it_takes_and_gives(
-    runs: dict[str, Path], format: str, tmp_path: Path
-) -> None:
+def test_metadata(runs: dict[str, Path], format: str, tmp_path: Path) -> None:
     file = export(runs["im2col"], format, checkpoint="last", folder=tmp_path).file
     if format == "onnx":
         said = facts(file)
@@ -112,7 +110,9 @@ def test_a_mismatch_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     few = ["backend._target_=test_export.Doubled", "+trainer.limit_train_batches=2"]
     run = finished(tmp_path / "run", *few, "model.norm=false")
     for format in ("onnx", "torch"):
-        with pytest.raises(Mismatch, match=r"logits of 1 images differ by [\d.e-]+ from those of"):
+        with pytest.raises(
+            MismatchError, match=r"logits of 1 images differ by [\d.e-]+ from those of"
+        ):
             export(run, format)
     assert not list((run / "export").iterdir())
     (tmp_path / "test_export.py").write_text(
@@ -152,7 +152,7 @@ def test_a_backend_with_other_parameters(tmp_path: Path) -> None:
     few = ["+trainer.limit_train_batches=2", "trainer.max_epochs=1"]
     run = finished(tmp_path / "run", "backend._target_=test_export.Scaled", *few)
     for format in ("onnx", "torch"):
-        assert export(run, format).answers == 256
+        assert export(run, format).same == 256
     run = finished(tmp_path / "moody", "backend._target_=test_export.Moody", *few)
     for format in ("onnx", "torch"):
         with pytest.raises(
@@ -163,19 +163,19 @@ def test_a_backend_with_other_parameters(tmp_path: Path) -> None:
     assert not list((run / "export").iterdir())
 
 
-def test_a_file_that_is_there_stays_until_the_new_one_is_good(
+def test_existing_file_is_kept_if_the_new_one_differs(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = export(runs["native"], "torch", folder=tmp_path).file
     before = file.read_bytes()
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
-    with pytest.raises(Mismatch):
+    with pytest.raises(MismatchError):
         export(runs["native"], "torch", folder=tmp_path)
     assert file.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_is_not_installed(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else 1)
     with pytest.raises(
         ConfigError, match=r"format=onnx: needs onnxscript; pip install onnxscript$"
@@ -189,13 +189,11 @@ def test_command(runs: dict[str, Path], tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    assert "compared with Im2colConv2d on 256 real images" in done.stdout
-    assert "same answer                     256 of 256" in done.stdout
+    assert "compared with Im2colConv2d on 256 validation images" in done.stdout
+    assert "same class                      256 of 256" in done.stdout
     assert (runs["im2col"] / "export/last.onnx").exists()
     for arguments, said in {
-        (): "run: has to be given, run=...",
         (f"run={runs['native']}",): "format: has to be given, format=...",
-        (f"run={runs['native']}", "fromat=onnx"): "fromat=onnx: there is no option 'fromat'; did",
         (f"run={runs['native']}", "format=onx"): "format=onx: input should be 'onnx' or 'torch'",
     }.items():
         done = command("export", *arguments, cwd=tmp_path)

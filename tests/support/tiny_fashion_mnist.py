@@ -10,7 +10,7 @@ from idx_files import idx_bytes
 from cnntrain.data import DataError, FashionMNIST, fashion_mnist
 
 TRAIN, TEST = 30, 10
-NAMES = list(fashion_mnist.FILES)
+NAMES = list(fashion_mnist.SHA256)
 
 
 def tiny_files() -> dict[str, bytes]:
@@ -28,8 +28,9 @@ CONTENTS = tiny_files()
 
 def use_tiny(patch, contents: dict[str, bytes] = CONTENTS) -> None:
     """Make these the known files, whatever their content."""
-    files = {n: (len(data), hashlib.sha256(data).hexdigest()) for n, data in contents.items()}
-    patch.setattr(fashion_mnist, "FILES", files)
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    patch.setattr(fashion_mnist, "SHA256", sums)
+    patch.setattr(fashion_mnist, "SIZES", {name: len(data) for name, data in contents.items()})
     patch.setattr(FashionMNIST, "train_size", TRAIN)
 
 

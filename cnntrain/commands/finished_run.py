@@ -1,5 +1,4 @@
-"""What the commands on a finished run have in common: paths as they are typed, a network that is
-loaded once, errors on one line."""
+"""Shared parts of the commands on a finished run: quoting of paths, loading, error lines."""
 
 import contextlib
 import os
@@ -22,10 +21,10 @@ def start_on_run(
     load: Callable[[DictConfig], Loaded],
     run: Callable[[DictConfig, Loaded], None],
     *,
-    several: Sequence[str] = (),
+    path_lists: Sequence[str] = (),
 ) -> None:
-    """As `start`: `load` is called while everything is checked, and `run` is given what it gave."""
-    paths_quoted("run", "checkpoint", "root", "hydra.run.dir", several=several)
+    """`start`, with `load` as its dry run; `run` receives what `load` returns."""
+    quote_paths("run", "checkpoint", "root", "hydra.run.dir", path_lists=path_lists)
     loaded: list[Loaded] = []
     start(
         name,
@@ -35,36 +34,39 @@ def start_on_run(
     )
 
 
-def paths_quoted(*options: str, several: Sequence[str] = ()) -> None:
-    """Let these options have paths for values, as the shell gives them: spaces, commas, equal signs
-    and brackets within them mean nothing to Hydra. Those in `several` have several, with commas
-    between them.
+def quote_paths(*options: str, path_lists: Sequence[str] = ()) -> None:
+    """Quote the paths in sys.argv, which may contain characters that Hydra's grammar interprets.
 
-    A quoted text and a list are as Hydra has them, unless there is a path of this name; so is an
-    interpolation, always.
+    Interpolations are not quoted, nor quoted texts and lists that are no existing path.
+
+    Args:
+        options: Options whose value is a path.
+        path_lists: Options whose value is a list of paths, separated by commas.
     """
     for i, text in enumerate(sys.argv[1:], start=1):
         name, _, value = text.partition("=")
-        if "${" in value:
+        exists = os.path.exists(value)
+        raw = value not in ("", "null", "???") and value[0] not in "'\"["
+        if "${" in value or not (raw or exists):
             continue
-        there = os.path.exists(value)
-        plain = value not in ("", "null", "???") and value[0] not in "'\"["
-        if name in options and (plain or there):
+        if name in options:
             sys.argv[i] = f"{name}={quoted(value)}"
-        elif name in several and (plain or there):
-            values = [value] if there else value.split(",")
+        elif name in path_lists:
+            values = [value] if exists else value.split(",")
             sys.argv[i] = f"{name}=[{','.join(map(quoted, values))}]"
 
 
 @contextlib.contextmanager
-def telling_errors() -> Iterator[None]:
-    """What is the matter with files, data or the network, said on one line; exit code 1. A folder
-    that was made for what has not come goes, if it is empty."""
+def report_errors() -> Iterator[None]:
+    """Print errors of files, data and networks on one line; exit code 1.
+
+    The output directory is removed if it is empty.
+    """
     try:
         yield
         return
     except OSError as error:
-        said = format_os_error(error)
+        message = format_os_error(error)
     except Exception as error:
         from cnntrain.data import DataError
         from cnntrain.inference import ExportError
@@ -72,9 +74,9 @@ def telling_errors() -> Iterator[None]:
 
         if not isinstance(error, (CheckpointError, DataError, ExportError)):
             raise
-        said = str(error)
+        message = str(error)
     if HydraConfig.initialized():
         with contextlib.suppress(OSError):
             os.removedirs(HydraConfig.get().runtime.output_dir)
-    print(f"cnntrain: {said}", file=sys.stderr)
+    print(f"cnntrain: {message}", file=sys.stderr)
     sys.exit(1)
