@@ -1,7 +1,4 @@
-"""Pictures of images, kernels, feature maps and confusion: pixels in, pixels out.
-
-A picture is uint8 (H, W, 3), as TensorBoard and Pillow take it. Nothing here knows what is trained.
-"""
+"""Pictures of images, kernels, feature maps and confusion matrices, uint8 (H, W, 3)."""
 
 import io
 import textwrap
@@ -16,19 +13,19 @@ from torch import Tensor
 
 Picture = np.ndarray
 
-PAPER, INK = (255, 255, 255), (30, 30, 30)
+BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
 NEGATIVE, POSITIVE = (33, 102, 172), (178, 24, 43)  # the ends of ColorBrewer's RdBu
-PIXELS = 1000  # the longest side of a confusion matrix of many classes
+MAX_CELLS = 1000  # per side of a confusion matrix
 GAP = 4  # pixels between tiles
-TEXT, LINE = 12, 15  # pixels: height of letters in a caption, and from line to line
-CHARACTERS = 26  # in a line of a caption
-SCALE = (0, 1, 5, 10, 25, 50, 75, 100)  # %: ticks of the confusion matrix's colour bar
+FONT_SIZE, LINE = 12, 15  # pixels; of captions
+MAX_CHARACTERS = 26  # in a line of a caption
+TICKS = (0, 1, 5, 10, 25, 50, 75, 100)  # %; of the confusion matrix's colour bar
 
 
 def signed(values: Tensor) -> Tensor:
-    """Numbers (..., H, W) as colours, uint8 (..., 3, H, W): blue below zero, red above.
+    """Values (..., H, W) as colours, uint8 (..., 3, H, W), from blue over white (zero) to red.
 
-    White is zero, and full colour the largest of all the absolute values.
+    The colour is saturated at the largest absolute value.
     """
     largest = values.abs().max()
     share = values / (largest if largest > 0 else 1)  # -1 to 1
@@ -37,37 +34,37 @@ def signed(values: Tensor) -> Tensor:
 
 
 def legend(values: Tensor) -> str:
-    """What the colours of `signed` say.
+    """Explanation of the colours of `signed`.
 
-    The number has three significant digits, trailing zeros included: otherwise the line breaks,
-    and with them the height of the picture, would change with its value.
+    The number always has three significant digits: a shorter one could change the line breaks, and
+    with them the height of the picture.
     """
     largest = f"{float(values.abs().max()):#.3g}".rstrip(".")
     return f"Red is positive, blue negative, white 0; full colour is ±{largest}, the same for all."
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised images, float (N, C, H, W), as one sees them: uint8 (N, 3, H, W)."""
+    """Normalised images, float (N, C, H, W), in their original colours: uint8 (N, 3, H, W)."""
     shape = (1, -1, 1, 1)
     m, s = (images.new_tensor(list(x)).reshape(shape) for x in (mean, std))
-    seen = ((images * s + m) * 255).round().clamp(0, 255).to(torch.uint8)
-    return in_colour(seen)
+    original = ((images * s + m) * 255).round().clamp(0, 255).to(torch.uint8)
+    return in_colour(original)
 
 
 def in_colour(images: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) as (N, 3, H, W); of other than three channels the first as grey."""
+    """uint8 images (N, C, H, W) as (N, 3, H, W); unless C is 3, the first channel as grey."""
     return images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
 def enlarged(tiles: Tensor, size: int) -> Tensor:
-    """Tiles (N, 3, H, W) with every pixel a square, so that the longer side has about `size`."""
+    """Tiles (N, 3, H, W) with repeated pixels, so that the longer side has about `size` pixels."""
     times = max(1, size // max(tiles.shape[-2:]))
     repeated = tiles[..., :, None, :, None].expand(*tiles.shape[:3], times, -1, times)
     return repeated.flatten(-4, -3).flatten(-2)
 
 
 def grid(tiles: Tensor, columns: int) -> Picture:
-    """Tiles, uint8 (N, 3, H, W), side by side in reading order, without gaps."""
+    """Tiles, uint8 (N, 3, H, W), in rows of `columns`, without gaps."""
     missing = tiles.new_full((-len(tiles) % columns, *tiles.shape[1:]), 255)
     sheet = torch.cat([tiles, missing]).unflatten(0, (-1, columns))  # (R, C, 3, H, W)
     return sheet.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy()
@@ -81,21 +78,21 @@ def captioned(
     size: int = 84,
     heading: str = "",
 ) -> Picture:
-    """Tiles, uint8 (N, 3, H, W), with a text below each, and a heading above all of them.
+    """Tiles, uint8 (N, 3, H, W), with a caption below each and a heading above all of them.
 
-    Long lines of a text are wrapped, never cut.
+    Long lines are wrapped.
     """
     tiles = enlarged(tiles, size).cpu()
     height, width = tiles.shape[-2:]
-    texts = [[_written(line) for line in _wrapped(text, CHARACTERS)] for text in captions]
+    texts = [_render_lines(text, MAX_CHARACTERS) for text in captions]
     lines = max((len(text) for text in texts), default=0)
     cell_w = max([width, *(line.width for text in texts for line in text)]) + 3 * GAP
     cell_h = height + lines * LINE + 3 * GAP
     across, rows = min(columns, len(tiles)) * cell_w, -(-len(tiles) // columns)
-    head = [_written(line) for line in _wrapped(heading, max(40, across // 7))]
+    head = _render_lines(heading, max(40, across // 7))
     top = len(head) * LINE + GAP if heading else 0
     across = max([across, *(line.width + 2 * GAP for line in head)])
-    sheet = Image.new("RGB", (across, top + rows * cell_h), PAPER)
+    sheet = Image.new("RGB", (across, top + rows * cell_h), BACKGROUND)
     for i, line in enumerate(head):
         sheet.paste(line, (GAP, GAP + i * LINE))
     for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
@@ -107,37 +104,38 @@ def captioned(
     return np.asarray(sheet)
 
 
-def _wrapped(text: str, most: int) -> list[str]:
-    """Lines of at most so many characters."""
-    return [part for line in text.splitlines() for part in textwrap.wrap(line, most)]
+def _render_lines(text: str, width: int) -> list[Image.Image]:
+    """Lines of text, wrapped to `width` characters."""
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width)]
+    return [_render(line) for line in lines]
 
 
 @lru_cache(maxsize=1000)
-def _written(text: str) -> Image.Image:
-    """A line of a caption. Most captions come again and again, and writing takes longer than all
-    else about a picture."""
-    font = _font(TEXT)
-    strip = Image.new("RGB", (int(font.getlength(text)) + 1, LINE), PAPER)
+def _render(text: str) -> Image.Image:
+    """A line of text; cached, as captions repeat and rendering dominates the time of a picture."""
+    font = _font(FONT_SIZE)
+    strip = Image.new("RGB", (int(font.getlength(text)) + 1, LINE), BACKGROUND)
     ImageDraw.Draw(strip).text((0, 0), text, fill=INK, font=font)
     return strip
 
 
 def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
-    """A confusion matrix: how often an image of a class (row) is taken for another (column).
+    """Confusion matrix: how often images of a class (row) are predicted as another (column).
 
-    The colour is the share of the row's images, from 0 to 100 % on a square-root scale, as small
-    shares are what one looks for. Numbers and names are left out beyond 20 classes; of more than
-    PIXELS classes, neighbouring ones share a pixel.
+    The colour is the share of the row's images, on a square-root scale that makes small shares
+    visible. Numbers and names are omitted for more than 20 classes; of more than MAX_CELLS classes,
+    neighbours share a pixel. Drawn with Pillow: matplotlib takes about 0.3 s for it, which would
+    dominate short epochs on a GPU.
 
     Args:
         counts: Integers (K, K), a sparse COO tensor.
-        names: Of the K classes; long ones are shortened.
-        split: test or val, whose images are counted.
+        names: Of the K classes; long names are shortened.
+        split: test or val.
     """
-    group = -(-len(names) // PIXELS)
+    group = -(-len(names) // MAX_CELLS)
     names = names[::group]
-    places, size = counts.coalesce().indices() // group, (len(names), len(names))
-    counts = sparse(places, counts.coalesce().values(), size).to_dense()
+    indices, size = counts.coalesce().indices() // group, (len(names), len(names))
+    counts = sparse(indices, counts.coalesce().values(), size).to_dense()
     classes, font = len(names), _font(13)
     cell, numbered = (46, True) if classes <= 20 else (max(1, 920 // classes), False)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
@@ -145,9 +143,9 @@ def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
     title = f"Confusion matrix of {int(counts.sum()):,} {part} images"
     margin = int(max(font.getlength(name) for name in names)) + 12 if numbered else 0
     left, top, side = margin + 24, 28, classes * cell
-    bar, tall = left + side + 24, max(side, 160)  # the colour bar
+    bar, tall = left + side + 24, max(side, 160)  # colour bar
     width = max(bar + 90, int(font.getlength(title)) + 12)
-    sheet = Image.new("RGB", (width, top + max(side + margin + 28, tall + 12)), PAPER)
+    sheet = Image.new("RGB", (width, top + max(side + margin + 28, tall + 12)), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     draw.text((6, 5), title, fill=INK, font=font)
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu()
@@ -157,49 +155,50 @@ def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
     sheet.paste(Image.fromarray(cells.permute(1, 2, 0).contiguous().numpy()), (left, top))
     for row, column in counts.cpu().nonzero().tolist() if numbered else ():
         middle = (left + column * cell + cell // 2 - 1, top + row * cell + cell // 2 - 1)
-        ink = PAPER if shares[row, column] > 0.2 else INK
+        ink = BACKGROUND if shares[row, column] > 0.2 else INK
         text = str(int(counts[row, column]))
         draw.text(middle, text, fill=ink, font=_font(12), anchor="mm")
-    for place, name in enumerate(names if numbered else ()):
-        draw.text((left - 6, top + place * cell + cell // 2), name, INK, font, anchor="rm")
-        _upwards(sheet, name, (left + place * cell, top + side + 2), (margin, cell))
+    for i, name in enumerate(names if numbered else ()):
+        draw.text((left - 6, top + i * cell + cell // 2), name, INK, font, anchor="rm")
+        _draw_vertical(sheet, name, (left + i * cell, top + side + 2), (margin, cell))
     bottom = top + side + margin + 4
     draw.text((left + side // 2, bottom), "predicted class", INK, font, anchor="ma")
-    _upwards(sheet, "true class", (0, max(top, top + side // 2 - 45)), (90, 18))
+    _draw_vertical(sheet, "true class", (0, max(top, top + side // 2 - 45)), (90, 18))
     shades = _shaded(torch.linspace(1, 0, tall).square()[:, None].expand(-1, 16))
     sheet.paste(Image.fromarray(shades.numpy()), (bar, top))
-    for tick in SCALE:
+    for tick in TICKS:
         y = top + round((1 - (tick / 100) ** 0.5) * (tall - 1))
         draw.line((bar + 16, y, bar + 20, y), fill=INK)
         draw.text((bar + 24, y), f"{tick} %", fill=INK, font=_font(12), anchor="lm")
-    _upwards(sheet, "share of the true class", (bar + 64, top + tall // 2 - 80), (160, 18))
+    _draw_vertical(sheet, "share of the true class", (bar + 64, top + tall // 2 - 80), (160, 18))
     return np.asarray(sheet)
 
 
 def _shaded(shares: Tensor) -> Tensor:
-    """Shares from 0 to 1 as colours of a sequential map, uint8 (..., 3)."""
+    """Shares from 0 to 1 as colours of the map magma, uint8 (..., 3)."""
     colours = torch.from_numpy(colormaps["magma_r"](np.linspace(0, 1, 256), bytes=True)[:, :3])
     return colours[(shares.sqrt() * 255).round().long()]
 
 
 def sparse(indices: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    """A COO tensor of values (N,) at `indices` (2, N); those at the same place are added up."""
+    """COO tensor of `values` (N,) at `indices` (2, N); values at the same index are summed."""
     return torch.sparse_coo_tensor(indices, values, size, check_invariants=True).coalesce()
 
 
-def _upwards(sheet: Image.Image, text: str, place: tuple[int, int], size: tuple[int, int]) -> None:
-    """Write from below upwards, in a box with its upper left corner at `place`; `size` is its
-    height and width."""
-    strip = Image.new("RGB", size, PAPER)
+def _draw_vertical(
+    sheet: Image.Image, text: str, place: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Draw text from bottom to top in a box of `size` (height, width) at `place` (left, top)."""
+    strip = Image.new("RGB", size, BACKGROUND)
     middle = (size[0] - 6, size[1] // 2)
     ImageDraw.Draw(strip).text(middle, text, fill=INK, font=_font(13), anchor="rm")
     sheet.paste(strip.rotate(90, expand=True), place)
 
 
 def framed(images: Tensor, labels: Sequence[int], classes: int) -> Tensor:
-    """Images, uint8 (N, 3, H, W), in frames of the colours of their classes.
+    """Images, uint8 (N, 3, H, W), framed in the colour of their class.
 
-    Ten classes have colours that colour-blind readers can tell apart (Petroff 2021).
+    Up to ten classes have colours that colour-blind readers can distinguish (Petroff 2021).
     """
     ten = color_sequences["petroff10"] if classes <= 10 else None
     colours = np.array(ten or colormaps["turbo"](np.linspace(0, 1, classes))[:, :3]) * 255
@@ -213,7 +212,7 @@ def framed(images: Tensor, labels: Sequence[int], classes: int) -> Tensor:
 
 @cache
 def _shades() -> Tensor:
-    """The colours of -127 to 127, uint8 (3, 255)."""
+    """Colours of -127 to 127, uint8 (3, 255)."""
     below, above = (torch.tensor(colour)[:, None] for colour in (NEGATIVE, POSITIVE))
     share = torch.linspace(-1, 1, 255)
     colours = 255 + share.abs() * (torch.where(share > 0, above, below) - 255)
@@ -221,11 +220,11 @@ def _shades() -> Tensor:
 
 
 def png(picture: Picture) -> bytes:
-    """As a file. Ten times as fast as Pillow's default, and somewhat longer."""
+    """PNG file, compressed ten times as fast as by Pillow's default, but somewhat larger."""
     file = io.BytesIO()
     red, green, blue = np.moveaxis(picture, -1, 0)
     if (red == green).all() and (red == blue).all():
-        picture = red  # grey: less time and a smaller file
+        picture = red  # grey: a smaller file
     Image.fromarray(picture).save(file, "PNG", compress_level=1)
     return file.getvalue()
 

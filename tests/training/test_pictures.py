@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from cnntrain import pictures
 
 
-def test_numbers_become_colours() -> None:
+def test_signed_values_become_colours() -> None:
     colours = pictures.signed(torch.tensor([[-2.0, 0.0], [1.0, 2.0]]))
     assert colours.shape == (3, 2, 2)
     assert colours.dtype == torch.uint8
@@ -22,11 +22,11 @@ def test_numbers_become_colours() -> None:
     assert np.abs(np.array(colours[:, 1, 0].tolist()) - half).max() <= 2
 
 
-def test_nothing_but_zeros_is_white() -> None:
+def test_zeros_are_white() -> None:
     assert (pictures.signed(torch.zeros(4, 3, 3)) == 255).all()
 
 
-def test_a_grid_has_its_tiles_in_reading_order() -> None:
+def test_grid_is_in_reading_order() -> None:
     tiles = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 2, 2)
     picture = pictures.grid(tiles, columns=3)
     assert picture.shape == (4, 6, 3)
@@ -36,7 +36,7 @@ def test_a_grid_has_its_tiles_in_reading_order() -> None:
     assert (picture[2:, 4:] == 255).all()  # where there is none
 
 
-def test_images_are_seen_as_they_were() -> None:
+def test_normalisation_is_inverted() -> None:
     raw = torch.randint(0, 256, (4, 1, 5, 5), generator=torch.Generator().manual_seed(0))
     normalised = (raw / 255 - 0.3) / 0.7
     seen = pictures.pixels(normalised, [0.3], [0.7])
@@ -44,7 +44,7 @@ def test_images_are_seen_as_they_were() -> None:
     assert seen.shape == (4, 3, 5, 5)
 
 
-def test_captions_stand_below_their_tiles() -> None:
+def test_captions_are_below_their_tiles() -> None:
     tiles = torch.full((3, 3, 28, 28), 100, dtype=torch.uint8)
     blank = pictures.captioned(tiles, ["", "", ""], columns=2)
     words = pictures.captioned(tiles, ["", "two\nlines", ""], columns=2)
@@ -62,7 +62,7 @@ LONG = "".join(map(str, range(70, 170))) + ".png"  # 234 characters, as long as 
 @pytest.mark.parametrize(
     "name", ["IMG_20240101_123456_edited_copy.jpeg", LONG, "a photo of my boots.png"], ids=len
 )
-def test_long_captions_are_wrapped_and_never_cut(name: str, written: list[str]) -> None:
+def test_long_captions_are_wrapped(name: str, written: list[str]) -> None:
     tile = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
     picture = pictures.captioned(tile, [f"{name}\nBag 5%"])
     assert "".join(written[:-1]).replace(" ", "") == name.replace(" ", "")
@@ -74,7 +74,7 @@ def test_long_captions_are_wrapped_and_never_cut(name: str, written: list[str]) 
     assert picture.shape[0] == 84 + lines + 3 * pictures.GAP
 
 
-def test_a_heading_has_room_however_few_tiles_there_are(written: list[str]) -> None:
+def test_heading_wider_than_the_tiles(written: list[str]) -> None:
     heading = "Red is positive, blue negative, white 0; full colour is ±1.5, the same for all."
     for count in (1, 8):
         written.clear()
@@ -85,7 +85,7 @@ def test_a_heading_has_room_however_few_tiles_there_are(written: list[str]) -> N
         assert 0 < ink[1].min() < ink[1].max() < picture.shape[1] - 1
 
 
-def test_a_legend_has_one_length_whatever_its_number() -> None:
+def test_legend_has_a_constant_length() -> None:
     """So the height of a picture stays the same from epoch to epoch."""
     numbers = [pictures.legend(torch.tensor([-value])) for value in (0.65, 0.646, 0.6)]
     assert len({len(text) for text in numbers}) == 1
@@ -104,7 +104,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         draw(self, place, words, *args, **options)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
-    pictures._written.cache_clear()
+    pictures._render.cache_clear()
     return lines
 
 
@@ -140,7 +140,7 @@ def lightness(colours: np.ndarray, blindness: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
-def test_every_eye_tells_the_shares_of_a_confusion_apart(blindness: str) -> None:
+def test_colours_of_the_confusion_matrix_for_colour_blind_readers(blindness: str) -> None:
     """Equal steps of the scale are steps of the same sign in lightness, and nearly equal."""
     shares = (np.linspace(0, 1, 11) ** 2).astype(np.float32)
     seen = lightness(pictures._shaded(torch.from_numpy(shares)).numpy().astype(float), blindness)
