@@ -128,9 +128,7 @@ def test_command(run: Path, tmp_path: Path) -> None:
 def test_invalid_options_are_reported_on_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, said in {
-        (): "run: has to be given, run=...",
         ("run=empty",): "run=empty: is not a run directory",
-        (f"run={run}", "splt=val"): "splt=val: there is no option 'splt'; did you mean 'split'?",
         (
             f"run={run}",
             "split=vall",
@@ -150,7 +148,7 @@ def test_invalid_options_are_reported_on_one_line(run: Path, tmp_path: Path) -> 
     for options, said in (
         ({"checkpoint": "bst"}, "checkpoint=bst: no such file; use best, last, or a path"),
         ({"root": "/x"}, "root=/x: the data set of this run has no folder"),
-        ({"precision": "16-mixed"}, "precision=16-mixed: the CPU has no float16"),
+        ({"precision": "16-mixed"}, "precision=16-mixed: the CPU has no fast float16"),
     ):
         with pytest.raises(ConfigError, match=said):
             evaluate(run, **options)

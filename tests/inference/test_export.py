@@ -94,7 +94,7 @@ def test_other_networks(tmp_path: Path) -> None:
         "signs": ["experiment=shallow_by_hand", "data=two_signs"],
     }.items():
         run = finished(tmp_path / name, *options, "trainer.max_epochs=1")
-        for format in ("onnx", "torch"):
+        for format in ("onnx", "torch") if name == "signs" else ("onnx",):
             found = export(run, format)
             assert found.error <= 1e-4 * max(1, found.largest)
 
@@ -192,10 +192,6 @@ def test_command(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "compared with Im2colConv2d on 256 validation images" in done.stdout
     assert "same class                      256 of 256" in done.stdout
     assert (runs["im2col"] / "export/last.onnx").exists()
-    for arguments, said in {
-        (f"run={runs['native']}",): "format: has to be given, format=...",
-        (f"run={runs['native']}", "format=onx"): "format=onx: input should be 'onnx' or 'torch'",
-    }.items():
-        done = command("export", *arguments, cwd=tmp_path)
-        assert done.returncode == 2
-        assert said in done.stderr
+    done = command("export", f"run={runs['native']}", "format=onx", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "format=onx: input should be 'onnx' or 'torch'" in done.stderr
