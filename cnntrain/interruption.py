@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Literal, Protocol
 
-from cnntrain.notebook import OneLine
-from cnntrain.terminal import write_stderr
+from cnntrain.terminal import NoTraceback, write_stderr
 
 # Slurm sends SIGUSR1 before a job's time limit if asked to, submitit has it send SIGUSR2;
 # Windows has neither.
@@ -44,7 +43,7 @@ class Interrupted(BaseException):
         return 128 + self.signal
 
 
-class InterruptedCall(OneLine, Interrupted, KeyboardInterrupt):
+class InterruptedCall(NoTraceback, Interrupted, KeyboardInterrupt):
     """Raised by `train` and the like after a signal; the message says how to resume."""
 
     def __init__(self, signum: int, hint: str = ""):

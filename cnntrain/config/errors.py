@@ -10,13 +10,13 @@ from typing import Any
 from hydra.errors import InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
-from cnntrain.notebook import OneLine
+from cnntrain.terminal import NoTraceback
 
 # Exceptions whose message says little without the name of the class.
 TERSE = (LookupError, ArithmeticError, AttributeError, AssertionError, SystemExit)
 
 
-class ConfigError(OneLine, Exception):
+class ConfigError(NoTraceback, Exception):
     """An invalid config: `problems`, one line each."""
 
     def __init__(self, problems: Sequence[str]):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from cnntrain.data.augment import Augment
 from cnntrain.data.loader import Loader, Normalise
-from cnntrain.notebook import OneLine
+from cnntrain.terminal import NoTraceback
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class DataError(OneLine, RuntimeError):
+class DataError(NoTraceback, RuntimeError):
     """A data set cannot be read or downloaded; the message names the file and the way out."""
 
 

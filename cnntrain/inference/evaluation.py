@@ -17,7 +17,7 @@ from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, as_config_error, build
 from cnntrain.inference.trained import Device, Trained, load_trained
 from cnntrain.interruption import interruptible
-from cnntrain.notebook import png_html, table_html
+from cnntrain.terminal import png_html, table_html
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.insights import worst
 from cnntrain.training.outcome import Outcome, answer

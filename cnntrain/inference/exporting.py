@@ -19,7 +19,7 @@ import cnntrain
 from cnntrain.config import ConfigError
 from cnntrain.inference.trained import Trained, load_trained
 from cnntrain.interruption import interruptible
-from cnntrain.notebook import OneLine
+from cnntrain.terminal import NoTraceback
 from cnntrain.training.building import build_network
 from cnntrain.training.checkpoints import shape_differences
 
@@ -32,7 +32,7 @@ BATCH_SIZES = (1, 2, 7, 256)  # compared
 TOLERANCE = 1e-4  # relative to the largest logit: float32 sums in another order
 
 
-class ExportError(OneLine, RuntimeError):
+class ExportError(NoTraceback, RuntimeError):
     """PyTorch cannot export the network; no file is written."""
 
 

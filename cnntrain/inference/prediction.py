@@ -28,7 +28,7 @@ from cnntrain.inference.images import (
 from cnntrain.inference.trained import Device, Trained, load_trained
 from cnntrain.interruption import interruptible
 from cnntrain.models.introspection import evaluation_mode
-from cnntrain.notebook import png_html, table_html
+from cnntrain.terminal import png_html, table_html
 
 BATCH_SIZE = 256
 MAX_DRAWN = 80  # images in predictions.png

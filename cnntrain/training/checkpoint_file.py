@@ -17,7 +17,7 @@ import torch
 
 import cnntrain
 from cnntrain.atomic import replacing
-from cnntrain.notebook import OneLine
+from cnntrain.terminal import NoTraceback
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _COMMENT = len(_MARK) + 64
 _END_OF_ARCHIVE = b"PK\x05\x06"  # then 16 bytes and the comment's length, a 16-bit integer
 
 
-class CheckpointError(OneLine, Exception):
+class CheckpointError(NoTraceback, Exception):
     """A checkpoint cannot be used; the message names the file and says why, in one line."""
 
 

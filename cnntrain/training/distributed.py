@@ -16,14 +16,14 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from cnntrain.interruption import interruption
-from cnntrain.notebook import OneLine
 from cnntrain.process_info import ProcessInfo
+from cnntrain.terminal import NoTraceback
 
 _cpu_group: Any = None  # gloo group of the run, for the collectives below
 _store: Any = None  # where processes started by a launcher have met
 
 
-class ProcessLost(OneLine, Exception):
+class ProcessLost(NoTraceback, Exception):
     """Another process of the run has ended or does not answer; the message says which and how."""
 
 

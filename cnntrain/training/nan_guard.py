@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.atomic import replacing
-from cnntrain.notebook import OneLine
+from cnntrain.terminal import NoTraceback
 from cnntrain.training.classifier import unscales
 from cnntrain.training.distributed import all_gather, any_rank, is_single_process
 from cnntrain.training.record import learning_rate
@@ -26,7 +26,7 @@ FILE = "not_finite.pt"
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
 
 
-class NonFiniteError(OneLine, Exception):
+class NonFiniteError(NoTraceback, Exception):
     """A loss, a gradient or a weight is NaN or Inf; the message names the batch and the layer.
 
     Attributes:

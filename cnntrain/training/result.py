@@ -17,8 +17,7 @@ from matplotlib import figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from cnntrain.notebook import png_html, table_html
-from cnntrain.terminal import TerminalHandler
+from cnntrain.terminal import TerminalHandler, png_html, table_html
 
 log = logging.getLogger(__name__)
 

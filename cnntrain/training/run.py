@@ -35,9 +35,8 @@ from cnntrain.config.resume import (
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
 from cnntrain.models import layer_table
-from cnntrain.notebook import OneLine
 from cnntrain.process_info import TIMEOUT, ProcessInfo, launched
-from cnntrain.terminal import UNLIMITED, table_text, width
+from cnntrain.terminal import UNLIMITED, NoTraceback, table_text, width
 from cnntrain.training.building import build_record, build_run, build_trainer
 from cnntrain.training.checkpoint_file import BEST, LAST, CheckpointError, Content, newest, read
 from cnntrain.training.checkpoints import shape_differences
@@ -55,7 +54,7 @@ from cnntrain.training.workers import all_ranks
 log = logging.getLogger(__name__)
 
 
-class Pruned(OneLine, Exception):
+class Pruned(NoTraceback, Exception):
     """A pruning callback has ended the run; the message says why."""
 
 

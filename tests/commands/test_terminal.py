@@ -45,7 +45,6 @@ def test_a_stream_has_every_character(encoding: str) -> None:
 
 SCRIPT = f"""
 import os, sys
-from cnntrain.terminal import safe_streams
 with safe_streams():
     file = open(sys.argv[1], "w")  # gets none of the standard streams' descriptors
     for _ in range(2000):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from cnntrain.notebook import png_html
+from cnntrain.terminal import png_html
 
 INK, LIGHT, GREY, MARK = "#333333", "#bbbbbb", "#cccccc", "#E69F00"
 CELL = 0.36  # inches
