@@ -137,7 +137,7 @@ def search_problems(node: DictConfig, compose: Compose, given: Sequence[str] = (
     if found := found + value_problems(space, compose):
         return found
     try:
-        _suggest_once(node)
+        suggest_once(node)
     except ConfigError as error:
         return error.problems
     return []
@@ -251,7 +251,7 @@ def pruning_callback(folder: Path, number: int) -> "lightning.Callback":
     return LambdaCallback(on_fit_start=build_pruner, on_train_epoch_end=report)
 
 
-def _suggest_once(node: DictConfig) -> None:
+def suggest_once(node: DictConfig) -> None:
     """Build the search and suggest a trial, in memory. ConfigError for what is rejected."""
     with no_warnings():
         with as_config_error("search.pruner"):

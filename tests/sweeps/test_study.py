@@ -61,9 +61,9 @@ SAMPLERS = {
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_it_is_optunas_search(sweep: Path, name: str) -> None:
     """The same parameters as Optuna's own loop, with each trial's seed as it is documented."""
-    study = search_all(sweep, search(f"search/sampler={name}", "search.trials=20"))
+    study = search_all(sweep, search(f"search/sampler={name}", "search.trials=14"))
     own = optuna.create_study(direction="maximize")
-    for number in range(20):
+    for number in range(14):
         seed = int(np.random.SeedSequence([3, number]).generate_state(1)[0])
         own.sampler = SAMPLERS[name](seed=seed)
         trial = own.ask()
@@ -77,11 +77,11 @@ def test_it_is_optunas_search(sweep: Path, name: str) -> None:
 
 
 def test_it_finds_the_best(sweep: Path) -> None:
-    study = search_all(sweep, search("search.trials=60"), at_once=4)
+    study = search_all(sweep, search("search.trials=40"), at_once=4)
     best = study.study.best_trial
     assert best.value > 0.97  # of 1 at lr 0.01, dropout 0; a random trial has 0.79 on average
     counts, first, command, importance = summary(study, lambda own: shlex.join(["train", *own]))
-    assert counts == "search       60 of 60 trials: 60 completed, 0 pruned, 0 failed"
+    assert counts == "search       40 of 40 trials: 40 completed, 0 pruned, 0 failed"
     assert first == f"best trial   trial={best.number:03}, val/acc {best.value:.2%}"
     typed = dict(re.findall(r"(\S+)=(\S+)", command))
     assert command.split()[0] == "train"
@@ -196,7 +196,7 @@ import json, sys, time
 from pathlib import Path
 from omegaconf import OmegaConf
 from searches import completed, value
-from cnntrain.config.resume import read_result, seal
+from cnntrain.config.resume import add_checksum, read_result
 from cnntrain.sweeps.study import SearchStudy
 
 sweep, at_once = Path(sys.argv[1]), int(sys.argv[2])
@@ -210,17 +210,17 @@ while asked := study.ask(at_once):
         if not read_result(directory):
             with (sweep / "trained").open("a") as file:
                 file.write(trial.name + "\\n")
-            (directory / "part").write_text(json.dumps(seal(completed(value(trial.values)))))
+            (directory / "part").write_text(json.dumps(add_checksum(completed(value(trial.values)))))
             (directory / "part").rename(directory / "result.json")
     study.tell({trial.number: read_result(sweep / trial.name) for trial in asked})
 """
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("at_once", [3])
 def test_killed_at_any_moment(tmp_path: Path, at_once: int) -> None:
     from omegaconf import OmegaConf
 
-    node = search("search.trials=21")
+    node = search("search.trials=12")
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
         OmegaConf.save(node, tmp_path / name / "search.yaml")
@@ -237,7 +237,7 @@ def test_killed_at_any_moment(tmp_path: Path, at_once: int) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         try:
-            process.wait(timeout=moments.uniform(0, 0.12) if kills < 12 else 60)
+            process.wait(timeout=moments.uniform(0, 0.12) if kills < 5 else 60)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
@@ -247,7 +247,7 @@ def test_killed_at_any_moment(tmp_path: Path, at_once: int) -> None:
     assert kills >= 3
     assert known(sweep) == known(tmp_path / "undisturbed")
     trained = (sweep / "trained").read_text().splitlines()
-    assert len(set(trained)) == len([p for p in sweep.iterdir() if p.is_dir()]) == 21
+    assert len(set(trained)) == len([p for p in sweep.iterdir() if p.is_dir()]) == 12
 
 
 def test_a_last_line_that_was_cut_off(sweep: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_last_line_that_was_cut_off(sweep: Path) -> None:
     search_all(sweep, node)
     whole, before = (sweep / STUDY).read_bytes(), known(sweep)
     lines = [m.end() for m in re.finditer(rb"\n", whole)]
-    cuts = {0, 1, *lines, *(n - 1 for n in lines), *range(50, len(whole), 211)}
+    cuts = {0, 1, *lines[::3], *(n - 1 for n in lines[1::3]), *range(50, len(whole), 997)}
     for cut in sorted(cuts):
         (sweep / STUDY).write_bytes(whole[:cut])
         search_all(sweep, node)

@@ -62,10 +62,9 @@ def test_members_that_are_the_same_run_are_one() -> None:
 @pytest.mark.parametrize(
     ("typed", "composed"),
     [
-        (["seed=range(5)", "optimizer.lr=0.005,0.02"], 1),
-        (["model=shallow,lenet5", "optimizer=adam,sgd", "optimizer.lr=0.005,0.02"], 4),
-        (["seed=0,1", "data.batch_size=16,32", "trainer.max_epochs=3"], 1),
-        (["optimizer=sgd", "optimizer.momentum=0.5,0.25", "seed=4,7"], 1),
+        (["seed=range(2)", "optimizer.lr=0.005,0.02"], 1),
+        (["optimizer=adam,sgd", "optimizer.lr=0.005,0.02"], 2),
+        (["optimizer=sgd", "optimizer.momentum=0.5,0.25"], 1),
         (["trainer.monitor=val/acc,val/loss", "+trainer.limit_train_batches=4,5"], 2),
         (["data.val_size='${data.batch_size}',50", "data.batch_size=20,40"], 2),
     ],
@@ -87,5 +86,5 @@ def test_every_value_is_checked() -> None:
     assert len(error.value.problems) == 3
     for text in ("seed=-1: must be a whole number", "seed=x: must be", "optimizer.lr=[1]: "):
         assert any(problem.startswith(text) for problem in error.value.problems)
-    with pytest.raises(ConfigError, match="did you mean 'lr'"):  # told once, and not 900 times
-        asked("data=fashion_mnist_mini", "seed=range(900)", "optimizer.lrr=1")
+    with pytest.raises(ConfigError, match="did you mean 'lr'"):  # told once, and not 90 times
+        asked("data=fashion_mnist_mini", "seed=range(90)", "optimizer.lrr=1")
