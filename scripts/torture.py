@@ -1,6 +1,7 @@
 """Kill a training a hundred times, damage two hundred times what runs leave: nothing may be lost.
 
     python scripts/torture.py --kills 100 --corruptions 200
+    python scripts/torture.py --kills 0 --corruptions 0 --sweep-kills 20 --launcher joblib
     python scripts/torture.py --kills 0 --only 17      # one corruption of that seed once more
 
 A training with everything on is killed at random moments and started again until it is completed:
@@ -25,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of its parent's other thr
 from torturing.corruptions import corrupt
 from torturing.kills import kill
 from torturing.runs import EVERYTHING
+from torturing.sweeps import kill_sweeps
 
 from cnntrain.config import compose
 from cnntrain.training import dry_run
@@ -34,6 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--corruptions", type=int, default=200)
+    parser.add_argument("--sweep-kills", type=int, default=0)
+    parser.add_argument("--launcher", default="basic", help="of the sweeps: joblib, ray, ...")
     parser.add_argument("--only", type=int, help="number of the corruption to repeat alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20, help="of the training that is killed")
@@ -47,6 +51,10 @@ def main() -> None:
         options = [*EVERYTHING, f"trainer.max_epochs={given.epochs}", f"backend={given.backend}"]
         counts, problems = kill(options, folder / "kills", given.kills, random.Random(given.seed))
         show(counts)
+    if given.sweep_kills:
+        typed = [f"hydra/launcher={given.launcher}"]
+        folder_, random_ = folder / "sweeps", random.Random(given.seed)
+        problems += kill_sweeps(typed, folder_, given.sweep_kills, random_)
     numbers = range(given.corruptions) if given.only is None else [given.only]
     if numbers:
         outcomes, failed = corrupt(folder / "corruptions", numbers, given.seed)

@@ -210,7 +210,7 @@ while asked := study.ask(at_once):
         if not read_result(directory):
             with (sweep / "trained").open("a") as file:
                 file.write(trial.name + "\\n")
-                    result = add_checksum(completed(value(trial.values)))
+            result = add_checksum(completed(value(trial.values)))
             (directory / "part").write_text(json.dumps(result))
             (directory / "part").rename(directory / "result.json")
     study.tell({trial.number: read_result(sweep / trial.name) for trial in asked})
