@@ -1,4 +1,4 @@
-"""Figures of the sweep report, drawn with matplotlib as inline SVG."""
+"""Figures of the sweep report, drawn with matplotlib; to be called within `rc_context(RC)`."""
 
 import math
 import random
@@ -8,19 +8,19 @@ from itertools import accumulate
 from statistics import median
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from cnntrain.sweeps.ranking import SINGLE_RUN, Ranking, cost_points, mean_curve, means_by_value
+from cnntrain.sweeps.ranking import Ranking, cost_points, mean_curve, means_by_value
 from cnntrain.sweeps.records import Collection, as_typed, history, is_number
 from cnntrain.sweeps.tables import number, unit
 
 # The colour-blind safe palette of Okabe and Ito (2008), twice: solid and dashed lines.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 STYLES: list[tuple[str, Any]] = [(c, dash) for dash in ("-", (0, (4, 1.5))) for c in COLOURS]
+HIGHLIGHTED = len(STYLES)  # further groups are grey
 INK, SOFT, GREY, GRID, PAPER = THEME = ("#111112", "#555556", "#a0a0a1", "#dedfe0", "#fdfdfe")
 RC: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -48,12 +48,11 @@ class ReportFigure:
     caption: str
 
 
-def group_style(place: int) -> tuple[str, Any, bool]:
-    """Colour, dashes, and whether it is highlighted, of the group at a place of the ranking."""
-    return (*STYLES[place], True) if place < len(STYLES) else (GREY, "-", False)
+def group_style(place: int) -> tuple[str, Any]:
+    """Colour and dashes of the group at a place of the ranking."""
+    return STYLES[place] if place < HIGHLIGHTED else (GREY, "-")
 
 
-@matplotlib.rc_context(RC)
 def learning_curves(ranking: Ranking) -> list[ReportFigure]:
     """Validation and training metric against the epoch: mean ± standard deviation by group."""
     kind = ranking.collection.metric.partition("/")[2]
@@ -67,16 +66,16 @@ def _curves(ranking: Ranking, metric: str, runs: Sequence[Any]) -> ReportFigure 
     if not curves:
         return None
     figure, axes = _axes((5.4, 3.3))
-    shown = [i for i in curves if i < len(STYLES)]
+    shown = [i for i in curves if i < HIGHLIGHTED]
     banded = [i for i in shown if any(d for _, _, d in curves[i])][:BANDS]
     for i in sorted(curves, reverse=True):
         epochs, mean, deviation = np.array(curves[i]).T
-        colour, dash, highlighted = group_style(i)
+        colour, dash = group_style(i)
         if i in banded:
             axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour,
                               alpha=0.16, linewidth=0)  # fmt: skip
-        axes.plot(epochs, mean, color=colour, linestyle=dash, zorder=3 if highlighted else 2,
-                  linewidth=1.8 if highlighted else 0.8, marker="o" if len(epochs) == 1 else None,
+        axes.plot(epochs, mean, color=colour, linestyle=dash, zorder=3 if i in shown else 2,
+                  linewidth=1.8 if i in shown else 0.8, marker="o" if len(epochs) == 1 else None,
                   label=f"{i + 1}  {clipped(ranking.groups[i].label, 24)}")  # fmt: skip
     _format_metric(axes, metric)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
@@ -91,7 +90,6 @@ def _curves(ranking: Ranking, metric: str, runs: Sequence[Any]) -> ReportFigure 
     return ReportFigure(metric.replace("/", "-"), figure, caption)
 
 
-@matplotlib.rc_context(RC)
 def search_history(ranking: Ranking) -> ReportFigure | None:
     """Each trial's value in the order of the trials, and the best so far."""
     collection, metric = ranking.collection, ranking.collection.metric
@@ -125,7 +123,6 @@ def search_history(ranking: Ranking) -> ReportFigure | None:
     return ReportFigure("history", figure, caption)
 
 
-@matplotlib.rc_context(RC)
 def effect_panels(ranking: Ranking) -> list[ReportFigure]:
     """The ranking metric against each varying option, a point per completed member."""
     metric = ranking.collection.metric
@@ -167,8 +164,7 @@ def _effect_panel(
             axes.hlines(mean, at - 0.28, at + 0.28, color=INK, linewidth=1.8, zorder=4)
         tilted = len(names) > 3 and max(map(len, names)) > 8
         axes.set_xticks(range(len(names)), [clipped(n, max(6, 40 // len(names))) for n in names],
-                        rotation=30 if tilted else 0, ha="right" if tilted else "center",
-                        rotation_mode="anchor")  # fmt: skip
+                        rotation=20 if tilted else 0)  # fmt: skip
         axes.set_xlim(-0.5, len(names) - 0.5)
     else:
         if averaged:
@@ -184,7 +180,6 @@ def _effect_panel(
     return ReportFigure(f"effect-{option}", figure, f"{caption}.")
 
 
-@matplotlib.rc_context(RC)
 def parallel_coordinates(ranking: Ranking) -> ReportFigure | None:
     """A line per group through its options to its mean (Inselberg 1985, The Visual Computer 1)."""
     collection, groups, metric = ranking.collection, ranking.ranked, ranking.collection.metric
@@ -217,14 +212,9 @@ def parallel_coordinates(ranking: Ranking) -> ReportFigure | None:
     axes.spines[:].set_visible(False)
     best = f"{number(metric, means[0])}{unit(metric)}"
     caption = f"{len(groups)} groups; the best, {best}, in orange is {groups[0].label}."
-    if any(option not in group.values for option in options for group in groups):
-        caption += " n/a: the option does not apply."
-    if (more := len(collection.options) - MOST_AXES) > 0:
-        caption += f" {more} more options are left out."
     return ReportFigure("coordinates", figure, caption)
 
 
-@matplotlib.rc_context(RC)
 def cost(ranking: Ranking) -> ReportFigure | None:
     """The ranking metric against the seconds of a run, and the Pareto front."""
     metric, maximise = ranking.collection.metric, ranking.collection.maximise
@@ -238,19 +228,17 @@ def cost(ranking: Ranking) -> ReportFigure | None:
     axes.step(xs, [*accumulate(ys, max if maximise else min)], where="post", color=SOFT,
               linewidth=1, linestyle=":", zorder=1)  # fmt: skip
     for i, group in reversed(groups.items()):
-        (x, y), (colour, _, highlighted) = points[i], group_style(i)
-        axes.errorbar(x, y := _clip(y, low, high), yerr=group.deviation if highlighted else None,
-                      xerr=group.seconds_deviation if highlighted else None, color=colour,
-                      marker="o", markersize=7 if i in front else 5, elinewidth=1.2)  # fmt: skip
-        if i in front or len(groups) <= len(STYLES):
+        x, y = points[i]
+        axes.errorbar(x, y := _clip(y, low, high), yerr=group.deviation,
+                      xerr=group.seconds_deviation, color=group_style(i)[0], marker="o",
+                      markersize=7 if i in front else 5, elinewidth=1.2)  # fmt: skip
+        if i < HIGHLIGHTED:
             axes.annotate(str(i + 1), (x, y), (7, 5), textcoords="offset points", fontsize=8.5)
     _number_axis(axes, [x for x, _ in points.values()])
     axes.set(xlabel="seconds", title=metric)
     _format_metric(axes, metric)
     members = "; ".join(f"{i + 1}: {ranking.groups[i].label}" for i in front)
     caption = f"{metric} against seconds of {len(groups)} groups. Pareto front: {members}."
-    if any(group.seconds_deviation is None for group in groups.values()):
-        caption += f" The seconds of a single run are assumed to vary by {SINGLE_RUN:.0%}."
     return ReportFigure("cost", figure, caption)
 
 

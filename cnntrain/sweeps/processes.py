@@ -92,12 +92,8 @@ class MemberTask:
         config: Any = OmegaConf.to_container(run_options(cfg), resolve=True)
         logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
         hparams, trial = self.hparams.get(directory.name, {}), self.trials.get(directory.name)
-        typed, environment = [*hydra.overrides.task], dict(os.environ)
-        _run(
-            MemberJob(
-                config, directory, typed, hparams, logs, self.threads, self.cwd, trial, environment
-            )
-        )
+        facts = (logs, self.threads, self.cwd, trial, dict(os.environ))
+        _run(MemberJob(config, directory, [*hydra.overrides.task], hparams, *facts))
         # Here and not in the sweep's process, which might only see it after the next has started.
         if self.fail_fast and (read_result(directory) or {}).get("status") == "failed":
             (directory.parent / STOP_FILE).touch()

@@ -64,6 +64,7 @@ def write_report(collection: Collection, folder: str | os.PathLike[str]) -> list
     return [folder / name for name in contents]
 
 
+@rc_context(figures.RC)
 def html(collection: Collection, folder: Path) -> str:
     """The page. Links to the runs are relative to `folder`."""
     ranking, metric = rank(collection), collection.metric

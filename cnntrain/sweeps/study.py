@@ -49,8 +49,7 @@ class JournalLock(JournalFileOpenLock):
     def acquire(self) -> bool:
         self.lock.acquire()
         with self.file.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             complete = file.read() in (b"", b"\n")
         if not complete:
             os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
@@ -76,20 +75,13 @@ def open_storage(folder: Path) -> JournalStorage:
 
 def load_study(folder: Path) -> optuna.Study:
     """The study in a folder, without its sampler and pruner."""
-    return optuna.load_study(
-        study_name=None,
-        storage=open_storage(folder),
-        sampler=RandomSampler(),
-        pruner=NopPruner(),
-    )
+    return _load(open_storage(folder))
 
 
 def open_trial(folder: Path, number: int) -> optuna.trial.Trial:
     """A running trial, to report intermediate values and attributes to."""
     storage = open_storage(folder)
-    study = optuna.load_study(
-        study_name=None, storage=storage, sampler=RandomSampler(), pruner=NopPruner()
-    )
+    study = _load(storage)
     study_id = storage.get_study_id_from_name(study.study_name)
     trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
     return optuna.trial.Trial(study, trial_id)
@@ -266,11 +258,16 @@ def replaced(trials: Sequence[FrozenTrial]) -> set[int]:
     return {number for trial in trials for number in trial.system_attrs.get(HISTORY, [])}
 
 
+def _load(storage: JournalStorage) -> optuna.Study:
+    passive: Any = {"sampler": RandomSampler(), "pruner": NopPruner()}
+    return optuna.load_study(study_name=None, storage=storage, **passive)
+
+
 def _existing_study(folder: Path) -> optuna.Study | None:
     """The study in a folder if it has trials; one without is deleted."""
     storage = open_storage(folder)
     names = optuna.get_all_study_names(storage)
-    if names and (study := load_study(folder)).get_trials(deepcopy=False):
+    if names and (study := _load(storage)).get_trials(deepcopy=False):
         return study
     for name in names:
         optuna.delete_study(study_name=name, storage=storage)

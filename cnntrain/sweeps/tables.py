@@ -148,10 +148,9 @@ def effect_row(effect: OptionEffect, metric: str) -> list[str]:
 
 
 def effects_note(metric: str) -> str:
-    return (
-        f"{metric}, in {'percentage points' if metric.endswith('acc') else 'nats'}: the mean "
-        "difference ± its standard deviation over pairs of members that differ in nothing else."
-    )
+    points = "percentage points" if metric.endswith("acc") else "nats"
+    mean = "mean difference ± its standard deviation"
+    return f"{metric}, in {points}: {mean} over pairs of members that differ in nothing else."
 
 
 def failures(collection: Collection) -> list[str]:
@@ -165,11 +164,10 @@ def failures(collection: Collection) -> list[str]:
 
 def write_member_csv(collection: Collection, path: Path) -> None:
     """Write a row per member: status, varying options, metrics, seconds, directory, error."""
-    options = list(collection.over)
-    if any("seed" in member.values for member in collection.members) and "seed" not in options:
-        options.append("seed")
-    head = ["status", *options, *METRICS, "seconds", "epochs", "directory", "error"]
-    table: list[list[Any]] = [head]
+    seeds = ["seed"] if any("seed" in member.values for member in collection.members) else []
+    options = list(dict.fromkeys([*collection.over, *seeds]))
+    columns = ["status", *options, *METRICS, "seconds", "epochs", "directory", "error"]
+    table: list[list[Any]] = [columns]
     for m in collection.members:
         values = [as_typed(m.values[o]) if o in m.values else "" for o in options]
         metrics = [m.metrics.get(name, "") for name in METRICS]

@@ -24,7 +24,7 @@ SWEEPS = {
 
 def kill_sweeps(typed: list[str], folder: Path, kills: int, moments: random.Random) -> list[str]:
     """Problems found: a line each."""
-    problems = []
+    problems = list[str]()
     for name, options in SWEEPS.items():
         command = [*options, f"sweep={name}", *typed]
         undisturbed, killed = folder / "undisturbed", folder / "killed"

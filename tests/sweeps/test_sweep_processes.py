@@ -23,7 +23,7 @@ from cnntrain.sweeps.records import METRICS, history
 
 pytestmark = pytest.mark.xdist_group("sweep processes")  # one undisturbed sweep for all
 
-TINY = ["data=fashion_mnist_mini", "trainer=cpu", "data.batch_size=32", "model=shallow"]
+TINY = ["data=fashion_mnist_mini", "trainer=cpu", "data.batch_size=32"]
 TINY += ["+trainer.limit_train_batches=4", "tensorboard=scalars", "trainer.max_epochs=6"]
 FOUR = [*TINY, "model.dropout=0.2,0.1", "seed=0,1", "sweep=s"]
 MEMBERS = [f"model.dropout={d},seed={s}" for d in (0.2, 0.1) for s in (0, 1)]
