@@ -1,15 +1,15 @@
-"""What several rooms' tests share: a run in a process of its own, as a user starts one."""
+"""Fixtures of all tests."""
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked import ROOT, run_command
 
-# The tensors are small: threads would only wait for one another, for long where cores are shared.
+# Tensors are small, and pytest-xdist runs a process for each core.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -17,22 +17,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("COLUMNS", "LINES"):
     os.unsetenv(name)
 
-ROOT = Path(__file__).parents[1]
+__all__ = ["ROOT", "Run", "cnntrain"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def cnntrain(tmp_path: Path) -> Run:
-    """Start `python train.py <arguments>` in an empty folder; environment variables by keyword."""
+    """`python train.py <arguments>` in an empty folder; environment variables by keyword."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *arguments],
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return run_command(["train", *arguments], tmp_path, {**os.environ, **environment})
 
     return run

@@ -123,6 +123,8 @@ def explain(text: str, error: Exception, base: DictConfig) -> str:
         override = parsed(text)
         key, value = str(override.key_or_group), override.value()
     except HydraException:
+        key = ""
+    if not key:
         return f"{text}: cannot be read; write option=value, in quotes if it has special characters"
     if override.is_sweep_override():
         return f"{text}: a sweep needs -m, and the values one by one: a,b,c; a list is [a,b,c]"

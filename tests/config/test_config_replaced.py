@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from forked import run_command
 from omegaconf import OmegaConf
 
 from cnntrain.config import ConfigError, compose
@@ -133,14 +134,7 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cnntrain", "train", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_command(["train", *arguments], folder, {**os.environ, **environment})
 
 
 @pytest.mark.parametrize(
@@ -181,14 +175,21 @@ def test_cfg_shows_what_is_wrong_too(
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
+def run_in_c_locale(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cnntrain", "train", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **C_LOCALE}
+    pipes = {"capture_output": True, "text": True}
+    return subprocess.run(command, cwd=folder, env=environment, timeout=300, **pipes)
+
+
 def test_paths_beyond_ascii(tmp_path: Path) -> None:
     """In --config-dir, hydra.run.dir and resume."""
     (tmp_path / "ü/model").mkdir(parents=True)
     (tmp_path / "ü/model/mine.yaml").write_text("_target_: own_classes.Tiny\n")
     few = ["data=fashion_mnist_mini", "trainer=cpu", "trainer.max_epochs=1"]
     few += ["+trainer.limit_train_batches=1", "tensorboard=scalars", "hydra.run.dir=läufe/日本"]
-    done = run(tmp_path, "--config-dir", "ü", "model=mine", *few, **C_LOCALE)
+    done = run_in_c_locale(tmp_path, "--config-dir", "ü", "model=mine", *few)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "läufe/日本/result.json").exists()
-    done = run(tmp_path, "resume=läufe/日本", **C_LOCALE)
+    done = run_in_c_locale(tmp_path, "resume=läufe/日本")
     assert (done.returncode, done.stdout[:17]) == (0, "already completed"), done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Run
+from forked import run_command
 
 from cnntrain.commands.app import build_problems
 from cnntrain.config import ConfigError, compose
@@ -63,17 +64,6 @@ COMMAND_LINES: list[tuple[Sequence[str | bytes], list[str]]] = [
 ]
 
 
-def _end(command: Sequence[str | bytes], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def _assert_refused(done: subprocess.CompletedProcess[str], said: list[str]) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -84,7 +74,7 @@ def _assert_refused(done: subprocess.CompletedProcess[str], said: list[str]) -> 
 
 @pytest.mark.parametrize(("arguments", "said"), COMMAND_LINES, ids=lambda v: str(v)[:60])
 def test_command_line(tmp_path: Path, arguments: Sequence[str | bytes], said: list[str]) -> None:
-    done = _end([str(ROOT / "train.py"), *arguments], tmp_path)
+    done = run_command(["train", *map(os.fsdecode, arguments)], tmp_path)
     _assert_refused(done, said)
     assert list(tmp_path.iterdir()) == []
 
@@ -106,7 +96,7 @@ REFUSED_BY_CONSTRUCTORS = [
 def test_what_constructors_refuse(tmp_path: Path, arguments: list[str], said: list[str]) -> None:
     module = tmp_path / "ends.py"
     module.write_text("import sys, torch\nclass Conv(torch.nn.Conv2d): pass\nsys.exit(0)\n")
-    done = _end(["-B", "-m", "cnntrain", *arguments], tmp_path)
+    done = run_command(arguments, tmp_path)
     _assert_refused(done, said)
     assert list(tmp_path.iterdir()) == [module]
 

@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/*.md, as it stands there, in a real process."""
+"""Every command of the README and of docs/*.md, as it stands there, each in its own process."""
 
 import csv
 import gzip
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import QUICK, TRAIN
+from command_line import QUICK
 from conftest import ROOT, Run
+from forked import run_command
 from idx_files import idx_bytes
 from PIL import Image
 
@@ -81,13 +82,7 @@ def test_command_of_the_lab(command: str, tmp_path: Path) -> None:
     arguments = shlex.split(command.split("`")[0])[1:]
     few = {"verify": ["short=true", "cases=2", "only=empty"], "benchmark": ["rounds=1"]}
     few["benchmark"] += ["min_turn_ms=0"] + ["batch_sizes=[2]"] * ("seed_table" not in command)
-    done = subprocess.run(
-        [sys.executable, "-m", "cnntrain", *arguments, *few[arguments[0]]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_command([*arguments, *few[arguments[0]]], tmp_path)
     assert done.returncode == 0, done.stderr
     assert ("checks run, of 60" if arguments[0] == "verify" else "x native") in done.stdout
 
@@ -97,7 +92,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run, outputs/mine, and the pictures that the README names."""
     folder = tmp_path_factory.mktemp("desk")
     options = [*QUICK, "backend=im2col", "tensorboard=scalars", "hydra.run.dir=outputs/mine"]
-    subprocess.run([*TRAIN, *options], cwd=folder, check=True, capture_output=True, timeout=300)
+    assert run_command(["train", *options], folder).returncode == 0
     (folder / "folder").mkdir()
     for name in ("photo.png", "folder/another.jpg", "scan.jpg"):
         Image.new("RGB", (90, 120), (200, 180, 160)).save(folder / name)
@@ -117,13 +112,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_command_of_the_pages(command: str, desk: Path) -> None:
     arguments = shlex.split(command)[1:]
     few = ["rounds=1", "batch_size=2"] if arguments[:2] == ["lesson", "cost"] else []
-    done = subprocess.run(
-        [sys.executable, "-m", "cnntrain", *arguments, *few],
-        cwd=desk,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_command([*arguments, *few], desk)
     if "size=3 kernel=5" in command:  # as the page has it
         assert done.returncode == 2
         shown = (ROOT / "docs/lessons.md").read_text()
@@ -139,8 +128,7 @@ def test_command_of_the_pages(command: str, desk: Path) -> None:
 def test_what_a_lesson_shows_is_in_its_page(desk: Path) -> None:
     page = (ROOT / "docs/lessons.md").read_text()
     for lesson in (["window", "padding=1", "stride=2"], ["patterns"]):
-        command = [sys.executable, "-m", "cnntrain", "lesson", *lesson]
-        done = subprocess.run(command, cwd=desk, capture_output=True, text=True, timeout=300)
+        done = run_command(["lesson", *lesson], desk)
         lines = [line.rstrip() for line in done.stdout.splitlines()[:-2]]
         text = "\n".join(lines if lesson[0] == "window" else lines[-3:])
         assert text.strip() in page

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from forked import run_command
 
 from cnntrain.training import checkpoint_file
 
@@ -56,9 +57,7 @@ def result(folder: Path) -> dict[str, Any]:
 def test_a_signal_saves_and_ends(start: Start, tmp_path: Path, signum: str, code: int) -> None:
     process = start(*LONG)
     wait_for(tmp_path / "run/checkpoints/previous.ckpt", process)
-    refused = subprocess.run(
-        [*TRAIN[:3], "resume=run"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    refused = run_command(["train", TRAIN[2], "resume=run"], tmp_path)
     assert refused.returncode == 2
     assert "run: another process is training there" in refused.stderr
 
@@ -265,9 +264,7 @@ def test_a_resume_that_cannot_be(tmp_path: Path, options: list[str], said: str) 
     (tmp_path / "begun/.hydra/overrides.yaml").write_text("- data=fashion_mnist_mini\n")
     (tmp_path / "broken/result.json").write_text("{}")
     before = {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")}
-    done = subprocess.run(
-        [*TRAIN[:2], *options], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    done = run_command(["train", *options], tmp_path)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -275,9 +272,7 @@ def test_a_resume_that_cannot_be(tmp_path: Path, options: list[str], said: str) 
 
 
 def test_without_a_fixed_folder_there_is_nothing_to_go_on_with(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*TRAIN[:2], "resume=auto"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    done = run_command(["train", "resume=auto"], tmp_path)
     assert done.returncode == 2
     assert "resume=auto: needs a folder that stays the same; add hydra.run.dir=" in done.stderr
     assert list(tmp_path.iterdir()) == []

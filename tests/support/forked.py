@@ -1,0 +1,57 @@
+"""Commands in forked processes, which need not import torch and Lightning for five seconds each.
+
+A fork server has imported them; each command runs in a fork of it, with its own working directory,
+environment, arguments, streams and exit code.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PRELOAD = ["cnntrain.training", "cnntrain.inference", "cnntrain.commands.train", "forked"]
+
+
+def run_command(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ, **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """`cnntrain <arguments>` in `folder`, as `subprocess.run` would run it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as streams:
+        call = (list(arguments), str(folder), dict(environment), streams)
+        process = context.Process(target=_main, args=call)
+        process.start()
+        process.join(how.get("timeout", 300))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        out, err = ((Path(streams) / name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess(call[0], process.exitcode, out, err)
+
+
+def _main(arguments: list[str], folder: str, environment: dict[str, str], streams: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path[:0] = [str(ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = os.open(os.path.join(streams, name), os.O_CREAT | os.O_WRONLY)
+        os.dup2(file, descriptor)
+    sys.stdin = open(os.devnull)  # noqa: SIM115
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.dont_write_bytecode = True
+    sys.argv = ["cnntrain", *arguments]
+    sys.orig_argv = [sys.executable, "-m", "cnntrain", *arguments]
+    from cnntrain.commands import main
+
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
