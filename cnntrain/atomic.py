@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all. Imports no torch: a report writes files, too."""
+"""Atomic file writes: a file is complete or unchanged. Does not import torch."""
 
 import json
 import os
@@ -8,23 +8,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-NUMBERS = re.compile(r"\[\n([^][{}\"]+)]")  # a list of them in JSON: it goes on one line
+NUMBERS = re.compile(r"\[\n([^][{}\"]+)]")  # a list of numbers in JSON, put on one line
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write all of a file or nothing: readers never see half of it, nor does a crash leave half."""
+    """Write a JSON file atomically."""
+    text = json.dumps(content, indent=2) + "\n"
+    text = NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     with replacing(path) as file:
-        text = json.dumps(content, indent=2) + "\n"
-        text = NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
         file.write(text.encode())
 
 
 @contextmanager
 def replacing(path: Path, *, keep: Path | None = None) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name, in place of any other, when all of it is on the disk.
+    """A binary file that replaces `path` once it is complete and on the disk.
 
-    The file that was there is lost, or renamed to `keep`. Raises OSError, with the file's name,
-    and leaves what was there.
+    Args:
+        path: The file.
+        keep: New name of the previous file; None: it is deleted.
+
+    Raises:
+        OSError: With the name of the file, which is unchanged.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -40,7 +44,7 @@ def replacing(path: Path, *, keep: Path | None = None) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and error.filename2 is None:
             error.filename = str(path)
         raise
-    if os.name == "posix":  # the name, too, has to be on the disk
+    if os.name == "posix":  # the directory entry, too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

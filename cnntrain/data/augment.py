@@ -88,11 +88,6 @@ class Augment:
             images = images * keep[:, None]
         return images
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """`draw` and `apply` for one batch (B, C, H, W)."""
-        count, _, height, width = images.shape
-        return self.apply(images, self.draw(count, height, width, generator).to(images.device))
-
 
 def _windows(images: Tensor, padding: int, row: Tensor, column: Tensor) -> Tensor:
     """Crop of each sample at (row, column) of the padded image."""

@@ -177,7 +177,7 @@ def _fill(root: Path, scratch: Path) -> None:
             missing.append(name)
             tried.append(str(error))
             if os.path.lexists(root / name):
-                log.warning("FashionMNIST: %s; renamed to %s.bad, fetched again", error, name)
+                log.warning("FashionMNIST: %s; renamed to %s.bad", error, name)
                 (root / name).replace(root / f"{name}.bad")
     pooch.get_logger().setLevel(logging.WARNING)
     cached: dict[str, Source] = {f"gzipped files in {root}": partial(_in_folder, root)}

@@ -147,14 +147,10 @@ def evaluate(
     """Evaluate the network of a run on a split of its data set.
 
     Args:
-        run: Run directory, or a Result.
-        checkpoint: best, last, or a file.
+        run, checkpoint, backend, device, root: See `load_trained`.
         split: test, or val: the part of the training set that the run validated with.
-        backend: Choice by name, or config node; None: that of the run.
         tta: flip: mean of the probabilities of an image and its horizontal flip.
         precision: As `trainer.precision`; None: that of the run.
-        device: cpu, cuda, mps, or auto: a GPU if there is one.
-        root: Folder of the data set; None: that of the run.
 
     Raises:
         ConfigError, CheckpointError: See `load_trained`; or the loss is not finite.

@@ -71,10 +71,8 @@ def export(
     validation images. A backend with other parameters than `nn.Conv2d` is exported as it is.
 
     Args:
-        run: Run directory, or a Result.
+        run, checkpoint, root: See `load_trained`.
         format: onnx, or torch for a torch.export program.
-        checkpoint: best, last, or a file.
-        root: Folder of the data set; None: that of the run.
         folder: Where to write; None: export/ in the run directory.
 
     Raises:

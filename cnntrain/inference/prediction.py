@@ -94,14 +94,11 @@ def predict(
     (N, H, W, C), in an array also (N, H, W). C is 1, 3 or 4: grey, RGB, RGBA.
 
     Args:
-        run: Run directory, or a Result.
+        run, checkpoint, backend, device: See `load_trained`.
         images: A path of a PNG, JPEG or IDX file or of a folder with such files, a PIL image, an
             array, a tensor, or an iterable of any of these.
         top: Number of classes of each image.
         invert: Whether dark becomes light first, for images that are dark on light.
-        checkpoint: best, last, or a file.
-        backend: Choice by name, or config node; None: that of the run.
-        device: cpu, cuda, mps, or auto: a GPU if there is one.
         max_pixels: Larger images are not decoded.
 
     Returns:

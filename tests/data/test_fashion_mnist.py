@@ -118,7 +118,7 @@ def test_damaged_file_is_fetched_again(root, source, monkeypatch, caplog, name, 
     data(root).read("train" if "train" in name else "test")
     problem = problem.format(size=size, short=size - 7)
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    expected = f"FashionMNIST: {root / name}: {problem}; renamed to {name}.bad, fetched again"
+    expected = f"FashionMNIST: {root / name}: {problem}; renamed to {name}.bad"
     assert warnings == [expected]
     assert (root / f"{name}.bad").read_bytes() == damaged  # it may be a file of another data set
     assert is_complete(root)

@@ -1,4 +1,4 @@
-"""A network as a graph of layers."""
+"""Layer graph and penultimate features of a network."""
 
 import warnings
 from itertools import pairwise
@@ -26,7 +26,7 @@ def test_layers_in_their_order_on_every_backend(backend: str) -> None:
         assert node.inputs == (before.name,)
 
 
-def test_shortcuts_are_seen() -> None:
+def test_residual_connections() -> None:
     network = TorchVision(name="resnet18", small_images=True)
     nodes = {node.name: node for node in layer_graph(network, (1, 28, 28))}
     added = nodes["network/layer1/0/add_"]
@@ -44,8 +44,8 @@ def test_shortcuts_are_seen() -> None:
     assert len(reached) == len(nodes)
 
 
-class Odd(nn.Module):
-    """A layer that is used twice, keyword arguments, lists, functions."""
+class Mixed(nn.Module):
+    """A layer that is called twice, keyword arguments, lists, functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,8 +56,8 @@ class Odd(nn.Module):
         return torch.cat(twice, dim=1).flatten(1)
 
 
-def test_what_is_used_twice_has_two_nodes() -> None:
-    nodes = layer_graph(Odd(), (1, 4, 4))
+def test_layer_called_twice_has_two_nodes() -> None:
+    nodes = layer_graph(Mixed(), (1, 4, 4))
     assert nodes == [
         GraphNode("images", "input", (), (1, 4, 4)),
         GraphNode("conv.Conv2d", "Conv2d", ("images",), (1, 4, 4)),
@@ -69,7 +69,7 @@ def test_what_is_used_twice_has_two_nodes() -> None:
     ]
 
 
-def test_what_gives_several_tensors_is_a_node() -> None:
+def test_function_with_several_outputs() -> None:
     network = TorchVision(name="shufflenet_v2_x0_5")
     nodes = {node.name: node for node in layer_graph(network, (1, 28, 28))}
     assert any(node.kind == "chunk" for node in nodes.values())
@@ -80,8 +80,8 @@ def test_what_gives_several_tensors_is_a_node() -> None:
     assert reached == set(nodes)
 
 
-def test_what_the_last_layer_is_given() -> None:
-    """A module around the layers may have parameters of its own, as a ViT its class token."""
+def test_penultimate_features() -> None:
+    """A container may have parameters, as the class token of a ViT."""
     vit = TorchVision((1, 32, 32), name="vit_b_16").network
     images = torch.randn(2, 3 if vit.conv_proj.in_channels == 3 else 1, 32, 32)
     given: list[Tensor] = []
@@ -97,7 +97,7 @@ def test_what_the_last_layer_is_given() -> None:
     assert (penultimate_features(lenet, pictures) == wanted).all()
 
 
-def test_nothing_is_left_behind() -> None:
+def test_network_is_not_changed() -> None:
     network = LeNet5().train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state = torch.get_rng_state()

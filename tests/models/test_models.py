@@ -1,4 +1,4 @@
-"""The networks against counts and formulas worked out by hand."""
+"""Networks against counts and formulas derived by hand."""
 
 import math
 from typing import Any
@@ -61,7 +61,7 @@ def test_lenet5_is_convolution_norm_activation_pooling(activation: Any, pooling:
     )
 
 
-def test_lenet5_options_choose_layers() -> None:
+def test_lenet5_options() -> None:
     network = LeNet5(activation="leaky_relu", pooling="avg", dropout=0.25, norm=False)
     kinds = [type(m).__name__ for m in network.modules() if not list(m.children())]
     assert kinds.count("LeakyReLU") == 4
@@ -84,12 +84,12 @@ def test_any_batch_shape_and_class_count(network: Any, name: str) -> None:
         assert all(type(m) is BACKENDS[name] for m in made.modules() if isinstance(m, nn.Conv2d))
 
 
-def test_too_small_images_are_refused() -> None:
+def test_too_small_images() -> None:
     with pytest.raises(ValueError, match=r"images of shape \(1, 20, 20\) do not fit"):
         LeNet5((1, 20, 20))
 
 
-def test_unknown_choices_are_refused() -> None:
+def test_unknown_choices() -> None:
     for option in ("activation", "pooling", "init"):
         with pytest.raises(ValueError, match=rf"{option}='none': choose from .*(tanh|avg|default)"):
             LeNet5(**{option: "none"})
@@ -108,7 +108,7 @@ def test_xavier_uniform_bounds() -> None:
             assert not layer.bias.any()
 
 
-def test_init_default_is_pytorch_s() -> None:
+def test_default_init_is_that_of_pytorch() -> None:
     torch.manual_seed(3)
     network = LeNet5(init="default", norm=False)
     torch.manual_seed(3)
@@ -128,7 +128,7 @@ def test_batch_norm_of_a_single_value() -> None:
     assert torch.equal(norm(x), nn.BatchNorm2d(2).train()(x))
 
 
-def test_layer_table_counts_work() -> None:
+def test_layer_table_counts_macs() -> None:
     rows = {row.name: row for row in summarise(LeNet5(conv=BACKENDS["im2col"]), (1, 28, 28))}
     assert [rows[f"features.{i}"].macs for i in (0, 4, 8)] == [
         5 * 5 * 1 * 6 * 28 * 28,

@@ -1,4 +1,4 @@
-"""torchvision's networks on our convolutions, by counts worked out by hand, and a run of one."""
+"""Networks of torchvision on the backends, against counts derived by hand, and a run."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def convolutions(network: nn.Module) -> list[nn.Conv2d]:
 
 
 def plane(network: nn.Module, layer: nn.Module, images: torch.Tensor) -> tuple[int, ...]:
-    """Height and width of what a layer makes of images."""
+    """Height and width of the output of a layer."""
     found: list[tuple[int, ...]] = []
     handle = layer.register_forward_hook(lambda m, i, y: found.append(tuple(y.shape[2:])))
     network.eval()(images)
@@ -63,8 +63,8 @@ def test_the_adapted_stem_keeps_the_scale_of_its_outputs() -> None:
     assert not TorchVision(name="squeezenet1_1").network.features[0].bias.any()  # as its others
 
 
-# Height and width that the last convolution makes of 28x28 with `small_images`, one network a
-# family: worked out from the strides that are left behind the first convolution.
+# Height and width of the last convolution's output for 28x28 with `small_images`, for one network
+# of each family: derived from the strides after the first convolution.
 FAMILIES = {
     "alexnet": 13,
     "convnext_tiny": 3,
@@ -106,7 +106,7 @@ def test_backends_start_from_the_same_weights() -> None:
         torch.testing.assert_close(state, states[0], rtol=0, atol=0)
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"name": "resnet19"}, r"^model.name=resnet19: .* no such .*; did you mean resnet1"),
     ({"name": "Zz"}, r"^model.name=Zz: .* no such .*; choose from alexnet, .*, wide_resnet50_2$"),
     (
@@ -123,16 +123,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "said"), REFUSED)
-def test_refused_in_one_line(options: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("options", "message"), REJECTED)
+def test_errors_are_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as raised, as_config_error("model"):
         TorchVision(**options)
     (problem,) = raised.value.problems
-    assert re.search(said, problem), problem
+    assert re.search(message, problem), problem
 
 
-def test_a_run_whose_checkpoint_another_backend_takes(tmp_path: Path) -> None:
-    """Trains and tests on im2col; native has the same loss from the same weights."""
+def test_checkpoint_of_a_run_on_another_backend(tmp_path: Path) -> None:
+    """Trained and tested on im2col; native has the same loss with the same weights."""
     model = ["model=torchvision", "model.name=shufflenet_v2_x0_5", "data=fashion_mnist_mini"]
     few = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "trainer.progress_bar=false"]
     cfg = compose([*model, *few, "backend=im2col", "trainer=cpu", "data.batch_size=16"])

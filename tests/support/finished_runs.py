@@ -1,4 +1,4 @@
-"""A run that is finished, for what is done with one."""
+"""Finished runs for tests of inference."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def finished(directory: Path, *options: str) -> Path:
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`cnntrain <arguments>` in a process of its own."""
+    """`cnntrain <arguments>` in a process."""
     return subprocess.run(
         [sys.executable, "-m", "cnntrain", *arguments],
         cwd=cwd,
@@ -38,7 +38,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def plain_network(run: Path, checkpoint: str = "best", *options: str) -> nn.Module:
-    """The run's network on nn.Conv2d, loaded by PyTorch's own means."""
+    """Network of a run on nn.Conv2d, loaded with plain PyTorch."""
     cfg = compose([*OPTIONS, *options])
     network = build(cfg.model, conv=nn.Conv2d, in_shape=(1, 28, 28), num_classes=10)
     state = torch.load(run / f"checkpoints/{checkpoint}.ckpt", weights_only=True)["state_dict"]
@@ -47,7 +47,7 @@ def plain_network(run: Path, checkpoint: str = "best", *options: str) -> nn.Modu
 
 
 def answers(network: nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits in float64 and labels."""
+    """Logits in float64, and labels."""
     images, labels = zip(*loader, strict=True)
     with torch.no_grad():
         logits = torch.cat([network(batch) for batch in images])
