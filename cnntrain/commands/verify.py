@@ -13,7 +13,7 @@ from cnntrain.config import ConfigError, build, writable
 from cnntrain.terminal import fit_lines, left_out_lines, paragraph, width
 
 if TYPE_CHECKING:
-    from cnntrain.lab.verify import Line
+    from cnntrain.lab.verify import CheckResult
 
 COLUMNS = {"check": "36", "cases": ">6", "worst error": ">14", "budget": ">10", "unit": ">11"}
 OPTIONAL = ("unit", "budget", "cases", "worst error")  # in a narrow terminal, the first one first
@@ -39,10 +39,10 @@ def _verify(cfg: DictConfig) -> None:
     to_terminal = options["json"] == "-"
     if options["json"] is not None:
         options["json"] = None if to_terminal else Path(options["json"])
-    shown: list[Line] = []
+    shown: list[CheckResult] = []
     head, left_out = fit_lines(partial(_row, [*COLUMNS]), OPTIONAL, width() - len("  ok"))
 
-    def show(line: "Line") -> None:
+    def show(line: "CheckResult") -> None:
         if not shown:
             print("\n".join([*left_out_lines(left_out, " or json=<file>"), head]))
         shown.append(line)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import scipy.signal
 import torch
+from cnntrain.conv.oracle import seven_loops
 from convolutions import GRID, OperatorNames, every_backend, our_backend, randn, twin
 from torch import nn
 
 from cnntrain.conv import Conv2d, Geometry, Im2colConv2d
 from cnntrain.conv.autograd import Algorithm
 from cnntrain.conv.geometry import pad, padding_amounts
-from cnntrain.conv.oracle import seven_loops
 
 
 @our_backend

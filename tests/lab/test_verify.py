@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cnntrain.lab.verify.contract import CHECKS
 from conftest import ROOT
 from planted import in_32_bits
 from torch import nn
@@ -22,7 +23,6 @@ from cnntrain.conv import BACKENDS, Conv2d, Im2colConv2d, NaiveConv2d
 from cnntrain.conv.autograd import Algorithm
 from cnntrain.lab.verify import verify
 from cnntrain.lab.verify.cases import random_cases
-from cnntrain.lab.verify.contract import CHECKS
 
 
 class Unfolding(nn.Conv2d):

@@ -7,17 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from cnntrain.lab.verify.cases import SHORT_GRIDS, Case, corners, grid, layers, random_cases, sizes
-from cnntrain.lab.verify.oracles import (
+from cnntrain.lab.verify.cases import (
     BIAS,
     INPUT,
     OUTPUT,
+    SHORT_GRIDS,
     WEIGHT,
+    Case,
     Problem,
-    loops,
-    scipys,
-    taps,
+    corners,
+    grid,
+    random_cases,
 )
+from cnntrain.lab.verify.layers import network_layers, size_cases
+from cnntrain.lab.verify.numerics import by_kernel_position, reference_loops, scipy_signal
 
 EASY = Case(1, 1, 2, (1, 3, 3))
 
@@ -31,7 +34,9 @@ def by_hand(case: Case, x: list, w: list, g: list, b: list | None = None) -> Pro
     )  # fmt: skip
 
 
-every_oracle = pytest.mark.parametrize("oracle", [loops, scipys, taps])
+every_oracle = pytest.mark.parametrize(
+    "oracle", [reference_loops, scipy_signal, by_kernel_position]
+)
 
 
 @every_oracle
@@ -81,8 +86,8 @@ def test_same_has_the_odd_pixel_below_and_right():
 def test_the_oracles_agree():
     for case in [*corners(), *grid(0)[::3], *random_cases(7, 40)]:
         p = Problem.normal(case, 3)
-        truth = loops(p)
-        for oracle in (scipys, taps):
+        truth = reference_loops(p)
+        for oracle in (scipy_signal, by_kernel_position):
             found = oracle(p)
             assert found.keys() == truth.keys()
             for quantity in truth:
@@ -92,22 +97,24 @@ def test_the_oracles_agree():
 
 
 @pytest.mark.parametrize("factor", "xwg")
-def test_taps_and_loops_agree_on_what_nan_inf_and_negative_zeros_reach(factor):
+def test_oracles_agree_on_nan_inf_and_negative_zeros(factor):
     case = Case(4, 6, 3, (2, 6, 7), stride=(2, 1), padding=1, dilation=(1, 2), groups=2)
     p = Problem.positive(case, 0)
     numbers = getattr(p, factor)
     numbers[:1] = -0.0
     numbers[1, 0, 1, 1], numbers[-1, 1, 2, 2] = np.inf, np.nan
     with np.errstate(invalid="ignore"):
-        for one, other in zip(loops(p).values(), taps(p).values(), strict=True):
+        for one, other in zip(
+            reference_loops(p).values(), by_kernel_position(p).values(), strict=True
+        ):
             assert np.array_equal(np.isnan(one), np.isnan(other))
             assert np.array_equal(np.isinf(one), np.isinf(other))
             np.testing.assert_allclose(one, other, rtol=1e-12)
 
 
-def test_taps_are_exact_on_integers():
+def test_the_oracle_by_kernel_position_is_exact_on_integers():
     p = Problem.integers(Case(70, 3, 3, (2, 9, 9)), 0)
-    found = taps(p)
+    found = by_kernel_position(p)
     assert {t.dtype for t in found.values()} == {np.dtype(np.float64)}
     assert found[OUTPUT][1, 2, 3, 4] == (p.x[1, :, 3:6, 4:7] * p.w[2]).sum() + p.b[2]
 
@@ -133,8 +140,8 @@ def test_the_short_grids_have_every_pair_of_options():
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-def test_a_case_is_what_nn_conv2d_makes_of_it():
-    cases = [*corners(), *grid(0), *sizes(short=False), *layers(short=False)]
+def test_shapes_of_a_case_are_those_of_nn_conv2d():
+    cases = [*corners(), *grid(0), *size_cases(short=False), *network_layers(short=False)]
     for case in [*cases, *random_cases(1, 100)]:
         layer, _, shape = case.call("nn.Conv2d").partition(" on ")
         with torch.device("meta"):
@@ -146,7 +153,7 @@ def test_a_case_is_what_nn_conv2d_makes_of_it():
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-def test_a_case_is_valid_where_nn_conv2d_takes_it(mode):
+def test_a_case_is_valid_where_nn_conv2d_accepts_it(mode):
     verdicts = set()
     for size, kernel, stride, padding, dilation in itertools.product(
         [(1, 1, 4), (1, 3, 2)], [1, 3, (2, 4)], [1, (1, 3)], [0, 1, (2, 4), "same"], [1, 2]

@@ -1,24 +1,37 @@
-"""Layers to check a convolution on: a grid, corners, random ones, large ones."""
+"""Test cases for convolutions: layer options and input sizes, and the numbers put into them.
+
+Output sizes and padding are computed here, not by ``cnntrain.conv``, which is under test.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 Pair = tuple[int, int]  # (height, width)
 OneOrTwo = int | Pair
+Array = np.ndarray
+Expected = dict[str, Array]  # quantity -> expected values; BIAS only for layers with a bias
+
+OUTPUT, INPUT, WEIGHT, BIAS = QUANTITIES = (
+    "output",
+    "input gradient",
+    "weight gradient",
+    "bias gradient",
+)
 
 
 @dataclass(frozen=True, repr=False)
 class Case:
-    """A layer as ``nn.Conv2d`` is constructed, and the size of the input that it is given.
-
-    What follows from the options (padding at each side, output size) is worked out here and not
-    taken from ``cnntrain.conv``: that is part of what is checked.
-    """
+    """Constructor arguments of an ``nn.Conv2d``, and the size of its input."""
 
     in_channels: int
     out_channels: int
@@ -33,24 +46,25 @@ class Case:
 
     def options(self) -> dict:
         """The keyword arguments that differ from nn.Conv2d's defaults."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)[4:]}
-        return {f.name: own[f.name] for f in fields(self)[4:] if own[f.name] != f.default}
+        own = {f: getattr(self, f.name) for f in fields(self)[4:]}
+        return {f.name: value for f, value in own.items() if value != f.default}
 
     def __repr__(self) -> str:
-        positions = (*(getattr(self, f.name) for f in fields(self)[:4]),)
-        options = [f"{key}={value!r}" for key, value in self.options().items()]
-        return f"Case({', '.join([*map(repr, positions), *options])})"
+        positional = [repr(getattr(self, f.name)) for f in fields(self)[:4]]
+        return f"Case({', '.join(positional)}{self._keywords()})"
+
+    def call(self, name: str) -> str:
+        """The layer and its input, for the report."""
+        positional = f"{self.in_channels}, {self.out_channels}, {self.kernel_size}"
+        return f"{name}({positional}{self._keywords()}) on {self.input_shape}"
+
+    def _keywords(self) -> str:
+        return "".join(f", {key}={value!r}" for key, value in self.options().items())
 
     @property
     def elements(self) -> int:
         """Numbers in input and weight."""
         return math.prod(self.input_shape) + math.prod(self.weight_shape)
-
-    def call(self, name: str) -> str:
-        """The layer and its input, as one would type them to see it oneself."""
-        options = "".join(f", {key}={value!r}" for key, value in self.options().items())
-        layer = f"{name}({self.in_channels}, {self.out_channels}, {self.kernel_size}{options})"
-        return f"{layer} on {self.input_shape}"
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -65,8 +79,8 @@ class Case:
         return self.out_channels, self.in_channels // self.groups, *pair(self.kernel_size)
 
     @property
-    def reach(self) -> Pair:
-        """Height and width of the window, the gaps of the dilation included."""
+    def window(self) -> Pair:
+        """Height and width of the dilated kernel."""
         (kh, kw), (dh, dw) = pair(self.kernel_size), pair(self.dilation)
         return dh * (kh - 1) + 1, dw * (kw - 1) + 1
 
@@ -74,25 +88,20 @@ class Case:
     def pads(self) -> tuple[Pair, Pair]:
         """Pixels added (above, below), (left, right). 'same' has the odd one below and right."""
         if self.padding == "same":
-            down, right = (reach - 1 for reach in self.reach)
+            down, right = (length - 1 for length in self.window)
             return (down // 2, (down + 1) // 2), (right // 2, (right + 1) // 2)
         vertical, horizontal = (0, 0) if isinstance(self.padding, str) else pair(self.padding)
         return (vertical, vertical), (horizontal, horizontal)
 
     @property
     def output_size(self) -> Pair:
-        """How many windows fit one below, and one beside the other."""
-        down, right = (
-            len(range(0, size + sum(pads) - reach + 1, step))
-            for size, pads, reach, step in zip(
-                self.size[-2:], self.pads, self.reach, pair(self.stride), strict=True
-            )
-        )
+        axes = zip(self.size[-2:], self.pads, self.window, pair(self.stride), strict=True)
+        down, right = (len(range(0, n + sum(pads) - k + 1, step)) for n, pads, k, step in axes)
         return down, right
 
     @property
     def valid(self) -> bool:
-        """Whether nn.Conv2d takes it: a window fits, and each padding mode has enough pixels."""
+        """Whether nn.Conv2d accepts it: a window fits, and each padding mode has enough pixels."""
         if self.padding == "same" and pair(self.stride) != (1, 1):
             return False
         most = {"reflect": -1, "circular": 0}.get(self.padding_mode)
@@ -112,16 +121,12 @@ DILATIONS: list[OneOrTwo] = [1, 2, (2, 1), (1, 3)]
 MODES = ["zeros", "reflect", "replicate", "circular"]
 CHANNELS = [(1, 3, 2), (2, 4, 6), (4, 4, 4), (2, 2, 6)]  # groups, in, out: the last two depthwise
 KERNELS: list[OneOrTwo] = [3, (2, 3), (3, 2), 1, (1, 3), 2, (3, 1)]
-
-
-SHORT_GRIDS = 0, 26  # where two short grids begin that together have all pairs of values
+SHORT_GRIDS = 0, 26  # first cases of two short grids that together have all pairs of values
 
 
 def grid(short_from: int | None = None) -> list[Case]:
-    """stride x padding x mode x dilation x groups x bias x unbatched; kernel and size go round.
-
-    A short grid is every 43rd, from some case on. 43 has no factor in common with an axis's length:
-    with one, a short grid would see some values only together, or not at all.
+    """stride x padding x mode x dilation x groups x bias x unbatched, with kernels and sizes in
+    turn. A short grid is every 43rd case, since 43 has no factor in common with an axis's length.
     """
     product = itertools.product(
         STRIDES, PADDINGS, MODES, DILATIONS, CHANNELS, [True, False], [True, False]
@@ -142,7 +147,7 @@ def grid(short_from: int | None = None) -> list[Case]:
 
 
 def corners() -> list[Case]:
-    """Where one option meets another's limit."""
+    """Limits of the options, and combinations of them."""
     cases = [
         Case(1, 1, 1, (1, 1, 1)),
         Case(3, 4, 1, (2, 5, 6)),
@@ -151,7 +156,7 @@ def corners() -> list[Case]:
         Case(3, 4, 1, (2, 5, 6), padding=(1, 2), dilation=3),
         Case(3, 2, (4, 5), (2, 4, 5)),  # the kernel is as large as the input
         Case(3, 2, (4, 5), (4, 5), bias=False),
-        Case(3, 2, (5, 7), (2, 3, 4), padding=(1, 2)),  # larger, and fits by the padding
+        Case(3, 2, (5, 7), (2, 3, 4), padding=(1, 2)),  # larger than the unpadded input
         Case(2, 3, 3, (2, 1, 1), padding=1),
         Case(2, 3, 3, (2, 2, 1), padding=(2, 3), stride=2),
         Case(2, 3, (1, 3), (2, 1, 9)),
@@ -161,7 +166,7 @@ def corners() -> list[Case]:
         Case(2, 3, 3, (2, 8, 9), stride=2),
         Case(2, 3, 3, (2, 7, 10), stride=(4, 3), padding=1),
         Case(2, 3, 3, (2, 4, 4), stride=9),
-        Case(2, 3, 3, (2, 3, 1), padding=(3, 4)),  # windows that see nothing but padding
+        Case(2, 3, 3, (2, 3, 1), padding=(3, 4)),  # windows of padding only
         Case(2, 3, 3, (1, 6, 6), padding=1),
         Case(1, 5, 3, (3, 6, 6), padding=1),
         Case(5, 1, 3, (3, 6, 6), padding=1),
@@ -186,7 +191,7 @@ def corners() -> list[Case]:
 
 
 def random_cases(seed: int, count: int) -> Iterator[Case]:
-    """Everything at random, the two directions apart, batches and channels that no 2 divides."""
+    """All options at random, height and width independent."""
     draw = random.Random(seed)
 
     def two(values: list[int]) -> Pair:
@@ -216,103 +221,62 @@ def random_cases(seed: int, count: int) -> Iterator[Case]:
             yield case
 
 
-def sizes(short: bool) -> list[Case]:
-    """Sizes at which implementations take another path, mostly one at a time: powers of two, those
-    next to them, many groups, large kernels, more columns than 64 MiB. Of the short form, the
-    commonest of each."""
-    step = 1 if not short else 3
-    batches = [n + i for n in (16, 32, 64, 128) for i in (0, -1, 1)]
-    sides = [n + i for n in (128, 64, 129, 256, 32) for i in (0, -1, 1)]
-    channels = [n + i for n in (64, 128, 256, 32) for i in (0, -1, 1)]
-    cases = [
-        *(Case(2, 3, 3, (n, 5, 6), padding=1) for n in batches),
-        *(Case(3, 4, 1, (n, 3, 4)) for n in batches[::step]),
-        *(Case(4, 4, 3, (n, 5, 4), groups=4) for n in batches[::step]),
-        *(Case(4, 6, (2, 3), (n, 5, 4), stride=2, groups=2) for n in batches[::step]),
-        *(Case(1, 2, 3, (1, n, n + 1), padding=1) for n in sides[::step]),
-        *(Case(2, 2, 3, (1, 5, n), stride=2) for n in sides),
-        *(Case(2, 2, (3, 2), (1, n, 5), dilation=2) for n in sides),
-        *(Case(2, 2, 3, (1, n, 6), padding=1, groups=2) for n in sides[::step]),
-        *(Case(n, 3, 3, (2, 4, 5), padding=1) for n in channels),
-        *(Case(3, n, 3, (2, 4, 5), stride=2) for n in channels),
-        *(Case(n, n, 1, (2, 4, 4)) for n in channels[::step]),
-        *(Case(n, n, 3, (1, 4, 4), padding=1) for n in channels[::step]),
-        *(Case(n, n, 3, (2, 4, 4), padding=1, groups=n) for n in channels[::step]),
-        *(Case(2, 3, k, (2, k + 4, k + 5)) for k in range(6, 17)),
-        *(Case(1, 2, (k, 18 - k), (2, 20, 23), 2, k // 2) for k in range(7, 17, 1 + short)),
-        *(Case(2 * n, 4 * n, 3, (2, 5, 5), padding=1, groups=n) for n in (6, 8, 12, 16)),
-        *(Case(3 * n, 2 * n, (2, 3), (2, 5, 5), stride=2, groups=n) for n in (5, 7, 9, 16)),
-        *(Case(n, m * n, 3, (3, 5, 6), padding=1, groups=n) for n in (3, 8, 32) for m in (2, 3)),
-        Case(2, 2, 11, (3, 166, 165)),
-        Case(40, 36, 3, (2, 5, 6), padding=1),
-        Case(131, 130, 3, (1, 4, 4), padding=1),
-        Case(131, 66, 1, (2, 4, 5), stride=2),
-        Case(130, 130, 3, (2, 5, 4), groups=130, padding=1),
-        Case(66, 132, 3, (2, 5, 4), groups=66, stride=2),
-        Case(6, 6, 3, (70, 6, 7), groups=2, stride=2),
-        Case(3, 4, 3, (131, 6, 5), padding=1),
-        Case(2, 3, 3, (1, 300, 3), padding=1),
-        Case(2, 3, 3, (1, 3, 300), padding=1),
-        Case(70, 3, (3, 2), (2, 5, 6), stride=(1, 2)),
-        Case(3, 70, (2, 3), (2, 5, 6), stride=(2, 1)),
-        Case(300, 4, 3, (2, 4, 5), padding=1),
-        Case(4, 300, 3, (2, 4, 5), padding=1),
-        Case(72, 48, 3, (2, 5, 5), groups=4, dilation=2, padding=2),
-        Case(8, 8, 3, (66, 16, 16), padding=1),
-        Case(2, 3, (3, 2), (300, 4, 5)),
-        Case(2, 3, 3, (1, 5, 301), stride=(1, 2), dilation=2, padding=2),
-        Case(1, 2, 5, (2, 67, 66), padding=2, stride=2),
-        Case(1, 2, 3, (1, 40, 41), padding="same", padding_mode="circular"),
-        Case(2, 2, 3, (1, 70, 9), padding=1, padding_mode="reflect"),
-        Case(2, 2, (9, 31), (2, 40, 34)),
-    ]
-    if not short:
-        cases += [
-            Case(16, 2, 3, (8, 124, 128)),
-            Case(3, 8, 7, (2, 224, 225), stride=2, padding=3),
-            Case(64, 64, 3, (3, 33, 31), padding=1),
-            Case(16, 24, 3, (260, 15, 16), padding=1, groups=4),
-            Case(2, 2, 3, (1, 225, 223), padding="same"),
-            Case(1025, 9, 3, (2, 5, 5), padding=1),
-            Case(9, 1025, 3, (2, 5, 5), padding=1),
-            Case(513, 513, 3, (2, 5, 4), groups=513, padding=1),
-            Case(3, 6, 5, (1025, 9, 8), stride=2, padding=1),
-            Case(1, 2, 3, (1, 1030, 6), padding=(1, 0)),
-            Case(1, 2, 3, (1, 6, 1030), dilation=(1, 3)),
-            Case(256, 64, 1, (5, 16, 16)),
-            Case(256, 256, 3, (2, 7, 7), padding=1),
-            Case(64, 64, 3, (32, 14, 14), padding=1),
-            Case(3, 4, 7, (16, 112, 113), stride=2, padding=3),
-            Case(8, 6, 5, (64, 40, 41), groups=2, padding=2),
-            Case(16, 16, 3, (128, 16, 16), padding=1, groups=16),
-        ]
-    return cases
+@dataclass(frozen=True, eq=False)  # compared by identity
+class Problem:
+    """A case with numbers: x, w, b (None: no bias), and g, the gradient of the output."""
+
+    case: Case
+    x: Array
+    w: Array
+    b: Array | None
+    g: Array
+
+    @classmethod
+    def normal(cls, case: Case, seed: int) -> Problem:
+        """Normally distributed numbers, a function of case and seed."""
+        return cls._filled(case, _generator(case, seed).standard_normal)
+
+    @classmethod
+    def positive(cls, case: Case, seed: int) -> Problem:
+        """Uniform in [0, 1): rounding errors do not cancel."""
+        return cls._filled(case, _generator(case, seed).random)
+
+    @classmethod
+    def integers(cls, case: Case, seed: int, most: int = 21) -> Problem:
+        """Integers from -most to most."""
+        draw = _generator(case, seed).integers
+        return cls._filled(case, lambda size: draw(-most, most + 1, size).astype(float))
+
+    @classmethod
+    @lru_cache(10_000)
+    def small(cls, case: Case, seed: int, weights: int) -> Problem:
+        """Integers from -2 to 2: no dtype rounds sums of some hundred products. Weight and bias
+        depend on their shapes and `weights`, the other numbers on the case and `seed`."""
+        draw = np.random.default_rng([weights, *case.weight_shape]).integers
+        w, b = (draw(-2, 3, size).astype(float) for size in (case.weight_shape, case.out_channels))
+        return replace(cls.integers(case, seed, 2), w=w, b=b if case.bias else None)
+
+    @classmethod
+    def wide(cls, case: Case, seed: int, factor: str) -> Problem:
+        """Integers from -1 to 1; those of one factor, "x", "w" or "g", from -4095 to 4095."""
+        values = getattr(cls.integers(case, seed, 4095), factor)
+        return cls.integers(case, seed, 1).with_(**{factor: values})
+
+    @classmethod
+    def _filled(cls, case: Case, draw: Callable[[Any], Array]) -> Problem:
+        shapes = (case.input_shape, case.weight_shape, (case.out_channels,), case.output_shape)
+        x, w, b, g = map(draw, shapes)
+        return cls(case, x, w, b if case.bias else None, g)
+
+    def with_(self, **numbers: Any) -> Problem:
+        """With other numbers for some of x, w, b and g."""
+        return replace(self, **numbers)
+
+    def map(self, function: Callable[[Array], Array]) -> Problem:
+        """With a function applied to all numbers."""
+        b = None if self.b is None else function(self.b)
+        return Problem(self.case, function(self.x), function(self.w), b, function(self.g))
 
 
-def layers(short: bool) -> list[Case]:
-    """Layers for rounding errors: as in known networks, and with sums so long that adding them in a
-    half type shows. Every pixel lies under some window."""
-    cases = [
-        Case(1, 6, 5, (16, 28, 28), padding=2),  # lenet5
-        Case(6, 16, 5, (8, 14, 14)),
-        Case(16, 32, 3, (4, 9, 9), padding=1, bias=False),
-        Case(64, 64, 3, (2, 6, 6), padding=1),
-        Case(16, 12, 1, (1, 64, 64), bias=False),
-        Case(8, 8, 3, (24, 14, 14), padding=1, groups=8),
-        Case(32, 64, 3, (2, 9, 9), stride=2, padding=1, bias=False),
-        Case(256, 6, 3, (2, 6, 6), padding=1, bias=False),
-        Case(6, 256, 3, (2, 6, 6), padding=2, dilation=2, bias=False),
-        Case(96, 128, 3, (2, 6, 6), padding=1, groups=2, bias=False),
-        Case(3, 3, (12, 15), (2, 20, 24), padding=(0, 4), groups=3, bias=False),
-    ]
-    if not short:
-        cases += [
-            Case(1, 6, 5, (128, 28, 28), padding=2, bias=False),
-            Case(3, 64, 7, (2, 63, 63), stride=2, padding=3),
-            Case(32, 32, 3, (4, 32, 32), padding=1),
-            Case(512, 64, 3, (1, 7, 7), padding=1),
-            Case(16, 16, 3, (32, 28, 28), padding=1, groups=16, bias=False),
-            Case(48, 96, 7, (2, 14, 14), padding=3, groups=48),
-            Case(96, 192, 2, (2, 14, 14), stride=2),
-        ]
-    return cases
+def _generator(case: Case, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(repr(case).encode())])

@@ -1,4 +1,4 @@
-"""What a check is: cases, a measurement, and a budget that no case may exceed."""
+"""Checks of a convolution: the backend under test, measurements, and the results of a check."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnntrain.lab.verify.cases import Case
-from cnntrain.lab.verify.oracles import BIAS, INPUT, OUTPUT, WEIGHT, Array, Problem, Truth
+from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Array, Expected, Problem
 
 WITHOUT = " without gradients"
-Results = dict[str, Tensor | None]  # quantity -> what the backend makes of it
+Results = dict[str, Tensor | None]  # quantity -> what the backend computed
+
+# Limits of an algorithm that its class may declare, with defaults; see docs/convolutions.md.
+DECLARED: dict[str, Any] = {
+    "rounding_budget": 4.0,  # largest error of a float32 sum, in units of sqrt(K) 2^-24 sum|x||w|
+    "half_roundings": 1,  # roundings to bfloat16 or float16, in units of 2^-8 or 2^-11 sum|x||w|
+    "exact_on_integers": True,  # sums of small integers have no error
+    "third_derivatives": True,  # second derivatives can be differentiated again
+    "spreads_non_finite": False,  # NaN or Inf may reach other results of the same image
+}
 
 
-class Wrong(Exception):
-    """Something is wrong in a way that no number tells."""
+class Mismatch(Exception):
+    """A fault that no error value can express, such as a missing bias."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The backend that is checked, and how thoroughly."""
+class Candidate:
+    """The backend under test and the options of the verification."""
 
     backend: Callable[..., nn.Conv2d]
     cases: int
@@ -37,54 +45,44 @@ class Subject:
 
     @property
     def kind(self) -> Any:
-        """The class, without the options that a config adds to it."""
+        """The class, without the options of a ``functools.partial``."""
         return self.backend.func if isinstance(self.backend, partial) else self.backend
-
-    @property
-    def exact(self) -> bool:
-        """Whether sums of whole numbers have no error at all."""
-        return getattr(self.kind, "exact_on_integers", True)
-
-    @property
-    def rounding_budget(self) -> float:
-        return float(getattr(self.kind, "rounding_budget", 4.0))
-
-    @property
-    def importable(self) -> bool:
-        """Whether pickle finds the class by its name; not what a function returned."""
-        module = sys.modules.get(self.kind.__module__)
-        return getattr(module, getattr(self.kind, "__qualname__", ""), None) is self.kind
-
-    @property
-    def imports(self) -> str:
-        """Python that makes the backend again, under this name."""
-        module = self.kind.__module__
-        known = vars(sys.modules[module]).items()  # a class from a function has another name there
-        name = next((name for name, value in known if value is self.kind), self.name)
-        options = dict(self.backend.keywords) if isinstance(self.backend, partial) else {}
-        made = f"from {module} import {name} as backend"
-        if options:
-            made += f"; from functools import partial; backend = partial(backend, **{options!r})"
-        return made
 
     @property
     def name(self) -> str:
         return getattr(self.kind, "__name__", str(self.kind))
 
+    def declared(self, name: str) -> Any:
+        """A limit of the algorithm that its class declares, or the default."""
+        return getattr(self.kind, name, DECLARED[name])
+
+    @property
+    def importable(self) -> bool:
+        """Whether pickle finds the class by its name."""
+        module = sys.modules.get(self.kind.__module__)
+        return getattr(module, getattr(self.kind, "__qualname__", ""), None) is self.kind
+
+    @property
+    def import_statement(self) -> str:
+        """Python that defines the backend again, as `backend`."""
+        module = self.kind.__module__
+        known = vars(sys.modules[module]).items()  # a class made by a function has another name
+        name = next((name for name, value in known if value is self.kind), self.name)
+        statement = f"from {module} import {name} as backend"
+        if isinstance(self.backend, partial) and self.backend.keywords:
+            statement += "; from functools import partial; "
+            statement += f"backend = partial(backend, **{dict(self.backend.keywords)!r})"
+        return statement
+
     def thinned(self, step: int, *lists: Iterable[Any], full: int = 1) -> Iterator[tuple]:
-        """All combinations, or each full-th; of the short form each step-th: numbers that divide no
-        length, so that each two of any two lists meet."""
+        """Each full-th combination of the lists, or in the short form each step-th. Steps divide no
+        list's length, so that any two values of two lists occur together."""
         return itertools.islice(itertools.product(*lists), 0, None, step if self.short else full)
 
-    def layer(self, case: Case, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
-        layer = self.backend(
-            case.in_channels, case.out_channels, case.kernel_size, **case.options()
-        )
-        return layer.to(self.device, dtype)
-
-    def loaded(self, p: Problem, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
-        """A layer with the problem's weight and bias."""
-        layer = self.layer(p.case, dtype)
+    def layer(self, p: Problem, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
+        """A new layer with the problem's weight and bias."""
+        positional = (p.case.in_channels, p.case.out_channels, p.case.kernel_size)
+        layer = self.backend(*positional, **p.case.options()).to(self.device, dtype)
         self.load(layer, p)
         return layer
 
@@ -93,7 +91,7 @@ class Subject:
             layer.weight.copy_(self.tensor(p.w, layer.weight.dtype))
             if p.b is not None:
                 if layer.bias is None:
-                    raise Wrong("has no bias")
+                    raise Mismatch("has no bias")
                 layer.bias.copy_(self.tensor(p.b, layer.weight.dtype))
 
     def tensor(self, values: Array, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -104,15 +102,15 @@ class Subject:
         return self.tensor(p.x, dtype), self.tensor(p.g, dtype)
 
     def results(self, p: Problem, dtype: torch.dtype = torch.float64) -> Results:
-        """What a new layer makes of a problem, and its output once more without gradients."""
-        layer, (x, g) = self.loaded(p, dtype), self.inputs(p, dtype)
+        """Results of a new layer, and its output once more without gradients."""
+        layer, (x, g) = self.layer(p, dtype), self.inputs(p, dtype)
         found = results(layer, x, g)
         with torch.no_grad():
             return {**found, OUTPUT + WITHOUT: layer(x)}
 
 
 def results(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Results:
-    """Output, and the gradients of <g, output>; x and g are given with the strides they have."""
+    """Output, and the gradients of <g, output>; x and g keep their strides."""
     x = x.detach().requires_grad_()
     layer.zero_grad()
     y = layer(x)
@@ -121,22 +119,26 @@ def results(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Results:
 
 
 def parameters(layer: nn.Conv2d) -> list[Tensor]:
-    """Weight and bias; the latter only if there is one."""
+    """Weight and, if there is one, bias."""
     return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
 
 def collected(layer: nn.Conv2d, x: Tensor, y: Tensor) -> Results:
+    """Output and accumulated gradients."""
     found = {OUTPUT: y.detach(), INPUT: x.grad, WEIGHT: layer.weight.grad}
     return found if layer.bias is None else {**found, BIAS: layer.bias.grad}
 
 
-class Finding(NamedTuple):
-    """One measurement. `line` counts only where a check has several."""
+class Measurement(NamedTuple):
+    """An error measured on one case."""
 
     error: float
-    text: str  # what there is to say about it, should it be too large
-    line: str = ""
-    note: str = ""  # what cannot be done, and need not
+    text: str = ""  # description for the report
+    line: str = ""  # of the report, for checks with several
+    note: str = ""  # an optional use that is not supported
+
+
+Measurements = Iterator[Measurement]
 
 
 def deviation(
@@ -144,64 +146,64 @@ def deviation(
     expected: Array,
     scale: Array | float | None = None,
     dtype: torch.dtype = torch.float64,
-) -> Finding:
-    """The largest error as a multiple of `scale`: by default of the largest number expected, or of
-    1 where all are smaller. Infinite if there is a nan, or another shape or dtype."""
+) -> Measurement:
+    """The largest error in units of `scale`: by default the largest expected number, at least 1.
+    Infinite for NaN, and for a wrong shape or dtype."""
     if found is None:
-        return Finding(math.inf, "is missing")
+        return Measurement(math.inf, "is missing")
     if tuple(found.shape) != expected.shape:
-        return Finding(math.inf, f"has shape {tuple(found.shape)}, not {expected.shape}")
+        return Measurement(math.inf, f"has shape {tuple(found.shape)}, not {expected.shape}")
     if found.dtype != dtype:
-        return Finding(math.inf, f"is {found.dtype}, not {dtype}")
+        return Measurement(math.inf, f"is {found.dtype}, not {dtype}")
     values = array(found)
     if np.array_equal(values, expected):
-        return Finding(0.0, "")
+        return Measurement(0.0)
     if scale is None:
         scale = max(1.0, float(abs(expected).max()))
-    off = abs(values - expected) / scale
-    index = np.unravel_index(int(np.argmax(np.where(np.isnan(off), np.inf, off))), off.shape)
+    error = abs(values - expected) / scale
+    error[np.isnan(error)] = np.inf
+    index = np.unravel_index(int(np.argmax(error)), error.shape)
     text = f"is {values[index]:.9g} at {tuple(map(int, index))}, not {expected[index]:.9g}"
-    return Finding(math.inf if np.isnan(off[index]) else float(off[index]), text)
+    return Measurement(float(error[index]), text)
 
 
 def compare(
     found: Results,
-    truth: Truth,
+    expected: Expected,
     scale: dict[str, Any] | float | None = None,
     dtype: torch.dtype = torch.float64,
     line: str = "",
-) -> Iterator[Finding]:
-    """Each quantity against what it should be. `line` is formatted with the quantity."""
-    for name in [*truth, *(name for name in found if name not in truth)]:
+) -> Measurements:
+    """The deviation of each quantity. `line` is formatted with the quantity."""
+    for name in [*expected, *(name for name in found if name not in expected)]:
         quantity = name.removesuffix(WITHOUT)
-        if quantity in truth:
-            expected = truth.get(name, truth[quantity])
+        if quantity in expected:
+            right = expected.get(name, expected[quantity])
             unit = scale[quantity] if isinstance(scale, dict) else scale
-            error, text, *_ = deviation(found.get(name), expected, unit, dtype)
-            yield Finding(error, f"{name} {text}", line.format(quantity))
+            error, text, *_ = deviation(found.get(name), right, unit, dtype)
+            yield Measurement(error, f"{name} {text}", line.format(quantity))
 
 
 def array(t: Tensor) -> Array:
     return t.detach().cpu().double().numpy()
 
 
-def truth_of(found: Results) -> Truth:
-    """A backend's results as what others have to agree with."""
+def arrays(found: Results) -> Expected:
     return {q: array(t) for q, t in found.items() if t is not None}
 
 
 @dataclass
-class Line:
+class CheckResult:
     """A line of the report.
 
     Attributes:
+        budget: the largest allowed error.
         unit: of error and budget.
-        cases, failed: how many cases there were, and how many of them exceeded the budget.
-        error: the worst error. Infinite if there was an exception, or a result that no number can
-            be compared with.
-        failure: the smallest case that failed and what is wrong there; empty if there is none.
-        rerun: a line of Python that shows it again.
-        notes: what a layer cannot do, and need not.
+        cases, failed: number of cases, and of those whose error exceeds the budget.
+        error: the largest error; infinite after an exception.
+        failure: the smallest failed case and its error; empty if all passed.
+        rerun: a line of Python that repeats it.
+        notes: optional uses that are not supported.
     """
 
     name: str
@@ -219,80 +221,85 @@ class Line:
     def passed(self) -> bool:
         return not self.failed
 
-    def add(self, subject: Subject, arguments: tuple, finding: Finding) -> None:
+    def add(self, candidate: Candidate, arguments: tuple, measured: Measurement) -> None:
+        """Count a case, and describe it if it is the smallest that failed."""
         self.cases += 1
-        self.error = max(self.error, finding.error)
-        if not finding.error > self.budget:
-            self.notes += [finding.note] if finding.note else []
+        self.error = max(self.error, measured.error)
+        if not measured.error > self.budget:
+            self.notes += [measured.note] if measured.note else []
             return
         self.failed += 1
         case, *words = arguments
         if not self.failure or case.elements < self.smallest:
             self.smallest = case.elements
-            shown = ", ".join([case.call(subject.name), *words])
-            self.failure = f"{shown}: {finding.text}"
-            given = [self.name, *arguments]
+            self.failure = ", ".join([case.call(candidate.name), *words]) + f": {measured.text}"
             self.rerun = (
-                f"{subject.imports}; from cnntrain.lab.verify import {type(case).__name__}, rerun; "
-                f"rerun(backend, {', '.join(map(repr, given))}, seed={subject.seed})"
+                f"{candidate.import_statement}; "
+                f"from cnntrain.lab.verify import {type(case).__name__}, rerun; "
+                f"rerun(backend, {', '.join(map(repr, (self.name, *arguments)))}, "
+                f"seed={candidate.seed})"
             )
 
 
 @dataclass(frozen=True)
 class Check:
-    """Some lines of the report, from the same cases.
+    """A function that measures cases, and the lines of the report that it fills.
 
     Attributes:
-        cases: the arguments of `measure`: a Case, or a tuple of one and words that say more.
-        measure: yields errors, or raises: any exception is a failure of the case, no more.
+        cases: the arguments of `measure`: a Case, or a tuple of a Case and strings.
+        measure: yields measurements; any exception fails the case.
     """
 
     lines: tuple[str, ...]
-    cases: Callable[[Subject], Iterable[Any]]
-    measure: Callable[..., Iterator[Finding]]
-    budget: Callable[[Subject], float]
+    cases: Callable[[Candidate], Iterable[Any]]
+    measure: Callable[..., Measurements]
+    budget: Callable[[Candidate], float]
     unit: str
 
-    def run(self, subject: Subject) -> list[Line]:
-        lines = {name: Line(name, self.budget(subject), self.unit) for name in self.lines}
-        for arguments in self.cases(subject):
-            arguments = arguments if isinstance(arguments, tuple) else (arguments,)
-            for name, finding in self.worst(subject, arguments).items():
-                lines[name].add(subject, arguments, finding)
-        return list(lines.values())
+    def run(self, candidate: Candidate) -> list[CheckResult]:
+        found = {name: CheckResult(name, self.budget(candidate), self.unit) for name in self.lines}
+        for arguments in self.arguments(candidate):
+            for name, measured in self.worst(candidate, arguments).items():
+                found[name].add(candidate, arguments, measured)
+        return list(found.values())
 
-    def worst(self, subject: Subject, arguments: tuple) -> dict[str, Finding]:
-        worst: dict[str, Finding] = {}
+    def arguments(self, candidate: Candidate) -> Iterator[tuple]:
+        for case in self.cases(candidate):
+            yield case if isinstance(case, tuple) else (case,)
+
+    def worst(self, candidate: Candidate, arguments: tuple) -> dict[str, Measurement]:
+        """The largest error of each line in one case."""
+        worst: dict[str, Measurement] = {}
         try:
-            for finding in self.measure(subject, *arguments):
-                name = finding.line or self.lines[0]
-                if name not in worst or finding.error > worst[name].error:
-                    worst[name] = finding
-        except (Exception, SystemExit) as error:  # a backend that exits has not passed
+            for measured in self.measure(candidate, *arguments):
+                name = measured.line or self.lines[0]
+                if name not in worst or measured.error > worst[name].error:
+                    worst[name] = measured
+        except (Exception, SystemExit) as error:
             text = str(error).strip().split("\n")[0]
-            if not isinstance(error, Wrong):
+            if not isinstance(error, Mismatch):
                 text = f"{type(error).__name__}: {text}"
-            raised = Finding(math.inf, text)
+            raised = Measurement(math.inf, text)
             worst.update({n: raised for n in self.lines if n not in worst or len(self.lines) == 1})
         return worst
 
 
-# Of checks on whole numbers: an algorithm that divides is right when its results are rounded.
+# Options of checks on integers. The results of an algorithm that divides are rounded first.
 EXACT: dict[str, Any] = {
-    "budget": lambda subject: 0.0 if subject.exact else 0.49,
+    "budget": lambda candidate: 0.0 if candidate.declared("exact_on_integers") else 0.49,
     "unit": "absolute",
 }
 
 
 def check(
     *lines: str,
-    cases: Callable[[Subject], Iterable[Any]],
-    budget: float | Callable[[Subject], float] = 0.0,
+    cases: Callable[[Candidate], Iterable[Any]],
+    budget: float | Callable[[Candidate], float] = 0.0,
     unit: str = "",
-) -> Callable[[Callable[..., Iterator[Finding]]], Check]:
-    """Makes a check of a function that measures a case. Without a unit, errors are relative to the
-    largest number expected, or, where the budget is 0, 1 for a failure."""
-    limit = budget if callable(budget) else lambda subject: budget
+) -> Callable[[Callable[..., Measurements]], Check]:
+    """Decorator: makes a Check of a function that measures a case. The default unit is the largest
+    expected number, or, if the budget is 0, 1 for a failure."""
+    limit = budget if callable(budget) else lambda candidate: budget
     return lambda measure: Check(
         lines, cases, measure, limit, unit or ("relative" if budget else "failures")
     )

@@ -1,7 +1,7 @@
 # ruff: noqa: B905, E501, E731, RUF012, RUF059
-"""Wrong convolutions by somebody who had not read the checks of `verify`, only the list of kinds.
+"""Faults written without knowledge of the checks, only of the list of kinds (`faults.LINES`).
 
-Each class is nn.Conv2d but for one fault, that its docstring names."""
+Each class is nn.Conv2d except for one fault, named in its docstring."""
 
 import math
 import threading
@@ -10,17 +10,14 @@ import weakref
 
 import torch
 import torch.nn.functional as F
+from faults import LINES, Faults
 from torch import nn
 
-FAULTS = {}
+faults = Faults()
 
 
-def fault(row):
-    def register(cls):
-        FAULTS[cls.__name__] = (row, cls)
-        return cls
-
-    return register
+def fault(kind):
+    return faults.caught_by(*LINES[kind])
 
 
 # ---------------------------------------------------------------- helpers
@@ -221,7 +218,7 @@ class DepthMultiplierPairs(_Base):
 
 @fault(1)
 class LongKernelStrided(_Base):
-    """Kernels of more than 8 rows, with stride: 8 taps are unrolled, and the others' weight gradient stays zero."""
+    """Kernels of more than 8 rows, with stride: 8 kernel_positions are unrolled, and the others' weight gradient stays zero."""
 
     def forward(self, input):
         if self.kernel_size[0] <= 8 or self.stride[0] == 1:

@@ -1,4 +1,4 @@
-"""The whole contract that a backend has to keep, and the report on one that was verified."""
+"""Verification of a backend: all checks in order, and the report."""
 
 from __future__ import annotations
 
@@ -23,56 +23,29 @@ from torch import nn
 
 import cnntrain
 from cnntrain.config import ConfigError
-from cnntrain.lab.verify import behaviour, errors, module, numerics, probes, rounding
-from cnntrain.lab.verify.check import Line, Subject
+from cnntrain.lab.verify import interface, numerics, rounding, side_effects, state
+from cnntrain.lab.verify.check import Candidate, Check, CheckResult
 
-CHECKS = [
-    behaviour.settings,  # before any other has changed them
-    numerics.seven_loops,
-    numerics.scipy_signal,
-    numerics.random_layers,
-    rounding.integers,
-    rounding.block_sizes,
-    rounding.wide_integers,
-    rounding.magnitudes,
-    rounding.float32,
-    rounding.bfloat16,
-    rounding.float16,
-    rounding.reach,
-    numerics.higher_derivatives,
-    behaviour.modes,
-    behaviour.changed_parameters,
-    behaviour.history,
-    behaviour.repeated,
-    behaviour.asked,
-    behaviour.strides,
-    behaviour.in_place,
-    behaviour.shared,
-    behaviour.released,
-    behaviour.threads,
-    module.empty,
-    module.constructor,
-    module.copies,
-    errors.errors,
-    probes.uses,
-]
+MODULES = (numerics, rounding, state, side_effects, interface)
+CHECKS: list[Check] = [c for m in MODULES for c in vars(m).values() if isinstance(c, Check)]
+CHECKS.sort(key=lambda c: c is not side_effects.global_state)  # first: others may change settings
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found out about a backend.
+class VerificationReport:
+    """Results of a verification.
 
     Attributes:
         backend: the class's dotted name.
-        options: those of `verify`, as they were used.
+        options: those of `verify`, with defaults filled in.
         lines: one for each check.
-        seconds: what it took.
-        total: how many checks there are, those that `only` left out included.
+        seconds: wall-clock time.
+        total: number of checks, including those that `only` left out.
     """
 
     backend: str
     options: dict[str, Any]
-    lines: list[Line]
+    lines: list[CheckResult]
     seconds: float
     total: int
 
@@ -81,7 +54,7 @@ class Report:
         return all(line.passed for line in self.lines)
 
     def summary(self) -> str:
-        """One line: what was run, and how many checks failed."""
+        """One line: the options, and how many checks failed."""
         run, failed = len(self.lines), sum(not line.passed for line in self.lines)
         part = f"the {run} checks run, of {self.total}"
         if run == self.total:
@@ -93,21 +66,14 @@ class Report:
         return f"{self.backend} {verdict} ({', '.join([*how, f'{self.seconds:.0f} s'])})"
 
     def json(self) -> str:
-        """All of it. An infinite error is null."""
+        """The whole report. Infinite errors are null."""
         lines = [{**asdict(line), "passed": line.passed} for line in self.lines]
         for line in lines:
             line["error"] = line["error"] if math.isfinite(line["error"]) else None
         versions = {m.__name__: m.__version__ for m in (cnntrain, torch, np, scipy)}
         versions["python"] = platform.python_version()
-        return jsons.dumps(
-            {
-                "passed": self.passed,
-                **vars(self),
-                "lines": lines,
-                "versions": versions,
-            },
-            indent=2,
-        )
+        report = {"passed": self.passed, **vars(self), "lines": lines, "versions": versions}
+        return jsons.dumps(report, indent=2)
 
 
 def verify(
@@ -120,44 +86,26 @@ def verify(
     device: str = "cpu",
     json: str | os.PathLike[str] | None = None,
     report: Callable | None = None,
-) -> Report:
-    """Check everything that a backend has to do as ``nn.Conv2d`` does it.
-
-    ``backend`` is called with ``nn.Conv2d``'s arguments, all of them; a class with options of its
-    own is given as a ``functools.partial``. Five attributes of the class declare what its
-    algorithm cannot help:
-
-        rounding_budget = 4.0: the largest error of a sum in float32, in units of sqrt(K) u S, where
-            K is the number of products in the sum, u = 2^-24 and S = sum |x| |w|. Adding K products
-            one by one is off by at most about K u S (N. Higham, "Accuracy and Stability of
-            Numerical Algorithms", 2002, section 3.1), and by its square root as a rule, since
-            roundings cancel. Winograd's and Fourier's transforms need more. Results in bfloat16
-            and float16 are such a sum rounded once, by at most 2^-8 or 2^-11 of it; the output
-            may be rounded before the bias is added, too. A class that calls torch.conv2d may be
-            off by as much as nn.Conv2d is, whose kernels for some CPUs add in the half type.
-        half_roundings = 1: by how many roundings a result in bfloat16 or float16 may be off, as
-            multiples of 2^-8 or 2^-11 of S; more for sums that are kept in the half type in parts,
-            as torch.nn.functional.fold keeps them.
-        exact_on_integers = True: whether sums of small whole numbers have no error at all. False
-            for an algorithm that divides: its results are right when rounded, or off by no more
-            than in float32.
-        third_derivatives = True: whether second derivatives can be differentiated again.
-        spreads_non_finite = False: whether a NaN or Inf may reach results of the same image that
-            it is no factor of, as with Winograd's and Fourier's transforms.
+) -> VerificationReport:
+    """Check that a convolution behaves as ``nn.Conv2d`` does.
 
     Args:
-        cases: random layers; by default 1000, in the short form 200.
+        backend: called with ``nn.Conv2d``'s arguments; a class, or a ``functools.partial`` of one
+            with its options. Attributes of the class declare limits of its algorithm, as
+            ``rounding_budget`` (docs/convolutions.md).
+        cases: number of random layers; default 1000, in the short form 200.
         seed: of the random layers and of all numbers.
-        short: a small part of the grid and of the large layers, without checkpointing, which
-            imports PyTorch's compiler; for CI.
-        only: just the checks whose name contains this.
-        device: 'cpu', 'cuda', 'cuda:1', ...: where the layers are. Oracles stay on the CPU.
-        json: a file to write the report into.
-        report: called with each `Line` of the report as soon as it is known.
+        short: a small part of the grid and of the large layers, and no use of PyTorch's compiler.
+        only: run only the checks whose name contains this.
+        device: 'cpu', 'cuda', 'cuda:1', ...: device of the layers. Oracles run on the CPU.
+        json: path that the report is written to.
+        report: called with each `CheckResult` once it is known.
+
+    Returns:
+        The report. An exception that the backend raises is a failed check.
 
     Raises:
-        ConfigError: an option that makes no sense. Never for anything that the backend does: an
-            exception of its own is a failed check.
+        ConfigError: an option is invalid.
     """
     if cases is not None and cases < 1:
         raise ConfigError([f"cases={cases}: must be 1 or more"])
@@ -167,34 +115,34 @@ def verify(
         raise ConfigError([f"only={only}: no check has this in its name; there is {names}"])
     if json and (problem := _unwritable(Path(json))):
         raise ConfigError([f"json={json}: {problem}"])
-    subject = Subject(backend, cases or (200 if short else 1000), seed, short, _device(device))
+    candidate = Candidate(backend, cases or (200 if short else 1000), seed, short, _device(device))
     start, lines = time.perf_counter(), []
-    with _undisturbed():
+    with settings_restored():
         for check in chosen:
-            for line in check.run(subject):
+            for line in check.run(candidate):
                 if only.lower() in line.name.lower():
                     lines.append(line)
                     if report:
                         report(line)
-    options = {"cases": subject.cases, "seed": seed, "short": short, "only": only, "device": device}
+    options = {"cases": candidate.cases, "seed": seed, "short": short, "only": only}
+    options["device"] = device
     if isinstance(backend, partial):
         options["backend"] = dict(backend.keywords)
-    name = f"{subject.kind.__module__}.{subject.name}"
+    name = f"{candidate.kind.__module__}.{candidate.name}"
     total = sum(len(check.lines) for check in CHECKS)
-    found = Report(name, options, lines, time.perf_counter() - start, total)
+    found = VerificationReport(name, options, lines, time.perf_counter() - start, total)
     if json:
         Path(json).write_text(found.json() + "\n", encoding="utf-8")
     return found
 
 
 def rerun(backend: Callable[..., nn.Conv2d], line: str, *case: Any, seed: int = 0) -> None:
-    """Check one case again, as the report gives it: prints what is wrong, and raises what the
-    backend raises."""
+    """Repeat one case of the report: prints the errors, and raises what the backend raises."""
     check = next(c for c in CHECKS if line in c.lines)
-    subject = Subject(backend, 1, seed, False, torch.device("cpu"))
-    for finding in check.measure(subject, *case):
-        if (finding.line or line) == line and finding.error > check.budget(subject):
-            print(finding.text)
+    candidate = Candidate(backend, 1, seed, False, torch.device("cpu"))
+    for measured in check.measure(candidate, *case):
+        if (measured.line or line) == line and measured.error > check.budget(candidate):
+            print(measured.text)
 
 
 def _unwritable(path: Path) -> str | None:
@@ -221,8 +169,8 @@ def _device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Float32 as such on GPUs too, no warnings, and all as it was afterwards."""
+def settings_restored() -> Iterator[None]:
+    """Settings of the verification; afterwards, all settings as they were before."""
     settings: list[tuple[Callable[[Any], Any], Callable[[], Any]]] = [
         (torch.set_default_dtype, torch.get_default_dtype),
         (torch.set_num_threads, torch.get_num_threads),
@@ -245,5 +193,5 @@ def _undisturbed() -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         for (restore, get), value in zip(settings, before, strict=True):
-            if get() != value:  # some restore slowly
+            if get() != value:  # some setters are slow
                 restore(value)

@@ -1,12 +1,11 @@
-"""Faults of memory, of state and of the module, and the check that catches them."""
+"""Faults of strides, memory, state and interface, each with the line that reports it."""
 
 import copy
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from planted import Faults, Sound, Taps
+from faults import Correct, Faults, KernelPositions
 from torch import nn
 
 from cnntrain.conv import Geometry
@@ -26,31 +25,31 @@ def in_one_piece(t: torch.Tensor) -> torch.Tensor:
 
 
 @faults.caught_by("memory formats and strides")
-class InputStridesIgnored(Taps):
+class InputStridesIgnored(KernelPositions):
     def forward(self, x, w, geometry):
         return super().forward(in_one_piece(x), w, geometry)
 
 
 @faults.caught_by("memory formats and strides")
-class WeightStridesIgnored(Taps):
+class WeightStridesIgnored(KernelPositions):
     def forward(self, x, w, geometry):
         return super().forward(x, in_one_piece(w), geometry)
 
 
 @faults.caught_by("memory formats and strides")
-class GradientStridesIgnored(Taps):
+class GradientStridesIgnored(KernelPositions):
     def grad_weight(self, g, x, kernel_size, geometry):
         return super().grad_weight(in_one_piece(g), x, kernel_size, geometry)
 
 
 @faults.caught_by("memory formats and strides")
-class StorageOffsetIgnored(Taps):
+class StorageOffsetIgnored(KernelPositions):
     def forward(self, x, w, geometry):
         return super().forward(x.as_strided(x.shape, x.stride(), 0), w, geometry)
 
 
 @faults.caught_by("memory formats and strides")
-class ExpandedGradientIsANumber(Taps):
+class ExpandedGradientIsANumber(KernelPositions):
     """What .sum().backward() gives, summed up as one number too few times."""
 
     def grad_input(self, g, w, input_size, geometry):
@@ -59,24 +58,24 @@ class ExpandedGradientIsANumber(Taps):
         return super().grad_input(g, w, input_size, geometry)
 
 
-@faults.caught_by("nothing changed in place")
-class InputChanged(Taps):
+@faults.caught_by("inputs not modified")
+class InputChanged(KernelPositions):
     def forward(self, x, w, geometry):
         y = super().forward(x, w, geometry)
         x.data.mul_(1.5)
         return y
 
 
-@faults.caught_by("nothing changed in place")
-class GradientChanged(Taps):
+@faults.caught_by("inputs not modified")
+class GradientChanged(KernelPositions):
     def grad_input(self, g, w, input_size, geometry):
         dx = super().grad_input(g, w, input_size, geometry)
         g.data.zero_()
         return dx
 
 
-@faults.caught_by("nothing changed in place")
-class WeightFlippedInPlace(Taps):
+@faults.caught_by("inputs not modified")
+class WeightFlippedInPlace(KernelPositions):
     """And not back: right the first time."""
 
     def grad_input(self, g, w, input_size, geometry):
@@ -85,8 +84,8 @@ class WeightFlippedInPlace(Taps):
         return dx
 
 
-@faults.caught_by("results in memory of their own")
-class OutputInOneBuffer(Taps):
+@faults.caught_by("results share no memory")
+class OutputInOneBuffer(KernelPositions):
     buffer = torch.empty(100_000, dtype=torch.float64)
 
     def forward(self, x, w, geometry):
@@ -94,8 +93,8 @@ class OutputInOneBuffer(Taps):
         return self.buffer[: y.numel()].view(y.shape).copy_(y)
 
 
-@faults.caught_by("results in memory of their own")
-class WeightGradientInOneBuffer(Taps):
+@faults.caught_by("results share no memory")
+class WeightGradientInOneBuffer(KernelPositions):
     buffer = torch.empty(100_000, dtype=torch.float64)
 
     def grad_weight(self, g, x, kernel_size, geometry):
@@ -106,20 +105,20 @@ class WeightGradientInOneBuffer(Taps):
 # What was before.
 
 
-class Remembering(Sound):
+class Remembering(Correct):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.memory: dict[Any, Any] = {}
 
 
-@faults.caught_by("nothing remembered")
+@faults.caught_by("no state between calls")
 class InputRememberedByItsShape(Remembering):
     def _conv_forward(self, input, weight, bias):
         input = self.memory.setdefault(input.shape, input)
         return super()._conv_forward(input, weight, bias)
 
 
-@faults.caught_by("nothing remembered")
+@faults.caught_by("no state between calls")
 class InputRememberedByItsPlaceInMemory(Remembering):
     def _conv_forward(self, input, weight, bias):
         key = input.data_ptr(), input._version, input.shape, input.dtype
@@ -127,7 +126,7 @@ class InputRememberedByItsPlaceInMemory(Remembering):
         return super()._conv_forward(input + (values - input).detach(), weight, bias)
 
 
-@faults.caught_by("nothing remembered")
+@faults.caught_by("no state between calls")
 class WeightRemembered(Remembering):
     """As an unrolled filter matrix, made at the first call."""
 
@@ -144,8 +143,8 @@ class WeightRememberedByItsVersion(Remembering):
         return super()._conv_forward(input, weight + (values - weight).detach(), bias)
 
 
-@faults.caught_by("nothing remembered")
-class LastInputKept(Taps):
+@faults.caught_by("no state between calls")
+class LastInputKept(KernelPositions):
     """For the backward, whichever output's it is."""
 
     def forward(self, x, w, geometry):
@@ -158,7 +157,7 @@ class LastInputKept(Taps):
         )
 
 
-@faults.caught_by("nothing remembered")
+@faults.caught_by("no state between calls")
 class FirstOutputSize(Remembering):
     def _conv_forward(self, input, weight, bias):
         y = super()._conv_forward(input, weight, bias)
@@ -166,8 +165,8 @@ class FirstOutputSize(Remembering):
         return y[..., :height, :width]
 
 
-@faults.caught_by("nothing remembered")
-class GradientsPileUp(Taps):
+@faults.caught_by("no state between calls")
+class GradientsPileUp(KernelPositions):
     """The buffer of the weight gradient is never cleared."""
 
     def __init__(self):
@@ -186,17 +185,17 @@ class Unsaved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, geometry):
         ctx.kept = x, w, geometry
-        return Taps().forward(x, w, geometry)
+        return KernelPositions().forward(x, w, geometry)
 
     @staticmethod
     def backward(ctx, g):
         x, w, geometry = ctx.kept
-        dx = Taps().grad_input(g, w, x.shape[2:], geometry)
-        return dx, Taps().grad_weight(g, x, w.shape[2:], geometry), None
+        dx = KernelPositions().grad_input(g, w, x.shape[2:], geometry)
+        return dx, KernelPositions().grad_weight(g, x, w.shape[2:], geometry), None
 
 
-@faults.caught_by("nothing remembered")
-class InputNotSaved(Sound):
+@faults.caught_by("no state between calls")
+class InputNotSaved(Correct):
     def _conv_forward(self, input, weight, bias):
         if self.padding != (0, 0):
             return super()._conv_forward(input, weight, bias)
@@ -204,36 +203,36 @@ class InputNotSaved(Sound):
         return y if bias is None else y + bias[:, None, None]
 
 
-@faults.caught_by("the same bits, called again")
-class AnotherOrderEachTime(Sound):
+@faults.caught_by("bitwise repeatable")
+class AnotherOrderEachTime(Correct):
     def _conv_forward(self, input, weight, bias):
         y = super()._conv_forward(input, weight, bias)
         return y * (1 + 1e-15 * torch.randn_like(y))
 
 
-@faults.caught_by("the same bits, called again")
-class EvaluationIsAnother(Sound):
+@faults.caught_by("bitwise repeatable")
+class EvaluationIsAnother(Correct):
     def _conv_forward(self, input, weight, bias):
         y = super()._conv_forward(input, weight, bias)
         return y if self.training else y.float().to(y.dtype)
 
 
-@faults.caught_by("global state left alone")
-class TakesRandomNumbers(Sound):
+@faults.caught_by("global state unchanged")
+class TakesRandomNumbers(Correct):
     def _conv_forward(self, input, weight, bias):
         torch.rand(1)
         return super()._conv_forward(input, weight, bias)
 
 
-@faults.caught_by("global state left alone")
-class TakesNumpysRandomNumbers(Sound):
+@faults.caught_by("global state unchanged")
+class TakesNumpysRandomNumbers(Correct):
     def _conv_forward(self, input, weight, bias):
         np.random.rand()  # noqa: NPY002
         return super()._conv_forward(input, weight, bias)
 
 
-@faults.caught_by("global state left alone")
-class TurnsGradientsOff(Sound):
+@faults.caught_by("global state unchanged")
+class TurnsGradientsOff(Correct):
     def _conv_forward(self, input, weight, bias):
         y = super()._conv_forward(input, weight, bias)
         torch.set_grad_enabled(False)
@@ -243,14 +242,14 @@ class TurnsGradientsOff(Sound):
 # Gradients that somebody asked for, or nobody.
 
 
-@faults.caught_by("gradients only where asked for")
-class FrozenWeightLearns(Sound):
+@faults.caught_by("only required gradients")
+class FrozenWeightLearns(Correct):
     def _conv_forward(self, input, weight, bias):
         return super()._conv_forward(input, weight.requires_grad_(), bias)
 
 
-@faults.caught_by("gradients only where asked for")
-class WrongIfTheWeightIsFrozen(Sound):
+@faults.caught_by("only required gradients")
+class WrongIfTheWeightIsFrozen(Correct):
     def _conv_forward(self, input, weight, bias):
         if not weight.requires_grad and input.requires_grad:
             input = input + (input - input.detach())
@@ -258,21 +257,21 @@ class WrongIfTheWeightIsFrozen(Sound):
 
 
 @faults.caught_by("output, random layers")
-class WrongInInference(Sound):
+class WrongInInference(Correct):
     def _conv_forward(self, input, weight, bias):
         y = super()._conv_forward(input, weight, bias)
         return y if torch.is_grad_enabled() else y.float().to(y.dtype)
 
 
-@faults.caught_by("gradients only where asked for")
-class AlwaysRequiresAGradient(Sound):
+@faults.caught_by("only required gradients")
+class AlwaysRequiresAGradient(Correct):
     def _conv_forward(self, input, weight, bias):
         y = super()._conv_forward(input, weight, bias)
         return y if y.requires_grad or not torch.is_grad_enabled() else y.requires_grad_()
 
 
 @faults.caught_by("input gradient, random layers")
-class NoInputGradient(Sound):
+class NoInputGradient(Correct):
     def _conv_forward(self, input, weight, bias):
         return super()._conv_forward(input.detach(), weight, bias)
 
@@ -281,14 +280,14 @@ class NoInputGradient(Sound):
 
 
 @faults.caught_by("constructor and initial weights")
-class OtherInitialisation(Sound):
+class OtherInitialisation(Correct):
     def reset_parameters(self):
         super().reset_parameters()
         nn.init.xavier_uniform_(self.weight)
 
 
 @faults.caught_by("constructor and initial weights")
-class InitialisedTwice(Sound):
+class InitialisedTwice(Correct):
     """The same weights, and later layers get others."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -297,45 +296,45 @@ class InitialisedTwice(Sound):
 
 
 @faults.caught_by("constructor and initial weights")
-class KeywordsOnly(Sound):
+class KeywordsOnly(Correct):
     def __init__(self, in_channels, out_channels, kernel_size, **options):
         super().__init__(in_channels, out_channels, kernel_size, **options)
 
 
 @faults.caught_by("constructor and initial weights")
-class AlwaysFloat32(Sound):
+class AlwaysFloat32(Correct):
     def __init__(self, *args: Any, dtype: Any = None, **options: Any) -> None:
         super().__init__(*args, **options)
 
 
 @faults.caught_by("constructor and initial weights")
-class FrozenFromTheStart(Sound):
+class FrozenFromTheStart(Correct):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.weight.requires_grad_(False)
 
 
 @faults.caught_by("output, random layers")
-class CannotBeMade(Sound):
+class CannotBeMade(Correct):
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels, 3)
 
 
 @faults.caught_by("output, random layers")
-class Exits(Sound):
+class Exits(Correct):
     def _conv_forward(self, input, weight, bias):
         raise SystemExit(0)
 
 
 @faults.caught_by("constructor and initial weights")
-class MoreState(Sound):
+class MoreState(Correct):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.register_buffer("calls", torch.zeros(1))
 
 
 @faults.caught_by("parameters changed between calls")
-class LoadsTransposed(Sound):
+class LoadsTransposed(Correct):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         key = f"{prefix}weight"
         state_dict[key] = state_dict[key].flip(2)
@@ -350,7 +349,7 @@ class NotPicklable(Remembering):
 
 
 @faults.caught_by("copies and pickles")
-class CopiesShareTheirWeight(Sound):
+class CopiesShareTheirWeight(Correct):
     def __deepcopy__(self, memo):
         return copy.copy(self)
 
@@ -366,20 +365,20 @@ class KeepsItsGraph(Remembering):
 
 
 @faults.caught_by("errors that nn.Conv2d raises")
-class CastsItsInput(Sound):
+class CastsItsInput(Correct):
     def _conv_forward(self, input, weight, bias):
         return super()._conv_forward(input.to(weight.dtype), weight, bias)
 
 
 @faults.caught_by("errors that nn.Conv2d raises")
-class UnknownOptionsIgnored(Sound):
+class UnknownOptionsIgnored(Correct):
     def __init__(self, *args: Any, **options: Any) -> None:
         options.pop("strides", None)
         super().__init__(*args, **options)
 
 
 @faults.caught_by("errors that nn.Conv2d raises")
-class OtherExceptions(Sound):
+class OtherExceptions(Correct):
     def _conv_forward(self, input, weight, bias):
         if isinstance(input, torch.Tensor) and input.shape[-3:-2] not in ((self.in_channels,), ()):
             raise ValueError("wrong number of channels")
@@ -387,7 +386,7 @@ class OtherExceptions(Sound):
 
 
 @faults.caught_by("errors that nn.Conv2d raises")
-class OneChannelIsRepeated(Sound):
+class OneChannelIsRepeated(Correct):
     def _conv_forward(self, input, weight, bias):
         if isinstance(input, torch.Tensor) and input.dim() == 4 and input.shape[1] == 1:
             input = input.expand(-1, self.in_channels, -1, -1)
@@ -395,13 +394,8 @@ class OneChannelIsRepeated(Sound):
 
 
 @faults.caught_by("errors that nn.Conv2d raises")
-class TooSmallInputsGiveNothing(Sound):
+class TooSmallInputsGiveNothing(Correct):
     def _conv_forward(self, input, weight, bias):
         if isinstance(input, torch.Tensor) and input.dim() == 4 and min(input.shape[2:]) == 2:
             return input.new_zeros(len(input), self.out_channels, 0, 0)
         return super()._conv_forward(input, weight, bias)
-
-
-@pytest.mark.parametrize("name", faults)
-def test_fault_is_caught(name):
-    faults.check(name)

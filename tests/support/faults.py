@@ -1,9 +1,10 @@
-"""Faults to be planted one by one in a small sound backend, a sum over the kernel's taps."""
+"""Injected faults: tables of wrong convolutions, most of them variants of one correct algorithm."""
 
 import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,7 +12,27 @@ from torch import nn
 from cnntrain.conv import Conv2d
 from cnntrain.conv.autograd import Algorithm
 from cnntrain.conv.geometry import crop, pad, padded
-from cnntrain.lab.verify import verify
+from cnntrain.lab.verify import CheckResult
+from cnntrain.lab.verify.check import Candidate
+from cnntrain.lab.verify.suite import CHECKS, settings_restored
+
+# Kinds of faults, and parts of the names of lines that may report them.
+LINES = {
+    1: ["sizes", "small integers"],  # sizes at which implementations switch
+    2: ["parameters changed between calls"],  # a weight kept between calls
+    3: ["modes in any order"],  # the first call decides
+    4: ["memory formats and strides", "no state between calls"],  # in one dtype only
+    5: ["no state between calls", "results share no memory", "no tensors kept"],  # outputs reused
+    6: ["no state between calls"],  # options read once
+    7: ["NaN, Inf and -0.0"],
+    8: ["second derivatives"],
+    9: ["12-bit integers", ", bfloat16", ", float16", "random layers"],  # narrow sums
+    10: ["memory formats and strides"],
+    11: ["global state unchanged"],
+    12: ["no tensors kept after a call"],
+    13: ["threads", "no state between calls"],
+    14: ["uses of nn.Conv2d", "copies and pickles", ", bfloat16", ", float16"],
+}
 
 
 def in_32_bits(method):
@@ -39,7 +60,7 @@ class InTheInputsType(Algorithm):
         return self.grad_weight(g, pad(x, zeros), kernel_size, geometry)
 
 
-class Taps(InTheInputsType):
+class KernelPositions(InTheInputsType):
     """y, dx and dw as sums over the kernel's positions."""
 
     @in_32_bits
@@ -47,7 +68,7 @@ class Taps(InTheInputsType):
         size = geometry.output_size(x.shape[2:], w.shape[2:])
         filters = w.unflatten(0, (geometry.groups, -1))  # (groups, O/groups, C/groups, kh, kw)
         y = x.new_zeros(len(x), *filters.shape[:2], math.prod(size))
-        for i, j, met in taps(w.shape[2:], size, geometry):
+        for i, j, met in kernel_positions(w.shape[2:], size, geometry):
             y += filters[..., i, j] @ grouped(x[met], geometry)
         return y.view(len(x), len(w), *size)
 
@@ -55,14 +76,14 @@ class Taps(InTheInputsType):
     def grad_input(self, g, w, input_size, geometry):
         filters = w.unflatten(0, (geometry.groups, -1)).transpose(1, 2)
         dx = g.new_zeros(len(g), w.shape[1] * geometry.groups, *input_size)
-        for i, j, met in taps(w.shape[2:], g.shape[2:], geometry):
+        for i, j, met in kernel_positions(w.shape[2:], g.shape[2:], geometry):
             dx[met] += (filters[..., i, j] @ grouped(g, geometry)).view(dx[met].shape)
         return dx
 
     @in_32_bits
     def grad_weight(self, g, x, kernel_size, geometry):
         dw = g.new_zeros(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
-        for i, j, met in taps(kernel_size, g.shape[2:], geometry):
+        for i, j, met in kernel_positions(kernel_size, g.shape[2:], geometry):
             products = grouped(g, geometry) @ grouped(x[met], geometry).mT
             dw[:, :, i, j] = products.sum(0).view(dw.shape[:2])
         return dw
@@ -73,7 +94,7 @@ def grouped(t, geometry):
     return t.flatten(2).unflatten(1, (geometry.groups, -1))
 
 
-def taps(kernel, output, geometry):
+def kernel_positions(kernel, output, geometry):
     """The kernel's positions, and where their pixels are in an input."""
     (sh, sw), (dh, dw), (oh, ow) = geometry.stride, geometry.dilation, output
     for i, j in itertools.product(*map(range, kernel)):
@@ -81,30 +102,43 @@ def taps(kernel, output, geometry):
         yield i, j, (..., rows, slice(j * dw, j * dw + sw * (ow - 1) + 1, sw))
 
 
-class Sound(Conv2d):
-    algorithm = Taps()
+class Correct(Conv2d):
+    algorithm = KernelPositions()
 
 
-class Faults(dict[str, tuple[type[nn.Conv2d], str]]):
-    """A table of layers with a fault, each with the line of the report that has to show it."""
+class Fault(NamedTuple):
+    layer: type[nn.Conv2d]
+    lines: tuple[str, ...]  # parts of names of the report's lines, one of which must fail
 
-    def caught_by(self, line: str) -> Callable[[type], type]:
-        """Enters a layer, or an algorithm as the layer that it makes."""
+
+class Faults(dict[str, Fault]):
+    """A table of convolutions with a fault."""
+
+    def caught_by(self, *lines: str) -> Callable[[type], type]:
+        """Decorator: enters a layer, or an algorithm as the layer that it makes."""
 
         def enter(kind: type) -> type:
             layer = kind
             if issubclass(kind, Algorithm):
                 layer = type(kind.__name__, (Conv2d,), {"algorithm": kind()})
-            self[kind.__name__] = layer, line
+                layer.__module__ = kind.__module__
+            self[kind.__name__] = Fault(layer, lines)
             return kind
 
         return enter
 
-    def check(self, name: str) -> None:
-        backend, line = self[name]
-        report = verify(backend, short=True, only=line, cases=40)
-        (found,) = report.lines
-        assert found.name == line
-        assert not report.passed
-        assert found.error > found.budget
-        assert found.failure.startswith(f"{name}(")
+
+def first_failure(layer: type[nn.Conv2d], *lines: str, cases: int = 40) -> CheckResult | None:
+    """The first failed case of the short form, of the lines whose names contain one of `lines`."""
+    candidate = Candidate(layer, cases, 0, True, torch.device("cpu"))
+    with settings_restored():
+        for part, check in itertools.product(lines, CHECKS):
+            if not any(part in name for name in check.lines):
+                continue
+            for arguments in check.arguments(candidate):
+                for name, measured in check.worst(candidate, arguments).items():
+                    result = CheckResult(name, check.budget(candidate), check.unit)
+                    result.add(candidate, arguments, measured)
+                    if part in name and not result.passed:
+                        return result
+    return None

@@ -1,0 +1,227 @@
+"""Interface of a convolution: constructor, weights, copies, errors and uses of ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cnntrain.lab.capabilities import CAPABILITIES, attempt, derivatives, programs, values
+from cnntrain.lab.capabilities.twins import Backend, twins
+from cnntrain.lab.verify.cases import OUTPUT, Case, Problem
+from cnntrain.lab.verify.check import (
+    Candidate,
+    Measurement,
+    Measurements,
+    Mismatch,
+    check,
+    compare,
+    results,
+)
+from cnntrain.lab.verify.layers import EMPTY_BATCHES, SMALL_LAYERS
+from cnntrain.lab.verify.numerics import FLOAT64, expected
+
+STYLES = ["by position", "by keyword", "in float64"]
+
+
+@check("constructor and initial weights", cases=lambda _: itertools.product(SMALL_LAYERS, STYLES))
+def constructor(candidate: Candidate, case: Case, style: str) -> Measurements:
+    """Attributes, initial weights, and the number of random numbers drawn: with the same seed, the
+    layers made afterwards are the same too."""
+    positions = (case.in_channels, case.out_channels, case.kernel_size)
+    every = {**vars(Case(*positions, case.size)), **case.options()}
+    del every["size"]
+    arguments, options = {
+        "by position": ((*positions, *list(every.values())[3:]), {}),
+        "by keyword": ((), every),
+        "in float64": (positions, {**case.options(), "dtype": torch.float64}),
+    }[style]
+
+    def made(kind: Callable[..., nn.Conv2d]) -> tuple[nn.Conv2d, Tensor]:
+        torch.manual_seed(candidate.seed)
+        return kind(*arguments, **options, device=candidate.device), torch.rand(3)
+
+    (right, then), (found, found_then) = made(nn.Conv2d), made(candidate.backend)
+    if not isinstance(found, nn.Conv2d):
+        raise Mismatch(f"is {type(found).__name__}, not derived from nn.Conv2d")
+    for name in [*nn.Conv2d.__constants__, "training"]:
+        wanted, value = getattr(right, name), getattr(found, name, None)
+        yield Measurement(float(value != wanted), f"{name} is {value}, not {wanted}")
+    state, state_right = found.state_dict(), right.state_dict()
+    if list(state) != list(state_right):
+        raise Mismatch(f"state_dict has {', '.join(state)}, not {', '.join(state_right)}")
+    for name, wanted in state_right.items():
+        for kind in ("shape", "dtype"):
+            value, other = getattr(state[name], kind), getattr(wanted, kind)
+            if value != other:
+                raise Mismatch(f"{name} has {kind} {value}, not {other}")
+        equal = torch.equal(state[name], wanted)
+        text = f"the initial {name} is not nn.Conv2d's for the same seed"
+        yield Measurement(float(not equal), text)
+        learns = dict(found.named_parameters()).get(name)
+        trained = learns is not None and learns.requires_grad
+        yield Measurement(float(not trained), f"{name} is not trained")
+    found.load_state_dict(right.state_dict())
+    right.load_state_dict(found.state_dict())
+    text = "the random numbers after it are others than after nn.Conv2d"
+    yield Measurement(float(not torch.equal(then, found_then)), text)
+
+
+@check(
+    "copies and pickles",
+    cases=lambda c: itertools.product(SMALL_LAYERS, ["deepcopy", "pickle"][: 1 + c.importable]),
+    budget=FLOAT64,
+)
+def copies(candidate: Candidate, case: Case, word: str) -> Measurements:
+    p, q = (Problem.normal(case, candidate.seed + i) for i in range(2))
+    layer, (x, g) = candidate.layer(p), candidate.inputs(p)
+    results(layer, x, g)  # layers are usually copied after their first call
+    again = copy.deepcopy(layer) if word == "deepcopy" else pickle.loads(pickle.dumps(layer))
+    yield Measurement(float(type(again) is not type(layer)), f"is a {type(again).__name__}")
+    yield from compare(results(again, x, g), expected(p))
+    candidate.load(again, q)
+    yield from compare(results(layer, x, g), expected(p))
+
+
+@check("empty batch", cases=lambda _: EMPTY_BATCHES, unit="relative")
+def empty_batch(candidate: Candidate, case: Case) -> Measurements:
+    """An empty output, and zero gradients of weight and bias."""
+    p = Problem.normal(case, candidate.seed)
+    yield from compare(candidate.results(p), expected(p))
+    with torch.no_grad():
+        y = candidate.layer(p)(candidate.tensor(p.x))
+    yield from compare({OUTPUT: y}, {OUTPUT: p.g})
+
+
+@dataclass(frozen=True)
+class InvalidUse:
+    """A constructor call and a call of the layer, of which one raises: `options` after (3, 4, 3),
+    or in place of it if they begin with a bracket; `on` is the input."""
+
+    options: str = ""
+    on: str = "torch.zeros(2, 3, 6, 6)"
+
+    elements = 0
+
+    def call(self, name: str) -> str:
+        arguments = self.options if self.options.startswith("(") else f"(3, 4, 3{self.options})"
+        return f"{name}{arguments}({self.on})"
+
+
+X = InvalidUse.on
+SHAPES = (
+    "6, 6; 6; 1, 2, 3, 6, 6; 2, 4, 6, 6; 2, 1, 6, 6; 2, 0, 6, 6; 4, 6, 6; 2, 6, 6, 3; 2, 3, 0, 6; "
+    "2, 3, 6, 0; 2, 3, 2, 6; 2, 3, 6, 2; 3, 2, 2; 0, 3, 2, 6; 0, 4, 6, 6"
+)
+STEPS = ("0", "-1", "(1, 0)", "(0, 1)", "1.5", "(1, 1, 1)", "None")
+CONSTRUCTORS = [  # constructor arguments; with brackets, all of them
+    *("()", "(3)", "(3, 4)", "(3, 4, 3, strides=2)", "(4, 6, 3, groups=4)"),
+    *(f"(4, 4, 3, groups={groups})" for groups in (0, -2, 3)),
+    *(f", padding={padding!r}" for padding in ("full", "SAME", "")),
+    *(f", padding='same', stride={stride}" for stride in ("2", "(1, 2)", "(3, 1)")),
+    *(f", padding_mode={mode!r}" for mode in ("wrap", "constant", "Reflect", None)),
+    *(f"(3, 4, {size})" for size in ("None", "'3'", "(3, -1)")),
+    *(f"(3, 4, {size})" for size in ("9", "(7, 1)", "(1, 7)", "0", "(3, 0)", "(3, 3, 3)")),
+    *(f", dilation={value}" for value in ("3", "(3, 1)", "(1, 3)", *STEPS)),
+    *(f"(3, 4, 9, padding={value})" for value in ("1", "(2, 1)", "(1, 2)")),
+    *(f", stride={value}" for value in STEPS),
+    *(f", padding={value}" for value in ("-1", "(0, -1)", "1.5", "(1, 1, 1)", "None")),
+    *(f", padding={value}, padding_mode='reflect'" for value in ("6", "(0, 6)")),
+    *(f", padding={value}, padding_mode='circular'" for value in ("7", "(7, 0)")),
+    "(3, 4, 12, padding=1, padding_mode='reflect')",
+    ", padding='same', dilation=7, padding_mode='reflect'",
+]
+INVALID_USES = [
+    *map(InvalidUse, CONSTRUCTORS),
+    *(InvalidUse(on=f"torch.zeros({shape})") for shape in SHAPES.split("; ")),
+    *(InvalidUse(on=on) for on in ("", "None", "[1.0]", "torch.tensor(1.0)", f"{X}, {X}")),
+    *(
+        InvalidUse(on=f"{X}.to(torch.{dtype})")
+        for dtype in ("float64", "bfloat16", "int64", "uint8", "bool", "complex64")
+    ),
+    InvalidUse("(4, 4, 3, groups=2)", "torch.zeros(2, 2, 6, 6)"),
+    InvalidUse("(4, 4, 3, groups=2)", "torch.zeros(2, 8, 6, 6)"),
+    InvalidUse("(4, 4, 3, groups=4)", "torch.zeros(2, 1, 6, 6)"),
+    InvalidUse("(1, 4, 3)"),
+]
+
+
+@check("errors that nn.Conv2d raises", cases=lambda _: INVALID_USES)
+def errors(candidate: Candidate, use: InvalidUse) -> Measurements:
+    """An exception of the same type as nn.Conv2d's, or AttributeError in place of TypeError."""
+
+    def raised(kind: Callable[..., nn.Conv2d]) -> str:
+        try:
+            with candidate.device:
+                eval(use.call("Conv2d"), {"Conv2d": kind, "torch": torch})
+        except (Exception, SystemExit) as error:
+            return type(error).__name__
+        return "nothing"
+
+    right, found = raised(nn.Conv2d), raised(candidate.backend)
+    same = right == found or (right, found) == ("TypeError", "AttributeError")
+    yield Measurement(float(not same), f"raises {found}, not {right}")
+
+
+def call_by_keyword(backend: Backend) -> None:
+    ours, reference, x = twins(backend)
+    torch.testing.assert_close(ours(input=x), reference(x))
+
+
+def meta_device(backend: Backend) -> None:
+    ours, reference, x = twins(backend)
+    assert ours.to("meta")(x.to("meta")).shape == reference(x).shape
+
+
+USES = {"`layer(input=x)`": call_by_keyword, "the meta device": meta_device, **CAPABILITIES}
+# Uses that any training program may make. The rest is reported as a note if it is not supported;
+# a wrong number always is a failure.
+REQUIRED = {
+    *(call_by_keyword, derivatives.first_derivatives, values.autocast, values.half_precision),
+    *(values.padding_modes, values.unbatched_and_empty, values.any_strides, programs.copies),
+    *(programs.checkpointing, programs.without_gradients, programs.hooks, programs.reparametrised),
+}
+SLOW = {  # not in the short form; most import PyTorch's compiler
+    *(derivatives.second_derivatives, derivatives.forward_mode, derivatives.hessians),
+    *(derivatives.vmap_of_grad, values.complex_numbers, values.distributed_tensors),
+    *(programs.compile_whole, programs.compile_transforms, programs.trace),
+    *(programs.export, programs.export_any_batch, programs.export_any_size),
+    *(programs.symbolic_trace, programs.checkpointing, programs.repeatable),
+    values.shapes_without_numbers,
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """A use of a layer, by its name in the table of capabilities."""
+
+    name: str
+    elements = 0
+
+    def call(self, name: str) -> str:
+        return f"{name}, {self.name}"
+
+
+@check(
+    "uses of nn.Conv2d",
+    cases=lambda c: [Use(name) for name, probe in USES.items() if not (c.short and probe in SLOW)],
+)
+def uses(candidate: Candidate, use: Use) -> Measurements:
+    probe = USES[use.name]
+    try:
+        reason, counts = attempt(probe, candidate.backend), probe in REQUIRED
+    except AssertionError as error:  # a wrong number
+        reason, counts = str(error).strip().split("\n")[0], True
+    # Inexact results are truncated to integers, and pickle needs an importable class.
+    if (probe is values.integers and not candidate.declared("exact_on_integers")) or (
+        probe is programs.copies and not candidate.importable
+    ):
+        counts = False
+    yield Measurement(
+        float(bool(reason) and counts), reason, note=reason and f"{use.name}: {reason}"
+    )

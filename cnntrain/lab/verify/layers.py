@@ -1,0 +1,252 @@
+"""Layers to run checks on: small ones, those of known networks, sizes with special code paths."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnntrain.lab.verify.cases import INPUT, OUTPUT, QUANTITIES, Case, Problem
+from cnntrain.lab.verify.check import (
+    Candidate,
+    Measurements,
+    Results,
+    collected,
+    compare,
+    parameters,
+    results,
+)
+from cnntrain.lab.verify.numerics import expected
+
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+
+SMALL_LAYERS = [
+    Case(4, 6, 3, (3, 4, 6)),
+    Case(4, 6, (2, 3), (3, 5, 6), stride=(2, 1), padding=1, groups=2),  # a row is left over
+    Case(4, 6, 1, (3, 4, 5)),
+    Case(3, 3, 3, (2, 4, 5), dilation=2, padding=2, groups=3),
+    Case(3, 2, (4, 5), (2, 4, 5)),
+    Case(4, 6, 1, (3, 5, 4), stride=2, bias=False),
+    Case(4, 4, 1, (2, 4, 5), groups=4),
+    Case(1, 2, 3, (3, 4, 5), padding=1),
+    Case(3, 2, (2, 3), (1, 4, 6)),
+    Case(3, 2, 3, (2, 4, 5), padding=1, padding_mode="reflect"),
+    Case(3, 2, 3, (5, 4), padding="same"),
+    Case(7, 9, 3, (2, 5, 4), padding=1),
+    Case(10, 6, (3, 2), (2, 5, 6), stride=2, groups=2),
+]
+WIDE_LAYERS = [
+    Case(32, 40, 1, (2, 4, 5)),
+    Case(64, 32, 3, (2, 5, 6), padding=1),
+    Case(40, 40, 3, (2, 6, 7), padding=1, groups=40),
+]
+THREADED_LAYERS = [
+    Case(3, 8, 3, (16, 20, 21), padding=1),
+    Case(8, 8, 3, (16, 12, 12), stride=2, groups=8),
+    Case(16, 16, 1, (16, 16, 16), bias=False),
+    Case(6, 4, 5, (6, 32, 33), padding=2),
+]
+NON_FINITE = [
+    *SMALL_LAYERS,
+    Case(32, 32, 3, (2, 6, 7), padding=1),
+    Case(4, 4, 3, (2, 9, 52), padding=1, groups=4),
+    Case(4, 8, 3, (2, 9, 10), stride=(3, 2), padding=2, groups=4),
+]
+EMPTY_BATCHES = [
+    Case(3, 2, 3, (0, 5, 6)),
+    Case(4, 6, (2, 3), (0, 5, 6), stride=2, padding=1, groups=2),
+    Case(4, 4, 1, (0, 5, 6), groups=4, bias=False),
+    Case(3, 2, 2, (0, 5, 6), padding="same", dilation=2),
+    *(Case(3, 2, 3, (0, 5, 6), padding=1, padding_mode=m) for m in ("replicate", "circular")),
+]
+
+
+def size_cases(short: bool) -> list[Case]:
+    """Sizes at which implementations switch algorithms, mostly one dimension at a time: powers of
+    two and their neighbours, many groups, large kernels, more than 64 MiB of im2col columns."""
+    step = 3 if short else 1
+    batches = [n + i for n in (16, 32, 64, 128) for i in (0, -1, 1)]
+    sides = [n + i for n in (128, 64, 129, 256, 32) for i in (0, -1, 1)]
+    channels = [n + i for n in (64, 128, 256, 32) for i in (0, -1, 1)]
+    cases = [
+        *(Case(2, 3, 3, (n, 5, 6), padding=1) for n in batches),
+        *(Case(3, 4, 1, (n, 3, 4)) for n in batches[::step]),
+        *(Case(4, 4, 3, (n, 5, 4), groups=4) for n in batches[::step]),
+        *(Case(4, 6, (2, 3), (n, 5, 4), stride=2, groups=2) for n in batches[::step]),
+        *(Case(1, 2, 3, (1, n, n + 1), padding=1) for n in sides[::step]),
+        *(Case(2, 2, 3, (1, 5, n), stride=2) for n in sides),
+        *(Case(2, 2, (3, 2), (1, n, 5), dilation=2) for n in sides),
+        *(Case(2, 2, 3, (1, n, 6), padding=1, groups=2) for n in sides[::step]),
+        *(Case(n, 3, 3, (2, 4, 5), padding=1) for n in channels),
+        *(Case(3, n, 3, (2, 4, 5), stride=2) for n in channels),
+        *(Case(n, n, 1, (2, 4, 4)) for n in channels[::step]),
+        *(Case(n, n, 3, (1, 4, 4), padding=1) for n in channels[::step]),
+        *(Case(n, n, 3, (2, 4, 4), padding=1, groups=n) for n in channels[::step]),
+        *(Case(2, 3, k, (2, k + 4, k + 5)) for k in range(6, 17)),
+        *(Case(1, 2, (k, 18 - k), (2, 20, 23), 2, k // 2) for k in range(7, 17, 1 + short)),
+        *(Case(2 * n, 4 * n, 3, (2, 5, 5), padding=1, groups=n) for n in (6, 8, 12, 16)),
+        *(Case(3 * n, 2 * n, (2, 3), (2, 5, 5), stride=2, groups=n) for n in (5, 7, 9, 16)),
+        *(Case(n, m * n, 3, (3, 5, 6), padding=1, groups=n) for n in (3, 8, 32) for m in (2, 3)),
+        Case(2, 2, 11, (3, 166, 165)),
+        Case(40, 36, 3, (2, 5, 6), padding=1),
+        Case(131, 130, 3, (1, 4, 4), padding=1),
+        Case(131, 66, 1, (2, 4, 5), stride=2),
+        Case(130, 130, 3, (2, 5, 4), groups=130, padding=1),
+        Case(66, 132, 3, (2, 5, 4), groups=66, stride=2),
+        Case(6, 6, 3, (70, 6, 7), groups=2, stride=2),
+        Case(3, 4, 3, (131, 6, 5), padding=1),
+        Case(2, 3, 3, (1, 300, 3), padding=1),
+        Case(2, 3, 3, (1, 3, 300), padding=1),
+        Case(70, 3, (3, 2), (2, 5, 6), stride=(1, 2)),
+        Case(3, 70, (2, 3), (2, 5, 6), stride=(2, 1)),
+        Case(300, 4, 3, (2, 4, 5), padding=1),
+        Case(4, 300, 3, (2, 4, 5), padding=1),
+        Case(72, 48, 3, (2, 5, 5), groups=4, dilation=2, padding=2),
+        Case(8, 8, 3, (66, 16, 16), padding=1),
+        Case(2, 3, (3, 2), (300, 4, 5)),
+        Case(2, 3, 3, (1, 5, 301), stride=(1, 2), dilation=2, padding=2),
+        Case(1, 2, 5, (2, 67, 66), padding=2, stride=2),
+        Case(1, 2, 3, (1, 40, 41), padding="same", padding_mode="circular"),
+        Case(2, 2, 3, (1, 70, 9), padding=1, padding_mode="reflect"),
+        Case(2, 2, (9, 31), (2, 40, 34)),
+    ]
+    if not short:
+        cases += [
+            Case(16, 2, 3, (8, 124, 128)),
+            Case(3, 8, 7, (2, 224, 225), stride=2, padding=3),
+            Case(64, 64, 3, (3, 33, 31), padding=1),
+            Case(16, 24, 3, (260, 15, 16), padding=1, groups=4),
+            Case(2, 2, 3, (1, 225, 223), padding="same"),
+            Case(1025, 9, 3, (2, 5, 5), padding=1),
+            Case(9, 1025, 3, (2, 5, 5), padding=1),
+            Case(513, 513, 3, (2, 5, 4), groups=513, padding=1),
+            Case(3, 6, 5, (1025, 9, 8), stride=2, padding=1),
+            Case(1, 2, 3, (1, 1030, 6), padding=(1, 0)),
+            Case(1, 2, 3, (1, 6, 1030), dilation=(1, 3)),
+            Case(256, 64, 1, (5, 16, 16)),
+            Case(256, 256, 3, (2, 7, 7), padding=1),
+            Case(64, 64, 3, (32, 14, 14), padding=1),
+            Case(3, 4, 7, (16, 112, 113), stride=2, padding=3),
+            Case(8, 6, 5, (64, 40, 41), groups=2, padding=2),
+            Case(16, 16, 3, (128, 16, 16), padding=1, groups=16),
+        ]
+    return cases
+
+
+def network_layers(short: bool) -> list[Case]:
+    """Layers for rounding errors: those of known networks, and sums long enough to show addition in
+    a half type. Windows cover every pixel."""
+    cases = [
+        Case(1, 6, 5, (16, 28, 28), padding=2),  # lenet5
+        Case(6, 16, 5, (8, 14, 14)),
+        Case(16, 32, 3, (4, 9, 9), padding=1, bias=False),
+        Case(64, 64, 3, (2, 6, 6), padding=1),
+        Case(16, 12, 1, (1, 64, 64), bias=False),
+        Case(8, 8, 3, (24, 14, 14), padding=1, groups=8),
+        Case(32, 64, 3, (2, 9, 9), stride=2, padding=1, bias=False),
+        Case(256, 6, 3, (2, 6, 6), padding=1, bias=False),
+        Case(6, 256, 3, (2, 6, 6), padding=2, dilation=2, bias=False),
+        Case(96, 128, 3, (2, 6, 6), padding=1, groups=2, bias=False),
+        Case(3, 3, (12, 15), (2, 20, 24), padding=(0, 4), groups=3, bias=False),
+    ]
+    if not short:
+        cases += [
+            Case(1, 6, 5, (128, 28, 28), padding=2, bias=False),
+            Case(3, 64, 7, (2, 63, 63), stride=2, padding=3),
+            Case(32, 32, 3, (4, 32, 32), padding=1),
+            Case(512, 64, 3, (1, 7, 7), padding=1),
+            Case(16, 16, 3, (32, 28, 28), padding=1, groups=16, bias=False),
+            Case(48, 96, 7, (2, 14, 14), padding=3, groups=48),
+            Case(96, 192, 2, (2, 14, 14), stride=2),
+        ]
+    return cases
+
+
+class IntegerLayer:
+    """A layer in some dtype whose parameters, inputs and gradients are small integers.
+
+    Every dtype holds their sums exactly, and implementations may have a code path for each.
+    """
+
+    def __init__(self, candidate: Candidate, case: Case, dtype: str) -> None:
+        self.candidate, self.case, self.dtype = candidate, case, getattr(torch, dtype)
+        self.p = self.problem()
+        self.layer = candidate.layer(self.p, self.dtype)
+
+    def problem(self, other: int = 0, weights: int = 0, **options: Any) -> Problem:
+        """Other numbers, and other options of the case."""
+        case, seed = replace(self.case, **options), self.candidate.seed
+        return Problem.small(case, seed + other, seed + weights)
+
+    def inputs(self, p: Problem | None = None) -> tuple[Tensor, Tensor]:
+        """x, which requires a gradient, and g."""
+        x, g = self.candidate.inputs(p or self.p, self.dtype)
+        return x.requires_grad_(), g
+
+    def new_parameters(self, p: Problem) -> dict[str, Tensor]:
+        given = {"weight": p.w, "bias": p.b}
+        return {n: self.candidate.tensor(t, self.dtype) for n, t in given.items() if t is not None}
+
+    def compare(self, found: Results, p: Problem, *quantities: str) -> Measurements:
+        """With all quantities of the problem, or with some."""
+        right = {q: t for q, t in expected(p).items() if not quantities or q in quantities}
+        yield from compare(found, right, 1.0, self.dtype)
+
+    def after_backward(self, x: Tensor, y: Tensor, p: Problem) -> Measurements:
+        return self.compare(collected(self.layer, x, y), p)
+
+    def differentiated(
+        self, y: Tensor, inputs: Iterable[Tensor], p: Problem, **options: Any
+    ) -> Measurements:
+        """The output and its gradients by autograd.grad."""
+        g = self.candidate.tensor(p.g, self.dtype)
+        gradients = torch.autograd.grad(y, list(inputs), g, **options)
+        return self.compare(dict(zip(expected(p), (y, *gradients), strict=True)), p)
+
+    def one_pass(self, p: Problem | None = None, mode: str = "train") -> Measurements:
+        """Output and gradients in a mode."""
+        p = p or self.p
+        (x, g), layer = self.inputs(p), self.layer
+        if layer.training == mode.startswith("eval"):  # calling `train` may clear a cache
+            layer.train(not layer.training)
+        for t in parameters(layer):
+            t.requires_grad_(mode != "frozen")
+        if MODES[mode] == (OUTPUT,):
+            with without_gradients(mode):
+                found: Results = {OUTPUT: layer(x.detach())}
+        else:
+            found = results(layer, x, g)
+        yield from self.compare(found, p, *MODES[mode])
+
+    def passes(self, *problems: Problem) -> Measurements:
+        """All problems in one mode, then in the next."""
+        few = ["train", "no_grad", "eval and inference_mode"]
+        for mode, p in itertools.product(few if self.candidate.short else UNFROZEN, problems):
+            yield from self.one_pass(p, mode)
+
+
+MODES = {
+    "train": QUANTITIES,
+    "eval": QUANTITIES,
+    "no_grad": (OUTPUT,),
+    "inference_mode": (OUTPUT,),
+    "eval and no_grad": (OUTPUT,),
+    "eval and inference_mode": (OUTPUT,),
+    "frozen": (OUTPUT, INPUT),
+}
+UNFROZEN = [mode for mode in MODES if mode != "frozen"]
+
+
+def without_gradients(mode: str) -> Any:
+    return torch.inference_mode() if mode.endswith("inference_mode") else torch.no_grad()
+
+
+def small_layers(
+    *words: Iterable[str], step: int = 1, full: int = 1
+) -> Callable[[Candidate], Iterable[Any]]:
+    """Each small layer in each dtype with all words, thinned."""
+    return lambda candidate: candidate.thinned(step, SMALL_LAYERS, DTYPES, *words, full=full)

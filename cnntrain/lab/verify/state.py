@@ -1,0 +1,288 @@
+"""State of a convolution: results may depend on the input and the parameters alone.
+
+Modes, cached weights and options, shared memory, autograd graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case, Problem
+from cnntrain.lab.verify.check import (
+    EXACT,
+    Candidate,
+    Measurement,
+    Measurements,
+    arrays,
+    check,
+    collected,
+    compare,
+    parameters,
+    results,
+)
+from cnntrain.lab.verify.layers import DTYPES, MODES, UNFROZEN, IntegerLayer, small_layers
+from cnntrain.lab.verify.numerics import expected
+
+
+@check("modes in any order", cases=small_layers(MODES, MODES, step=11), **EXACT)
+def modes(candidate: Candidate, case: Case, dtype: str, first: str, then: str) -> Measurements:
+    layer = IntegerLayer(candidate, case, dtype)
+    for mode in (first, then, "train"):
+        yield from layer.one_pass(mode=mode)
+
+
+def _set_data(t: Tensor, new: Tensor) -> None:
+    t.data = new
+
+
+def _replace_parameters(layer: nn.Conv2d, new: dict[str, Tensor]) -> None:
+    for name, t in new.items():
+        setattr(layer, name, nn.Parameter(t))
+
+
+def _each(change: Callable[[Tensor, Tensor], Any]) -> Callable[[nn.Conv2d, dict[str, Tensor]], Any]:
+    return lambda layer, new: [change(t, new[name]) for name, t in layer.named_parameters()]
+
+
+CHANGES: dict[str, Callable[[nn.Conv2d, dict[str, Tensor]], Any]] = {
+    "load_state_dict": lambda layer, new: layer.load_state_dict(new),
+    "load_state_dict(assign=True)": lambda layer, new: layer.load_state_dict(new, assign=True),
+    "add_, as by an optimizer": _each(lambda t, new: t.add_(t - new, alpha=-1)),
+    "copy_ under no_grad": _each(lambda t, new: t.copy_(new)),
+    ".data =": _each(_set_data),
+    ".data.copy_": _each(lambda t, new: t.data.copy_(new)),  # does not change the version of t
+    "new Parameters": _replace_parameters,
+}
+
+
+@check(
+    "parameters changed between calls",
+    cases=small_layers(CHANGES, UNFROZEN, UNFROZEN, step=31, full=5),
+    **EXACT,
+)
+def changed_parameters(
+    candidate: Candidate, case: Case, dtype: str, change: str, before: str, after: str
+) -> Measurements:
+    t = IntegerLayer(candidate, case, dtype)
+    yield from t.one_pass(mode=before)
+    with torch.no_grad():
+        CHANGES[change](t.layer, t.new_parameters(q := t.problem(weights=1)))
+    yield from t.one_pass(q, after)
+
+
+def _other_sizes(t: IntegerLayer) -> Measurements:
+    *batch, height, width = t.case.size
+    sizes = [(*batch, height + 1, width), (*batch, height, width + 3), (7, height, width)]
+    if t.case.padding and width != height:  # the same number of pixels in another shape
+        sizes.insert(0, (*batch, width, height))
+    order = (t.case.size, *sizes, sizes[0], t.case.size)
+    return t.passes(*(t.problem(size=size) for size in order))
+
+
+def _same_memory(t: IntegerLayer) -> Measurements:
+    """A loader may fill one buffer again and again."""
+    q, (x, g) = t.problem(1), t.inputs()
+    yield from t.compare(results(t.layer, x, g), t.p)
+    x.data.copy_(t.candidate.tensor(q.x))  # does not change the version of x
+    g.data.copy_(t.candidate.tensor(q.g))
+    yield from t.compare(results(t.layer, x, g), q)
+
+
+def _two_layers(t: IntegerLayer) -> Measurements:
+    others = [(t.candidate.layer(q, t.dtype), q) for q in (t.problem(1, 1), t.p)]
+    yield from _interleaved(t, [(t.layer, t.p), *others])
+
+
+def _interleaved(t: IntegerLayer, pairs: list[tuple[nn.Conv2d, Problem]]) -> Measurements:
+    """All outputs, then all gradients."""
+    passes = [(layer, p, x := t.inputs(p)[0], layer(x)) for layer, p in pairs]
+    for layer, p, x, y in passes:
+        yield from t.differentiated(y, [x, *parameters(layer)], p)
+
+
+def _moved(t: IntegerLayer) -> Measurements:
+    for dtype in (*DTYPES, *DTYPES[1::2]):
+        t.dtype = getattr(torch, dtype)
+        t.layer.to(t.dtype)
+        yield from t.passes(t.p)
+
+
+def _functional_call(t: IntegerLayer) -> Measurements:
+    q = t.problem(1, 1)
+    for p, given in ((t.p, None), (q, t.new_parameters(q)), (t.p, None)):
+        used: dict[str, Any] = given or dict(t.layer.named_parameters())
+        (x, _), tensors = t.inputs(p), [tensor.requires_grad_() for tensor in used.values()]
+        yield from t.differentiated(functional_call(t.layer, used, (x,)), [x, *tensors], p)
+
+
+def _graph_twice(t: IntegerLayer) -> Measurements:
+    y = t.layer(x := t.inputs()[0])
+    for p in (t.p, replace(t.p, g=t.problem(1).g), t.p):
+        yield from t.differentiated(y, [x, *parameters(t.layer)], p, retain_graph=True)
+
+
+def _accumulated(t: IntegerLayer) -> Measurements:
+    x, g = t.inputs()
+    for _ in range(3):
+        t.layer(x).backward(g)
+    found = collected(t.layer, x, t.layer(x))
+    yield from t.compare(found, replace(t.p, g=3 * t.p.g))
+
+
+def _input_changed(t: IntegerLayer) -> Measurements:
+    """Between forward and backward: autograd raises, or the backward does not need the input."""
+    leaf, g = t.inputs()
+    x = leaf * 1
+    y = t.layer(x)
+    x.detach().zero_()  # changes the version of x, and no graph
+    with contextlib.suppress(RuntimeError):
+        y.backward(g)
+        yield from t.after_backward(leaf, y, t.p)
+
+
+def _output_changed(t: IntegerLayer) -> Measurements:
+    """By ReLU(inplace=True), before the backward."""
+    x, g = t.inputs()
+    output = expected(t.p)[OUTPUT]
+    g = g * t.candidate.tensor(abs(output) > 0.5)  # the sign of an inexact zero is arbitrary
+    (y := t.layer(x).relu_()).backward(g)
+    right = expected(replace(t.p, g=t.p.g * (output > 0))) | {OUTPUT: output.clip(0)}
+    yield from compare(collected(t.layer, x, y), right, 1.0, t.dtype)
+
+
+def _many_calls(t: IntegerLayer) -> Measurements:
+    """Thirty calls, of which ten outputs are kept: none may reuse the memory of another, and an
+    implementation that benchmarks several algorithms in its first calls has chosen one."""
+    problems, made = [t.problem(i) for i in range(7)], []
+    for number in range(30):
+        p = problems[number % 7]
+        x, g = t.inputs(p)
+        y = t.layer(x)
+        made.append((p, y, *torch.autograd.grad(y, [x, *parameters(t.layer)], g)))
+        del made[:-10]
+    for p, *tensors in made:
+        yield from t.compare(dict(zip(expected(p), tensors, strict=True)), p)
+
+
+def _many_outputs(t: IntegerLayer) -> Measurements:
+    problems = [t.problem(i) for i in range(7)]
+    with torch.no_grad():
+        made = [(p, t.layer(t.inputs(p)[0])) for p in problems * 2]
+    for p, y in made:
+        yield from t.compare({OUTPUT: y}, p, OUTPUT)
+
+
+def _other_options(t: IntegerLayer) -> Measurements:
+    """nn.Conv2d reads its options at each call."""
+    yield from t.passes(t.p)
+    options: dict[str, Any] = {"stride": (1, 2), "dilation": (2, 1), "padding": (1, 2)}
+    if t.case.padding == "same":
+        del options["stride"]
+    if t.case.padding_mode != "zeros":
+        del options["padding"]
+    elif not isinstance(t.case.padding, str):
+        options["padding_mode"] = "circular"
+    for name, value in options.items():
+        before = getattr(t.layer, name)
+        setattr(t.layer, name, value)
+        yield from t.passes(t.problem(**{name: value}, size=(*t.case.size[:-2], 8, 13)))
+        setattr(t.layer, name, before)
+    yield from t.passes(t.p)
+
+
+HISTORIES: dict[str, Callable[[IntegerLayer], Measurements]] = {
+    "after inputs of other sizes": _other_sizes,
+    "after another input of the same size": lambda t: t.passes(
+        *(t.problem(number) for number in (0, 1, 0))
+    ),
+    "after another input in the same memory": _same_memory,
+    "two outputs before their gradients": lambda t: _interleaved(
+        t, [(t.layer, t.p), (t.layer, t.problem(1))]
+    ),
+    "layers of the same shape in turns": _two_layers,
+    "after a move to other dtypes": _moved,
+    "functional_call with other parameters": _functional_call,
+    "gradients of one output several times": _graph_twice,
+    "gradients accumulated": _accumulated,
+    "the input changed before the backward": _input_changed,
+    "the output changed before the backward": _output_changed,
+    "thirty calls, ten outputs kept": _many_calls,
+    "fourteen outputs without gradients": _many_outputs,
+    "options changed after the first call": _other_options,
+}
+
+
+@check("no state between calls", cases=small_layers(HISTORIES, step=3), **EXACT)
+def history(candidate: Candidate, case: Case, dtype: str, name: str) -> Measurements:
+    yield from HISTORIES[name](IntegerLayer(candidate, case, dtype))
+
+
+@check("results share no memory", cases=small_layers())
+def shared(candidate: Candidate, case: Case, dtype: str) -> Measurements:
+    """Activations and optimizers work in place on results, which may change no other tensor."""
+    layer = (t := IntegerLayer(candidate, case, dtype)).layer
+    x, g = t.inputs()
+    inputs = {"input": x, **dict(layer.named_parameters())}
+    known: dict[str, Tensor] = {**inputs, "output gradient": g}
+    for call in ("", " of the second call"):
+        y = layer(x)
+        gradients = torch.autograd.grad(y, list(inputs.values()), g)
+        made = {f"gradient of the {name}": d for name, d in zip(inputs, gradients, strict=True)}
+        for name, values in {"output": y, **made}.items():
+            for other, u in known.items():
+                same = values.untyped_storage().data_ptr() == u.untyped_storage().data_ptr()
+                yield Measurement(float(same), f"{name}{call} shares memory with the {other}")
+            known[name] = values
+
+
+@check("bitwise repeatable", cases=small_layers())
+def repeated(candidate: Candidate, case: Case, dtype: str) -> Measurements:
+    """For any seed, and in evaluation mode as well."""
+    if candidate.device.type != "cpu" and case.padding_mode in ("reflect", "replicate"):
+        return  # on a GPU, PyTorch adds up the gradients of these paddings in any order
+    layer = candidate.layer(p := Problem.normal(case, candidate.seed), getattr(torch, dtype))
+    x, g = candidate.inputs(p, layer.weight.dtype)
+    first = arrays(results(layer, x, g))
+    torch.manual_seed(candidate.seed + 1)
+    for mode in (True, False, True):
+        for quantity, values in arrays(results(layer.train(mode), x, g)).items():
+            same = np.array_equal(values, first[quantity])
+            yield Measurement(float(not same), f"{quantity} has other bits")
+
+
+SUBSETS = [
+    *("nothing", INPUT, WEIGHT, BIAS),
+    *(f"{INPUT} and {WEIGHT}", f"{INPUT} and {BIAS}", f"{WEIGHT} and {BIAS}"),
+]
+
+
+@check("only required gradients", cases=small_layers(SUBSETS, step=3), **EXACT)
+def required_gradients(candidate: Candidate, case: Case, dtype: str, needs: str) -> Measurements:
+    layer = (t := IntegerLayer(candidate, case, dtype)).layer
+    x, g = t.inputs()
+    tensors = {INPUT: x, **dict(zip((WEIGHT, BIAS), parameters(layer), strict=False))}
+    for quantity, values in tensors.items():
+        values.requires_grad_(quantity in needs)
+    y = layer(x)
+    right = any(values.requires_grad for values in tensors.values())
+    yield Measurement(float(y.requires_grad != right), f"the output's requires_grad is {not right}")
+    if right:
+        y.backward(g)
+    for quantity, values in tensors.items():
+        if quantity not in needs:
+            yield Measurement(float(values.grad is not None), f"there is a {quantity}")
+    found = collected(layer, x, y)
+    yield from t.compare(found, t.p, OUTPUT, *(q for q in found if q in needs))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = layer(x)
+        text = f"the output under {mode.__name__} requires a gradient"
+        yield Measurement(float(y.requires_grad), text)
