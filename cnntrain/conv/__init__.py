@@ -1,11 +1,10 @@
-"""The convolutions. Each is called like ``nn.Conv2d`` and trains like it."""
+"""Convolution backends, each a subclass of ``nn.Conv2d``."""
 
-from cnntrain.conv.convert import convert
+from cnntrain.conv.conversion import convert
 from cnntrain.conv.geometry import Geometry
 from cnntrain.conv.im2col import Im2colConv2d
-from cnntrain.conv.module import Conv2d
+from cnntrain.conv.module import Conv2d, NativeConv2d
 from cnntrain.conv.naive import NaiveConv2d
-from cnntrain.conv.native import NativeConv2d
 
 BACKENDS = {
     "native": NativeConv2d,

@@ -1,88 +1,40 @@
-"""A convolution and its derivatives.
+"""Autograd functions of a convolution: derivatives of every order from three functions.
 
-A convolution is bilinear in input and weight. Three functions say everything about it, and each
-is the derivative of the other two:
+A convolution is bilinear in input and weight. Three functions define it, each the derivative of the
+other two:
 
     forward(x, w)       y  = x * w
-    grad_input(g, w)    dx = what makes  <g, x * w> = <dx, x>
-    grad_weight(g, x)   dw = what makes  <g, x * w> = <dw, w>
+    grad_input(g, w)    dx with  <g, x * w> = <dx, x>
+    grad_weight(g, x)   dw with  <g, x * w> = <dw, w>
 
-So an algorithm that computes these three has derivatives of every order, in reverse and in forward
-mode, by the chain of calls below, and nothing is computed that nobody asked for. For the backward,
-x and w are kept and nothing else.
+So an `Algorithm` that computes them has derivatives of every order, in reverse and in forward mode.
+Only required gradients are computed; the backward keeps x and w.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from cnntrain.conv.function import keep, run, signed, upcast, wanted
-from cnntrain.conv.geometry import Amounts, Geometry, Pair, crop, pad, padded
+from cnntrain.conv.algorithm import Algorithm
+from cnntrain.conv.geometry import Amounts, Geometry, Pair
+from cnntrain.conv.torch_compat import gradient_is_needed
 
-
-class Algorithm(ABC):
-    """One way to compute a convolution, its input gradient and its weight gradient.
-
-    Shapes: x (N, C, H, W), already padded; w (O, C/groups, kh, kw); g, y (N, O, OH, OW). Sizes,
-    dtypes and devices have been checked before; inputs may have any strides and are not changed.
-    Results are new tensors, of the inputs' dtype, which is never a half type. None of the three
-    needs to be differentiable.
-    """
-
-    @abstractmethod
-    def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
-        """y (N, O, OH, OW), without bias."""
-
-    @abstractmethod
-    def grad_input(self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry) -> Tensor:
-        """dx (N, C, H, W), where input_size is (H, W)."""
-
-    @abstractmethod
-    def grad_weight(self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
-        """dw (O, C/groups, kh, kw), where kernel_size is (kh, kw)."""
-
-    # The same for an input that is to be padded with zeros. An algorithm that computes the batch in
-    # parts may do better, and pad one part at a time. Half types (bfloat16, float16) are computed
-    # in float32, and the result is rounded once.
-
-    def padded_forward(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, zeros: Amounts
-    ) -> Tensor:
-        y = self.forward(pad(upcast(x), zeros), upcast(w), geometry)
-        return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
-
-    def padded_grad_input(
-        self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry, zeros: Amounts
-    ) -> Tensor:
-        dx = self.grad_input(upcast(g), upcast(w), padded(input_size, zeros), geometry)
-        return (crop(dx, zeros).clone() if any(zeros) else dx).to(g.dtype)
-
-    def padded_grad_weight(
-        self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, zeros: Amounts
-    ) -> Tensor:
-        dw = self.grad_weight(upcast(g), pad(upcast(x), zeros), kernel_size, geometry)
-        return dw.to(g.dtype)
-
-    def traceable(self) -> Algorithm:
-        """The algorithm that is compiled or exported, and used for tensor subclasses: one that does
-        the same with operators that hold for every size."""
-        return self
-
-
-# Here `how` is a Geometry, an Algorithm, and the zeros at each side of the input. It is padded
-# within these functions, so that what is kept for the backward is the input as it was.
+# In this module `how` is a Geometry, an Algorithm, and the zeros at each side of the input. The
+# Functions pad, so that the backward keeps the unpadded input.
 
 
 def convolve(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
-    """y = x * w + bias (N, O, OH, OW), differentiable in x, w and bias, as often as one likes."""
+    """y = x * w + bias (N, O, OH, OW), differentiable in x, w and bias."""
     return (_Forward if is_compiling() else Forward).apply(x, w, bias, *how)
 
 
@@ -96,11 +48,17 @@ def grad_weight(g: Tensor, x: Tensor, kernel_size: Pair, *how: Any) -> Tensor:
     return (_GradWeight if is_compiling() else GradWeight).apply(g, x, kernel_size, *how)
 
 
+def _signed(forward: Callable) -> Callable:
+    """Caches the signature, which torch computes at every call: as long as a small product."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
+
+
 class Forward(Function):
     """y = x * w + bias"""
 
     @staticmethod
-    @signed
+    @_signed
     def forward(
         x: Tensor,
         w: Tensor,
@@ -109,25 +67,25 @@ class Forward(Function):
         algorithm: Algorithm,
         zeros: Amounts,
     ) -> Tensor:
-        y = run(algorithm.padded_forward, x, w, bias, geometry, zeros)
+        y = _run(algorithm.padded_forward, x, w, bias, geometry, zeros)
         return y.clone() if is_compiling() and bias is None else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, w, _, *ctx.how = inputs
         ctx.size = output.shape
-        keep(ctx, x, w)
+        _save(ctx, x, w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple:
         dx = dw = db = None
         if g is not None:
             x, w = ctx.saved_tensors
-            if wanted(ctx, 0):
-                dx = grad_input(g, w.conj_physical(), _plane(x), *ctx.how)
-            if wanted(ctx, 1):
-                dw = grad_weight(g, x.conj_physical(), _plane(w), *ctx.how)
-            if wanted(ctx, 2):
+            if _required(ctx, 0):
+                dx = grad_input(g, w.conj_physical(), x.shape[-2:], *ctx.how)
+            if _required(ctx, 1):
+                dw = grad_weight(g, x.conj_physical(), w.shape[-2:], *ctx.how)
+            if _required(ctx, 2):
                 db = g.sum((0, 2, 3))
         return dx, dw, db, None, None, None
 
@@ -145,8 +103,7 @@ class Forward(Function):
     def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
         (x, w, bias, *how), (x_dim, w_dim, bias_dim, *_) = inputs, dims
         if w_dim is None and bias_dim is None:
-            x = x.movedim(x_dim, 0).flatten(0, 1)
-            y = convolve(x, w, bias, *how)
+            y = convolve(x.movedim(x_dim, 0).flatten(0, 1), w, bias, *how)
             return y.unflatten(0, (info.batch_size, -1)), 0
         x, w = _join(x, x_dim, 1, info), _join(w, w_dim, 0, info)
         bias = None if bias is None else _join(bias, bias_dim, 0, info)
@@ -155,12 +112,12 @@ class Forward(Function):
 
 
 class _Gradient(Function):
-    """What the two gradients have in common: both are linear in g, and in the other factor."""
+    """What the two gradients have in common: each is linear in g and in another factor."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         g, factor, ctx.size, *ctx.how = inputs
-        keep(ctx, g, factor)
+        _save(ctx, g, factor)
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> Tensor:
@@ -175,7 +132,7 @@ class GradInput(_Gradient):
     """dx, the input gradient: linear in g and in w."""
 
     @staticmethod
-    @signed
+    @_signed
     def forward(
         g: Tensor,
         w: Tensor,
@@ -184,25 +141,24 @@ class GradInput(_Gradient):
         algorithm: Algorithm,
         zeros: Amounts,
     ) -> Tensor:
-        return run(algorithm.padded_grad_input, g, w, input_size, geometry, zeros)
+        return _run(algorithm.padded_grad_input, g, w, input_size, geometry, zeros)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor | None) -> tuple:
         dg = dw = None
         if h is not None:
             g, w = ctx.saved_tensors
-            if wanted(ctx, 0):
+            if _required(ctx, 0):
                 dg = convolve(h, w.conj_physical(), None, *ctx.how)
-            if wanted(ctx, 1):
-                dw = grad_weight(g.conj_physical(), h, _plane(w), *ctx.how)
+            if _required(ctx, 1):
+                dw = grad_weight(g.conj_physical(), h, w.shape[-2:], *ctx.how)
         return dg, dw, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
         (g, w, input_size, *how), (g_dim, w_dim, *_) = inputs, dims
         if w_dim is None:
-            g = g.movedim(g_dim, 0).flatten(0, 1)
-            dx = grad_input(g, w, input_size, *how)
+            dx = grad_input(g.movedim(g_dim, 0).flatten(0, 1), w, input_size, *how)
             return dx.unflatten(0, (info.batch_size, -1)), 0
         g, w = _join(g, g_dim, 1, info), _join(w, w_dim, 0, info)
         dx = grad_input(g, w, input_size, *_grouped(how, info))
@@ -213,7 +169,7 @@ class GradWeight(_Gradient):
     """dw, the weight gradient: linear in g and in x."""
 
     @staticmethod
-    @signed
+    @_signed
     def forward(
         g: Tensor,
         x: Tensor,
@@ -222,17 +178,17 @@ class GradWeight(_Gradient):
         algorithm: Algorithm,
         zeros: Amounts,
     ) -> Tensor:
-        return run(algorithm.padded_grad_weight, g, x, kernel_size, geometry, zeros)
+        return _run(algorithm.padded_grad_weight, g, x, kernel_size, geometry, zeros)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor | None) -> tuple:
         dg = dx = None
         if h is not None:
             g, x = ctx.saved_tensors
-            if wanted(ctx, 0):
+            if _required(ctx, 0):
                 dg = convolve(x.conj_physical(), h, None, *ctx.how)
-            if wanted(ctx, 1):
-                dx = grad_input(g.conj_physical(), h, _plane(x), *ctx.how)
+            if _required(ctx, 1):
+                dx = grad_input(g.conj_physical(), h, x.shape[-2:], *ctx.how)
         return dg, dx, None, None, None, None
 
     @staticmethod
@@ -243,7 +199,7 @@ class GradWeight(_Gradient):
         return dw.unflatten(0, (info.batch_size, -1)), 0
 
 
-# torch.compile refuses a Function that has a forward mode, so it is given these, that have none.
+# torch.compile rejects a Function with a forward mode; these have none.
 
 
 class _Forward(Forward):
@@ -263,7 +219,7 @@ def _sum(*terms: Tensor | None) -> Tensor:
 
 
 # Under torch.vmap, B convolutions with B weights are one convolution with B times the groups, so
-# an algorithm never meets a batched tensor and may write in place.
+# that an algorithm receives no batched tensors and may write in place.
 
 
 def _join(t: Tensor, batched: int | None, channels: int, info: Any) -> Tensor:
@@ -278,5 +234,40 @@ def _grouped(how: Any, info: Any) -> tuple:
     return replace(geometry, groups=geometry.groups * info.batch_size), *others
 
 
-def _plane(t: Tensor) -> Pair:
-    return t.shape[-2], t.shape[-1]
+def _save(ctx: Any, a: Tensor, b: Tensor) -> None:
+    ctx.save_for_backward(a, b)
+    ctx.save_for_forward(a, b)
+    ctx.set_materialize_grads(False)  # no products with undefined, that is zero, gradients
+
+
+def _required(ctx: Any, i: int) -> bool:
+    return ctx.needs_input_grad[i] and (is_compiling() or gradient_is_needed(ctx, i))
+
+
+def autocasts(device: str) -> bool:
+    """Whether torch.autocast is on for this type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _run(method: Callable[..., Tensor], a: Tensor, b: Tensor, *how: Any) -> Tensor:
+    """The result of an algorithm in the dtype of its inputs, in memory that they do not share.
+
+    The next layer may write in place. Autograd allows that if the output of a Function is no view,
+    and does not notice if it is an input, as that of a 1x1 convolution with weight one might be.
+    """
+    if autocasts(a.device.type):  # a backward may be called under autocast
+        with torch.autocast(a.device.type, enabled=False):
+            result = method(a, b, *how)
+    else:
+        result = method(a, b, *how)
+    if is_compiling():
+        return result
+    return result.clone() if _share_memory(result, a, b) else result.data
+
+
+def _share_memory(result: Tensor, *inputs: Tensor) -> bool:
+    try:
+        storage = result.untyped_storage().data_ptr()
+        return any(t.untyped_storage().data_ptr() == storage for t in inputs)
+    except RuntimeError:  # a tensor subclass without storage
+        return True

@@ -26,9 +26,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from cnntrain.conv.autograd import Algorithm
+from cnntrain.conv.algorithm import Algorithm, upcast
 from cnntrain.conv.columns import allocated, layout
-from cnntrain.conv.function import upcast
 from cnntrain.conv.geometry import NONE, Amounts, Geometry, Pair, crop, pad, padded
 from cnntrain.conv.module import Conv2d
 from cnntrain.conv.parts import Part, parts

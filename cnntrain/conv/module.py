@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from cnntrain.conv.autograd import Algorithm, convolve
-from cnntrain.conv.function import autocasts
+from cnntrain.conv.algorithm import Algorithm
+from cnntrain.conv.autograd import autocasts, convolve
 from cnntrain.conv.geometry import Geometry, pad, padding_amounts
 
 
@@ -52,6 +52,15 @@ class Conv2d(nn.Conv2d):
             algorithm = algorithm.traceable()
         y = convolve(x, weight, bias, geometry, algorithm, amounts)  # (N, O, OH, OW)
         return y.squeeze(0) if unbatched else y
+
+
+class NativeConv2d(nn.Conv2d):
+    """``nn.Conv2d`` itself: oneDNN on a CPU, cuDNN on a GPU."""
+
+    # On a GPU, cuDNN may choose Fourier or Winograd transforms, which are inexact on integers and
+    # spread NaN and Inf within an image.
+    exact_on_integers = False
+    spreads_non_finite = True
 
 
 def _autocast(t: Tensor) -> Tensor:

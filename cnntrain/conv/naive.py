@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cnntrain.conv.autograd import Algorithm
+from cnntrain.conv.algorithm import Algorithm
 from cnntrain.conv.geometry import Geometry, Pair, batch_first, batch_last
 from cnntrain.conv.module import Conv2d
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import scipy.signal
 import torch
-from cnntrain.conv.oracle import seven_loops
 from convolutions import GRID, OperatorNames, every_backend, our_backend, randn, twin
 from torch import nn
 
 from cnntrain.conv import Conv2d, Geometry, Im2colConv2d
-from cnntrain.conv.autograd import Algorithm
+from cnntrain.conv.algorithm import Algorithm
 from cnntrain.conv.geometry import pad, padding_amounts
+from cnntrain.conv.reference import conv2d_reference
 
 
 @our_backend
@@ -45,13 +45,13 @@ def test_padding_modes(backend, mode, padding, kernel):
     ("stride", "dilation", "groups", "bias"),
     [((1, 1), (1, 1), 1, True), ((2, 1), (1, 2), 2, False), ((1, 2), (2, 1), 4, True)],
 )
-def test_output_is_that_of_the_seven_loops(backend, stride, dilation, groups, bias):
+def test_output_is_that_of_the_reference_implementation(backend, stride, dilation, groups, bias):
     options = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
     conv = backend(4, 4, (2, 3), padding=(1, 2), **options, dtype=torch.float64)
     x = randn(2, 4, 5, 6)
     padded = torch.zeros(2, 4, 7, 10, dtype=torch.float64)
     padded[:, :, 1:-1, 2:-2] = x
-    expected = seven_loops(padded, conv.weight, conv.bias, Geometry(stride, dilation, groups))
+    expected = conv2d_reference(padded, conv.weight, conv.bias, Geometry(stride, dilation, groups))
     torch.testing.assert_close(conv(x), torch.tensor(expected, dtype=torch.float64))
 
 
@@ -64,11 +64,11 @@ def test_output_is_scipys_correlation(backend):
         np.testing.assert_allclose(conv(x)[n, o].detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_seven_loops_by_hand():
+def test_reference_implementation_by_hand():
     x = torch.arange(9.0).view(1, 1, 3, 3)
     w = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
-    assert seven_loops(x, w) == [[[[27.0, 37.0], [57.0, 67.0]]]]
-    assert seven_loops(x, w, torch.tensor([0.5]), Geometry(dilation=(2, 2))) == [[[[54.5]]]]
+    assert conv2d_reference(x, w) == [[[[27.0, 37.0], [57.0, 67.0]]]]
+    assert conv2d_reference(x, w, torch.tensor([0.5]), Geometry(dilation=(2, 2))) == [[[[54.5]]]]
 
 
 @every_backend
@@ -81,7 +81,7 @@ def test_small_integers_are_exact(backend, dtype):
         conv.weight.copy_(torch.randint(-2, 3, conv.weight.shape, generator=generator))
         conv.bias.copy_(torch.arange(6))
     padded = nn.functional.pad(x, (1, 1, 1, 1)).double()
-    expected = seven_loops(padded, conv.weight, conv.bias, Geometry((1, 2), (1, 1), 2))
+    expected = conv2d_reference(padded, conv.weight, conv.bias, Geometry((1, 2), (1, 1), 2))
     assert conv(x.to(dtype)).tolist() == expected
 
 

@@ -20,7 +20,7 @@ from torch.fft import irfft2, rfft2
 
 from cnntrain.config import ConfigError, compose
 from cnntrain.conv import BACKENDS, Conv2d, Im2colConv2d, NaiveConv2d
-from cnntrain.conv.autograd import Algorithm
+from cnntrain.conv.algorithm import Algorithm
 from cnntrain.lab.verify import verify
 from cnntrain.lab.verify.cases import random_cases
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cnntrain.conv import Conv2d
-from cnntrain.conv.autograd import Algorithm
+from cnntrain.conv.algorithm import Algorithm
 from cnntrain.conv.geometry import crop, pad, padded
 from cnntrain.lab.verify import CheckResult
 from cnntrain.lab.verify.check import Candidate

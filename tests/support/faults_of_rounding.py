@@ -15,7 +15,7 @@ from faults import (
 from torch import nn
 
 from cnntrain.conv import Conv2d
-from cnntrain.conv.autograd import Algorithm
+from cnntrain.conv.algorithm import Algorithm
 
 faults = Faults()
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from cnntrain.conv.geometry import Geometry, padding_amounts
+from cnntrain.conv.torch_compat import constructed_padding
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -178,8 +179,7 @@ def _construct(conv: nn.Conv2d, kind: type[nn.Conv2d], options: dict[str, Any]) 
     """Make a layer anew, of class ``kind``, without weight and bias; why that fails, if so."""
     try:
         weight, wanted = conv.weight, _properties(conv)
-        pads = tuple(conv._reversed_padding_repeated_twice)
-        if conv.padding_mode != "zeros" and pads != wanted["padding"]:
+        if conv.padding_mode != "zeros" and constructed_padding(conv) != wanted["padding"]:
             return (
                 "its padding was changed after it was made, but it pads by the old one; replace it"
             )
