@@ -2,7 +2,6 @@
 
 from cnntrain.lab.verify.cases import Case
 from cnntrain.lab.verify.check import CheckResult
-from cnntrain.lab.verify.interface import InvalidUse, Use
 from cnntrain.lab.verify.suite import VerificationReport, rerun, verify
 
-__all__ = ["Case", "CheckResult", "InvalidUse", "Use", "VerificationReport", "rerun", "verify"]
+__all__ = ["Case", "CheckResult", "VerificationReport", "rerun", "verify"]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Array, Expected, Problem
+from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Array, Case, Expected, Problem
 
 WITHOUT = " without gradients"
 Results = dict[str, Tensor | None]  # quantity -> what the backend computed
@@ -53,14 +53,8 @@ class Candidate:
         return getattr(self.kind, "__name__", str(self.kind))
 
     def declared(self, name: str) -> Any:
-        """A limit of the algorithm that its class declares, or the default."""
+        """A limit of the algorithm."""
         return getattr(self.kind, name, DECLARED[name])
-
-    @property
-    def importable(self) -> bool:
-        """Whether pickle finds the class by its name."""
-        module = sys.modules.get(self.kind.__module__)
-        return getattr(module, getattr(self.kind, "__qualname__", ""), None) is self.kind
 
     @property
     def import_statement(self) -> str:
@@ -230,12 +224,15 @@ class CheckResult:
             return
         self.failed += 1
         case, *words = arguments
-        if not self.failure or case.elements < self.smallest:
-            self.smallest = case.elements
-            self.failure = ", ".join([case.call(candidate.name), *words]) + f": {measured.text}"
+        if isinstance(case, Case):
+            size, call = case.elements, case.call(candidate.name)
+        else:
+            size, call = 0, case.replace("Conv2d", candidate.name, 1)
+        if not self.failure or size < self.smallest:
+            self.smallest = size
+            self.failure = ", ".join([call, *words]) + f": {measured.text}"
             self.rerun = (
-                f"{candidate.import_statement}; "
-                f"from cnntrain.lab.verify import {type(case).__name__}, rerun; "
+                f"{candidate.import_statement}; from cnntrain.lab.verify import Case, rerun; "
                 f"rerun(backend, {', '.join(map(repr, (self.name, *arguments)))}, "
                 f"seed={candidate.seed})"
             )
@@ -246,7 +243,7 @@ class Check:
     """A function that measures cases, and the lines of the report that it fills.
 
     Attributes:
-        cases: the arguments of `measure`: a Case, or a tuple of a Case and strings.
+        cases: the arguments of `measure`: a Case, a tuple of a Case and strings, or a string.
         measure: yields measurements; any exception fails the case.
     """
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,16 @@ def constructor(candidate: Candidate, case: Case, style: str) -> Measurements:
     yield Measurement(float(not torch.equal(then, found_then)), text)
 
 
+def _importable(candidate: Candidate) -> bool:
+    """Whether pickle finds the class by its name."""
+    kind = candidate.kind
+    module = sys.modules.get(kind.__module__)
+    return getattr(module, getattr(kind, "__qualname__", ""), None) is kind
+
+
 @check(
     "copies and pickles",
-    cases=lambda c: itertools.product(SMALL_LAYERS, ["deepcopy", "pickle"][: 1 + c.importable]),
+    cases=lambda c: itertools.product(SMALL_LAYERS, ["deepcopy", "pickle"][: 1 + _importable(c)]),
     budget=FLOAT64,
 )
 def copies(candidate: Candidate, case: Case, word: str) -> Measurements:
@@ -98,28 +105,13 @@ def empty_batch(candidate: Candidate, case: Case) -> Measurements:
     yield from compare({OUTPUT: y}, {OUTPUT: p.g})
 
 
-@dataclass(frozen=True)
-class InvalidUse:
-    """A constructor call and a call of the layer, of which one raises: `options` after (3, 4, 3),
-    or in place of it if they begin with a bracket; `on` is the input."""
-
-    options: str = ""
-    on: str = "torch.zeros(2, 3, 6, 6)"
-
-    elements = 0
-
-    def call(self, name: str) -> str:
-        arguments = self.options if self.options.startswith("(") else f"(3, 4, 3{self.options})"
-        return f"{name}{arguments}({self.on})"
-
-
-X = InvalidUse.on
+X = "torch.zeros(2, 3, 6, 6)"
 SHAPES = (
     "6, 6; 6; 1, 2, 3, 6, 6; 2, 4, 6, 6; 2, 1, 6, 6; 2, 0, 6, 6; 4, 6, 6; 2, 6, 6, 3; 2, 3, 0, 6; "
     "2, 3, 6, 0; 2, 3, 2, 6; 2, 3, 6, 2; 3, 2, 2; 0, 3, 2, 6; 0, 4, 6, 6"
 )
 STEPS = ("0", "-1", "(1, 0)", "(0, 1)", "1.5", "(1, 1, 1)", "None")
-CONSTRUCTORS = [  # constructor arguments; with brackets, all of them
+ARGUMENTS = [  # of the constructor, with brackets; or those after 3, 4, 3
     *("()", "(3)", "(3, 4)", "(3, 4, 3, strides=2)", "(4, 6, 3, groups=4)"),
     *(f"(4, 4, 3, groups={groups})" for groups in (0, -2, 3)),
     *(f", padding={padding!r}" for padding in ("full", "SAME", "")),
@@ -136,29 +128,28 @@ CONSTRUCTORS = [  # constructor arguments; with brackets, all of them
     "(3, 4, 12, padding=1, padding_mode='reflect')",
     ", padding='same', dilation=7, padding_mode='reflect'",
 ]
-INVALID_USES = [
-    *map(InvalidUse, CONSTRUCTORS),
-    *(InvalidUse(on=f"torch.zeros({shape})") for shape in SHAPES.split("; ")),
-    *(InvalidUse(on=on) for on in ("", "None", "[1.0]", "torch.tensor(1.0)", f"{X}, {X}")),
-    *(
-        InvalidUse(on=f"{X}.to(torch.{dtype})")
-        for dtype in ("float64", "bfloat16", "int64", "uint8", "bool", "complex64")
-    ),
-    InvalidUse("(4, 4, 3, groups=2)", "torch.zeros(2, 2, 6, 6)"),
-    InvalidUse("(4, 4, 3, groups=2)", "torch.zeros(2, 8, 6, 6)"),
-    InvalidUse("(4, 4, 3, groups=4)", "torch.zeros(2, 1, 6, 6)"),
-    InvalidUse("(1, 4, 3)"),
+INPUTS = [
+    *(f"torch.zeros({shape})" for shape in SHAPES.split("; ")),
+    *("", "None", "[1.0]", "torch.tensor(1.0)", f"{X}, {X}"),
+    *(f"{X}.to(torch.{d})" for d in ["float64", "bfloat16", "int64", "uint8", "bool", "complex64"]),
+]
+INVALID_CALLS = [
+    *(f"Conv2d{a if a.startswith('(') else f'(3, 4, 3{a})'}({X})" for a in ARGUMENTS),
+    *(f"Conv2d(3, 4, 3)({x})" for x in INPUTS),
+    *(f"Conv2d(4, 4, 3, groups=2)(torch.zeros(2, {c}, 6, 6))" for c in (2, 8)),
+    "Conv2d(4, 4, 3, groups=4)(torch.zeros(2, 1, 6, 6))",
+    f"Conv2d(1, 4, 3)({X})",
 ]
 
 
-@check("errors that nn.Conv2d raises", cases=lambda _: INVALID_USES)
-def errors(candidate: Candidate, use: InvalidUse) -> Measurements:
+@check("errors that nn.Conv2d raises", cases=lambda _: INVALID_CALLS)
+def errors(candidate: Candidate, call: str) -> Measurements:
     """An exception of the same type as nn.Conv2d's, or AttributeError in place of TypeError."""
 
     def raised(kind: Callable[..., nn.Conv2d]) -> str:
         try:
             with candidate.device:
-                eval(use.call("Conv2d"), {"Conv2d": kind, "torch": torch})
+                eval(call, {"Conv2d": kind, "torch": torch})
         except (Exception, SystemExit) as error:
             return type(error).__name__
         return "nothing"
@@ -196,32 +187,21 @@ SLOW = {  # not in the short form; most import PyTorch's compiler
 }
 
 
-@dataclass(frozen=True)
-class Use:
-    """A use of a layer, by its name in the table of capabilities."""
-
-    name: str
-    elements = 0
-
-    def call(self, name: str) -> str:
-        return f"{name}, {self.name}"
-
-
 @check(
     "uses of nn.Conv2d",
-    cases=lambda c: [Use(name) for name, probe in USES.items() if not (c.short and probe in SLOW)],
+    cases=lambda c: [
+        f"Conv2d, {use}" for use, probe in USES.items() if not (c.short and probe in SLOW)
+    ],
 )
-def uses(candidate: Candidate, use: Use) -> Measurements:
-    probe = USES[use.name]
+def uses(candidate: Candidate, use: str) -> Measurements:
+    probe = USES[use := use.removeprefix("Conv2d, ")]
     try:
         reason, counts = attempt(probe, candidate.backend), probe in REQUIRED
     except AssertionError as error:  # a wrong number
         reason, counts = str(error).strip().split("\n")[0], True
     # Inexact results are truncated to integers, and pickle needs an importable class.
     if (probe is values.integers and not candidate.declared("exact_on_integers")) or (
-        probe is programs.copies and not candidate.importable
+        probe is programs.copies and not _importable(candidate)
     ):
         counts = False
-    yield Measurement(
-        float(bool(reason) and counts), reason, note=reason and f"{use.name}: {reason}"
-    )
+    yield Measurement(float(bool(reason) and counts), reason, note=reason and f"{use}: {reason}")

@@ -138,7 +138,7 @@ def in_place(candidate: Candidate, case: Case, dtype: str) -> Measurements:
 @check("no tensors kept after a call", cases=small_layers(UNFROZEN, step=17, full=5))
 def released(candidate: Candidate, case: Case, dtype: str, mode: str) -> Measurements:
     """Inputs, outputs and the layer are freed, and the number of tensors does not grow."""
-    gc.freeze()  # older objects are not visited again
+    gc.freeze()  # exclude older objects
     try:
         t, made, counts = IntegerLayer(candidate, case, dtype), [], []
         p = t.p
