@@ -1,4 +1,4 @@
-"""`verify`: its report, and the command as a user meets it."""
+"""`verify`: the report, invalid options, and the command `cnntrain verify`."""
 
 import json
 import os
@@ -12,17 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cnntrain.lab.verify.contract import CHECKS
 from conftest import ROOT
-from planted import in_32_bits
+from correct_convolutions import FourierInFloat32
 from torch import nn
-from torch.fft import irfft2, rfft2
 
 from cnntrain.config import ConfigError, compose
-from cnntrain.conv import BACKENDS, Conv2d, Im2colConv2d, NaiveConv2d
-from cnntrain.conv.algorithm import Algorithm
+from cnntrain.conv import BACKENDS, Im2colConv2d, NaiveConv2d
 from cnntrain.lab.verify import verify
 from cnntrain.lab.verify.cases import random_cases
+from cnntrain.lab.verify.suite import CHECKS
 
 
 class Unfolding(nn.Conv2d):
@@ -54,75 +52,28 @@ class Unfolding(nn.Conv2d):
         return y if input.dim() == 4 else y[0]
 
 
-class Fourier(Algorithm):
-    """Products of spectra. Periodic, but nothing that is kept has come round."""
-
-    @in_32_bits
-    def forward(self, x, w, geometry):
-        spectra = rfft2(x).unflatten(1, (geometry.groups, -1))
-        kernels = rfft2(spread(w, geometry.dilation), s=x.shape[2:])
-        kernels = kernels.unflatten(0, (geometry.groups, -1)).conj()
-        y = irfft2(torch.einsum("ngchw,gochw->ngohw", spectra, kernels), s=x.shape[2:])
-        oh, ow = geometry.output_size(x.shape[2:], w.shape[2:])
-        (sh, sw), y = geometry.stride, y.flatten(1, 2)
-        return y[..., : sh * (oh - 1) + 1 : sh, : sw * (ow - 1) + 1 : sw].contiguous()
-
-    @in_32_bits
-    def grad_input(self, g, w, input_size, geometry):
-        spectra = rfft2(spread(g, geometry.stride), s=input_size)
-        kernels = rfft2(spread(w, geometry.dilation), s=input_size)
-        spectra = spectra.unflatten(1, (geometry.groups, -1))
-        kernels = kernels.unflatten(0, (geometry.groups, -1))
-        dx = torch.einsum("ngohw,gochw->ngchw", spectra, kernels)
-        return irfft2(dx, s=input_size).flatten(1, 2)
-
-    @in_32_bits
-    def grad_weight(self, g, x, kernel_size, geometry):
-        spectra = rfft2(x).unflatten(1, (geometry.groups, -1))
-        gradients = rfft2(spread(g, geometry.stride), s=x.shape[2:]).conj()
-        gradients = gradients.unflatten(1, (geometry.groups, -1))
-        dw = torch.einsum("ngchw,ngohw->gochw", spectra, gradients)
-        (kh, kw), (dh, dw_) = kernel_size, geometry.dilation
-        dw = irfft2(dw, s=x.shape[2:]).flatten(0, 1)
-        return dw[..., : dh * (kh - 1) + 1 : dh, : dw_ * (kw - 1) + 1 : dw_].contiguous()
+class UndeclaredFourier(FourierInFloat32):
+    rounding_budget = 4.0
+    exact_on_integers = True
+    spreads_non_finite = False
 
 
-def spread(t, steps):
-    """Zeros between the pixels."""
-    (down, right), (height, width) = steps, t.shape[2:]
-    wide = t.new_zeros(*t.shape[:2], down * (height - 1) + 1, right * (width - 1) + 1)
-    wide[..., ::down, ::right] = t
-    return wide
+def test_a_forward_of_ones_own_fails_only_by_errors_and_sums_in_half_types():
+    """F.fold adds windows, and matmul's gradient images, in the input's type."""
+    (errors,) = verify(Unfolding, short=True, only="errors").lines
+    said = "Unfolding(3, 4, 3)(torch.zeros(6, 6)): raises ValueError, not RuntimeError"
+    assert errors.failure == said
+    for only in ("float16", "float32", "random layers", "memory formats", "no state"):
+        report = verify(Unfolding, short=True, cases=10, only=only)
+        failed = {line.name for line in report.lines if not line.passed}
+        in_half = {
+            f"{q} gradient, {t}" for q in ("input", "weight") for t in ("bfloat16", "float16")
+        }
+        assert failed == (in_half if only == "float16" else set())
 
 
-class UndeclaredFourierConv2d(Conv2d):
-    algorithm = Fourier()
-
-
-class FourierConv2d(UndeclaredFourierConv2d):
-    rounding_budget = 40.0
-    exact_on_integers = False
-    spreads_non_finite = True
-
-
-@pytest.mark.parametrize("backend", [Im2colConv2d, FourierConv2d])
-def test_a_sound_backend_passes(backend):
-    report = verify(backend, short=True, cases=10)
-    assert report.passed, [line.failure for line in report.lines if not line.passed]
-
-
-def test_a_forward_of_ones_own_passes_but_for_the_errors_and_its_sums_in_half_types():
-    """fold adds windows, and matmul's gradient images, in the input's type."""
-    report = verify(Unfolding, short=True, cases=10)
-    failed = {line.name: line.failure for line in report.lines if not line.passed}
-    errors = failed.pop("errors that nn.Conv2d raises")
-    assert errors == "Unfolding(3, 4, 3)(torch.zeros(6, 6)): raises ValueError, not RuntimeError"
-    gradients = ("input gradient", "weight gradient")
-    assert set(failed) == {f"{q}, {t}" for q in gradients for t in ("bfloat16", "float16")}
-
-
-def test_an_algorithm_has_to_declare_what_it_cannot_help():
-    report = verify(UndeclaredFourierConv2d, short=True, cases=10, only="output, ")
+def test_an_algorithm_has_to_declare_its_limits():
+    report = verify(UndeclaredFourier, short=True, cases=10, only="output, ")
     failed = [line.name for line in report.lines if not line.passed]
     integers = ("small integers", "sizes", "12-bit integers", "large and small numbers")
     kinds = (*integers, "float32", "bfloat16", "float16", "NaN, Inf and -0.0")
@@ -174,7 +125,7 @@ class Raising(nn.Conv2d):
         raise KeyError("no kernel for this\nsecond line")
 
 
-def test_an_exception_is_a_failure_and_the_other_checks_go_on():
+def test_an_exception_fails_a_check_and_the_others_run():
     report = verify(Raising, short=True, cases=2)
     by_name = {line.name: line for line in report.lines}
     output = by_name["output, random layers"]
@@ -237,7 +188,7 @@ def test_the_report_as_json(tmp_path):
         ({"json": Path("/")}, "json=/: is a folder"),
     ],
 )
-def test_options_that_make_no_sense(options, said):
+def test_invalid_options(options, said):
     with pytest.raises(ConfigError) as caught:
         verify(NaiveConv2d, **options)
     assert caught.value.problems[0].startswith(said)
@@ -263,9 +214,9 @@ def test_mistakes_on_the_command_line(overrides, said):
     assert caught.value.problems[0].startswith(said)
 
 
-def test_verifying_leaves_everything_as_it_was():
+def test_verifying_restores_settings():
     before = torch.get_rng_state(), torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    verify(NaiveConv2d, only="called again")
+    verify(NaiveConv2d, only="bitwise")
     after = torch.get_rng_state(), torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
@@ -304,7 +255,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-def test_a_sound_class_of_ones_own(command, tmp_path):
+def test_a_correct_class_of_ones_own(command, tmp_path):
     done = command("backend._target_=mypkg.Mine", "short=true", "cases=5", "json=-")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
@@ -351,10 +302,9 @@ def test_a_faulty_class_of_ones_own(command, tmp_path):
         (["backend=im2coll", "cases=-1"], ["backend=im2coll: ", "cases=-1: "]),
         (["json=nowhere/report.json"], ["json=nowhere/report.json: there is no folder nowhere"]),
         (["backend=im2col,naive", "-m"], ["-m: verify takes one backend"]),
-        (["backend=im2col,naive", "hydra.mode=MULTIRUN"], ["-m: verify takes one backend"]),
     ],
 )
-def test_mistakes_are_refused(command, tmp_path, arguments, said):
+def test_mistakes_on_the_command_line_of_a_process(command, tmp_path, arguments, said):
     done = command(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert all(part in done.stderr for part in said), done.stderr
