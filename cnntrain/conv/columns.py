@@ -1,7 +1,7 @@
-"""Memory layouts of im2col. The algorithm itself is in im2col.py; these classes are for speed.
+"""Memory layouts of im2col for speed. The algorithm itself is in im2col.py.
 
 Copying windows into columns takes as long as multiplying them, so each class arranges the matrix
-products of one kind of convolution such that little or nothing is copied.
+products of one kind of convolution to copy little or nothing.
 
 Every class computes the three functions of a convolution for inputs of one size, already padded:
 
@@ -43,7 +43,7 @@ def layout(size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -
 
 
 def allocated(size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> int:
-    """How many numbers one call allocates at most, besides the weight."""
+    """Upper bound of the elements that one call allocates, besides the weight."""
     return layout(size, weight, geometry).allocated()
 
 
@@ -58,8 +58,8 @@ class Layout(ABC):
         (self.sh, self.sw), (self.dh, self.dw) = geometry.stride, geometry.dilation
 
     def allocated(self) -> int:
-        """An upper bound of the numbers allocated by one call, weights excluded: the padded input,
-        a copy of it in another order, and the output."""
+        """Upper bound of the elements that one call allocates, besides the weight: the padded
+        input, a copy of it in another order, and the output."""
         return self.n * (2 * self.c * self.h * self.w + self.o * self.oh * self.ow)
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Layout(ABC):
 
 
 class Whole(Layout):
-    """A kernel as large as the input: one window for each image, which is its own column."""
+    """A kernel as large as the input: each image is a column."""
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         return (x.flatten(1) @ w.flatten(1).t())[:, :, None, None]
@@ -89,7 +89,7 @@ class Whole(Layout):
 
 
 class Pointwise(Layout):
-    """A kernel of 1x1: the pixels that the stride reaches are the columns, one matrix an image."""
+    """A 1x1 kernel: the pixels at the stride's positions are the columns, a matrix per image."""
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         y = torch.bmm(w.flatten(1).expand(self.n, -1, -1), self._reached(x).flatten(2))
@@ -116,15 +116,15 @@ class Pointwise(Layout):
 class Rows(Layout):
     """Any other kernel: one matrix product for each row of the output, the batch innermost.
 
-    The input lies in memory as (H, C, W, N), so all that is copied are long contiguous runs. The
-    pixels that column j of the kernel meets are a view of it, and windows one below the other
-    share all but one of their rows: so the columns of an output row are a view as well, OH matrices
-    (kh * C, OW * N) that overlap in memory. Source: M. Cho, D. Brand, "MEC: Memory-efficient
-    Convolution for Deep Neural Network", ICML 2017, which unrolls the width, as is done here only
-    where products over one column of the kernel would be too short.
+    The input is in memory as (H, C, W, N), so that copies are long contiguous runs. The pixels
+    under column j of the kernel are a view of it, and consecutive windows share all but one of
+    their rows: so the columns of an output row are a view as well, OH matrices (kh * C, OW * N)
+    that overlap in memory. Source: M. Cho, D. Brand, "MEC: Memory-efficient Convolution for Deep
+    Neural Network", ICML 2017, which unrolls the width; here that is done only where products over
+    one column of the kernel would be too short.
 
-    A kernel is cut into parts, one product each, which are added: its columns where they are not
-    unrolled, and its rows where they are dilated.
+    The products of the kernel's columns are added where these are not unrolled, and those of its
+    rows where they are dilated.
     """
 
     def __init__(self, size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> None:
@@ -193,12 +193,12 @@ class Rows(Layout):
         return [self._windows(pixels, first * self.dh) for first in rows for pixels in under]
 
     def _under(self, x: Tensor, j: int) -> Tensor:
-        """The pixels that column j of the kernel meets: a view (H, C, OW, N) of (H, C, W, N)."""
+        """The pixels under column j of the kernel: a view (H, C, OW, N) of (H, C, W, N)."""
         return x[:, :, self.geometry.reach(0, j, (self.oh, self.ow))[1]]
 
     def _windows(self, pixels: Tensor, first: int) -> Tensor:
         """(H, D, L) -> (OH, kh * D, L), a view: all rows of the kernel, or if these are dilated,
-        one of them; `first` is the input row that it meets for the first output row."""
+        one of them; `first` is the input row under it for the first output row."""
         height = self.kh if self.dh == 1 else 1
         row, *inner = pixels.stride()
         windows = pixels[first:].as_strided(
@@ -212,8 +212,8 @@ class Rows(Layout):
 
 
 class Depthwise(Layout):
-    """One input channel for each group: a product has a single row, so the taps of the kernel are
-    multiplied and added one after the other, for all channels at once and the batch innermost."""
+    """One input channel for each group: products would have a single row, so the kernel's elements
+    are multiplied and added one by one, for all channels at once and the batch innermost."""
 
     def allocated(self) -> int:
         return super().allocated() + self.n * self.o * self.oh * self.ow
@@ -243,7 +243,7 @@ class Depthwise(Layout):
         return dw.flatten(0, 1).unsqueeze(1)
 
     def _under(self, x: Tensor, i: int, j: int) -> Tensor:
-        """The pixels that tap (i, j) meets: a view (C, 1, OH, OW, N) of (C, 1, H, W, N)."""
+        """The pixels under kernel element (i, j): a view (C, 1, OH, OW, N) of (C, 1, H, W, N)."""
         rows, columns = self.geometry.reach(i, j, (self.oh, self.ow))
         return x[:, :, rows, columns]
 

@@ -1,8 +1,7 @@
-"""Any network on another convolution.
+"""Conversion of a network's ``nn.Conv2d`` layers to another backend, in place.
 
-A layer is not exchanged for a new one: it changes its class and stays the same object, as
-PyTorch's own lazy modules do. So whatever else knows the layer goes on being right: an optimizer
-its parameters, a second place in the network, the handle of a hook, a plain list, a checkpoint.
+A layer changes its class and stays the same object, as PyTorch's lazy modules do, so that all
+references to it stay valid: optimizers, shared layers, handles of hooks, plain lists.
 """
 
 from __future__ import annotations
@@ -25,40 +24,39 @@ from cnntrain.conv.torch_compat import constructed_padding
 M = TypeVar("M", bound=nn.Module)
 
 OTHERS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# A subclass may have these of its own and still compute what its base class does.
+# A subclass may override these and still compute the same.
 COSMETIC = {"__init__", "__repr__", "reset_parameters", "extra_repr", "__constants__"}
 COSMETIC |= {"__annotate__", "__annotate_func__"}  # where annotations are computed late
 
 
 def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
-    """Have every ``nn.Conv2d`` in ``model`` computed by ``backend``, in place; returns ``model``.
+    """Convert every ``nn.Conv2d`` in ``model`` to ``backend``, in place.
 
-    Layers on another backend are converted as well, and so is ``model`` if it is a layer itself.
-    The parameters stay the same objects: values, device, dtype, memory format, ``requires_grad``,
-    gradients and ties are kept, and an optimizer made before goes on. Training mode, hooks and
-    ``state_dict`` keys are kept too. No random number is drawn, and no more than one layer's
-    weights exist twice at a time.
-
-    Transposed convolutions and those of one or three dimensions stay as they are, with a warning.
-    A call of ``F.conv2d`` within a ``forward`` belongs to no layer and cannot be seen.
+    Layers on another backend are converted too, and ``model`` itself if it is a layer. Parameters
+    stay the same objects, with their device, dtype, memory format, gradients and ties; training
+    mode, hooks and ``state_dict`` keys are kept. No random numbers are drawn, and at most one
+    layer's weights exist twice at a time. Transposed, 1d and 3d convolutions are not converted,
+    with a warning, nor are calls of ``F.conv2d`` in a ``forward``.
 
     Args:
         model: any network.
         backend: a name in ``BACKENDS``, a class derived from ``nn.Conv2d``, or a
-            ``functools.partial`` of one with its options. A layer that is of this class already
-            stays as it is, unless there are options.
+            ``functools.partial`` of one with its options. Layers of this class are not changed,
+            unless there are options.
+
+    Returns:
+        ``model``.
 
     Raises:
-        ValueError: there is no backend of this name; or layers cannot be converted, with the
-            reasons, and nothing has been changed: uninitialised ones (``nn.LazyConv2d``),
-            parametrized ones, those compiled by TorchScript, those with a ``forward`` of their
-            own, and those whose geometry the backend refuses.
-        TypeError: ``backend`` is nothing of the kind, or ``model`` no ``nn.Module``.
+        ValueError: unknown backend; or some layers cannot be converted (uninitialised,
+            parametrized, compiled by TorchScript, with a ``forward`` of their own, or with options
+            that the backend rejects). Then nothing is changed.
+        TypeError: ``backend`` or ``model`` is of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: must be an nn.Module, not {type(model).__name__}")
     kind, options = _class_and_options(backend)
-    refused: defaultdict[str, list[str]] = defaultdict(list)
+    rejected: defaultdict[str, list[str]] = defaultdict(list)
     before: list[tuple[nn.Conv2d, type, dict[str, Any]]] = []
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -70,10 +68,10 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
                     before.append((layer, type(layer), dict(vars(layer))))
                     reason = _construct(layer, kind, options)
                 if reason is not None:
-                    refused[reason].append(name or "the layer")
-        if refused:
+                    rejected[reason].append(name or "the layer")
+        if rejected:
             raise ValueError(
-                f"cannot convert to {kind.__name__}, nothing was changed: {_few(refused)}"
+                f"cannot convert to {kind.__name__}, nothing was changed: {_few(rejected)}"
             )
     except BaseException:
         for layer, old_kind, attributes in before:
@@ -82,10 +80,10 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
             vars(layer).update(attributes)
         raise
     for layer, _, attributes in before:
-        _give_back(layer, attributes)
+        _restore_attributes(layer, attributes)
     others = defaultdict(list)
     for name, module in model.named_modules():
-        if _stays(module):
+        if _is_other_convolution(module):
             others[f"{type(module).__name__} is no nn.Conv2d"].append(name or "the layer")
     if others:
         warnings.warn(f"not converted: {_few(others)}", stacklevel=2)
@@ -93,7 +91,7 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
 
 
 def _few(layers: dict[str, list[str]]) -> str:
-    """Reasons, each with the number of its layers and the first of their names."""
+    """Reasons, each with the number of layers and the first names."""
     return "; ".join(
         f"{reason} ({len(names)} layer{'s' * (len(names) > 1)}: {', '.join(names[:3])}"
         f"{', ...' if len(names) > 3 else ''})"
@@ -128,9 +126,9 @@ def _is_conv2d(module: nn.Module) -> bool:
     )
 
 
-def _stays(module: nn.Module) -> bool:
-    """Whether it is some other convolution: torchvision's deformable one, a quantised one. A block
-    without parameters of its own, around layers that were converted, is none."""
+def _is_other_convolution(module: nn.Module) -> bool:
+    """Whether it is another kind of convolution, such as a deformable or a quantised one. A block
+    of converted layers without parameters of its own is not."""
     named_so = "Conv" in type(module).__name__ and hasattr(module, "kernel_size")
     own = next(module.parameters(recurse=False), None)
     block = own is None and any(_is_conv2d(child) for child in module.modules())
@@ -140,7 +138,7 @@ def _stays(module: nn.Module) -> bool:
 
 
 def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
-    """Why a layer may compute something else than its weight, bias and geometry say, if so."""
+    """The reason why a layer cannot be converted, or None."""
     if isinstance(conv, torch.jit.ScriptModule):
         return "is compiled by TorchScript; convert the network before that"
     if isinstance(conv, nn.LazyConv2d):
@@ -160,7 +158,7 @@ def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
 
 
 def _overrides(kind: type) -> list[str]:
-    """What a class has of its own in place of what ``nn.Conv2d`` and the backends have."""
+    """Names of ``nn.Conv2d`` that a class overrides, except those that the backends do."""
     from cnntrain.conv import BACKENDS
 
     known = {base for backend in BACKENDS.values() for base in backend.__mro__}
@@ -176,7 +174,7 @@ def _overrides(kind: type) -> list[str]:
 
 
 def _construct(conv: nn.Conv2d, kind: type[nn.Conv2d], options: dict[str, Any]) -> str | None:
-    """Make a layer anew, of class ``kind``, without weight and bias; why that fails, if so."""
+    """Construct a layer again, as a ``kind`` without weight and bias. Returns the error, if any."""
     try:
         weight, wanted = conv.weight, _properties(conv)
         if conv.padding_mode != "zeros" and constructed_padding(conv) != wanted["padding"]:
@@ -186,13 +184,13 @@ def _construct(conv: nn.Conv2d, kind: type[nn.Conv2d], options: dict[str, Any]) 
         arguments = _arguments(conv)
         conv.__class__ = kind
         vars(conv).clear()
-        # On the layer itself, so that whatever the constructor ties to `self` is tied to it.
+        # On the layer itself: the constructor may keep references to `self`.
         kind.__init__(conv, **{**options, **arguments})
         made = _properties(conv)
         for name in ("weight", "bias"):
             if hasattr(conv, name):
                 delattr(conv, name)
-        conv.to(weight)  # what else the class may have made
+        conv.to(weight)  # other tensors of the class
     except Exception as error:
         return str(error).strip().split("\n")[0] or type(error).__name__
     for name, value in made.items():
@@ -202,7 +200,7 @@ def _construct(conv: nn.Conv2d, kind: type[nn.Conv2d], options: dict[str, Any]) 
 
 
 def _properties(conv: nn.Conv2d) -> dict[str, Any]:
-    """What a layer computes with; of padding, the pixels at (left, right, top, bottom)."""
+    """Options that a layer computes with; padding as pixels at (left, right, top, bottom)."""
     geometry = Geometry.of(conv)
     return {
         "weight": tuple(conv.weight.shape),
@@ -216,10 +214,10 @@ def _properties(conv: nn.Conv2d) -> dict[str, Any]:
 
 
 def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
-    """What to call a constructor with, for a layer like this one."""
-    # From the weight, as F.conv2d does: who exchanges a weight may forget `in_channels`.
+    """Constructor arguments of a layer."""
+    # From the weight, as F.conv2d does: a replaced weight may not match `in_channels`.
     out_channels, in_channels, *kernel_size = conv.weight.shape
-    # Nothing that is usual: a class of a user's own may not know what its network never needs.
+    # Without defaults: a user's class need not accept options that its network does not use.
     usual = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "bias": True}
     usual |= {"padding": (0, 0), "padding_mode": "zeros"}
     own = {**_properties(conv), "padding": conv.padding}
@@ -231,13 +229,13 @@ def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
     }
 
 
-def _give_back(conv: nn.Conv2d, attributes: dict[str, Any]) -> None:
-    """Put a layer's parameters, hooks and mode, and what users attached to it, into it again."""
+def _restore_attributes(conv: nn.Conv2d, attributes: dict[str, Any]) -> None:
+    """Restore a layer's parameters, hooks, mode and user attributes."""
     made, module_state = vars(conv), vars(nn.Module())
     for name, value in attributes.items():
         if name in module_state:
             if isinstance(value, (dict, set)):  # the same object: handles of hooks refer to it
                 value.update(made[name])
             made[name] = value
-        elif name not in made and name != "algorithm":  # which is the former backend's
+        elif name not in made and name != "algorithm":  # of the previous backend
             made[name] = value

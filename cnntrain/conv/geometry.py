@@ -1,4 +1,4 @@
-"""The numbers of a convolution: stride, dilation, groups, output size, padding, work."""
+"""Geometry of a convolution: stride, dilation, groups, padding, output size, MACs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NONE = (0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a window moves over an input that is already padded.
+    """Steps of the window over an already padded input.
 
     Attributes:
         stride: steps of the window, in pixels, (down, right).
-        dilation: distances between the window's taps, in pixels, (down, right).
-        groups: into how many independent convolutions the channels are cut.
+        dilation: distances between the kernel's elements, in pixels, (down, right).
+        groups: number of independent convolutions that the channels are divided among.
     """
 
     stride: tuple[int, int] = (1, 1)
@@ -28,7 +28,7 @@ class Geometry:
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Geometry:
-        """The geometry of a module, ``nn.Conv2d`` and every backend alike."""
+        """The geometry of an ``nn.Conv2d`` or a backend."""
         return cls(_pair(conv.stride), _pair(conv.dilation), conv.groups)
 
     def output_size(self, input_size: Pair, kernel_size: Pair) -> tuple[int, int]:
@@ -37,7 +37,7 @@ class Geometry:
         return (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1
 
     def reach(self, i: int, j: int, output_size: Pair) -> tuple[slice, slice]:
-        """The rows and the columns of the padded input that tap (i, j) of the kernel meets."""
+        """Rows and columns of the padded input under element (i, j) of the kernel."""
         (oh, ow), (sh, sw), (dh, dw) = output_size, self.stride, self.dilation
         top, left = i * dh, j * dw
         return slice(top, top + sh * (oh - 1) + 1, sh), slice(left, left + sw * (ow - 1) + 1, sw)
@@ -75,13 +75,13 @@ def padded(size: Pair, amounts: Amounts) -> tuple[int, int]:
 
 
 def crop(x: Tensor, amounts: Amounts) -> Tensor:
-    """The pixels of (N, C, H, W) that are no padding: a view."""
+    """The pixels of (N, C, H, W) without padding: a view."""
     left, right, top, bottom = amounts
     return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
 
 
 def pad(x: Tensor, amounts: Amounts, mode: str = "zeros") -> Tensor:
-    """Pads (N, C, H, W) once, so that no algorithm has to know of padding.
+    """Pads (N, C, H, W), so that algorithms need not.
 
     amounts: pixels at (left, right, top, bottom).
     mode: 'zeros', 'reflect', 'replicate' or 'circular'.

@@ -1,4 +1,4 @@
-"""im2col: windows unrolled into a matrix, so that a matrix product is the convolution.
+"""im2col: a convolution as a matrix product, with windows unrolled into columns.
 
 Every window of the input becomes a column of K = C/groups * kh * kw numbers, and every filter a
 row of K numbers of the weight matrix W. Then
@@ -10,8 +10,8 @@ row of K numbers of the weight matrix W. Then
 where col2im adds each number to the pixel that im2col copied it from. Source: K. Chellapilla,
 S. Puri, P. Simard, "High Performance Convolutional Neural Networks for Document Processing", 2006.
 
-`Unfolded` is this and nothing else. `Im2col` computes the same in parts that fit into a memory
-limit (parts.py), with memory layouts that copy less (columns.py).
+`Unfolded` is the textbook's form. `Im2col` computes the same in parts that fit into a memory limit
+(parts.py), with memory layouts that copy less (columns.py).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from cnntrain.conv.geometry import NONE, Amounts, Geometry, Pair, crop, pad, pad
 from cnntrain.conv.module import Conv2d
 from cnntrain.conv.parts import Part, parts
 
-# On a CPU, what stays in its caches is fastest. Best of 6, 8, 10, 12, 16.
+# On a CPU, parts that fit into its caches are fastest. Best of 6, 8, 10, 12 and 16.
 CACHE_MIB = 16
 
 
 class Unfolded(Algorithm):
-    """The textbook's im2col: one matrix of all columns of the batch, one product for each group.
+    """im2col of the whole batch: one matrix of columns, one product for each group.
 
-    Nothing depends on the size of the input, so a graph that is traced holds for any size.
+    No operator depends on the size of the input, so that a traced graph holds for any size.
     """
 
     def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
@@ -55,8 +55,8 @@ class Unfolded(Algorithm):
         dx = g.new_zeros(columns.shape[0], n, *input_size)
         channel, image, row, _ = dx.stride()
         for i, j in product(range(kh), range(kw)):  # col2im
-            # A view of the pixels under tap (i, j): as slices, whose ends are clamped, a traced
-            # graph would hold for one remainder of the size by the stride only.
+            # The pixels under element (i, j) of the kernel. With slices, whose ends are clamped, a
+            # traced graph would hold for one remainder of the size by the stride only.
             steps, first = (channel, image, sh * row, sw), i * dh * row + j * dw
             dx.as_strided((columns.shape[0], n, oh, ow), steps, first).add_(columns[:, i, j])
         return dx.transpose(0, 1).contiguous()
@@ -71,7 +71,7 @@ def _columns(x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
     (kh, kw), (sh, sw), (dh, dw) = kernel_size, geometry.stride, geometry.dilation
     windows = x.unfold(2, dh * (kh - 1) + 1, sh).unfold(3, dw * (kw - 1) + 1, sw)
     windows = windows[..., ::dh, ::dw]  # (N, C, OH, OW, kh, kw), a view
-    # Not `reshape`: whether it copies depends on the size, which a traced graph would hold to.
+    # Not `reshape`: whether it copies depends on the size, which would specialise a traced graph.
     columns = windows.permute(1, 4, 5, 0, 2, 3).clone(memory_format=torch.contiguous_format)
     return columns.view(geometry.groups, x.shape[1] // geometry.groups * kh * kw, -1)
 
@@ -88,10 +88,10 @@ def _filters(w: Tensor, geometry: Geometry) -> Tensor:
 
 @dataclass(frozen=True)
 class Im2col(Algorithm):
-    """im2col in parts: besides input, weight and result, a call allocates ``max_column_mib`` at
-    most, unless a single window or a single filter takes more.
+    """im2col in parts: besides input, weight and result, a call allocates at most
+    ``max_column_mib`` MiB, unless a single window or a single filter takes more.
 
-    bfloat16 and float16 are converted to float32 part by part, and results are rounded once.
+    bfloat16 and float16 are converted to float32 part by part; results are rounded once.
     """
 
     max_column_mib: int = 64
@@ -165,12 +165,12 @@ class Im2colConv2d(Conv2d):
 
     Args:
         max_column_mib: MiB that a forward or one of the two gradients may allocate besides input,
-            weight and result; a larger batch, or a larger image, is computed in parts. One window
-            and one filter are the least. The backward keeps the input, never the columns. Compiled
-            or exported, and for tensor subclasses, everything is computed at once.
+            weight and result; default 64. Larger batches or images are computed in parts, of at
+            least one window and one filter. Does not apply to compiled or exported layers and to
+            tensor subclasses. The backward keeps the input, not the columns.
 
     Raises:
-        ValueError: ``max_column_mib`` is no positive whole number.
+        ValueError: ``max_column_mib`` is not a positive integer.
     """
 
     def __init__(self, *args: Any, max_column_mib: PositiveInt = 64, **kwargs: Any) -> None:

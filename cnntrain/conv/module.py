@@ -1,4 +1,4 @@
-"""``nn.Conv2d`` with its forward computation exchanged."""
+"""Base class of the backends: ``nn.Conv2d`` computed by an `Algorithm`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from cnntrain.conv.geometry import Geometry, pad, padding_amounts
 
 
 class Conv2d(nn.Conv2d):
-    """A two-dimensional convolution computed by ``algorithm``, all else as in ``nn.Conv2d``.
+    """A two-dimensional convolution computed by ``algorithm``.
 
-    Constructor, initialisation, ``state_dict`` and errors are ``nn.Conv2d``'s, so weights move
-    freely between the two. A backend is a subclass that sets ``algorithm``:
+    Constructor, initialisation, ``state_dict`` and errors are ``nn.Conv2d``'s, so that checkpoints
+    load into either. A backend is a subclass that sets ``algorithm``:
 
         class MyConv2d(Conv2d):
             algorithm = MyAlgorithm()
 
     Input (N, C, H, W) or (C, H, W); output (N, O, OH, OW) or (O, OH, OW), where
-    OH = floor((H + 2 p - d (k - 1) - 1) / s) + 1, and OW alike. Under ``torch.autocast`` input,
+    OH = floor((H + 2 p - d (k - 1) - 1) / s) + 1, and OW likewise. Under ``torch.autocast`` input,
     weight and bias are cast first.
 
     Raises:
         RuntimeError: wrong number of dimensions or channels, unequal dtypes or devices, a kernel
             larger than the padded input, a stride or dilation below one, a negative padding.
-        TypeError: an input that is no Tensor, a stride or dilation that is no whole number.
+        TypeError: the input is not a Tensor, or a stride or dilation not an integer.
         ValueError: a padding or a padding mode that does not exist (from the constructor).
     """
 
@@ -64,14 +64,13 @@ class NativeConv2d(nn.Conv2d):
 
 
 def _autocast(t: Tensor) -> Tensor:
-    """Casts as autocast would for ``nn.Conv2d``: before anything is unrolled."""
+    """Casts as autocast does for ``nn.Conv2d``."""
     if not t.is_floating_point() or t.dtype == torch.float64:  # autocast leaves these alone
         return t
     return t.to(torch.get_autocast_dtype(t.device.type))
 
 
-# What nn.Conv2d would raise, type by type. It checks on CPU and GPU in different places; here all
-# is checked before an algorithm is called.
+# Errors of the same types as nn.Conv2d's, all raised before the algorithm is called.
 
 
 def _check_parameters(w: Tensor, bias: Tensor | None, geometry: Geometry) -> None:

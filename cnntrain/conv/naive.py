@@ -1,10 +1,7 @@
-"""The naive convolution: a window slides over the input, one output position after the other.
+"""Naive convolution: a window slides over the input, one output position after the other.
 
-At every position the filters are multiplied with what lies under the window, for all images at
-once. It reads as the definition does; the definition itself, seven loops, is in oracle.py.
-
-While the window slides the batch is the last dimension, so that what lies under it is made of
-long contiguous runs.
+At every position the filters are multiplied with the pixels under the window, for all images at
+once. The batch is the last dimension, so that these pixels are long contiguous runs in memory.
 """
 
 from __future__ import annotations
@@ -18,10 +15,8 @@ from cnntrain.conv.module import Conv2d
 
 
 class Naive(Algorithm):
-    """For each output position, filters times the K = C/groups * kh * kw numbers under the window.
-
-    One matrix product for each group, all groups in one ``bmm``.
-    """
+    """For each output position, filters times the K = C/groups * kh * kw numbers under the window:
+    a matrix product for each group, all groups in one ``bmm``."""
 
     def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         x = batch_last(x)  # (C, H, W, N)
@@ -61,7 +56,7 @@ class Naive(Algorithm):
 
 
 def window(x: Tensor, row: int, column: int, kernel: Pair, geometry: Geometry) -> Tensor:
-    """What output position (row, column) sees of x (C, H, W, N): a view (C, kh, kw, N)."""
+    """The window of output position (row, column) in x (C, H, W, N): a view (C, kh, kw, N)."""
     (kh, kw), (dh, dw) = kernel, geometry.dilation
     top, left = row * geometry.stride[0], column * geometry.stride[1]
     return x[:, top : top + dh * (kh - 1) + 1 : dh, left : left + dw * (kw - 1) + 1 : dw]
@@ -73,6 +68,6 @@ def filter_matrix(w: Tensor, geometry: Geometry) -> Tensor:
 
 
 class NaiveConv2d(Conv2d):
-    """``nn.Conv2d`` by sliding windows, for reading and for comparing. Slow for large outputs."""
+    """``nn.Conv2d`` by sliding windows. Slow for large outputs."""
 
     algorithm = Naive()

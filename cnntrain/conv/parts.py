@@ -1,4 +1,4 @@
-"""Cutting a convolution into parts, so that what is allocated for one of them fits into a limit."""
+"""Tiling of a convolution into parts, so that the memory for each part fits into a limit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from cnntrain.conv.geometry import Amounts, Geometry, Pair
 
-# Images that are computed together at least, and in multiples of which: where the batch is the
-# innermost dimension in memory, whole vectors of them are copied and multiplied.
+# Parts have a multiple of this number of images: where the batch is the innermost dimension in
+# memory, whole vectors of images are copied and multiplied.
 RUN = 16
 
 Size = tuple[int, ...]
@@ -21,10 +21,10 @@ Cost = Callable[[Size, Size, Geometry], int]
 
 
 class Part(NamedTuple):
-    """A convolution that is a part of another one.
+    """A part of a convolution, itself a convolution.
 
     Attributes:
-        geometry: that of the whole convolution, but for the groups.
+        geometry: that of the whole convolution, except for the groups.
         weight: index into the weight (O, C/groups, kh, kw).
         output: index into the output or its gradient (N, O, OH, OW).
         input: index into the input or its gradient (N, C, H, W), without padding.
@@ -48,7 +48,7 @@ def parts(
     cache: int,
     of_input: bool = False,
 ) -> Iterator[Part]:
-    """The parts of a convolution; those with the same block of the weight follow one another.
+    """Parts of a convolution, ordered by their block of the weight.
 
     A part has one group, or one input channel for each of its groups. Its block of the weight has
     at most ``room / 6`` numbers and what it allocates at most ``room / 2``, unless a single window
@@ -58,10 +58,10 @@ def parts(
         size: size of the input (N, C, H, W), without padding.
         weight: size of the weight (O, C/groups, kh, kw).
         zeros: padding (left, right, top, bottom).
-        room: how many numbers may be allocated.
-        cache: how many numbers should be allocated, if these are enough for `RUN` images.
-        of_input: parts overlap in the output instead of the input. So each computes all of its
-            block of the input gradient, and none have to be added.
+        room: largest number of elements to allocate.
+        cache: preferred number of elements to allocate, if enough for `RUN` images.
+        of_input: let parts overlap in the output instead of the input, so that each computes its
+            block of the input gradient completely.
     """
     left, right, top, bottom = zeros
     down = _Axis.of(size[2], (top, bottom), weight[2], geometry, 0)
@@ -91,7 +91,7 @@ def parts(
 def _channels(
     weight: Size, geometry: Geometry, room: int, of_input: bool
 ) -> Iterator[tuple[Geometry, tuple[slice, ...], slice, slice]]:
-    """Cuts the channels into blocks: geometry, index into the weight, output and input channels."""
+    """Divides the channels into blocks: geometry, weight index, output and input channels."""
     o, depth, *kernel = weight
     whole = [slice(0, length) for length in kernel]
     if geometry.groups > 1 and depth == 1:
@@ -113,8 +113,8 @@ def _channels(
 def _tiles(
     n: int, outputs: Pair, allocated: Callable[[int, int], int], room: int, cache: int
 ) -> Iterator[tuple[slice, range, range]]:
-    """Cuts the output into blocks: images, rows and columns. A block has several images, or, where
-    one image allocates too much, rows or, where a row does, columns of one image."""
+    """Divides the output into blocks: images, rows and columns. A block has several images; or rows
+    of one image that is too large; or columns of a row that is too large."""
     oh, ow = outputs
     image = max(allocated(oh, ow), 1)
     if image <= room:
@@ -136,7 +136,7 @@ def _tiles(
 
 
 def _cut(start: int, stop: int, most: int) -> list[slice]:
-    """Slices of start to stop, of about one length, which is `most` at the most."""
+    """Slices of start to stop, of about equal lengths, at most `most`."""
     number = -(-(stop - start) // max(most, 1))
     step = -(-(stop - start) // number)
     return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
@@ -149,13 +149,13 @@ class _Span(NamedTuple):
 
 
 class _Axis(NamedTuple):
-    """One of the two dimensions of an image: how output positions and input pixels correspond."""
+    """Height or width of an image: correspondence of output positions and input pixels."""
 
     length: int  # of the input, without padding
     before: int  # padding
     after: int
     stride: int
-    reach: int  # from the first tap of the kernel to the last one
+    reach: int  # distance of the kernel's last element from its first
     outputs: int
 
     @classmethod
@@ -166,10 +166,10 @@ class _Axis(NamedTuple):
         return cls(length, *zeros, stride, reach, (length + sum(zeros) - reach - 1) // stride + 1)
 
     def span(self, block: range, of_input: bool) -> _Span:
-        """For a block of output positions: those that are needed, and the input.
+        """Output positions and input pixels of a part.
 
-        of_input: the input is a block of `stride` pixels for each position, and more positions
-            are needed for it, since windows overlap; else it is what the windows meet.
+        Without of_input, the pixels under the windows of the block. With of_input, a block of
+        `stride` pixels for each position, and all positions whose windows overlap it.
         """
         first = max(0, block.start - self.reach // self.stride) if of_input else block.start
         low = first * self.stride - self.before
@@ -191,7 +191,7 @@ class _Axis(NamedTuple):
         )
 
     def padded_length(self, outputs: int, of_input: bool) -> int:
-        """Pixels, with padding, for a block of so many output positions, at the most."""
+        """Largest number of padded pixels for a block of that many output positions."""
         start = min(self.reach // self.stride, self.outputs - outputs) if of_input else 0
         span = self.span(range(start, start + outputs), of_input)
         return span.input.stop - span.input.start + sum(span.zeros)

@@ -18,7 +18,7 @@ from cnntrain.config import CONF, ConfigError, Root, as_config_error, build, che
 from cnntrain.config.errors import unknown
 from cnntrain.conv import Geometry
 from cnntrain.conv.geometry import pad, padding_amounts
-from cnntrain.conv.oracle import seven_loops
+from cnntrain.conv.reference import conv2d_reference
 
 MakeConv: TypeAlias = Callable[..., nn.Conv2d]
 
@@ -65,7 +65,7 @@ class SevenLoopsConv2d(nn.Conv2d):
         geometry = Geometry.of(self)
         amounts = padding_amounts(self.padding, self.kernel_size, geometry.dilation)
         with torch.no_grad():
-            y = seven_loops(pad(input, amounts, self.padding_mode), weight, bias, geometry)
+            y = conv2d_reference(pad(input, amounts, self.padding_mode), weight, bias, geometry)
         return torch.tensor(y, dtype=input.dtype, device=input.device)
 
 

@@ -29,7 +29,7 @@ DECLARED: dict[str, Any] = {
 }
 
 
-class Mismatch(Exception):
+class CheckFailure(Exception):
     """A fault that no error value can express, such as a missing bias."""
 
 
@@ -85,7 +85,7 @@ class Candidate:
             layer.weight.copy_(self.tensor(p.w, layer.weight.dtype))
             if p.b is not None:
                 if layer.bias is None:
-                    raise Mismatch("has no bias")
+                    raise CheckFailure("has no bias")
                 layer.bias.copy_(self.tensor(p.b, layer.weight.dtype))
 
     def tensor(self, values: Array, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -123,7 +123,7 @@ def collected(layer: nn.Conv2d, x: Tensor, y: Tensor) -> Results:
     return found if layer.bias is None else {**found, BIAS: layer.bias.grad}
 
 
-class Measurement(NamedTuple):
+class CaseError(NamedTuple):
     """An error measured on one case."""
 
     error: float
@@ -132,7 +132,7 @@ class Measurement(NamedTuple):
     note: str = ""  # an optional use that is not supported
 
 
-Measurements = Iterator[Measurement]
+CaseErrors = Iterator[CaseError]
 
 
 def deviation(
@@ -140,25 +140,25 @@ def deviation(
     expected: Array,
     scale: Array | float | None = None,
     dtype: torch.dtype = torch.float64,
-) -> Measurement:
+) -> CaseError:
     """The largest error in units of `scale`: by default the largest expected number, at least 1.
     Infinite for NaN, and for a wrong shape or dtype."""
     if found is None:
-        return Measurement(math.inf, "is missing")
+        return CaseError(math.inf, "is missing")
     if tuple(found.shape) != expected.shape:
-        return Measurement(math.inf, f"has shape {tuple(found.shape)}, not {expected.shape}")
+        return CaseError(math.inf, f"has shape {tuple(found.shape)}, not {expected.shape}")
     if found.dtype != dtype:
-        return Measurement(math.inf, f"is {found.dtype}, not {dtype}")
+        return CaseError(math.inf, f"is {found.dtype}, not {dtype}")
     values = array(found)
     if np.array_equal(values, expected):
-        return Measurement(0.0)
+        return CaseError(0.0)
     if scale is None:
         scale = max(1.0, float(abs(expected).max()))
     error = abs(values - expected) / scale
     error[np.isnan(error)] = np.inf
     index = np.unravel_index(int(np.argmax(error)), error.shape)
     text = f"is {values[index]:.9g} at {tuple(map(int, index))}, not {expected[index]:.9g}"
-    return Measurement(float(error[index]), text)
+    return CaseError(float(error[index]), text)
 
 
 def compare(
@@ -167,7 +167,7 @@ def compare(
     scale: dict[str, Any] | float | None = None,
     dtype: torch.dtype = torch.float64,
     line: str = "",
-) -> Measurements:
+) -> CaseErrors:
     """The deviation of each quantity. `line` is formatted with the quantity."""
     for name in [*expected, *(name for name in found if name not in expected)]:
         quantity = name.removesuffix(WITHOUT)
@@ -175,7 +175,7 @@ def compare(
             right = expected.get(name, expected[quantity])
             unit = scale[quantity] if isinstance(scale, dict) else scale
             error, text, *_ = deviation(found.get(name), right, unit, dtype)
-            yield Measurement(error, f"{name} {text}", line.format(quantity))
+            yield CaseError(error, f"{name} {text}", line.format(quantity))
 
 
 def array(t: Tensor) -> Array:
@@ -215,7 +215,7 @@ class CheckResult:
     def passed(self) -> bool:
         return not self.failed
 
-    def add(self, candidate: Candidate, arguments: tuple, measured: Measurement) -> None:
+    def add(self, candidate: Candidate, arguments: tuple, measured: CaseError) -> None:
         """Count a case, and describe it if it is the smallest that failed."""
         self.cases += 1
         self.error = max(self.error, measured.error)
@@ -249,7 +249,7 @@ class Check:
 
     lines: tuple[str, ...]
     cases: Callable[[Candidate], Iterable[Any]]
-    measure: Callable[..., Measurements]
+    measure: Callable[..., CaseErrors]
     budget: Callable[[Candidate], float]
     unit: str
 
@@ -264,9 +264,9 @@ class Check:
         for case in self.cases(candidate):
             yield case if isinstance(case, tuple) else (case,)
 
-    def worst(self, candidate: Candidate, arguments: tuple) -> dict[str, Measurement]:
+    def worst(self, candidate: Candidate, arguments: tuple) -> dict[str, CaseError]:
         """The largest error of each line in one case."""
-        worst: dict[str, Measurement] = {}
+        worst: dict[str, CaseError] = {}
         try:
             for measured in self.measure(candidate, *arguments):
                 name = measured.line or self.lines[0]
@@ -274,9 +274,9 @@ class Check:
                     worst[name] = measured
         except (Exception, SystemExit) as error:
             text = str(error).strip().split("\n")[0]
-            if not isinstance(error, Mismatch):
+            if not isinstance(error, CheckFailure):
                 text = f"{type(error).__name__}: {text}"
-            raised = Measurement(math.inf, text)
+            raised = CaseError(math.inf, text)
             worst.update({n: raised for n in self.lines if n not in worst or len(self.lines) == 1})
         return worst
 
@@ -293,7 +293,7 @@ def check(
     cases: Callable[[Candidate], Iterable[Any]],
     budget: float | Callable[[Candidate], float] = 0.0,
     unit: str = "",
-) -> Callable[[Callable[..., Measurements]], Check]:
+) -> Callable[[Callable[..., CaseErrors]], Check]:
     """Decorator: makes a Check of a function that measures a case. The default unit is the largest
     expected number, or, if the budget is 0, 1 for a failure."""
     limit = budget if callable(budget) else lambda candidate: budget

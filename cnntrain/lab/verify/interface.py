@@ -1,4 +1,4 @@
-"""Interface of a convolution: constructor, weights, copies, errors and uses of ``nn.Conv2d``."""
+"""Interface of a convolution: constructor, initial weights, copies, empty batches, errors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cnntrain.lab.capabilities import CAPABILITIES, attempt, derivatives, programs, values
-from cnntrain.lab.capabilities.twins import Backend, twins
 from cnntrain.lab.verify.cases import OUTPUT, Case, Problem
 from cnntrain.lab.verify.check import (
     Candidate,
-    Measurement,
-    Measurements,
-    Mismatch,
+    CaseError,
+    CaseErrors,
+    CheckFailure,
     check,
     compare,
     results,
@@ -30,7 +28,7 @@ STYLES = ["by position", "by keyword", "in float64"]
 
 
 @check("constructor and initial weights", cases=lambda _: itertools.product(SMALL_LAYERS, STYLES))
-def constructor(candidate: Candidate, case: Case, style: str) -> Measurements:
+def constructor(candidate: Candidate, case: Case, style: str) -> CaseErrors:
     """Attributes, initial weights, and the number of random numbers drawn: with the same seed, the
     layers made afterwards are the same too."""
     positions = (case.in_channels, case.out_channels, case.kernel_size)
@@ -48,31 +46,31 @@ def constructor(candidate: Candidate, case: Case, style: str) -> Measurements:
 
     (right, then), (found, found_then) = made(nn.Conv2d), made(candidate.backend)
     if not isinstance(found, nn.Conv2d):
-        raise Mismatch(f"is {type(found).__name__}, not derived from nn.Conv2d")
+        raise CheckFailure(f"is {type(found).__name__}, not derived from nn.Conv2d")
     for name in [*nn.Conv2d.__constants__, "training"]:
         wanted, value = getattr(right, name), getattr(found, name, None)
-        yield Measurement(float(value != wanted), f"{name} is {value}, not {wanted}")
+        yield CaseError(float(value != wanted), f"{name} is {value}, not {wanted}")
     state, state_right = found.state_dict(), right.state_dict()
     if list(state) != list(state_right):
-        raise Mismatch(f"state_dict has {', '.join(state)}, not {', '.join(state_right)}")
+        raise CheckFailure(f"state_dict has {', '.join(state)}, not {', '.join(state_right)}")
     for name, wanted in state_right.items():
         for kind in ("shape", "dtype"):
             value, other = getattr(state[name], kind), getattr(wanted, kind)
             if value != other:
-                raise Mismatch(f"{name} has {kind} {value}, not {other}")
+                raise CheckFailure(f"{name} has {kind} {value}, not {other}")
         equal = torch.equal(state[name], wanted)
         text = f"the initial {name} is not nn.Conv2d's for the same seed"
-        yield Measurement(float(not equal), text)
+        yield CaseError(float(not equal), text)
         learns = dict(found.named_parameters()).get(name)
         trained = learns is not None and learns.requires_grad
-        yield Measurement(float(not trained), f"{name} is not trained")
+        yield CaseError(float(not trained), f"{name} is not trained")
     found.load_state_dict(right.state_dict())
     right.load_state_dict(found.state_dict())
     text = "the random numbers after it are others than after nn.Conv2d"
-    yield Measurement(float(not torch.equal(then, found_then)), text)
+    yield CaseError(float(not torch.equal(then, found_then)), text)
 
 
-def _importable(candidate: Candidate) -> bool:
+def importable(candidate: Candidate) -> bool:
     """Whether pickle finds the class by its name."""
     kind = candidate.kind
     module = sys.modules.get(kind.__module__)
@@ -81,22 +79,22 @@ def _importable(candidate: Candidate) -> bool:
 
 @check(
     "copies and pickles",
-    cases=lambda c: itertools.product(SMALL_LAYERS, ["deepcopy", "pickle"][: 1 + _importable(c)]),
+    cases=lambda c: itertools.product(SMALL_LAYERS, ["deepcopy", "pickle"][: 1 + importable(c)]),
     budget=FLOAT64,
 )
-def copies(candidate: Candidate, case: Case, word: str) -> Measurements:
+def copies(candidate: Candidate, case: Case, word: str) -> CaseErrors:
     p, q = (Problem.normal(case, candidate.seed + i) for i in range(2))
     layer, (x, g) = candidate.layer(p), candidate.inputs(p)
     results(layer, x, g)  # layers are usually copied after their first call
     again = copy.deepcopy(layer) if word == "deepcopy" else pickle.loads(pickle.dumps(layer))
-    yield Measurement(float(type(again) is not type(layer)), f"is a {type(again).__name__}")
+    yield CaseError(float(type(again) is not type(layer)), f"is a {type(again).__name__}")
     yield from compare(results(again, x, g), expected(p))
     candidate.load(again, q)
     yield from compare(results(layer, x, g), expected(p))
 
 
 @check("empty batch", cases=lambda _: EMPTY_BATCHES, unit="relative")
-def empty_batch(candidate: Candidate, case: Case) -> Measurements:
+def empty_batch(candidate: Candidate, case: Case) -> CaseErrors:
     """An empty output, and zero gradients of weight and bias."""
     p = Problem.normal(case, candidate.seed)
     yield from compare(candidate.results(p), expected(p))
@@ -143,7 +141,7 @@ INVALID_CALLS = [
 
 
 @check("errors that nn.Conv2d raises", cases=lambda _: INVALID_CALLS)
-def errors(candidate: Candidate, call: str) -> Measurements:
+def errors(candidate: Candidate, call: str) -> CaseErrors:
     """An exception of the same type as nn.Conv2d's, or AttributeError in place of TypeError."""
 
     def raised(kind: Callable[..., nn.Conv2d]) -> str:
@@ -156,52 +154,4 @@ def errors(candidate: Candidate, call: str) -> Measurements:
 
     right, found = raised(nn.Conv2d), raised(candidate.backend)
     same = right == found or (right, found) == ("TypeError", "AttributeError")
-    yield Measurement(float(not same), f"raises {found}, not {right}")
-
-
-def call_by_keyword(backend: Backend) -> None:
-    ours, reference, x = twins(backend)
-    torch.testing.assert_close(ours(input=x), reference(x))
-
-
-def meta_device(backend: Backend) -> None:
-    ours, reference, x = twins(backend)
-    assert ours.to("meta")(x.to("meta")).shape == reference(x).shape
-
-
-USES = {"`layer(input=x)`": call_by_keyword, "the meta device": meta_device, **CAPABILITIES}
-# Uses that any training program may make. The rest is reported as a note if it is not supported;
-# a wrong number always is a failure.
-REQUIRED = {
-    *(call_by_keyword, derivatives.first_derivatives, values.autocast, values.half_precision),
-    *(values.padding_modes, values.unbatched_and_empty, values.any_strides, programs.copies),
-    *(programs.checkpointing, programs.without_gradients, programs.hooks, programs.reparametrised),
-}
-SLOW = {  # not in the short form; most import PyTorch's compiler
-    *(derivatives.second_derivatives, derivatives.forward_mode, derivatives.hessians),
-    *(derivatives.vmap_of_grad, values.complex_numbers, values.distributed_tensors),
-    *(programs.compile_whole, programs.compile_transforms, programs.trace),
-    *(programs.export, programs.export_any_batch, programs.export_any_size),
-    *(programs.symbolic_trace, programs.checkpointing, programs.repeatable),
-    values.shapes_without_numbers,
-}
-
-
-@check(
-    "uses of nn.Conv2d",
-    cases=lambda c: [
-        f"Conv2d, {use}" for use, probe in USES.items() if not (c.short and probe in SLOW)
-    ],
-)
-def uses(candidate: Candidate, use: str) -> Measurements:
-    probe = USES[use := use.removeprefix("Conv2d, ")]
-    try:
-        reason, counts = attempt(probe, candidate.backend), probe in REQUIRED
-    except AssertionError as error:  # a wrong number
-        reason, counts = str(error).strip().split("\n")[0], True
-    # Inexact results are truncated to integers, and pickle needs an importable class.
-    if (probe is values.integers and not candidate.declared("exact_on_integers")) or (
-        probe is programs.copies and not _importable(candidate)
-    ):
-        counts = False
-    yield Measurement(float(bool(reason) and counts), reason, note=reason and f"{use}: {reason}")
+    yield CaseError(float(not same), f"raises {found}, not {right}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from cnntrain.lab.verify.cases import INPUT, OUTPUT, QUANTITIES, Case, Problem
 from cnntrain.lab.verify.check import (
     Candidate,
-    Measurements,
+    CaseErrors,
     Results,
     collected,
     compare,
@@ -191,23 +191,23 @@ class IntegerLayer:
         given = {"weight": p.w, "bias": p.b}
         return {n: self.candidate.tensor(t, self.dtype) for n, t in given.items() if t is not None}
 
-    def compare(self, found: Results, p: Problem, *quantities: str) -> Measurements:
+    def compare(self, found: Results, p: Problem, *quantities: str) -> CaseErrors:
         """With all quantities of the problem, or with some."""
         right = {q: t for q, t in expected(p).items() if not quantities or q in quantities}
         yield from compare(found, right, 1.0, self.dtype)
 
-    def after_backward(self, x: Tensor, y: Tensor, p: Problem) -> Measurements:
+    def after_backward(self, x: Tensor, y: Tensor, p: Problem) -> CaseErrors:
         return self.compare(collected(self.layer, x, y), p)
 
     def differentiated(
         self, y: Tensor, inputs: Iterable[Tensor], p: Problem, **options: Any
-    ) -> Measurements:
+    ) -> CaseErrors:
         """The output and its gradients by autograd.grad."""
         g = self.candidate.tensor(p.g, self.dtype)
         gradients = torch.autograd.grad(y, list(inputs), g, **options)
         return self.compare(dict(zip(expected(p), (y, *gradients), strict=True)), p)
 
-    def one_pass(self, p: Problem | None = None, mode: str = "train") -> Measurements:
+    def one_pass(self, p: Problem | None = None, mode: str = "train") -> CaseErrors:
         """Output and gradients in a mode."""
         p = p or self.p
         (x, g), layer = self.inputs(p), self.layer
@@ -222,7 +222,7 @@ class IntegerLayer:
             found = results(layer, x, g)
         yield from self.compare(found, p, *MODES[mode])
 
-    def passes(self, *problems: Problem) -> Measurements:
+    def passes(self, *problems: Problem) -> CaseErrors:
         """All problems in one mode, then in the next."""
         few = ["train", "no_grad", "eval and inference_mode"]
         for mode, p in itertools.product(few if self.candidate.short else UNFROZEN, problems):

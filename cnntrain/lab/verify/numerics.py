@@ -41,9 +41,9 @@ from cnntrain.lab.verify.cases import (
 )
 from cnntrain.lab.verify.check import (
     Candidate,
+    CaseError,
+    CaseErrors,
     Check,
-    Measurement,
-    Measurements,
     check,
     compare,
     deviation,
@@ -182,7 +182,7 @@ def _against(
     """Output and gradients in float64 against an oracle."""
 
     @check(*each_quantity(f"{{}}, {name}"), cases=cases, budget=FLOAT64)
-    def measure(candidate: Candidate, case: Case) -> Measurements:
+    def measure(candidate: Candidate, case: Case) -> CaseErrors:
         p = Problem.normal(case, candidate.seed)
         yield from compare(candidate.results(p), oracle(p), line=f"{{}}, {name}")
 
@@ -220,7 +220,7 @@ HIGHER = "second derivatives", "third derivatives"
     cases=lambda candidate: itertools.product(some_cases(candidate), [*FROZEN, PENALTY]),
     budget=FLOAT64,
 )
-def higher_derivatives(candidate: Candidate, case: Case, words: str) -> Measurements:
+def higher_derivatives(candidate: Candidate, case: Case, words: str) -> CaseErrors:
     """A convolution is linear in input x and weight w, so that its derivatives are convolutions and
     gradients again. In directions h of x, k of w and m of the bias (0 where it is frozen) that of
     s = <g, conv(x, w)> is t = <h, ds/dx> + <k, ds/dw> + <m, ds/db>, whose gradients are
@@ -272,10 +272,10 @@ def _along(directions: list[Array], tensors: Sequence[Tensor]) -> Tensor:
 
 def _derivatives(
     line: str, of: Tensor, right: dict[str, tuple[Tensor, Array]]
-) -> Generator[Measurement, None, tuple[Tensor, ...]]:
+) -> Generator[CaseError, None, tuple[Tensor, ...]]:
     found = torch.autograd.grad(of, [t for t, _ in right.values()], create_graph=True)
     for (name, (_, values)), tensor in zip(right.items(), found, strict=True):
         error, text, *_ = deviation(tensor, values)
         word = "output gradient" if name == OUTPUT else name.removesuffix(" gradient")
-        yield Measurement(error, f"the derivative with respect to the {word} {text}", line)
+        yield CaseError(error, f"the derivative with respect to the {word} {text}", line)
     return found

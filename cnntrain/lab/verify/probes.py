@@ -13,8 +13,7 @@ import itertools
 import pickle
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,8 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from cnntrain.lab.verify.check import Finding, Subject, check
+from cnntrain.lab.verify.check import Candidate, CaseError, CaseErrors, check
+from cnntrain.lab.verify.interface import importable
 
 Backend = Callable[..., nn.Conv2d]
 Probe = Callable[[Backend], None]
@@ -275,26 +275,15 @@ def attempt(probe: Probe, backend: Backend) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class Use:
-    """A use of a layer, by its name in `PROBES`."""
-
-    name: str
-    elements = 0
-
-    def call(self, name: str) -> str:
-        return f"{name}, {self.name}"
-
-
 @check(
     "uses of nn.Conv2d",
-    cases=lambda s: [Use(n) for n, probe in PROBES.items() if not s.short or probe not in SLOW],
+    cases=lambda c: [f"Conv2d, {u}" for u, p in PROBES.items() if not (c.short and p in SLOW)],
 )
-def uses(subject: Subject, use: Use) -> Iterator[Finding]:
-    probe = PROBES[use.name]
+def uses(candidate: Candidate, use: str) -> CaseErrors:
+    probe = PROBES[use := use.removeprefix("Conv2d, ")]
     try:
-        reason, counts = attempt(probe, subject.backend), use.name in REQUIRED
+        reason, counts = attempt(probe, candidate.backend), use in REQUIRED
     except AssertionError as error:
         reason, counts = str(error).strip().split("\n")[0], True
-    counts &= subject.importable or probe is not copies  # pickle needs an importable class
-    yield Finding(float(bool(reason) and counts), reason, note=reason and f"{use.name}: {reason}")
+    counts &= importable(candidate) or probe is not copies  # pickle needs an importable class
+    yield CaseError(float(bool(reason) and counts), reason, note=reason and f"{use}: {reason}")

@@ -32,10 +32,10 @@ from cnntrain.lab.verify.cases import (
 from cnntrain.lab.verify.check import (
     WITHOUT,
     Candidate,
+    CaseError,
+    CaseErrors,
     Check,
-    Measurement,
-    Measurements,
-    Mismatch,
+    CheckFailure,
     Results,
     arrays,
     check,
@@ -78,7 +78,7 @@ def float32_unit(p: Problem, local: bool = True) -> Expected:
     budget=lambda s: s.declared("rounding_budget"),
     unit="sqrt(K)uS",
 )
-def float32(candidate: Candidate, case: Case, numbers: str) -> Measurements:
+def float32(candidate: Candidate, case: Case, numbers: str) -> CaseErrors:
     """Float32 sums against float64 ones."""
     p = getattr(Problem, numbers)(case, candidate.seed).map(lambda t: t.astype("f4").astype("f8"))
     found = candidate.results(p, torch.float32)
@@ -99,7 +99,7 @@ def half(dtype: torch.dtype) -> Check:
                 yield case, numbers
 
     @check(*each_quantity(line), cases=numbered, budget=1.0, unit="roundings")
-    def measure(candidate: Candidate, case: Case, words: str) -> Measurements:
+    def measure(candidate: Candidate, case: Case, words: str) -> CaseErrors:
         numbers, *autocast = words.split(" under ")
         p: Problem = getattr(Problem, numbers)(case, candidate.seed)
         quantum = min(1.0, 2.0 ** (12 - math.frexp(p.g.size // case.out_channels)[1]))
@@ -127,7 +127,7 @@ def integer_check(
     """Sums of integers: no rounding in float32, one in a half type."""
 
     @check(*each_quantity(line)[:quantities], cases=cases, unit="absolute")
-    def measure(candidate: Candidate, case: Case, dtype: str, *words: Any) -> Measurements:
+    def measure(candidate: Candidate, case: Case, dtype: str, *words: Any) -> CaseErrors:
         kind = getattr(torch, dtype)
         p = make(case, candidate.seed, kind, *words)
         quantum = min(abs(t[t != 0]).min(initial=1) for t in (p.x, p.w, p.g))
@@ -229,7 +229,7 @@ def results_in(candidate: Candidate, p: Problem, kind: torch.dtype, dtype: torch
     with torch.autocast(candidate.device.type, dtype):
         y = layer(x.requires_grad_())
     if y.dtype != dtype:
-        raise Mismatch(f"is {y.dtype} under autocast to {dtype}")
+        raise CheckFailure(f"is {y.dtype} under autocast to {dtype}")
     y.backward(g.to(y.dtype))
     return {q: None if t is None else t.float() for q, t in collected(layer, x, y).items()}
 
@@ -258,7 +258,7 @@ NON_FINITE_LINE = "{}, NaN, Inf and -0.0"
     cases=lambda s: s.thinned(7, [replace(c, bias=False) for c in NON_FINITE], DTYPES, FACTORS),
     unit="elements",
 )
-def non_finite(candidate: Candidate, case: Case, dtype: str, name: str) -> Measurements:
+def non_finite(candidate: Candidate, case: Case, dtype: str, name: str) -> CaseErrors:
     """One number of a tensor is set to NaN, Inf or 1. Results that it is a factor of must be NaN,
     Inf or finite; all others keep their bits. NaN or Inf times a zero of the padding may be either,
     as with nn.Conv2d, which depends on dtype and CPU."""
@@ -297,4 +297,4 @@ def non_finite(candidate: Candidate, case: Case, dtype: str, name: str) -> Measu
                     good = (value == 1) | np.where(hit, ~np.isfinite(y), near)
                 wrong = int((~good).sum())
                 text = f"{value} {words} makes {wrong} of {y.size} numbers of the {name} wrong"
-                yield Measurement(wrong, text, NON_FINITE_LINE.format(quantity))
+                yield CaseError(wrong, text, NON_FINITE_LINE.format(quantity))

@@ -24,8 +24,8 @@ from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case
 from cnntrain.lab.verify.check import (
     EXACT,
     Candidate,
-    Measurement,
-    Measurements,
+    CaseError,
+    CaseErrors,
     array,
     check,
     parameters,
@@ -92,7 +92,7 @@ def _layouts(candidate: Candidate) -> Iterator[tuple]:
 
 
 @check("memory formats and strides", cases=_layouts, **EXACT)
-def strides(candidate: Candidate, case: Case, dtype: str, layout: str, tensor: str) -> Measurements:
+def strides(candidate: Candidate, case: Case, dtype: str, layout: str, tensor: str) -> CaseErrors:
     p = (t := IntegerLayer(candidate, case, dtype)).p
     names = [name for name in "xwgb" if getattr(p, name) is not None]
     given = {name: candidate.tensor(getattr(p, name), t.dtype) for name in names}
@@ -108,20 +108,20 @@ def strides(candidate: Candidate, case: Case, dtype: str, layout: str, tensor: s
     yield from t.compare({OUTPUT: y}, p, OUTPUT)
     if tensor in ("output gradient", "bias"):
         text = f"the output is not contiguous: strides {y.stride()} for shape {(*y.shape,)}"
-        yield Measurement(float(not y.is_contiguous()), text)
+        yield CaseError(float(not y.is_contiguous()), text)
 
 
 @check("inputs not modified", cases=small_layers())
-def in_place(candidate: Candidate, case: Case, dtype: str) -> Measurements:
+def in_place(candidate: Candidate, case: Case, dtype: str) -> CaseErrors:
     layer = (t := IntegerLayer(candidate, case, dtype)).layer
     x, g = t.inputs()
     tensors = {"input": x, "output gradient": g, **dict(layer.named_parameters())}
     before = {name: values.detach().clone() for name, values in tensors.items()}
 
-    def changed(by: str) -> Measurements:
+    def changed(by: str) -> CaseErrors:
         for name, values in tensors.items():
             same = torch.equal(values, before[name])
-            yield Measurement(float(not same), f"{by} changes the {name}")
+            yield CaseError(float(not same), f"{by} changes the {name}")
 
     for no_gradients in (torch.no_grad, torch.inference_mode):
         with no_gradients():
@@ -132,11 +132,11 @@ def in_place(candidate: Candidate, case: Case, dtype: str) -> Measurements:
     after = y.detach().clone()
     y.backward(g)
     yield from changed("the backward")
-    yield Measurement(float(not torch.equal(y, after)), "the backward changes the output")
+    yield CaseError(float(not torch.equal(y, after)), "the backward changes the output")
 
 
 @check("no tensors kept after a call", cases=small_layers(UNFROZEN, step=17, full=5))
-def released(candidate: Candidate, case: Case, dtype: str, mode: str) -> Measurements:
+def released(candidate: Candidate, case: Case, dtype: str, mode: str) -> CaseErrors:
     """Inputs, outputs and the layer are freed, and the number of tensors does not grow."""
     gc.freeze()  # exclude older objects
     try:
@@ -158,27 +158,25 @@ def released(candidate: Candidate, case: Case, dtype: str, mode: str) -> Measure
         if any(ref() is not None for ref in made):
             gc.collect()
         alive = sum(ref() is not None for ref in made)
-        yield Measurement(float(alive), f"keeps {alive} inputs and outputs of 34 calls")
+        yield CaseError(float(alive), f"keeps {alive} inputs and outputs of 34 calls")
         grown = counts[9] - counts[3]
-        yield Measurement(float(grown > 0), f"six calls leave {grown} tensors")
+        yield CaseError(float(grown > 0), f"six calls leave {grown} tensors")
         grown = counts[-1] - counts[-13]
-        yield Measurement(
-            float(grown > 8), f"twelve calls with inputs of other sizes leave {grown}"
-        )
+        yield CaseError(float(grown > 8), f"twelve calls with inputs of other sizes leave {grown}")
         last = weakref.ref(t.layer)
         del t
         gc.collect()
-        yield Measurement(float(last() is not None), "the layer is kept after its last use")
+        yield CaseError(float(last() is not None), "the layer is kept after its last use")
     finally:
         gc.unfreeze()
 
 
-def _intra_op_threads(t: IntegerLayer, count: int) -> Measurements:
+def _intra_op_threads(t: IntegerLayer, count: int) -> CaseErrors:
     torch.set_num_threads(count)
     yield from t.one_pass()
 
 
-def _two_threads(t: IntegerLayer, calls: int = 4, gradients: bool = True) -> Measurements:
+def _two_threads(t: IntegerLayer, calls: int = 4, gradients: bool = True) -> CaseErrors:
     """One layer called by two threads."""
     problems = [t.problem(1), t.p] * calls
     inputs = [t.inputs(q) for q in problems]
@@ -197,7 +195,7 @@ def _two_threads(t: IntegerLayer, calls: int = 4, gradients: bool = True) -> Mea
         yield from t.compare({**found}, q, *found)
 
 
-def _backward_in_thread(t: IntegerLayer) -> Measurements:
+def _backward_in_thread(t: IntegerLayer) -> CaseErrors:
     x, g = t.inputs()
     y = t.layer(x)
     with ThreadPoolExecutor(1) as threads:
@@ -205,7 +203,7 @@ def _backward_in_thread(t: IntegerLayer) -> Measurements:
     yield from t.after_backward(x, y, t.p)
 
 
-THREADS: dict[str, Callable[[IntegerLayer], Measurements]] = {
+THREADS: dict[str, Callable[[IntegerLayer], CaseErrors]] = {
     "in two threads": _two_threads,
     "in two threads without gradients": lambda t: _two_threads(t, 20, gradients=False),
     "backward in another thread": _backward_in_thread,
@@ -221,7 +219,7 @@ def _threaded(candidate: Candidate) -> Iterator[tuple]:
 
 
 @check("threads", cases=_threaded, **EXACT)
-def threads(candidate: Candidate, case: Case, dtype: str, word: str) -> Measurements:
+def threads(candidate: Candidate, case: Case, dtype: str, word: str) -> CaseErrors:
     before = torch.get_num_threads()
     try:
         yield from THREADS[word](IntegerLayer(candidate, case, dtype))
@@ -261,7 +259,7 @@ def _generators() -> dict[str, Any]:
     "global state unchanged",
     cases=lambda c: c.thinned(5, [*SMALL_LAYERS, *THREADED_LAYERS], DTYPES),
 )
-def global_state(candidate: Candidate, case: Case, dtype: str) -> Measurements:
+def global_state(candidate: Candidate, case: Case, dtype: str) -> CaseErrors:
     """From the construction of a layer to its deletion. What nn.Conv2d prints or warns of is
     allowed; log messages, as those of torch.compile, are ignored."""
     threads, logged = torch.get_num_threads(), logging.root.manager.disable
@@ -274,7 +272,7 @@ def global_state(candidate: Candidate, case: Case, dtype: str) -> Measurements:
     finally:
         torch.set_num_threads(threads)
         logging.disable(logged)
-    yield Measurement(float(bool(effects)), "; ".join(sorted(effects)))
+    yield CaseError(float(bool(effects)), "; ".join(sorted(effects)))
 
 
 def _effects(candidate: Candidate, case: Case, dtype: str) -> set[str]:

@@ -19,8 +19,8 @@ from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case, Problem
 from cnntrain.lab.verify.check import (
     EXACT,
     Candidate,
-    Measurement,
-    Measurements,
+    CaseError,
+    CaseErrors,
     arrays,
     check,
     collected,
@@ -33,7 +33,7 @@ from cnntrain.lab.verify.numerics import expected
 
 
 @check("modes in any order", cases=small_layers(MODES, MODES, step=11), **EXACT)
-def modes(candidate: Candidate, case: Case, dtype: str, first: str, then: str) -> Measurements:
+def modes(candidate: Candidate, case: Case, dtype: str, first: str, then: str) -> CaseErrors:
     layer = IntegerLayer(candidate, case, dtype)
     for mode in (first, then, "train"):
         yield from layer.one_pass(mode=mode)
@@ -70,7 +70,7 @@ CHANGES: dict[str, Callable[[nn.Conv2d, dict[str, Tensor]], Any]] = {
 )
 def changed_parameters(
     candidate: Candidate, case: Case, dtype: str, change: str, before: str, after: str
-) -> Measurements:
+) -> CaseErrors:
     t = IntegerLayer(candidate, case, dtype)
     yield from t.one_pass(mode=before)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def changed_parameters(
     yield from t.one_pass(q, after)
 
 
-def _other_sizes(t: IntegerLayer) -> Measurements:
+def _other_sizes(t: IntegerLayer) -> CaseErrors:
     *batch, height, width = t.case.size
     sizes = [(*batch, height + 1, width), (*batch, height, width + 3), (7, height, width)]
     if t.case.padding and width != height:  # the same number of pixels in another shape
@@ -87,7 +87,7 @@ def _other_sizes(t: IntegerLayer) -> Measurements:
     return t.passes(*(t.problem(size=size) for size in order))
 
 
-def _same_memory(t: IntegerLayer) -> Measurements:
+def _same_memory(t: IntegerLayer) -> CaseErrors:
     """A loader may fill one buffer again and again."""
     q, (x, g) = t.problem(1), t.inputs()
     yield from t.compare(results(t.layer, x, g), t.p)
@@ -96,26 +96,26 @@ def _same_memory(t: IntegerLayer) -> Measurements:
     yield from t.compare(results(t.layer, x, g), q)
 
 
-def _two_layers(t: IntegerLayer) -> Measurements:
+def _two_layers(t: IntegerLayer) -> CaseErrors:
     others = [(t.candidate.layer(q, t.dtype), q) for q in (t.problem(1, 1), t.p)]
     yield from _interleaved(t, [(t.layer, t.p), *others])
 
 
-def _interleaved(t: IntegerLayer, pairs: list[tuple[nn.Conv2d, Problem]]) -> Measurements:
+def _interleaved(t: IntegerLayer, pairs: list[tuple[nn.Conv2d, Problem]]) -> CaseErrors:
     """All outputs, then all gradients."""
     passes = [(layer, p, x := t.inputs(p)[0], layer(x)) for layer, p in pairs]
     for layer, p, x, y in passes:
         yield from t.differentiated(y, [x, *parameters(layer)], p)
 
 
-def _moved(t: IntegerLayer) -> Measurements:
+def _moved(t: IntegerLayer) -> CaseErrors:
     for dtype in (*DTYPES, *DTYPES[1::2]):
         t.dtype = getattr(torch, dtype)
         t.layer.to(t.dtype)
         yield from t.passes(t.p)
 
 
-def _functional_call(t: IntegerLayer) -> Measurements:
+def _functional_call(t: IntegerLayer) -> CaseErrors:
     q = t.problem(1, 1)
     for p, given in ((t.p, None), (q, t.new_parameters(q)), (t.p, None)):
         used: dict[str, Any] = given or dict(t.layer.named_parameters())
@@ -123,13 +123,13 @@ def _functional_call(t: IntegerLayer) -> Measurements:
         yield from t.differentiated(functional_call(t.layer, used, (x,)), [x, *tensors], p)
 
 
-def _graph_twice(t: IntegerLayer) -> Measurements:
+def _graph_twice(t: IntegerLayer) -> CaseErrors:
     y = t.layer(x := t.inputs()[0])
     for p in (t.p, replace(t.p, g=t.problem(1).g), t.p):
         yield from t.differentiated(y, [x, *parameters(t.layer)], p, retain_graph=True)
 
 
-def _accumulated(t: IntegerLayer) -> Measurements:
+def _accumulated(t: IntegerLayer) -> CaseErrors:
     x, g = t.inputs()
     for _ in range(3):
         t.layer(x).backward(g)
@@ -137,7 +137,7 @@ def _accumulated(t: IntegerLayer) -> Measurements:
     yield from t.compare(found, replace(t.p, g=3 * t.p.g))
 
 
-def _input_changed(t: IntegerLayer) -> Measurements:
+def _input_changed(t: IntegerLayer) -> CaseErrors:
     """Between forward and backward: autograd raises, or the backward does not need the input."""
     leaf, g = t.inputs()
     x = leaf * 1
@@ -148,7 +148,7 @@ def _input_changed(t: IntegerLayer) -> Measurements:
         yield from t.after_backward(leaf, y, t.p)
 
 
-def _output_changed(t: IntegerLayer) -> Measurements:
+def _output_changed(t: IntegerLayer) -> CaseErrors:
     """By ReLU(inplace=True), before the backward."""
     x, g = t.inputs()
     output = expected(t.p)[OUTPUT]
@@ -158,7 +158,7 @@ def _output_changed(t: IntegerLayer) -> Measurements:
     yield from compare(collected(t.layer, x, y), right, 1.0, t.dtype)
 
 
-def _many_calls(t: IntegerLayer) -> Measurements:
+def _many_calls(t: IntegerLayer) -> CaseErrors:
     """Thirty calls, of which ten outputs are kept: none may reuse the memory of another, and an
     implementation that benchmarks several algorithms in its first calls has chosen one."""
     problems, made = [t.problem(i) for i in range(7)], []
@@ -172,7 +172,7 @@ def _many_calls(t: IntegerLayer) -> Measurements:
         yield from t.compare(dict(zip(expected(p), tensors, strict=True)), p)
 
 
-def _many_outputs(t: IntegerLayer) -> Measurements:
+def _many_outputs(t: IntegerLayer) -> CaseErrors:
     problems = [t.problem(i) for i in range(7)]
     with torch.no_grad():
         made = [(p, t.layer(t.inputs(p)[0])) for p in problems * 2]
@@ -180,7 +180,7 @@ def _many_outputs(t: IntegerLayer) -> Measurements:
         yield from t.compare({OUTPUT: y}, p, OUTPUT)
 
 
-def _other_options(t: IntegerLayer) -> Measurements:
+def _other_options(t: IntegerLayer) -> CaseErrors:
     """nn.Conv2d reads its options at each call."""
     yield from t.passes(t.p)
     options: dict[str, Any] = {"stride": (1, 2), "dilation": (2, 1), "padding": (1, 2)}
@@ -198,7 +198,7 @@ def _other_options(t: IntegerLayer) -> Measurements:
     yield from t.passes(t.p)
 
 
-HISTORIES: dict[str, Callable[[IntegerLayer], Measurements]] = {
+HISTORIES: dict[str, Callable[[IntegerLayer], CaseErrors]] = {
     "after inputs of other sizes": _other_sizes,
     "after another input of the same size": lambda t: t.passes(
         *(t.problem(number) for number in (0, 1, 0))
@@ -221,12 +221,12 @@ HISTORIES: dict[str, Callable[[IntegerLayer], Measurements]] = {
 
 
 @check("no state between calls", cases=small_layers(HISTORIES, step=3), **EXACT)
-def history(candidate: Candidate, case: Case, dtype: str, name: str) -> Measurements:
+def history(candidate: Candidate, case: Case, dtype: str, name: str) -> CaseErrors:
     yield from HISTORIES[name](IntegerLayer(candidate, case, dtype))
 
 
 @check("results share no memory", cases=small_layers())
-def shared(candidate: Candidate, case: Case, dtype: str) -> Measurements:
+def shared(candidate: Candidate, case: Case, dtype: str) -> CaseErrors:
     """Activations and optimizers work in place on results, which may change no other tensor."""
     layer = (t := IntegerLayer(candidate, case, dtype)).layer
     x, g = t.inputs()
@@ -239,12 +239,12 @@ def shared(candidate: Candidate, case: Case, dtype: str) -> Measurements:
         for name, values in {"output": y, **made}.items():
             for other, u in known.items():
                 same = values.untyped_storage().data_ptr() == u.untyped_storage().data_ptr()
-                yield Measurement(float(same), f"{name}{call} shares memory with the {other}")
+                yield CaseError(float(same), f"{name}{call} shares memory with the {other}")
             known[name] = values
 
 
 @check("bitwise repeatable", cases=small_layers())
-def repeated(candidate: Candidate, case: Case, dtype: str) -> Measurements:
+def repeated(candidate: Candidate, case: Case, dtype: str) -> CaseErrors:
     """For any seed, and in evaluation mode as well."""
     if candidate.device.type != "cpu" and case.padding_mode in ("reflect", "replicate"):
         return  # on a GPU, PyTorch adds up the gradients of these paddings in any order
@@ -255,7 +255,7 @@ def repeated(candidate: Candidate, case: Case, dtype: str) -> Measurements:
     for mode in (True, False, True):
         for quantity, values in arrays(results(layer.train(mode), x, g)).items():
             same = np.array_equal(values, first[quantity])
-            yield Measurement(float(not same), f"{quantity} has other bits")
+            yield CaseError(float(not same), f"{quantity} has other bits")
 
 
 SUBSETS = [
@@ -265,7 +265,7 @@ SUBSETS = [
 
 
 @check("only required gradients", cases=small_layers(SUBSETS, step=3), **EXACT)
-def required_gradients(candidate: Candidate, case: Case, dtype: str, needs: str) -> Measurements:
+def required_gradients(candidate: Candidate, case: Case, dtype: str, needs: str) -> CaseErrors:
     layer = (t := IntegerLayer(candidate, case, dtype)).layer
     x, g = t.inputs()
     tensors = {INPUT: x, **dict(zip((WEIGHT, BIAS), parameters(layer), strict=False))}
@@ -273,16 +273,16 @@ def required_gradients(candidate: Candidate, case: Case, dtype: str, needs: str)
         values.requires_grad_(quantity in needs)
     y = layer(x)
     right = any(values.requires_grad for values in tensors.values())
-    yield Measurement(float(y.requires_grad != right), f"the output's requires_grad is {not right}")
+    yield CaseError(float(y.requires_grad != right), f"the output's requires_grad is {not right}")
     if right:
         y.backward(g)
     for quantity, values in tensors.items():
         if quantity not in needs:
-            yield Measurement(float(values.grad is not None), f"there is a {quantity}")
+            yield CaseError(float(values.grad is not None), f"there is a {quantity}")
     found = collected(layer, x, y)
     yield from t.compare(found, t.p, OUTPUT, *(q for q in found if q in needs))
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y = layer(x)
         text = f"the output under {mode.__name__} requires a gradient"
-        yield Measurement(float(y.requires_grad), text)
+        yield CaseError(float(y.requires_grad), text)

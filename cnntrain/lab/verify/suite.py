@@ -23,10 +23,10 @@ from torch import nn
 
 import cnntrain
 from cnntrain.config import ConfigError
-from cnntrain.lab.verify import interface, numerics, rounding, side_effects, state
+from cnntrain.lab.verify import interface, numerics, probes, rounding, side_effects, state
 from cnntrain.lab.verify.check import Candidate, Check, CheckResult
 
-MODULES = (numerics, rounding, state, side_effects, interface)
+MODULES = (numerics, rounding, state, side_effects, interface, probes)
 CHECKS: list[Check] = [c for m in MODULES for c in vars(m).values() if isinstance(c, Check)]
 CHECKS.sort(key=lambda c: c is not side_effects.global_state)  # first: others may change settings
 
@@ -95,7 +95,8 @@ def verify(
             ``rounding_budget`` (docs/convolutions.md).
         cases: number of random layers; default 1000, in the short form 200.
         seed: of the random layers and of all numbers.
-        short: a small part of the grid and of the large layers, and no use of PyTorch's compiler.
+        short: a small part of the grid and of the large layers, without checkpointing, which
+            imports PyTorch's compiler.
         only: run only the checks whose name contains this.
         device: 'cpu', 'cuda', 'cuda:1', ...: device of the layers. Oracles run on the CPU.
         json: path that the report is written to.
