@@ -24,12 +24,12 @@ def main() -> None:
 
 
 def _dry_run(cfg: DictConfig) -> None:
-    """A report that cannot be written is not to be found out a minute later."""
+    """Whether the report can be written, before a minute of checks."""
     if cfg.json in (None, "-"):
         return
     path = Path(cfg.json)
     if len(path.name.encode()) > 255 or (path.parent.is_dir() and not writable(path.parent)):
-        raise ConfigError([f"json={path}: cannot be written; name a file in a folder of yours"])
+        raise ConfigError([f"json={path}: cannot be written; choose a writable folder"])
 
 
 def _verify(cfg: DictConfig) -> None:
@@ -48,10 +48,10 @@ def _verify(cfg: DictConfig) -> None:
         shown.append(line)
         numbers = f"{line.cases:,}", f"{line.error:.2g}", f"{line.budget:g}", line.unit
         text = _row([line.name, *numbers], left_out)
-        said = "ok" if line.passed else f"FAILS on {line.failed:,}, the smallest {line.failure}"
-        fits = len(text) + 2 + len(said) <= width()
+        verdict = "ok" if line.passed else f"FAILS on {line.failed:,}, the smallest {line.failure}"
+        fits = len(text) + 2 + len(verdict) <= width()
         print(text, end="  " if fits else "\n  ")
-        paragraph(said)
+        paragraph(verdict)
         for note in line.notes:
             paragraph(f"  not supported, not required: {note}")
         if line.rerun:  # on one line, to be pasted
@@ -67,6 +67,6 @@ def _verify(cfg: DictConfig) -> None:
 
 
 def _row(cells: Sequence[str], left_out: Sequence[str]) -> str:
-    """A line of the report, without the columns that are left out."""
+    """A line of the report without some columns."""
     named = zip(COLUMNS.items(), cells, strict=True)
     return "".join(f"{cell:{form}}" for (name, form), cell in named if name not in left_out)

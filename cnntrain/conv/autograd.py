@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from cnntrain.conv.algorithm import Algorithm
-from cnntrain.conv.geometry import Amounts, Geometry, Pair
+from cnntrain.conv.geometry import Pair
 from cnntrain.conv.torch_compat import gradient_is_needed
 
 # In this module `how` is a Geometry, an Algorithm, and the zeros at each side of the input. The
@@ -59,14 +58,8 @@ class Forward(Function):
 
     @staticmethod
     @_signed
-    def forward(
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        algorithm: Algorithm,
-        zeros: Amounts,
-    ) -> Tensor:
+    def forward(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+        geometry, algorithm, zeros = how
         y = _run(algorithm.padded_forward, x, w, bias, geometry, zeros)
         return y.clone() if is_compiling() and bias is None else y
 
@@ -133,14 +126,8 @@ class GradInput(_Gradient):
 
     @staticmethod
     @_signed
-    def forward(
-        g: Tensor,
-        w: Tensor,
-        input_size: Pair,
-        geometry: Geometry,
-        algorithm: Algorithm,
-        zeros: Amounts,
-    ) -> Tensor:
+    def forward(g: Tensor, w: Tensor, input_size: Pair, *how: Any) -> Tensor:
+        geometry, algorithm, zeros = how
         return _run(algorithm.padded_grad_input, g, w, input_size, geometry, zeros)
 
     @staticmethod
@@ -170,14 +157,8 @@ class GradWeight(_Gradient):
 
     @staticmethod
     @_signed
-    def forward(
-        g: Tensor,
-        x: Tensor,
-        kernel_size: Pair,
-        geometry: Geometry,
-        algorithm: Algorithm,
-        zeros: Amounts,
-    ) -> Tensor:
+    def forward(g: Tensor, x: Tensor, kernel_size: Pair, *how: Any) -> Tensor:
+        geometry, algorithm, zeros = how
         return _run(algorithm.padded_grad_weight, g, x, kernel_size, geometry, zeros)
 
     @staticmethod

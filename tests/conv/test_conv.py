@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.signal
 import torch
-from convolutions import GRID, OperatorNames, every_backend, our_backend, randn, twin
+from convolutions import GRID, OperatorNames, every_backend, layer_like, our_backend, randn
 from torch import nn
 
 from cnntrain.conv import Conv2d, Geometry, Im2colConv2d
@@ -22,7 +22,7 @@ def test_output_is_nn_conv2ds_over_the_grid(backend):
     for case in GRID:
         for bias in (True, False):
             reference = nn.Conv2d(4, 8, **case, bias=bias, dtype=torch.float64)
-            y = twin(backend, reference, 4, 8, **case, bias=bias)(x)
+            y = layer_like(backend, reference, 4, 8, **case, bias=bias)(x)
             torch.testing.assert_close(y, reference(x), msg=lambda m, c=case: f"{c}: {m}")
             assert y.is_contiguous()
 
@@ -115,7 +115,7 @@ def test_autocast_casts_before_the_algorithm_and_gives_float32_gradients(backend
 def test_layouts_unbatched_and_empty_inputs(backend, groups):
     options = {"padding": 1, "stride": (1, 2), "groups": groups}
     reference = nn.Conv2d(4, 6, 3, **options, dtype=torch.float64)
-    ours, x = twin(backend, reference, 4, 6, 3, **options), randn(5, 4, 6, 8)
+    ours, x = layer_like(backend, reference, 4, 6, 3, **options), randn(5, 4, 6, 8)
     inputs = {
         "channels_last": x.contiguous(memory_format=torch.channels_last),
         "transposed": x.transpose(2, 3),
@@ -175,7 +175,7 @@ def test_a_new_backend_is_three_functions():
         algorithm = Native()
 
     reference, x = nn.Conv2d(4, 4, 3, padding=1, groups=2, dtype=torch.float64), randn(2, 4, 6, 6)
-    ours = twin(MyConv2d, reference, 4, 4, 3, padding=1, groups=2)
+    ours = layer_like(MyConv2d, reference, 4, 4, 3, padding=1, groups=2)
     torch.testing.assert_close(ours(x), reference(x))
 
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from convolutions import GRID, OperatorNames, every_backend, our_backend, randn, twin
+from convolutions import GRID, OperatorNames, every_backend, layer_like, our_backend, randn
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
@@ -61,7 +61,7 @@ GEOMETRIES = [
 def test_gradients_are_nn_conv2ds_over_the_grid(backend):
     for case in GRID[::7]:  # 7 divides no length of the grid's axes, so all their values occur
         reference = nn.Conv2d(4, 8, **case, dtype=torch.float64)
-        ours = twin(backend, reference, 4, 8, **case)
+        ours = layer_like(backend, reference, 4, 8, **case)
         x, x_ours = (randn(2, 4, 7, 8).requires_grad_() for _ in range(2))
         y = reference(x)
         g = randn(*y.shape, seed=1)
@@ -80,7 +80,7 @@ def test_gradients_are_nn_conv2ds_over_the_grid(backend):
 def test_gradients_through_padding_modes(backend, mode):
     options = {"padding": (2, 1), "padding_mode": mode}
     reference = nn.Conv2d(3, 2, 3, **options, dtype=torch.float64)
-    ours, x = twin(backend, reference, 3, 2, 3, **options), randn(2, 3, 5, 6).requires_grad_()
+    ours, x = layer_like(backend, reference, 3, 2, 3, **options), randn(2, 3, 5, 6).requires_grad_()
     g = randn(2, 2, 7, 6, seed=1)
     (mine,) = torch.autograd.grad(ours(x), x, g)
     (theirs,) = torch.autograd.grad(reference(x), x, g)
@@ -135,7 +135,7 @@ def test_second_derivatives_through_padding_modes(backend, mode, padding):
 @pytest.mark.parametrize("needs", SUBSETS)
 def test_every_subset_of_gradients(backend, needs):
     conv = backend(2, 3, 3, padding=1, dtype=torch.float64)
-    reference, x = twin(nn.Conv2d, conv, 2, 3, 3, padding=1), randn(2, 2, 4, 4)
+    reference, x = layer_like(nn.Conv2d, conv, 2, 3, 3, padding=1), randn(2, 2, 4, 4)
 
     def grads(module):
         wanted = [x.clone(), module.weight, module.bias]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from convolutions import every_backend, our_backend, randn, twin
+from convolutions import every_backend, layer_like, our_backend, randn
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -77,7 +77,7 @@ def compiled(conv, compiler="aot_eager"):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_behind_may_write_in_place(backend, bias):
     reference, x = nn.Conv2d(2, 3, 2, bias=bias, dtype=torch.float64), randn(2, 2, 3, 3)
-    ours = twin(backend, reference, 2, 3, 2, bias=bias)
+    ours = layer_like(backend, reference, 2, 3, 2, bias=bias)
     given = []
     for function in (reference, ours, *([] if bias else [compiled(ours)])):
         leaf = x.clone().requires_grad_()
@@ -219,5 +219,5 @@ def test_gradient_of_each_sample_and_of_each_model(backend):
         return each_sample, each_model
 
     torch.testing.assert_close(
-        losses(twin(backend, reference, 4, 6, 3, **options)), losses(reference)
+        losses(layer_like(backend, reference, 4, 6, 3, **options)), losses(reference)
     )

@@ -45,7 +45,7 @@ def primitives(algorithm, x, w, g, geometry):
 
 
 def expected(x, w, g, geometry, padding=0):
-    """PyTorch's own three, which the seven loops and scipy confirm in test_conv.py."""
+    """PyTorch's own three functions, tested against other oracles in test_conv.py."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     how = geometry.stride, padding, geometry.dilation, geometry.groups
     y = nn.functional.conv2d(x, w, None, *how)

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from convolutions import every_backend, randn, twin
+from convolutions import every_backend, layer_like, randn
 from torch import nn
 from torch.func import functional_call
 
@@ -107,7 +107,7 @@ def test_no_input_channels_are_an_error():  # nn.Conv2d gives an output of no ch
 @pytest.mark.parametrize("steps", [{"stride": (2,)}, {"dilation": (2,)}, {"padding": (2,)}])
 def test_one_number_in_a_tuple_is_for_both(backend, steps):
     reference, x = nn.Conv2d(3, 4, 3, **steps, dtype=torch.float64), randn(2, 3, 7, 8)
-    torch.testing.assert_close(twin(backend, reference, 3, 4, 3, **steps)(x), reference(x))
+    torch.testing.assert_close(layer_like(backend, reference, 3, 4, 3, **steps)(x), reference(x))
 
 
 @every_backend

@@ -30,7 +30,9 @@ def randn(*size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torc
     return torch.randn(*size, generator=generator, dtype=dtype)
 
 
-def twin(backend: type[nn.Conv2d], conv: nn.Conv2d, *args: object, **options: object) -> nn.Conv2d:
+def layer_like(
+    backend: type[nn.Conv2d], conv: nn.Conv2d, *args: object, **options: object
+) -> nn.Conv2d:
     other = backend(*args, **options, dtype=conv.weight.dtype)
     other.load_state_dict(conv.state_dict())
     return other
