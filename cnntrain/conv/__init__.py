@@ -6,11 +6,7 @@ from cnntrain.conv.im2col import Im2colConv2d
 from cnntrain.conv.module import Conv2d, NativeConv2d
 from cnntrain.conv.naive import NaiveConv2d
 
-BACKENDS = {
-    "native": NativeConv2d,
-    "im2col": Im2colConv2d,
-    "naive": NaiveConv2d,
-}
+BACKENDS = {"native": NativeConv2d, "im2col": Im2colConv2d, "naive": NaiveConv2d}
 
 __all__ = [
     "BACKENDS",

@@ -19,16 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cnntrain.lab.verify.cases import (
-    BIAS,
-    INPUT,
-    OUTPUT,
-    WEIGHT,
-    Case,
-    Expected,
-    Problem,
-    corners,
-)
+from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case, Expected, Problem, corners
 from cnntrain.lab.verify.check import (
     WITHOUT,
     Candidate,
@@ -42,13 +33,7 @@ from cnntrain.lab.verify.check import (
     collected,
     compare,
 )
-from cnntrain.lab.verify.layers import (
-    DTYPES,
-    NON_FINITE,
-    SMALL_LAYERS,
-    network_layers,
-    size_cases,
-)
+from cnntrain.lab.verify.layers import DTYPES, NON_FINITE, SMALL_LAYERS, network_layers, size_cases
 from cnntrain.lab.verify.numerics import all_random, each_quantity, expected, some_cases
 
 FACTORS = {"input": "x", "weight": "w", "output gradient": "g"}
