@@ -95,11 +95,11 @@ def test_cases_and_seed():
 
 
 def test_only_takes_part_of_a_name():
-    report = verify(NaiveConv2d, cases=3, only="Weight gradient, r")
+    report = verify(NaiveConv2d, cases=3, only="Weight gradient, ra")
     assert [line.name for line in report.lines] == ["weight gradient, random layers"]
     assert report.summary().startswith(
         "cnntrain.conv.naive.NaiveConv2d passes the 1 checks run, of 60 "
-        "(only=Weight gradient, r, cases=3, "
+        "(only=Weight gradient, ra, cases=3, "
     )
 
 
