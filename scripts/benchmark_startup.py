@@ -1,10 +1,9 @@
-"""How long it takes from a command to its first step, and what of that is importing libraries.
+"""Benchmark of the start-up time: from the command to the first saved step, and import time.
 
     python scripts/benchmark_startup.py --rounds 7 backend=im2col
 
-In turns: a process that imports torch and Lightning and ends at once, and a run, up to the moment
-when its first step has been made and saved; the data is in its cache. Machines are shared and
-noisy: of the seconds, the lowest mean most.
+In turns, a process that only imports torch and Lightning, and a run until the checkpoint of its
+first step is written; the data is cached. On a shared machine the lowest times mean most.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 TRAIN = Path(__file__).parents[1] / "train.py"
 
 
-def imports() -> float:
+def import_seconds() -> float:
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-c", "import os, torch, lightning.pytorch; os._exit(0)"], check=True
@@ -26,8 +25,8 @@ def imports() -> float:
     return time.perf_counter() - started
 
 
-def first_step(options: list[str]) -> float:
-    """Seconds until last.ckpt is there, which the first step writes."""
+def first_step_seconds(options: list[str]) -> float:
+    """Seconds until the first step has written last.ckpt."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, str(TRAIN), f"hydra.run.dir={folder}/run", "trainer.max_epochs=1"),
@@ -40,7 +39,7 @@ def first_step(options: list[str]) -> float:
             time.sleep(0.002)
         seconds = time.perf_counter() - started
         if process.wait():
-            sys.exit(f"{' '.join(command)} has failed")
+            sys.exit(f"failed: {' '.join(command)}")
     return seconds
 
 
@@ -51,16 +50,15 @@ def main() -> None:
     arguments = parser.parse_args()
     pairs = []
     for number in range(arguments.rounds + 1):
-        pairs.append((imports(), first_step(arguments.options)))
-        if number == 0:
-            pairs.clear()  # the first one has read the files from the disk
-            continue
-        print("round {}: imports {:.2f} s, first step after {:.2f} s".format(number, *pairs[-1]))
-    bare, whole = (min(column) for column in zip(*pairs, strict=True))
-    over = [after - before for before, after in pairs]
+        pair = import_seconds(), first_step_seconds(arguments.options)
+        if number:  # the first round reads the files from the disk
+            pairs.append(pair)
+            print("round {}: imports {:.2f} s, first step after {:.2f} s".format(number, *pair))
+    imports, first = (min(column) for column in zip(*pairs, strict=True))
+    difference = statistics.median(after - before for before, after in pairs)
     print(
-        f"lowest: imports {bare:.2f} s, first step after {whole:.2f} s, {whole - bare:.2f} s more; "
-        f"median of the differences {statistics.median(over):.2f} s"
+        f"lowest: imports {imports:.2f} s, first step after {first:.2f} s, "
+        f"{first - imports:.2f} s more; median of the differences {difference:.2f} s"
     )
 
 

@@ -1,10 +1,10 @@
-"""What TensorBoard's pictures, histograms, curves and all cost of a run's time.
+"""Benchmark of TensorBoard logging: the share of a run's time that its callback takes.
 
     python scripts/benchmark_tensorboard.py --epochs 10 backend=im2col
 
-One run with the default recipe and everything on; the seconds spent in each hook of
-`cnntrain.training.Insights`, and their share of all. Two runs, one with and one without, differ by
-more than that from noise alone; so the clock stands inside.
+One run of the default recipe with everything logged. The time of each hook of
+`cnntrain.training.Insights` is measured within the run, because the difference between a run with
+and one without the callback is below the noise between runs.
 """
 
 import argparse
@@ -23,18 +23,18 @@ ONCE = ("begin", "on_train_batch_start", "on_test_end")
 EVERY_EPOCH = ("on_before_optimizer_step", "on_validation_epoch_end", "on_train_epoch_end")
 
 
-def timed(seconds: dict[str, float]) -> None:
-    """Let every hook add up the time that it takes."""
+def time_hooks(seconds: dict[str, float]) -> None:
+    """Make every hook add its time to `seconds`."""
     for name in (*ONCE, *EVERY_EPOCH):
         hook = getattr(Insights, name)
 
         @wraps(hook)
         def called(*arguments: Any, hook: Any = hook, name: str = name) -> Any:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             try:
                 return hook(*arguments)
             finally:
-                seconds[name] += time.perf_counter() - begun
+                seconds[name] += time.perf_counter() - start
 
         setattr(Insights, name, called)
 
@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("cnntrain").setLevel(logging.WARNING)
     seconds: dict[str, float] = defaultdict(float)
-    timed(seconds)
+    time_hooks(seconds)
     options = [
         "trainer=cpu",
         "trainer.progress_bar=false",
@@ -57,8 +57,8 @@ def main() -> None:
     for names, what in ((ONCE, "once"), (EVERY_EPOCH, "in all epochs")):
         for name in names:
             print(f"{name:28}{seconds[name] * 1000:9.1f} ms {what}")
-    whole = sum(seconds.values())
-    print(f"{whole:.2f} s of {result.seconds:.1f} s: {whole / result.seconds:.2%}")
+    total = sum(seconds.values())
+    print(f"{total:.2f} s of {result.seconds:.1f} s: {total / result.seconds:.2%}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""How fast cnntrain trains beside a bare PyTorch loop and the usual DataLoader script.
+"""Benchmark of training speed against a plain PyTorch loop and a common Lightning script.
 
     python scripts/benchmark_training.py --rounds 5 --batch-sizes 64 512
     python scripts/benchmark_training.py --device cuda --epochs 20 --batch-sizes 512 2048 \
         --contenders bare native native+graphs im2col im2col+graphs naive naive+graphs
 
-In one process and in turns, each contender trains LeNet-5 on the 55,000 training images for an
-epoch, or several, and validates on the other 5,000 after each:
+In one process and in turns, each contender trains LeNet-5 on 55,000 images for one or several
+epochs, and validates on the other 5,000 after each:
 
-- native, im2col, naive: `cnntrain.training.train` with that backend, as a user runs it, with its
-  default recipe, all logging and checkpoints;
-- +augmented: with mirror images, crops and erasing, as experiment=lenet5 has them;
+- native, im2col, naive: `cnntrain.training.train` with that backend and the default recipe, with
+  all logging and checkpoints;
+- +augmented: with horizontal flips, crops and erasing, as in experiment=lenet5;
 - +graphs: with trainer.cuda_graphs=true scheduler.cycle_momentum=false;
-- bare: a PyTorch loop over float tensors on the device, the shortest that does the job;
+- bare: a minimal PyTorch loop over float tensors on the device;
 - usual: a Lightning script with torchvision's dataset, ToTensor, Normalize, a DataLoader with its
   defaults, and torchmetrics.
 
-What counts is the wall time from the start of fitting to its end; and, where there are several
-epochs, that of the median epoch, in which nothing is done for the first time, and no pictures are
-written (that is after 1, 2, 4, 8, ... epochs). Machines are shared and noisy: only the ratios mean
-something.
+Reported are the wall time of fitting per epoch, and the time of the median epoch, which has no
+first-time work and no pictures (those are written after 1, 2, 4, 8, ... epochs). On a shared
+machine only the ratios are meaningful.
 """
 
 from __future__ import annotations
@@ -58,14 +57,14 @@ from cnntrain.training import train
 CONTENDERS = [*BACKENDS, "bare", "usual"]
 VARIANTS = {
     "augmented": ["data.hflip=0.5", "data.crop=1", "data.erase=0.1"],
-    # The update as well, for which Adam's betas must stay as they are.
+    # The optimizer step is captured too, which needs constant betas of Adam.
     "graphs": ["trainer.cuda_graphs=true", "scheduler.cycle_momentum=false"],
 }
 CHOICES = [*CONTENDERS, *(f"{backend}+{variant}" for backend in BACKENDS for variant in VARIANTS)]
 
 
 class Seconds(NamedTuple):
-    """Of an epoch: what a run takes, by its epochs, and its median epoch."""
+    """Seconds per epoch: the mean over a run, and the median epoch."""
 
     run: float
     epoch: float
@@ -77,7 +76,7 @@ class Seconds(NamedTuple):
 
 
 class Clock(lightning.Callback):
-    """When the epochs begin, and the last one ends."""
+    """Records when the epochs start, and when the last one ends."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -94,7 +93,7 @@ class Clock(lightning.Callback):
 
 
 def cnntrain_run(contender: str, batch_size: int, data: str, device: str, epochs: int) -> Seconds:
-    """(a) A run with its default recipe."""
+    """A run of cnntrain with the default recipe."""
     backend, *variants = contender.split("+")
     cfg = compose(
         [
@@ -114,7 +113,7 @@ def cnntrain_run(contender: str, batch_size: int, data: str, device: str, epochs
 def bare_loop(
     sets: dict[str, tuple[Tensor, Tensor]], batch_size: int, device: str, epochs: int
 ) -> Seconds:
-    """(b) The shortest loop that does the same job."""
+    """A minimal PyTorch loop."""
     images, labels = (tensor.to(device) for tensor in sets["train"])
     val_images, val_labels = (tensor.to(device) for tensor in sets["val"])
     network = LeNet5().to(device)
@@ -139,7 +138,7 @@ def bare_loop(
 
 
 class UsualModule(lightning.LightningModule):
-    """What a tutorial writes."""
+    """The Lightning module of a tutorial."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +218,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("cnntrain").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore")  # among others: that the usual script should have workers
+    warnings.simplefilter("ignore")  # such as: the DataLoader should have workers
     floats, raw = load(arguments.data)
     rows = []
     for batch_size in arguments.batch_sizes:
@@ -251,8 +250,7 @@ def main() -> None:
 
 
 def summary(batch_size: int, seconds: dict[str, list[Seconds]], images: int) -> list[dict]:
-    """Medians of each contender, and the median over the rounds of how many times as fast as
-    others it is."""
+    """Median times of each contender, and its speed relative to others within a round."""
     rows = []
     for name, taken in seconds.items():
         row: dict[str, Any] = {"batch_size": batch_size, "contender": name}

@@ -1,4 +1,4 @@
-"""A page in a real browser: opened, read through its shadow roots and looked at.
+"""Chromium driven by selenium: open a page, query it through shadow roots, take screenshots.
 
 Needs Chromium and its driver (Debian: chromium, chromium-driver) and selenium.
 """
@@ -27,11 +27,11 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
     "--hide-scrollbars",
-    "--enable-unsafe-swiftshader",  # WebGL without a GPU: the projector, the charts of Time Series
+    "--enable-unsafe-swiftshader",  # WebGL without a GPU, for the projector and Time Series
 ]
 
-# All elements that are visible, through shadow roots and frames of the same origin. `place` is
-# where an element lies in the window, the frames around it included.
+# Visible elements, through shadow roots and frames of the same origin. `place` is the bounding box
+# of an element in the window.
 WALK = """
 function* walk(root) {
   if (root.shadowRoot) yield* walk(root.shadowRoot);
@@ -42,14 +42,14 @@ function* walk(root) {
     if (e.tagName === 'IFRAME' && e.contentDocument) yield* walk(e.contentDocument);
   }
 }
-function all(path, root = document) {  // 'a >>> b': every b that is in an a or in its shadow
+function all(path, root = document) {  // 'a >>> b': every b within an a or its shadow root
   let found = [root];
   for (const selector of path.split('>>>').map(s => s.trim()))
     found = [...new Set(found.flatMap(r => [...walk(r)].filter(e => e.matches(selector))))];
   return found;
 }
 function drawn(path) { return (path.getAttribute('d') || '').split(/[ML]/).length - 1; }
-function text(e) {  // of an element, slots and shadows left out
+function text(e) {  // of an element, without slots and shadow roots
   return e.textContent.replace(/\\s+/g, ' ').trim();
 }
 function place(e) {
@@ -65,7 +65,7 @@ function place(e) {
 
 
 def wait(look: Callable[[], Any], fault: str, seconds: float = 30) -> Any:
-    """What `look` gives, as soon as it is something; AssertionError after so many seconds."""
+    """The first truthy result of `look`; AssertionError after this many seconds."""
     end = time.monotonic() + seconds
     while True:
         if found := look():
@@ -76,7 +76,7 @@ def wait(look: Callable[[], Any], fault: str, seconds: float = 30) -> Any:
 
 
 class Browser:
-    """Chromium with one page; `name` is what its screenshots and its errors are called."""
+    """Chromium with one page; `name` is used for its screenshots and errors."""
 
     def __init__(self, shots: Path | None = None, size: tuple[int, int] = (1400, 900)):
         self.shots, self.size, self.name = shots, size, "page"
@@ -87,7 +87,7 @@ class Browser:
         for flag in [*FLAGS, f"--user-data-dir={self.profile.name}"]:
             options.add_argument(flag)
         self.chrome = webdriver.Chrome(options=options, service=Service(str(CHROMEDRIVER)))
-        width, height = self.size  # of the page; --window-size has the window's frame in it
+        width, height = self.size  # of the page; --window-size includes the window's frame
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         return self
@@ -97,7 +97,7 @@ class Browser:
         self.profile.cleanup()
 
     def load(self, address: str) -> None:
-        self.chrome.get("about:blank")  # or nothing is loaded where only the fragment differs
+        self.chrome.get("about:blank")  # a new fragment alone would load nothing
         self.chrome.get(address)
 
     def js(self, script: str, *arguments: Any) -> Any:
@@ -110,7 +110,7 @@ class Browser:
         return wait(lambda: self.js(script, *arguments), f"{self.name}: {script} {arguments}")
 
     def wait_texts(self, selector: str, wanted: set[str]) -> None:
-        """Until all of these texts stand there."""
+        """Wait until all of these texts are shown."""
 
         def missing() -> set[str]:
             return wanted - set(self.texts(selector))
@@ -123,14 +123,14 @@ class Browser:
             ) from None
 
     def shot(self) -> np.ndarray:
-        """The window's pixels (height, width, 3); a file, too."""
+        """A screenshot (height, width, 3), also written to `shots`."""
         png = self.chrome.get_screenshot_as_png()
         if self.shots:
             (self.shots / f"{self.name}.png").write_bytes(png)
         return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
     def drawn(self, place: list[float]) -> tuple[int, int]:
-        """How many pixels there have a colour, and how many another one than most have."""
+        """In a box: the number of coloured pixels, and of those unlike the most common one."""
         x, y, width, height = map(round, place)
         part = self.shot()[max(y, 0) : y + height, max(x, 0) : x + width].reshape(-1, 3).astype(int)
         _, counts = np.unique(part, axis=0, return_counts=True)
@@ -138,5 +138,5 @@ class Browser:
         return int(coloured.sum()), len(part) - int(counts.max())
 
     def errors(self) -> list[str]:
-        """What the browser has to complain about since this was last asked."""
+        """Severe messages of the browser's log since the last call."""
         return [e["message"] for e in self.chrome.get_log("browser") if e["level"] == "SEVERE"]

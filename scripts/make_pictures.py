@@ -1,9 +1,9 @@
-"""The README's pictures that are taken in a real browser.
+"""Screenshots of the report and of TensorBoard for the docs.
 
     python scripts/make_pictures.py --sweep outputs/sweeps/compare --run outputs/mine
 
-Of a sweep its report and its HParams tab, of a run what TensorBoard shows of it. Needs Chromium and
-its driver (Debian: chromium, chromium-driver) and selenium.
+Of a sweep the report and the HParams tab, of a run the other tabs of TensorBoard. Needs Chromium
+and its driver (Debian: chromium, chromium-driver) and selenium.
 """
 
 import argparse
@@ -19,7 +19,7 @@ PICTURES = Path(__file__).parent / "pictures"
 
 
 def report(sweep: Path, height: int) -> None:
-    """The upper part of the page that `cnntrain report` has written."""
+    """The top of the page that `cnntrain report` has written."""
     page = (sweep / "report/report.html").absolute().as_uri()
     with Browser(PICTURES, (1200, height)) as browser:
         browser.name = "report"
@@ -28,17 +28,17 @@ def report(sweep: Path, height: int) -> None:
 
 
 def hparams(sweep: Path) -> None:
-    """TensorBoard's HParams tab over the sweep's folder."""
+    """TensorBoard's HParams tab of a sweep."""
     with Server(sweep) as address, Board(address, shots=PICTURES, size=(1400, 700)) as board:
         board.open("hparams")
-        time.sleep(15)  # it reads the event files
+        time.sleep(15)  # for reading the event files
         board.open("hparams")
         time.sleep(5)
         board.shot()
 
 
 def tabs(run: Path) -> None:
-    """What TensorBoard shows of a run."""
+    """TensorBoard's other tabs of a run."""
     with tempfile.TemporaryDirectory() as folder:
         shots = Path(folder)
         with Server(run) as address, Board(address, shots=shots, size=(1200, 800)) as board:
@@ -52,7 +52,7 @@ def tabs(run: Path) -> None:
             board.shot()
             board.tabs({"projector"})
             board.open("projector")
-            time.sleep(15)  # it computes the components
+            time.sleep(15)  # for computing the components
             board.shot()
         for tab in ("custom_scalars", "images", "graphs", "projector"):
             shutil.copy(shots / f"{tab}.png", PICTURES / f"{tab}.png")
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sweep", type=Path)
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--height", type=int, default=1400, help="of the report that is shown")
+    parser.add_argument("--height", type=int, default=1400, help="of the screenshot of the report")
     arguments = parser.parse_args()
     if arguments.sweep:
         report(arguments.sweep, arguments.height)

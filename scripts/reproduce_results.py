@@ -1,11 +1,11 @@
-"""The test accuracies of the README: each recipe with several seeds, as a sweep.
+"""Test accuracies in docs/results.md: each recipe with several seeds, as a sweep.
 
     python scripts/reproduce_results.py
     python scripts/reproduce_results.py --recipes lenet5_quick --seeds 3 --at-once 1
 
-A recipe is chosen on validation images; each of its runs meets the test set with the weights of its
-last epoch, whatever they are, once as the images are and once averaged with their mirror images.
-The sweeps are outputs/sweeps/results_<recipe>: the same command again goes on with them.
+Recipes are chosen on validation images. Each run is tested with the weights of its last epoch, with
+and without averaging over horizontal flips. The sweeps are outputs/sweeps/results_<recipe>; the same
+command resumes them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ RECIPES = {
 
 
 def sweep(recipe: str, seeds: int, at_once: int, folder: Path, options: Sequence[str]) -> None:
-    """Trains what of it is not trained yet."""
+    """Train the members that are not completed."""
     launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={at_once}"] if at_once > 1 else []
     command = [
         *(sys.executable, str(TRAIN), "-m", *RECIPES[recipe], *options),
@@ -46,9 +46,9 @@ def sweep(recipe: str, seeds: int, at_once: int, folder: Path, options: Sequence
 
 
 def row(recipe: str, folder: Path) -> list[str]:
-    """A line of the table, of all members of a sweep."""
+    """The row of a recipe in the table."""
     members = collect(folder).members
-    plain, mirrored, validated, seconds = [], [], [], []
+    plain, flipped, validated, seconds = [], [], [], []
     for member in members:
         assert member.status == "completed", member
         trained = load_trained(member.directory, "last")
@@ -56,12 +56,12 @@ def row(recipe: str, folder: Path) -> list[str]:
         assert trained.cfg.trainer.test_checkpoint == "last", trained
         plain.append(member.metrics["test/acc"])
         validated.append(member.metrics["val/acc"])
-        mirrored.append(evaluate_trained(trained, tta="flip").accuracy)
+        flipped.append(evaluate_trained(trained, tta="flip").accuracy)
         seconds.append(member.seconds or 0.0)
     parameters = sum(p.numel() for p in trained.network.parameters())
     return [
         f"`{' '.join(RECIPES[recipe])}`",
-        *map(spread, (plain, mirrored, validated)),
+        *map(spread, (plain, flipped, validated)),
         str(len(members)),
         f"{parameters:,}",
         str(trained.cfg.trainer.max_epochs),
@@ -80,24 +80,24 @@ def spread(shares: Sequence[float]) -> str:
 HEAD = [
     "recipe",
     "test accuracy %",
-    "with mirror images %",
+    "with flips averaged %",
     "validation %",
     "n",
     "parameters",
     "epochs",
-    "a run, on one thread",
+    "time, one thread",
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
-    parser.add_argument("--seeds", type=int, default=5, help="0 to this, without it")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="runs in parallel")
     parser.add_argument("--folder", type=Path, default=Path("outputs/sweeps"))
     parser.add_argument("options", nargs="*", help="of all runs, such as backend=im2col")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as the members had
+    torch.set_num_threads(1)  # as in the members
     rows = []
     for recipe in arguments.recipes:
         folder = arguments.folder / f"results_{recipe}"

@@ -1,4 +1,4 @@
-"""TensorBoard's pages in a real browser: a server over runs, and what each tab is to show."""
+"""TensorBoard in a browser: its server, and checks of what each tab shows."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from browser import Browser, wait
 
 
 class Server:
-    """A TensorBoard on a port of its own choice."""
+    """A TensorBoard server on a free port."""
 
     def __init__(self, logdir: Path, *options: str):
         self.logdir, self.options = logdir, options
@@ -21,7 +21,7 @@ class Server:
     def __enter__(self) -> str:
         script = "from tensorboard.main import run_main; run_main()"
         where = ["--logdir", str(self.logdir), "--host", "127.0.0.1", "--port", "0"]
-        # Not a pipe, which would have to be emptied.
+        # A file, because a pipe that is not read would fill up.
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, "-c", script, *where, *self.options], stderr=self.log
@@ -47,7 +47,7 @@ class Server:
 
 
 def either(tags: set[str]) -> str:
-    """A regular expression for these tags. TensorBoard reads it in JavaScript."""
+    """A regular expression, in JavaScript's syntax, for these tags."""
     return "|".join(f"^{re.escape(tag)}$" for tag in sorted(tags))
 
 
@@ -59,9 +59,9 @@ class Board(Browser):
         self.address = address
 
     def open(self, tab: str, tags: str = "", query: str = "") -> None:
-        """A tab, with the tags alone that the regular expression matches.
+        """Open a tab, filtered by a regular expression for tags.
 
-        A filter also opens the section that has them: of others the first three are open.
+        The filter also expands the section; without it only the first three are expanded.
         """
         self.name = tab
         angular = tab == "timeseries"
@@ -72,9 +72,9 @@ class Board(Browser):
         self.load(f"{self.address}{'?' + query if query else ''}#{fragment}")
 
     def wait_cards(self, kind: str, measure: str, wanted: dict[str, Any]) -> None:
-        """Until there is a card for each of these tags and `measure` of it is as wanted.
+        """Wait until each of these tags has a card whose `measure` is as wanted.
 
-        A card may be seen twice: once in a section of those that the filter lets pass.
+        A card may appear twice: once in the section of filtered tags.
         """
         script = f"""return all('{kind}').map(card => [
             all('.heading-label.name', card).map(text)[0], {measure}])"""
@@ -87,10 +87,10 @@ class Board(Browser):
         except AssertionError:
             raise AssertionError(f"{self.name}: {seen()}, not {wanted}") from None
 
-    # The tabs. Each waits until what it is asked for is shown; AssertionError if it never is.
+    # One method a tab: waits until the tab shows what is asked for, else AssertionError.
 
     def tabs(self, wanted: set[str]) -> None:
-        """The tabs that have something to show. The projector's comes some seconds late."""
+        """Wait until these tabs are active; the projector is some seconds late."""
 
         def active() -> set[str]:
             return set(
@@ -105,7 +105,7 @@ class Board(Browser):
         wait(lambda: wanted <= active(), f"not all of {sorted(wanted)}")
 
     def scalars(self, tags: set[str], points: int) -> None:
-        """A line for each tag, with so many points."""
+        """A line for each tag, with this many points."""
         self.open("scalars", either(tags))
         self.wait_cards(
             "tf-scalar-card",
@@ -117,11 +117,11 @@ class Board(Browser):
         self.open("timeseries", either({tag}))
         self.wait_texts("scalar-card tb-truncated-path", {tag})
         where = self.wait("return all('scalar-card .series-view canvas').map(place)[0]")
-        # The canvas is drawn by a worker, through WebGL: so it is looked at. All else is grey.
+        # A worker draws the canvas through WebGL, so its pixels are checked. The rest is grey.
         wait(lambda: self.drawn(where)[0] > 100, "timeseries: no line has been drawn")
 
     def custom_scalars(self, charts: dict[str, int]) -> None:
-        """Charts by their title, with how many lines each has."""
+        """Charts by title, with the number of their lines."""
         self.open("custom_scalars")
         self.wait_cards(
             "tf-custom-scalar-multi-line-chart-card",
@@ -130,7 +130,7 @@ class Board(Browser):
         )
 
     def images(self, sizes: dict[str, tuple[int, int]]) -> None:
-        """Images by their tag, each loaded and of this size."""
+        """Images by tag, loaded, with their sizes."""
         self.open("images", either(set(sizes)))
         self.wait_cards(
             "tf-image-loader",
@@ -156,14 +156,14 @@ class Board(Browser):
         )
 
     def graphs(self, names: list[str], wanted: set[str]) -> None:
-        """Opens nodes by their full names, one after the other; `wanted` must then be there."""
+        """Expand nodes by their full names, in turn; then the nodes `wanted` must be shown."""
         self.open("graphs")
         for name in names:
             self.wait(
                 """const name = n => n.__data__?.node.name, called = arguments[0];
                    const find = () => all('g.nodes > g.node').find(n => name(n) === called);
                    const node = find(), open = () => find().classList.contains('expanded');
-                   if (node && !open())  // its shape listens, not itself; it may be too early
+                   if (node && !open())  // the shape has the listener, maybe later
                      node.querySelector('.nodecolortarget').dispatchEvent(
                        new MouseEvent('dblclick', {bubbles: true, view: window}));
                    return node && open()""",
@@ -177,10 +177,10 @@ class Board(Browser):
             wait(lambda: wanted <= seen(), "")
         except AssertionError:
             raise AssertionError(f"graphs: {sorted(wanted)} not all in {sorted(seen())}") from None
-        time.sleep(1)  # it glides there; for the picture only
+        time.sleep(1)  # for the animation; only for screenshots
 
     def text(self, tag: str, cells: set[str]) -> None:
-        """Cells of a table in Markdown, which TensorBoard puts into a cell of its own."""
+        """Cells of a Markdown table, which TensorBoard nests in a table of its own."""
         self.open("text", either({tag}))
         self.wait_texts("tf-text-loader >>> .heading-label.name", {tag})
         self.wait_texts("tf-text-loader >>> table table th, table table td", cells)
@@ -194,11 +194,11 @@ class Board(Browser):
         )
 
     def projector(self, points: int, dimensions: int, columns: set[str]) -> None:
-        self.tabs({"projector"})  # a page shows the tabs that were active when it was loaded
+        self.tabs({"projector"})  # a page shows the tabs that are active when it is loaded
         self.open("projector")
         self.wait_texts(".numDataPoints", {str(points)})
         self.wait_texts(".dim", {str(dimensions)})
-        # The sprite is a texture, there is no <img>.
+        # The sprite is a texture, not an <img>.
         sprite = self.wait(
             """const p = all('vz-projector')[0], s = p?.dataSet?.spriteAndMetadataInfo;
                const i = s?.spriteImage;
@@ -211,17 +211,17 @@ class Board(Browser):
         )
         assert rows * across >= points, sprite
         assert columns <= set(sprite["columns"]), sprite
-        # Behind a dialogue, which darkens all, components are computed.
+        # A dialogue is shown while the components are computed.
         self.wait(
             """return all('#total-variance').some(e => /\\d%/.test(text(e)))
                  && !all('iron-overlay-backdrop, .notify-msg').length"""
         )
         where = self.js("return all('#scatter').map(place)[0]")
-        enough = 0.02 * where[2] * where[3]  # without them: axes and icons
+        enough = 0.02 * where[2] * where[3]  # more than axes and icons
         wait(lambda: self.drawn(where)[1] > enough, "projector: nothing has been drawn")
 
     def hparams(self, rows: list[dict[str, str]]) -> None:
-        """Rows of the table view; only the columns that are asked for."""
+        """Rows of the table view, compared in the given columns."""
         self.open("hparams")
 
         def table() -> list[dict[str, str]]:

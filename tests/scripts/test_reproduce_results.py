@@ -1,4 +1,4 @@
-"""The script behind the README's accuracies: that its table says what its runs have measured."""
+"""scripts/reproduce_results.py: its table has the values that its runs measured."""
 
 import json
 import os
@@ -29,11 +29,11 @@ def test_the_table_is_of_the_last_weights_of_all_seeds(tmp_path: Path) -> None:
     results = [json.loads((run / "result.json").read_text()) for run in runs]
     assert [result["tested_epoch"] for result in results] == [2, 2]
     plain = [100 * result["metrics"]["test/acc"] for result in results]
-    mirrored = [100 * evaluate(run, checkpoint="last", tta="flip").accuracy for run in runs]
+    flipped = [100 * evaluate(run, checkpoint="last", tta="flip").accuracy for run in runs]
     lines = (tmp_path / "outputs/sweeps/results.md").read_text().splitlines()
     assert len(lines) == 3
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    wanted = [f"{statistics.mean(a):.2f} ± {statistics.stdev(a):.2f}" for a in (plain, mirrored)]
+    wanted = [f"{statistics.mean(a):.2f} ± {statistics.stdev(a):.2f}" for a in (plain, flipped)]
     assert cells[0] == "`experiment=lenet5_quick`"
     assert cells[1:3] == wanted
     assert cells[4:7] == ["2", "65,886", "2"]
