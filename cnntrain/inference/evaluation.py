@@ -20,7 +20,7 @@ from cnntrain.interruption import interruptible
 from cnntrain.terminal import png_html, table_html
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.insights import worst
-from cnntrain.training.outcome import Outcome, answer
+from cnntrain.training.metrics import Predictions, kept
 from cnntrain.training.trainer import Precision
 
 MAX_MISTAKES = 40  # reported and drawn
@@ -49,7 +49,7 @@ class Evaluation:
     tta: str | None
     loss: float  # mean over the images
     accuracy: float  # from 0 to 1
-    outcome: Outcome
+    outcome: Predictions
     images: Tensor  # uint8 (N, C, H, W), as stored in the data set
     positions: Tensor  # index of each image in the files of the data set (N,)
 
@@ -182,13 +182,13 @@ def evaluate_trained(
             logits = network(images)
             loss += float(criterion(logits, labels)) * len(labels)
             correct += int((logits.argmax(1) == labels).sum())
-            answers.append((answer(logits), labels))
+            answers.append((kept(logits), labels))
     count = len(loader.labels)
     if not math.isfinite(loss):
         raise CheckpointError(
             f"{trained.checkpoint}: with these weights, on {trained.backend}, the loss is {loss}"
         )
-    outcome = Outcome.of(answers, data.num_classes)
+    outcome = Predictions.of(answers, data.num_classes)
     positions = torch.arange(count) if split == "test" else torch.from_numpy(data.split()[1])
     stored = loader.stored().cpu()
     return Evaluation(

@@ -1,12 +1,11 @@
-"""From a config to a finished run."""
+"""Training: the `train` function, losses, schedules, optimizers and callbacks."""
 
 from cnntrain.training.building import dry_run
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.distributed import ProcessLost
 from cnntrain.training.insights import Insights
-from cnntrain.training.muon import Muon
 from cnntrain.training.nan_guard import NonFiniteError
-from cnntrain.training.objective import CrossEntropy, HalfSquaredError, OneCycle, WarmupCosine
+from cnntrain.training.optim import CrossEntropy, HalfSquaredError, Muon, OneCycle, WarmupCosine
 from cnntrain.training.profile import Profile
 from cnntrain.training.result import Result
 from cnntrain.training.run import Pruned, train

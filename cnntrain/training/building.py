@@ -15,9 +15,9 @@ from cnntrain.data import ImageData
 from cnntrain.process_info import ProcessInfo
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import ProcessEnvironment
+from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.insights import Insights
 from cnntrain.training.nan_guard import NaNGuard
-from cnntrain.training.record import Record
 from cnntrain.training.step_graph import CUDAGraphs
 from cnntrain.training.tensorboard import TensorBoard
 from cnntrain.training.trainer import Trainer
@@ -74,13 +74,13 @@ def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
         )
 
 
-def build_record(cfg: DictConfig, directory: Path, data: ImageData) -> Record:
+def build_record(cfg: DictConfig, directory: Path, data: ImageData) -> EpochLog:
     """The metrics.csv and TensorBoard logger of rank 0."""
     board = TensorBoard(directory)
     if "tensorboard" not in cfg:  # ~tensorboard, or a run of an earlier version
-        return Record(directory, board, Insights.none(board=board, data=data))
+        return EpochLog(directory, board, Insights.none(board=board, data=data))
     with as_config_error("tensorboard"):
-        return Record(directory, board, build(cfg.tensorboard, board=board, data=data))
+        return EpochLog(directory, board, build(cfg.tensorboard, board=board, data=data))
 
 
 def build_trainer(
@@ -89,7 +89,7 @@ def build_trainer(
     directory: Path,
     data: ImageData,
     module: Classifier,
-    record: Record | None = None,
+    record: EpochLog | None = None,
     further: Sequence[lightning.Callback] = (),
 ) -> Trainer:
     """The trainer of one rank; rank 0 has a record and `further` callbacks."""

@@ -1,7 +1,7 @@
-"""Checkpoint files: written whole or not at all, checked when read, and never code.
+"""Checkpoint files: atomic, with a SHA-256 checksum, loaded without executing code.
 
-A file is what `torch.save` writes of plain containers: a zip archive, whose comment holds the
-SHA-256 sum of everything before it. So `torch.load` and any zip program read it as they are.
+A file is what `torch.save` writes, a zip archive, with the checksum of all bytes before as its
+comment. So `torch.load` and any zip program can read it.
 """
 
 import hashlib
@@ -21,36 +21,33 @@ from cnntrain.terminal import NoTraceback
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the content; to be raised when older versions could not make sense of it
+FORMAT = 1  # of the content; to be raised when earlier versions cannot read it
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 Content = dict[str, Any]
 
 _MARK = b"cnntrain sha256 "
 _COMMENT = len(_MARK) + 64
-_END_OF_ARCHIVE = b"PK\x05\x06"  # then 16 bytes and the comment's length, a 16-bit integer
+_END_OF_ARCHIVE = b"PK\x05\x06"  # followed by 16 bytes and the comment's length, a 16-bit integer
 
 
 class CheckpointError(NoTraceback, Exception):
-    """A checkpoint cannot be used; the message names the file and says why, in one line."""
+    """A checkpoint cannot be used; the message names the file and the reason, in one line."""
 
 
 class DamagedError(CheckpointError):
-    """A file is missing, cut off or altered."""
+    """A file is missing, truncated or altered."""
 
 
 def write(path: Path, content: Content, *, keep: Path | None = None) -> None:
-    """Put a checkpoint in the place of the one that is there, once it is on the disk.
-
-    `keep` is the name that the one before it is to have from then on.
+    """Write a checkpoint atomically, replacing the file that is there or renaming it to `keep`.
 
     Raises:
-        CheckpointError: It holds something else than plain containers, tensors and numbers.
         OSError: It cannot be written; the file that was there stays.
     """
     buffer = io.BytesIO()
     torch.save({**content, "format": FORMAT, "cnntrain_version": cnntrain.__version__}, buffer)
-    data = _sealed(buffer.getvalue())
+    data = _with_checksum(buffer.getvalue())
     with replacing(path, keep=keep) as file:
         file.write(data)
 
@@ -60,14 +57,20 @@ def read(path: Path) -> Content:
 
     Raises:
         DamagedError: The file is missing, or not as it was written.
-        CheckpointError: It holds Python objects, which could run code, or is of a newer format.
+        CheckpointError: It holds Python objects, which could run code, or has a newer format.
         OSError: It cannot be read.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise DamagedError(f"{path}: is missing") from None
-    _check_seal(path, data)
+    body, comment = data[:-_COMMENT], data[-_COMMENT:]
+    if not comment.startswith(_MARK):
+        raise DamagedError(
+            f"{path}: is cut off, or was not written by cnntrain: it has no checksum"
+        )
+    if comment[len(_MARK) :] != hashlib.sha256(body).hexdigest().encode():
+        raise DamagedError(f"{path}: is damaged: its checksum is wrong")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -88,42 +91,31 @@ def read(path: Path) -> Content:
 
 
 def newest(folder: Path) -> tuple[Path, Content] | None:
-    """The newest checkpoint in a run's folder `checkpoints` that is whole; None without one.
+    """The newest intact checkpoint in a folder `checkpoints`, or None.
 
-    A damaged one is named in a warning and set aside, so that it never takes the place of the
-    good one before it. Raises as `read` does for what is not damage.
+    A damaged one is renamed, with a warning, so that it never replaces the one before it. Raises as
+    `read` does for any other problem.
     """
     if not any(folder.glob("*.ckpt*")):
-        return None  # none was ever written
+        return None
     for path, before in ((folder / LAST, folder / PREVIOUS), (folder / PREVIOUS, None)):
         try:
             content = read(path)
             if "position" in content:
                 return path, content
-            said = f"{path}: holds weights only"  # a copy of best.ckpt
+            problem = f"{path}: holds weights only"  # a copy of best.ckpt
         except DamagedError as error:
-            said = str(error)
+            problem = str(error)
         if path.exists():
-            aside = path.with_name(f"{path.name}.damaged")
-            path.replace(aside)
-            said += f" (set aside as {aside.name})"
+            renamed = path.replace(path.with_name(f"{path.name}.damaged"))
+            problem += f" (renamed to {renamed.name})"
         then = f"the one before it is used, {before}" if before else "starting from the beginning"
-        log.warning(f"{said}; {then}")
+        log.warning(f"{problem}; {then}")
     return None
 
 
-def _sealed(archive: bytes) -> bytes:
-    """A zip archive without comment, with its own checksum as the comment."""
-    assert archive[-22:-18] == _END_OF_ARCHIVE, "torch.save has always ended so"
+def _with_checksum(archive: bytes) -> bytes:
+    """A zip archive without comment, with its checksum as the comment."""
+    assert archive[-22:-18] == _END_OF_ARCHIVE, "not what torch.save wrote in earlier versions"
     body = archive[:-2] + struct.pack("<H", _COMMENT)
     return body + _MARK + hashlib.sha256(body).hexdigest().encode()
-
-
-def _check_seal(path: Path, data: bytes) -> None:
-    body, comment = data[:-_COMMENT], data[-_COMMENT:]
-    if not comment.startswith(_MARK):
-        raise DamagedError(
-            f"{path}: is cut off, or was not written by cnntrain: it has no checksum"
-        )
-    if comment[len(_MARK) :] != hashlib.sha256(body).hexdigest().encode():
-        raise DamagedError(f"{path}: is damaged: its checksum is wrong")

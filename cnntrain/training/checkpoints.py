@@ -1,4 +1,4 @@
-"""When a run is saved, what of it, and how it goes on from there."""
+"""Checkpoint callback for bitwise resume, and the moving average of the weights."""
 
 import random
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -16,23 +16,34 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
 from cnntrain.training.distributed import any_stop, is_single_process
+from cnntrain.training.lightning_compat import set_progress
 from cnntrain.training.run_directory import conditions
 
 
 class Checkpoints(Checkpoint):
-    """Writes last.ckpt, from which a run goes on as if it had never stopped, and best.ckpt.
+    """Writes last.ckpt, from which a run resumes bitwise, and best.ckpt with the best weights only.
 
-    last.ckpt is written every so many epochs, steps or minutes, when an epoch is the best so far,
-    at the end, and when a signal asks to stop; the one before it stays as previous.ckpt. It holds
-    the best weights so far, too, so that it alone decides how the run ends. best.ckpt has only
-    these, for use elsewhere. With several processes, rank 0 writes what all have agreed to save.
+    last.ckpt is written at the given intervals, after an epoch that is the best so far, at the end
+    and on a signal; the one before is kept as previous.ckpt. It contains the best weights, too, so
+    that a resume needs no other file. In a distributed run, rank 0 writes.
+
+    Args:
+        folder: Where to write.
+        monitor: The metric that decides what is best, such as "val/acc".
+        average: The moving average, if the run has one.
+        every_n_epochs, every_n_steps, every_n_minutes: Intervals.
+
+    Attributes:
+        facts: Further content, set before fitting.
+        best: Epoch, value and state_dict of the best epoch.
+        weights: The state_dict as last saved, of the average if there is one.
     """
 
     def __init__(
         self,
         folder: Path,
         monitor: str,
-        average: "Average | None" = None,
+        average: "EMA | None" = None,
         *,
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
@@ -41,37 +52,37 @@ class Checkpoints(Checkpoint):
         self.folder, self.monitor, self.average = folder, monitor, average
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.every_n_minutes = every_n_minutes
-        self.facts: Content = {}  # what else is to be written, of the run as a whole
-        self.best: dict[str, Any] | None = None  # epoch, value and state_dict
-        self.weights: dict[str, Any] = {}  # those that a run evaluates, as last saved
+        self.facts: Content = {}
+        self.best: dict[str, Any] | None = None
+        self.weights: dict[str, Tensor] = {}
         self.resumed: Content | None = None
-        self.better = False  # the epoch just validated is the best
-        self.step = 0  # the last optimizer step seen
-        self.epoch, self.batch = 0, 0  # where the next step is
+        self.better = False  # the last epoch is the best
+        self.step = 0  # the last optimizer step
+        self.epoch, self.batch = 0, 0  # of the next batch
 
     def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
         self.resumed, self.best = checkpoint, checkpoint["best"]
         self.weights = checkpoint["state_dict"]
         if self.best and trainer.is_global_zero:
-            self._write_best()  # the file may be missing, damaged, or ahead of this checkpoint
+            self._write_best()  # the file may be missing, damaged or newer than this checkpoint
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        interruption.install()  # Lightning has just put its own handler of SIGTERM in front
+        interruption.install()  # Lightning has just replaced the handler of SIGTERM
         self.saved = time.monotonic()
         self.step, self.epoch = trainer.global_step, trainer.current_epoch
         if self.resumed:
             self.batch = self.resumed["position"]["batch"]
-            if self.batch < trainer.num_training_batches:  # else only validation is left
+            if self.batch < trainer.num_training_batches:  # else only the validation is left
                 trainer.train_dataloader.start_at(self.batch)
-            trainer.should_stop = self.resumed["should_stop"]  # early stopping has said so
+            trainer.should_stop = self.resumed["should_stop"]  # by early stopping
             restore_generators(self.resumed["generators"])
             self.resumed = None
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self.step:
-            return  # gradients are being accumulated: there is nothing to go on from
+            return  # accumulated gradients are not saved
         self.step, self.batch = trainer.global_step, batch_idx + 1
         minutes = (time.monotonic() - self.saved) / 60
         due = self.every_n_steps is not None and self.step % self.every_n_steps == 0
@@ -84,12 +95,12 @@ class Checkpoints(Checkpoint):
     def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         signum = any_stop(False)[1]
         if signum is not None and not trainer.sanity_checking:
-            if self.average is not None:  # validation has put the averaged weights in their place
+            if self.average is not None:  # undo the swap for validation
                 self.average.on_validation_epoch_end(trainer, module)
-            self._save(trainer)  # validation will begin anew
+            self._save(trainer)  # a resume repeats the validation
             _check(signum)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         stage = self.monitor.partition("/")[0]
         value = module.totals[stage].metrics(stage)[self.monitor]
         sign = 1 if self.monitor.endswith("acc") else -1
@@ -105,15 +116,13 @@ class Checkpoints(Checkpoint):
         _check(signum)
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
-        position = {"epoch": self.epoch, "batch": self.batch}
-        loops = checkpoint["loops"]["fit_loop"]
-        _set_progress(loops, trainer.num_training_batches, trainer.global_step, **position)
+        set_progress(checkpoint, trainer, self.epoch, self.batch)
         self.weights = {name: t.detach().clone() for name, t in checkpoint["state_dict"].items()}
         if self.better and self.best:
             self.best["state_dict"] = self.weights
         checkpoint.update(
             self.facts,
-            position=position,
+            position={"epoch": self.epoch, "batch": self.batch},
             should_stop=trainer.should_stop,
             generators=generators(),
             best=self.best,
@@ -125,7 +134,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.folder / LAST)
         if trainer.is_global_zero:
             if first:
-                read(self.folder / LAST)  # says so now if a state is of a kind that is not loaded
+                read(self.folder / LAST)  # raises now for a state that could not be loaded
             if self.better:
                 self._write_best()
         self.saved = time.monotonic()
@@ -137,7 +146,7 @@ class Checkpoints(Checkpoint):
 
 
 def _check(signum: int | None) -> None:
-    """Raise Interrupted if a signal has come; with several processes, if all know of it."""
+    """Raise Interrupted after a signal; in a distributed run, once all ranks know of it."""
     if is_single_process():
         interruption.check()
     elif signum is not None:
@@ -146,7 +155,7 @@ def _check(signum: int | None) -> None:
 
 
 class CheckpointFiles(CheckpointIO):
-    """Lightning's way to the files."""
+    """Lightning's access to checkpoint files."""
 
     def save_checkpoint(self, checkpoint: Content, path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -162,48 +171,60 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class Average(WeightAveraging):
-    """An exponential moving average of all weights and buffers, updated after every step.
+class EMA(lightning.Callback):
+    """Exponential moving average of weights and buffers, updated after every optimizer step.
 
-    It is what is validated, tested and called the run's weights; `decay` is the share that stays.
-    Lightning's callback swaps and saves it; the update is one kernel, for which nobody waits.
+    It replaces them in validation, in the test and as `state_dict` of checkpoints. Lightning's
+    `WeightAveraging` synchronises with the GPU at every step.
+
+    Args:
+        decay: Share of the average that an update keeps.
     """
 
     def __init__(self, decay: float):
-        super().__init__(use_buffers=True)
         self.update = get_ema_multi_avg_fn(decay)
+        self.average: dict[str, Tensor] = {}
+
+    def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
+        self.average = checkpoint["state_dict"]
+        module.load_state_dict(checkpoint["current_model_state"])
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        assert self._average_model is not None
-        # Lightning makes it before the network is on its device.
-        average = self._average_model.to(module.device).module
-        theirs = [*module.parameters(), *module.buffers()]
-        pairs = zip([*average.parameters(), *average.buffers()], theirs, strict=True)
-        self.averaged: list[tuple[Tensor, Tensor]] = []
-        self.copied: list[tuple[Tensor, Tensor]] = []  # counts, of which there is no average
-        for own, their in pairs:
-            fraction = own.is_floating_point() or own.is_complex()
-            (self.averaged if fraction else self.copied).append((own, their))
+        self.step, self.current = trainer.global_step, module.state_dict()
+        before = self.average or self.current
+        self.average = {n: before[n].to(t.device, copy=True) for n, t in self.current.items()}
 
-    @torch.no_grad()
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        step = trainer.global_step
-        if step == self._latest_update_step:
+        if trainer.global_step == self.step:
             return  # gradients are being accumulated
-        if self._latest_update_step:
-            own, theirs = map(list, zip(*self.averaged, strict=True))
-            self.update(own, theirs, None)
-        for kept, seen in self.copied if self._latest_update_step else self.averaged + self.copied:
-            kept.copy_(seen)
-        self._latest_update_step = step
+        pairs = [(self.average[name], t) for name, t in self.current.items()]
+        if self.step:
+            floats = [(a, t) for a, t in pairs if a.is_floating_point() or a.is_complex()]
+            self.update([a for a, _ in floats], [t for _, t in floats], self.step)
+            pairs = [(a, t) for a, t in pairs if not (a.is_floating_point() or a.is_complex())]
+        for average, current in pairs:
+            average.copy_(current)
+        self.step = trainer.global_step
+
+    def on_validation_epoch_start(self, trainer: Any, module: Any) -> None:
+        """Swap weights and average."""
+        for name, current in self.current.items():
+            swapped = current.clone()
+            current.copy_(self.average[name])
+            self.average[name].copy_(swapped)
+
+    on_validation_epoch_end = on_validation_epoch_start  # type: ignore[assignment]
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = self.average
 
 
 def generators() -> Content:
-    """The states of Python's, NumPy's and PyTorch's generators, as plain containers."""
-    version, numbers, gauss = random.getstate()
+    """The states of Python's, NumPy's and PyTorch's generators, as `weights_only` loads them."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
-        "python": [version, list(numbers), gauss],
+        "python": random.getstate(),
         "numpy": [name, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -211,7 +232,7 @@ def generators() -> Content:
 
 
 def restore_generators(states: Content) -> None:
-    """Let all generators go on from `states`; those of CUDA where there are as many devices."""
+    """Restore all generators; those of CUDA only if the number of devices is the same."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = states["numpy"]
@@ -221,35 +242,8 @@ def restore_generators(states: Content) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def _set_progress(loops: Content, batches: int, steps: int, epoch: int, batch: int) -> None:
-    """Write into Lightning's loops how far a run is, as they would say at the end of a batch.
-
-    A hook is called before they count what it is called for. Left so, they guess at what was
-    done, and after a resume within an epoch validate or count once too often.
-    """
-    within = batch > 0  # else between two epochs
-    done = {"ready": epoch, "started": epoch, "processed": epoch, "completed": epoch}
-    begun = {**done, "ready": epoch + 1, "started": epoch + 1} if within else done
-    loops["epoch_progress"] = {"total": begun, "current": dict(begun)}
-    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": steps}
-    total = epoch * batches + batch
-    loops["epoch_loop.batch_progress"] = {
-        "total": dict.fromkeys(done, total),
-        "current": dict.fromkeys(done, batch),
-        "is_last_batch": batch == batches,
-    }
-    # What Lightning takes for "in the middle of a validation": it is begun anew.
-    owed = int(batch == batches)
-    validation = {"ready": owed, "started": owed, "processed": 0, "completed": 0}
-    loops["epoch_loop.val_loop.batch_progress"] = {
-        "total": validation,
-        "current": dict.fromkeys(done, 0),
-        "is_last_batch": False,
-    }
-
-
 def shape_differences(saved: Content, wanted: Content) -> list[str]:
-    """What keeps weights from being loaded, a phrase for each tensor: (C, H, W) as 1x28x28."""
+    """Why a state_dict cannot be loaded, a phrase per tensor, with shapes as 1x28x28."""
 
     def shape(state: Content, name: str) -> str:
         return "x".join(map(str, state[name].shape)) or "a number" if name in state else "nothing"

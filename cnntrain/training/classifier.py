@@ -1,8 +1,9 @@
-"""A network in training: what one step does, and what is counted on the way."""
+"""The Lightning module: training and evaluation steps of an image classifier."""
 
+import contextlib
+import ctypes
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -14,22 +15,32 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cnntrain.config import as_config_error
 from cnntrain.training.distributed import all_gather, all_sum, is_single_process
-from cnntrain.training.outcome import Answers, Outcome, answer
-from cnntrain.training.step_graph import Recorder, StepGraph
-from cnntrain.training.tally import TOGETHER, Stage, Tally
-
-SEEDS = 64  # that are made at a time
+from cnntrain.training.metrics import Batches, Predictions, RunningMetrics, Stage, kept
+from cnntrain.training.step_graph import Recorder, StepGraph, is_fused
 
 
 class Classifier(lightning.LightningModule):
-    """Trains `network`, which makes logits (N, classes) of images (N, C, H, W).
+    """Trains a network that maps images (N, C, H, W) to logits (N, classes).
 
-    `optimizer` is called with the parameters, `scheduler` with the optimizer; one that asks for
-    `total_steps` moves at every update, any other once an epoch.
+    In a distributed run each process computes its part of a batch; the gradients are those of the
+    mean loss of the whole batch.
 
-    With several processes, each sees its part of a batch, and what they train is the mean loss
-    over the whole batch. `tallies` are then those of this process, `totals`, as of the end of an
-    evaluation, those of all; else they are the same. `outcome` is of the last evaluation.
+    Args:
+        network: The network.
+        loss: Mean loss of logits (N, classes) and labels (N,).
+        optimizer: Called with `params`.
+        scheduler: Called with `optimizer`. One that takes `total_steps` is stepped after every
+            update, any other after every epoch.
+        seed: Seed of dropout.
+
+    Attributes:
+        running: Metrics per stage, of this process.
+        totals: The same over all processes, as of the end of the last evaluation.
+        predictions: Those of the last evaluation.
+        last_loss: Loss of this process's part of the last batch.
+        step_loss, grad_norm: Loss of a whole batch and norm of its gradients before clipping, of
+            the last step that was logged.
+        recorder: Records CUDA graphs of the steps, if set.
     """
 
     def __init__(
@@ -45,19 +56,19 @@ class Classifier(lightning.LightningModule):
         self.network, self.loss = network, loss
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.seed = seed
-        self.tallies: dict[Stage, Tally] = {}
-        self.totals = self.tallies
-        self.answers: Answers = []  # of the evaluation that is going on, by this process
-        self.classes = 0  # that the network tells apart
-        self.outcome: Outcome | None = None
-        self.last_loss: Tensor | None = None  # of this process's part of the last batch
-        self.step_loss: Tensor | None = None  # of all of it, and the norm, where they are logged
+        self.running: dict[Stage, RunningMetrics] = {}
+        self.totals = self.running
+        self.batches: Batches = []  # of the current evaluation
+        self.classes = 0
+        self.predictions: Predictions | None = None
+        self.last_loss: Tensor | None = None
+        self.step_loss: Tensor | None = None
         self.grad_norm: Tensor | None = None
-        self.share = 1.0  # of this process in the last batch
-        self.resumed: dict[str, Any] | None = None  # of an epoch that was interrupted
-        self.recorder: Recorder | None = None  # where steps are recorded, to be replayed
+        self.share = 1.0  # of the last batch, in this process
+        self.resumed: dict[str, Any] | None = None  # state of an interrupted epoch
+        self.recorder: Recorder | None = None
         self.graph: StepGraph | None = None
-        self.replayed = False  # the last batch, and so its gradients are there already
+        self.replayed = False  # whether the last batch, gradients included, was a replay
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -65,14 +76,14 @@ class Classifier(lightning.LightningModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        return batch  # loaders make it there
+        return batch  # loaders create it on the device
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.schedule(int(self.trainer.estimated_stepping_batches))
         return [optimizer], [scheduler] if scheduler else []
 
     def schedule(self, total_steps: int) -> tuple[Optimizer, dict[str, Any] | None]:
-        """The optimizer, and the schedule of its learning rate over so many updates, if any."""
+        """The optimizer and its learning rate schedule over this number of steps."""
         optimizer = self.make_optimizer(params=self.network.parameters())
         if self.make_scheduler is None:
             return optimizer, None
@@ -83,55 +94,53 @@ class Classifier(lightning.LightningModule):
         return optimizer, {"scheduler": scheduler, "interval": "step" if every_step else "epoch"}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        tally = self.tallies["train"].state()
-        checkpoint["epoch_so_far"] = {"train": tally, "grad_norm": self.grad_norm}
+        state = self.running["train"].state()
+        checkpoint["epoch_so_far"] = {"train": state, "grad_norm": self.grad_norm}
         if not is_single_process():
-            on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in tally.items()}
+            on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
             checkpoint["epoch_so_far"]["of_all"] = all_gather(on_cpu)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.resumed = checkpoint["epoch_so_far"]
 
     def on_train_start(self) -> None:
-        together = 1 if self.recorder else TOGETHER  # what is recorded does the same every time
-        tally = self.tallies["train"] = Tally(self.device, together)
-        if self.resumed:  # an epoch that is gone on with does not start
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.running["train"] = RunningMetrics(self.device)
+        if self.resumed:  # within an epoch, whose start hook is not called again
             of_all = self.resumed.get("of_all")
-            tally.restore(of_all[self.global_rank] if of_all else self.resumed["train"])
+            state = of_all[self.global_rank] if of_all else self.resumed["train"]
+            self.running["train"].load_state(state)
             self.grad_norm = self.resumed["grad_norm"]
             self.resumed = None
         if self.recorder:
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+            optimizer, updates = self.trainer.optimizers[0], self._scaler is None
+            # A GradScaler changes its scale on the host, which a recorded update would not see.
             self.graph = StepGraph(
-                self._train,
-                self._gradients,
-                self.trainer.optimizers[0],
-                self.recorder,
-                updates=not scaled,  # for which a scaler has a new scale every time
+                self._train, self._backward, optimizer, self.recorder, updates=updates
             )
 
     def on_train_epoch_start(self) -> None:
-        self.tallies["train"].clear()
+        self.running["train"].clear()
 
     def on_validation_epoch_start(self) -> None:
-        self.tallies["val"], self.answers = Tally(self.device), []
+        self.running["val"], self.batches = RunningMetrics(self.device), []
 
     def on_test_epoch_start(self) -> None:
-        self.tallies["test"], self.answers = Tally(self.device), []
+        self.running["test"], self.batches = RunningMetrics(self.device), []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.reseed(self.current_epoch, batch_idx)
 
     def reseed(self, epoch: int, batch: int, rank: int | None = None) -> None:
-        """Make dropout a function of (seed, epoch, batch, rank), whatever was drawn before.
+        """Seed PyTorch's generators from (seed, epoch, batch, rank); default: this process's rank.
 
-        Where `rank` is not given, it is that of this process.
+        Dropout then depends on nothing that was drawn before, as bitwise resume requires.
         """
-        rank = self.global_rank if rank is None else rank
-        block, place = divmod(batch, SEEDS)
-        seed = batch_seeds(self.seed, epoch, block, rank)[place]
-        # Not torch.manual_seed: for every kind of device that is not there it keeps the call, with
-        # the stack as text, to make it once there is one.
+        key = [self.seed, epoch, batch, self.global_rank if rank is None else rank]
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+        # torch.manual_seed would queue a call, with its stack trace, for each kind of accelerator
+        # that is not initialised: memory that grows with every step.
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
@@ -140,26 +149,28 @@ class Classifier(lightning.LightningModule):
         replayed = self.graph(*batch) if self.graph else None
         self.replayed = replayed is not None
         loss = self._train(*batch) if replayed is None else replayed
-        self.tallies["train"].images += len(batch[1])
+        self.running["train"].images += len(batch[1])
         self.last_loss = loss.detach()
         if is_single_process():
             return loss
-        # What DDP makes of the gradients is their mean over the processes: parts of a batch that
-        # are not of one size must not count the same.
+        # DDP averages the gradients of all processes, whose parts of a batch may differ in size.
         self.share = len(batch[1]) / self.trainer.train_dataloader.size(batch_idx)  # type: ignore[union-attr]
         return loss * (self.share * self.trainer.world_size)
 
     def _train(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = self.network(images)
         loss: Tensor = self.loss(logits, labels)
-        self.tallies["train"].add(loss, logits, labels)
+        self.running["train"].add(loss, logits, labels)
         return loss
 
-    def _gradients(self, loss: Tensor) -> None:
-        """What Lightning does for a batch that is not replayed."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _backward(self, loss: Tensor) -> None:
+        """As Lightning does it for a batch that is not replayed."""
         with torch.autocast(self.device.type, enabled=False):
-            (scaler.scale(loss) if scaler else loss).backward()
+            (self._scaler.scale(loss) if self._scaler else loss).backward()
 
     def backward(self, loss: Tensor, *_: Any) -> None:
         if not self.replayed:
@@ -178,13 +189,13 @@ class Classifier(lightning.LightningModule):
     def _evaluate(self, stage: Stage, images: Tensor, labels: Tensor) -> None:
         if len(labels):  # a last batch may have fewer images than there are processes
             logits = self.network(images)
-            self.tallies[stage].add(self.loss(logits, labels), logits, labels)
-            self.tallies[stage].images += len(labels)
-            self.answers.append((answer(logits), labels))
+            self.running[stage].add(self.loss(logits, labels), logits, labels)
+            self.running[stage].images += len(labels)
+            self.batches.append((kept(logits), labels))
             self.classes = logits.shape[1]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        # Before clipping, and only where it will be shown.
+        # Before clipping, and only for steps that are logged.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.global_step + 1) % every == 0:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -195,48 +206,43 @@ class Classifier(lightning.LightningModule):
                 self.step_loss = torch.tensor(all_sum([float(self.last_loss) * self.share])[0])
 
     def gradient_scale(self, optimizer: Optimizer) -> Tensor | float:
-        """By what gradients are too large before a step, without waiting for the device: those of
-        float16 are scaled, and a fused optimizer divides them within its step."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None or not unscales(optimizer):
+        """Factor of the gradients before `optimizer.step`, without synchronisation: that of the
+        GradScaler if a fused optimizer unscales them within its step, otherwise 1."""
+        if self._scaler is None or not is_fused(optimizer):
             return 1.0
-        scale: Tensor = scaler.scale(torch.ones((), device=self.device))
+        scale: Tensor = self._scaler.scale(torch.ones((), device=self.device))
         return scale
 
     def on_train_epoch_end(self) -> None:
-        self._publish("train")
+        self._log("train")
 
     def on_validation_epoch_end(self) -> None:
-        self._add_up()
-        self._publish("val")
+        self._end_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        self._add_up()
-        self._publish("test")
+        self._end_evaluation("test")
 
-    def _add_up(self) -> None:
-        # Every epoch ends with a validation, and only then are they asked for.
-        self.outcome = Outcome.of(self.answers, self.classes)
-        self.answers = []
+    def _end_evaluation(self, stage: Stage) -> None:
+        self.predictions, self.batches = Predictions.of(self.batches, self.classes), []
         if not is_single_process():
-            self.totals = {stage: tally.total() for stage, tally in self.tallies.items()}
+            self.totals = {stage: metrics.total() for stage, metrics in self.running.items()}
+        self._log(stage)
 
-    def _publish(self, stage: Stage) -> None:
-        # For checkpoints and early stopping, which look up a metric by name.
+    def _log(self, stage: Stage) -> None:
+        # For EarlyStopping, which looks up its metric by name.
         self.log_dict(self.totals[stage].metrics(stage), logger=False)
 
 
-@lru_cache(maxsize=1)
-def batch_seeds(seed: int, epoch: int, block: int, rank: int) -> list[int]:
-    """Of the batches from `block` * SEEDS on. Many at a time: the first one takes twenty times as
-    long as any other, when kernels have just emptied the core's caches."""
-    return [
-        int(np.random.SeedSequence([seed, epoch, batch, rank]).generate_state(1, np.uint64)[0])
-        for batch in range(block * SEEDS, (block + 1) * SEEDS)
-    ]
+def keep_freed_memory() -> None:
+    """Set glibc's malloc to keep freed memory, up to 1 GiB per block, for this process.
 
-
-def unscales(optimizer: Optimizer) -> bool:
-    """Whether `step` divides gradients by `grad_scale`, and does nothing, on the device, where
-    `found_inf` is 1: its attributes, if they are set."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    By default every step returns its activations to the kernel and faults them in again. Other C
+    libraries are left unchanged. Source: mallopt(3).
+    """
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt, or no such library
+        libc = ctypes.CDLL(None)
+        sizes = (1 << 30, 32 << 20)  # 32 MiB is the maximum before glibc 2.35
+        # Setting either one disables glibc's own adaptation of both.
+        if any(libc.mallopt(mmap_threshold, size) for size in sizes):
+            libc.mallopt(trim_threshold, 2**31 - 1)

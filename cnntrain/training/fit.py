@@ -14,7 +14,6 @@ from cnntrain.process_info import TIMEOUT, ProcessInfo
 from cnntrain.training.building import build_run, build_trainer
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import connect, process_group, share_cores
-from cnntrain.training.memory import keep_freed_memory
 from cnntrain.training.nan_guard import NonFiniteError
 from cnntrain.training.trainer import Trainer
 from cnntrain.training.workers import connection_errors, detach_worker, receive_work
@@ -33,8 +32,6 @@ def fit_and_test(
     loaders = data.train_loader(cfg.seed, device, **share), data.val_loader(device, **share)
     # Lightning's rule for overfit_batches, which it applies to PyTorch's DataLoader alone.
     loaders[0].shuffle = not trainer.overfit_batches  # type: ignore[attr-defined]
-    if device.type == "cpu":
-        keep_freed_memory()
     with interruption.answering("note"):
         trainer.fit(module, *loaders, ckpt_path=checkpoint, weights_only=True)
     interruption.check()

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its scalars: what goes in, what is learned, what fails."""
+"""TensorBoard content besides the epoch metrics: images, feature maps, histograms, PR curves."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,63 +19,53 @@ from cnntrain.models.introspection import (
     named_convolutions,
     penultimate_features,
 )
-from cnntrain.training.outcome import Outcome
+from cnntrain.training.metrics import Predictions
 from cnntrain.training.run_directory import environment
 from cnntrain.training.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 
-BATCH = 32  # training images that are shown
+BATCH = 32  # training images shown
 EXAMPLES = 4  # images whose feature maps are shown
-CHANNELS = 16  # feature maps shown of each convolution, of each image
-MISTAKES = 32
-POINTS, NUMBERS = 2000, 1_000_000  # in the projector, and in all points together
-SPRITE = 64  # pixels: the largest side of an image in the projector
-CURVES = 100  # classes beyond which there are no curves of each
+CHANNELS = 16  # channels of a feature map shown
+MISTAKES = 32  # misclassified images shown
+POINTS, NUMBERS = 2000, 1_000_000  # limits of the projector: points, numbers in all points
+SPRITE = 64  # pixels: longest side of an image in the projector
+CURVES = 100  # above this number of classes there are no per-class curves
+
+CHARTS = {
+    "training and validation": {
+        "loss": ["Multiline", ["^loss$"]],
+        "accuracy": ["Multiline", ["^acc$"]],
+    }
+}
 
 
 class Insights(lightning.Callback):
-    """Writes to a run's TensorBoard what its network sees, learns and takes for what.
+    """Logs inputs, weights, feature maps and predictions to the TensorBoard of a run.
 
-    All over epochs, of the validation images and of the weights that were validated; the test set
-    is seen once, at the end, with its confusion and its mistakes.
-
-    Args:
-        speed: Training images/s, and the share of that time that making the batches takes.
-        text: The config and the environment.
-        graph: The network, layer by layer.
-        batch: Images of the first training batch, as they were augmented.
-        kernels: The weights of the first convolution.
-        features: What each convolution makes of some images.
-        histograms: Weights, and the gradients of an epoch's last step.
-        classes: The accuracy of each class.
-        confusion: Which class is taken for which.
-        mistakes: The wrong answers that were given with the most confidence.
-        pr_curves: Precision and recall of each class.
-        embedding: What the last layer is given of at most 2,000 images, with a picture of each.
-        charts: Training and validation as runs, which TensorBoard draws in one chart and in two
-            colours.
-        every_n_epochs: How often pictures, histograms and curves are written, and at the last of
-            `max_epochs`; None: after 1, 2, 4, 8, ... epochs, as TensorBoard keeps ten pictures of a
-            kind.
+    Everything is computed from the validation images and the validated weights, once per epoch; for
+    the test set the confusion matrix and mistakes are logged once, at the end.
     """
 
     def __init__(
         self,
         *,
-        speed: bool = True,
-        text: bool = True,
-        graph: bool = True,
-        batch: bool = True,
-        kernels: bool = True,
-        features: bool = True,
-        histograms: bool = True,
-        classes: bool = True,
-        confusion: bool = True,
-        mistakes: bool = True,
-        pr_curves: bool = True,
-        embedding: bool = True,
-        charts: bool = True,
+        speed: bool = True,  # training images/s and the share of that time spent on loading batches
+        text: bool = True,  # config and environment
+        graph: bool = True,  # the layers
+        batch: bool = True,  # images of the first training batch after augmentation
+        kernels: bool = True,  # kernels of the first convolution
+        features: bool = True,  # feature maps of all convolutions
+        histograms: bool = True,  # weights, and gradients of the last step of an epoch
+        classes: bool = True,  # accuracy per class
+        confusion: bool = True,  # confusion matrix
+        mistakes: bool = True,  # the most confident misclassifications
+        pr_curves: bool = True,  # precision-recall curve per class
+        embedding: bool = True,  # inputs of the last layer for 2,000 test images, in the projector
+        charts: bool = True,  # training and validation curves in one chart
+        # Epochs between images, histograms and PR curves, which also follow the last of max_epochs.
+        # None: after epochs 1, 2, 4, 8, ..., since TensorBoard keeps only ten images per tag.
         every_n_epochs: PositiveInt | None = None,
         board: TensorBoard | None = None,
         data: ImageData | None = None,
@@ -85,44 +75,36 @@ class Insights(lightning.Callback):
         self.classes, self.confusion, self.mistakes = classes, confusion, mistakes
         self.pr_curves, self.embedding, self.charts = pr_curves, embedding, charts
         self.every_n_epochs = every_n_epochs
-        if board and data:  # else it is only checked that it can be made
+        if board and data:  # left out only to validate a config
             self.board, self.data = board, data
 
     @classmethod
     def none(cls, board: TensorBoard, data: ImageData) -> "Insights":
-        """All switched off."""
+        """With everything switched off."""
         defaults = cls.__init__.__kwdefaults__ or {}
-        switches = [name for name, default in defaults.items() if default is True]
-        return cls(**dict.fromkeys(switches, False), board=board, data=data)
-
-    @property
-    def writer(self) -> Any:
-        return self.board.experiment
+        off = {name: False for name, default in defaults.items() if default is True}
+        return cls(**off, board=board, data=data)
 
     def begin(
         self, cfg: DictConfig, network: nn.Module, before: Mapping[str, Any] | None = None
     ) -> None:
-        """What there is to see before the first step; of a run that goes on, what its switches
-        `before` have not shown."""
-        before = before or {}
+        """Log what is known before training: config, environment, charts, graph.
+
+        Args:
+            cfg: Config of the run.
+            network: The network.
+            before: Options of this class before the run was resumed; what they logged is skipped.
+        """
+        before, writer = before or {}, self.board.experiment
         if self.text and not before.get("text"):
-            self.writer.add_text("config", _code(OmegaConf.to_yaml(cfg, resolve=True)), 0)
-            here = environment()
-            here["git"].pop("diff")  # as long as one likes; environment.json has it
-            self.writer.add_text("environment", _code(OmegaConf.to_yaml(here)), 0)
+            facts = environment()
+            facts["git"].pop("diff")  # may be long, and is in environment.json
+            writer.add_text("config", _code_block(OmegaConf.to_yaml(cfg, resolve=True)), 0)
+            writer.add_text("environment", _code_block(OmegaConf.to_yaml(facts)), 0)
         if self.charts and not before.get("charts"):
-            self.writer.add_custom_scalars(self._layout())
+            writer.add_custom_scalars(CHARTS)
         if self.graph and not before.get("graph"):
             self.board.graph(layer_graph(network, self.data.shape))
-
-    def _layout(self) -> dict[str, dict[str, list[Any]]]:
-        """Charts with several curves, which are runs; their tags by regular expressions."""
-        return {
-            "training and validation": {
-                "loss": ["Multiline", ["^loss$"]],
-                "accuracy": ["Multiline", ["^acc$"]],
-            }
-        }
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
@@ -130,11 +112,11 @@ class Insights(lightning.Callback):
         if self.batch and trainer.current_epoch == batch_idx == 0:
             images, labels = (part[:BATCH].cpu() for part in batch)
             names = [self.data.classes[label] for label in labels]
-            seen = pictures.pixels(images, self.data.mean, self.data.std)
-            self.board.picture("train/batch", pictures.captioned(seen, names), self._epoch(trainer))
+            shown = pictures.pixels(images, self.data.mean, self.data.std)
+            self._image("train/batch", pictures.captioned(shown, names), self._epoch(trainer))
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        # Here and not at the epoch's end: a run that is interrupted has no gradient afterwards.
+        # Not at the end of the epoch: a run resumed there has no gradients.
         last = trainer.fit_loop.epoch_loop.batch_idx == trainer.num_training_batches - 1
         if self.histograms and last and self._due(trainer):
             scale = module.gradient_scale(optimizer)
@@ -144,7 +126,7 @@ class Insights(lightning.Callback):
                     self.board.histogram(f"gradients/{name}", gradient, self._epoch(trainer))
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        # Now, as a moving average of the weights is in its place only during validation.
+        # A moving average of the weights is swapped in only during validation.
         if not self._due(trainer):
             return
         epoch, network = self._epoch(trainer), module.network
@@ -153,34 +135,40 @@ class Insights(lightning.Callback):
                 self.board.histogram(f"weights/{name}", parameter, epoch)
         if self.kernels:
             for name, first in named_convolutions(network)[:1]:
-                self.board.picture(f"kernels/{name}", _kernels(first.weight.detach()), epoch)
+                self._image(f"kernels/{name}", _kernels(first.weight.detach()), epoch)
         if self.features:
             loader: Any = trainer.val_dataloaders
             rows = self._examples(loader.labels)
-            seen = pictures.in_colour(loader.stored(rows))
+            inputs = pictures.in_colour(loader.stored(rows))
             for name, maps in feature_maps(network, loader.rows(rows)):
-                self.board.picture(f"features/{name}", _maps(maps, seen), epoch)
+                self._image(f"features/{name}", _maps(maps, inputs), epoch)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        epoch, outcome = self._epoch(trainer), module.outcome
-        names, recall = self.data.classes, outcome.per_class["recall"]
-        if self.classes and len(names) <= CURVES:
-            for name, share, count in zip(names, recall, outcome.support, strict=True):
-                if count:
-                    self.writer.add_scalar(f"val_class_acc/{name}", float(share), epoch)
+        epoch, found, writer = self._epoch(trainer), module.predictions, self.board.experiment
+        names = self.data.classes if len(self.data.classes) <= CURVES else []
+        for k, name in enumerate(names if self.classes else ()):
+            if found.support[k]:
+                recall = float(found.per_class["recall"][k])
+                writer.add_scalar(f"val_class_acc/{name}", recall, epoch)
         if not self._due(trainer):
             return
-        self._show(outcome, trainer.val_dataloaders, "val", epoch)
-        if self.pr_curves and len(names) <= CURVES:
-            for k, name in enumerate(names):
-                scores = outcome.probabilities[:, k]
-                self.writer.add_pr_curve(f"pr/{name}", outcome.labels == k, scores, epoch)
+        self._show(found, trainer.val_dataloaders, "val", epoch)
+        for k, name in enumerate(names if self.pr_curves else ()):
+            scores = found.probabilities[:, k]
+            writer.add_pr_curve(f"pr/{name}", found.labels == k, scores, epoch)
 
     def on_test_end(self, trainer: Any, module: Any) -> None:
-        last = self.board.numbered(max(trainer.current_epoch - 1, 0))  # the count of those done
-        self._show(module.outcome, trainer.test_dataloaders, "test", last)
+        # `current_epoch` now is the number of completed epochs.
+        last, loader = (
+            self.board.numbered(max(trainer.current_epoch - 1, 0)),
+            trainer.test_dataloaders,
+        )
+        self._show(module.predictions, loader, "test", last)
         if self.embedding:
-            self._embed(module.network, trainer.test_dataloaders, module.outcome)
+            self._embed(module.network, loader, module.predictions, last)
+
+    def _image(self, tag: str, picture: pictures.Picture, epoch: int) -> None:
+        self.board.experiment.add_image(tag, picture, epoch, dataformats="HWC")
 
     def _epoch(self, trainer: Any) -> int:
         return self.board.numbered(trainer.current_epoch)
@@ -190,39 +178,34 @@ class Insights(lightning.Callback):
         due = done % every == 0 if every else done & (done - 1) == 0
         return due or done == trainer.max_epochs
 
-    def _show(self, outcome: Outcome, loader: Any, stage: str, epoch: int) -> None:
-        """What was taken for what."""
+    def _show(self, found: Predictions, loader: Any, stage: str, epoch: int) -> None:
         names = self.data.classes
         if self.confusion:
-            picture = pictures.confusion(outcome.confusion, names, stage)
-            self.board.picture(f"{stage}/confusion", picture, epoch)
-        if self.mistakes and len(outcome.mistakes(MISTAKES)):
-            picture = worst(outcome, loader.stored, names, MISTAKES)
-            self.board.picture(f"{stage}/mistakes", picture, epoch)
+            picture = pictures.confusion(found.confusion, names, stage)
+            self._image(f"{stage}/confusion", picture, epoch)
+        if self.mistakes and len(found.mistakes(MISTAKES)):
+            picture = worst(found, loader.stored, names, MISTAKES)
+            self._image(f"{stage}/mistakes", picture, epoch)
 
-    def _embed(self, network: nn.Module, loader: Any, outcome: Outcome) -> None:
-        features = penultimate_features(network, loader.rows(torch.arange(1)))
-        count = min(POINTS, NUMBERS // features.shape[1], len(outcome.labels))
+    def _embed(self, network: nn.Module, loader: Any, found: Predictions, epoch: int) -> None:
+        size = penultimate_features(network, loader.rows(torch.arange(1))).shape[1]
+        count = min(POINTS, NUMBERS // size, len(found.labels))
         if not count:
-            log.info(
-                f"no projector: the last layer is given {features.shape[1]:,} numbers an image"
-            )
+            log.info(f"no projector: the last layer has {size:,} inputs per image")
             return
         batches = torch.arange(count).split(loader.batch_size)
         points = torch.cat([penultimate_features(network, loader.rows(rows)) for rows in batches])
         images = pictures.in_colour(loader.stored(torch.arange(count))).cpu()
-        step = -(-max(images.shape[2:]) // SPRITE)
-        images = images[:, :, ::step, ::step]
-        names = self.data.classes
-        labels = outcome.labels[:count].tolist()
-        answers = zip(labels, outcome.predicted.tolist(), strict=False)
-        about = [(names[true], names[answer]) for true, answer in answers]
-        # TensorBoard colours nothing by itself: "Color by" is empty until it is chosen.
-        images = pictures.framed(images, labels, len(names))
-        self.board.embed(points, ("class", "predicted"), about, images)
+        stride = -(-max(images.shape[2:]) // SPRITE)
+        names, labels = self.data.classes, found.labels[:count].tolist()
+        # The projector colours nothing until "Color by" is chosen: the frames show the class.
+        images = pictures.framed(images[:, :, ::stride, ::stride], labels, len(names))
+        pairs = zip(labels, found.predicted.tolist(), strict=False)
+        rows = [[names[true], names[predicted]] for true, predicted in pairs]
+        self.board.embed(points, [["class", "predicted"], *rows], images, epoch)
 
     def _examples(self, labels: Tensor) -> Tensor:
-        """The first image of each of the first classes that there are; of few classes, more."""
+        """The first image of each of the first classes, and more of them if there are few."""
         labels = labels.cpu()
         firsts = [int((labels == k).nonzero()[0]) for k in labels.unique()[:EXAMPLES]]
         others = [i for i in range(min(EXAMPLES, len(labels))) if i not in firsts]
@@ -230,27 +213,33 @@ class Insights(lightning.Callback):
 
 
 def worst(
-    outcome: Outcome, images: Callable[[Tensor], Tensor], names: Sequence[str], most: int
+    found: Predictions, images: Callable[[Tensor], Tensor], names: Sequence[str], most: int
 ) -> pictures.Picture:
-    """The most confident mistakes: of each the predicted class with its probability, and the true
-    class. `images` maps positions (B,) to their images, uint8 (B, C, H, W)."""
-    wrong = outcome.mistakes(most)
-    answers, labels = outcome.predicted.tolist(), outcome.labels.tolist()
+    """The most confident mistakes, captioned with predicted class, probability and true class.
+
+    Args:
+        found: Predictions for a data set.
+        images: Returns the images, uint8 (B, C, H, W), at positions (B,) of the data set.
+        names: Class names.
+        most: Maximum number of images.
+    """
+    wrong = found.mistakes(most)
+    predicted, labels = found.predicted.tolist(), found.labels.tolist()
     captions = [
-        f"predicted {names[answers[i]]} {outcome.confidence[i]:.0%}\ntrue {names[labels[i]]}"
+        f"predicted {names[predicted[i]]} {found.confidence[i]:.0%}\ntrue {names[labels[i]]}"
         for i in wrong.tolist()
     ]
     return pictures.captioned(pictures.in_colour(images(wrong)), captions)
 
 
-def _code(text: str) -> str:
-    """As it stands, in Markdown."""
+def _code_block(text: str) -> str:
+    """Text as a Markdown code block."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _kernels(weight: Tensor) -> pictures.Picture:
-    """Kernels (out, in, H, W) with their numbers, in colour where there are three input channels,
-    else a tile for each input channel; at most 64 kernels, and 16 input channels of each."""
+    """Kernels (out, in, H, W): in colour for three input channels, otherwise a tile per input
+    channel; at most 64 kernels with 16 input channels each."""
     kernels, channels = weight.shape[:2]
     weight = weight[:64] if channels == 3 else weight[:64, :16]
     shown = f" (the first {len(weight)} of {kernels})" if kernels > len(weight) else ""
@@ -262,29 +251,27 @@ def _kernels(weight: Tensor) -> pictures.Picture:
     else:
         tiles, legend = pictures.signed(weight).flatten(0, 1), pictures.legend(weight)
     if channels not in (1, 3):
-        seen = weight.shape[1]
-        numbers = [f"{number}, {channel}" for number in numbers for channel in range(seen)]
-        columns = seen * (16 // seen)
+        tiled = weight.shape[1]
+        numbers = [f"{number}, {channel}" for number in numbers for channel in range(tiled)]
+        columns = tiled * (16 // tiled)
         below = f"kernel{shown}, input channel"
-        shown = f" (the first {seen} of {channels})" if channels > seen else ""
+        shown = f" (the first {tiled} of {channels})" if channels > tiled else ""
     heading = f"Below each: {below}{shown}. {legend}"
     return pictures.captioned(tiles, numbers, columns=columns, size=56, heading=heading)
 
 
-def _maps(maps: Tensor, seen: Tensor) -> pictures.Picture:
-    """Feature maps (N, C, H, W): a row for each image, itself first, a tile for each channel.
-
-    `seen` are the images as one sees them, (N, 3, H, W), uint8.
-    """
+def _maps(maps: Tensor, inputs: Tensor) -> pictures.Picture:
+    """Feature maps (N, C, H, W) of images, uint8 (N, 3, H, W): a row per image, which comes first,
+    and a tile per channel."""
     channels = maps.shape[1]
-    if maps.shape[2:] == (1, 1):  # all channels, as one strip of colours
+    if maps.shape[2:] == (1, 1):  # all channels of an image in one strip
         strip = pictures.signed(maps.reshape(len(maps), 1, -1).expand(-1, 4, -1))
         heading = f"Channels 0 to {channels - 1} from left to right. {pictures.legend(maps)}"
         images = [f"image {i}" for i in range(len(maps))]
         return pictures.captioned(strip, images, columns=1, size=900, heading=heading)
     maps = maps[:, :CHANNELS]
     tiles = pictures.signed(maps)  # (N, C, 3, H, W)
-    first = F.interpolate(seen.float().cpu(), tiles.shape[3:], mode="area").to(torch.uint8)
+    first = F.interpolate(inputs.float().cpu(), tiles.shape[3:], mode="area").to(torch.uint8)
     tiles = torch.cat([first[:, None], tiles], 1)
     captions = ["image", *map(str, range(maps.shape[1]))] * len(maps)
     shown = f" (the first {CHANNELS} of {channels})" if channels > CHANNELS else ""

@@ -1,9 +1,9 @@
 """NaN/Inf guard: stops training before a non-finite loss or gradient reaches the weights."""
 
+import copy
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,26 +13,25 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from cnntrain.atomic import replacing
 from cnntrain.terminal import NoTraceback
-from cnntrain.training.classifier import unscales
+from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import all_gather, any_rank, is_single_process
-from cnntrain.training.record import learning_rate
-from cnntrain.training.tally import Stage
+from cnntrain.training.metrics import Stage
+from cnntrain.training.step_graph import is_fused
 
 FILE = "not_finite.pt"
 
-Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
-
 
 class NonFiniteError(NoTraceback, Exception):
-    """A loss, a gradient or a weight is NaN or Inf; the message names the batch and the layer.
+    """A loss, gradient or weight is NaN or Inf; the message names the batch and the layer.
 
     Attributes:
-        details: The same for result.json, as {"not_finite": {...}}. Epoch and batch count from 1,
-            as in metrics.csv; `step` is the number of optimizer steps before; `indices` are the
-            positions of the batch's images in the files of the data set.
+        details: The same for result.json, as {"not_finite": {...}}. Epoch and batch count from 1;
+            `step` is the number of optimizer steps before; `indices` are the positions of the
+            images in the files of the data set.
     """
 
     def __init__(self, message: str, details: dict[str, Any]):
@@ -42,21 +41,17 @@ class NonFiniteError(NoTraceback, Exception):
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """A batch, its loss and, once it was repeated, why the loss or a gradient is not finite.
-
-    Epoch and batch count from 0; `step` is the number of optimizer steps before; `lr` is None in
-    the test stage. `cause` is a phrase, with the layer and the parameter in it.
-    """
+    """A batch with its loss and, once it was repeated, the cause of the non-finite number."""
 
     stage: Stage
-    epoch: int
+    epoch: int  # from 0, as `batch`
     batch: int
-    step: int
-    lr: float | None
+    step: int  # optimizer steps before
+    lr: float | None  # None in the test stage
     loss: Tensor | float
     rank: int = 0
-    tensors: Batch | None = None
-    indices: Sequence[int] = ()  # of the images, in the files of the data set
+    tensors: tuple[Tensor, Tensor] | None = None  # images (N, C, H, W), labels (N,)
+    indices: Sequence[int] = ()  # positions of the images in the files of the data set
     cause: str = ""
     layer: str | None = None
     layer_type: str | None = None
@@ -64,8 +59,8 @@ class BatchRecord:
 
     @property
     def certain(self) -> bool:
-        """Whether this process's images are the cause. DDP averages gradients, so a non-finite
-        gradient alone may come from another process."""
+        """Whether this rank's images are the cause: a non-finite gradient alone may come from
+        another rank, as DDP averages gradients."""
         return self.layer is not None or not math.isfinite(self.loss)
 
     def text(self, epochs: int | None) -> str:
@@ -85,16 +80,15 @@ class NaNGuard(lightning.Callback):
     """Raises NonFiniteError before the optimizer step that would use a non-finite gradient.
 
     Must be the first callback, so that nothing is logged or saved before the check. Writes the
-    batch, and the weights it was computed with, into `directory`/not_finite.pt.
+    batch, and the weights that it was computed with, to `directory`/not_finite.pt.
 
     On CUDA the check is asynchronous: a device-side flag makes fused optimizers and Muon skip this
     and all later updates (their `found_inf`, as `GradScaler` uses it), and the host reads it only
     every `log_every_n_steps` steps, at the end of an epoch, before a checkpoint and in `check_now`.
-    With other optimizers, and on other devices, the host checks every batch. The layer is found
-    by repeating the batch with forward hooks. An overflow of float16 gradients is left to the
-    `GradScaler` until its scale is down to 1.
+    With other optimizers, and on other devices, the host checks every batch. An overflow of float16
+    gradients is left to the `GradScaler` until its scale is down to 1.
 
-    With several processes all stop together; rank 0 reports the batch that was the cause.
+    In a distributed run all ranks stop together, and the first bad batch is reported.
 
     Args:
         directory: The run directory.
@@ -109,7 +103,7 @@ class NaNGuard(lightning.Callback):
         self.positions: dict[Stage, np.ndarray] = {"train": train, "val": val}
         self.always_deferred = deferred
         self.unchecked: list[BatchRecord] = []  # batches since the last check
-        self.batch: Batch | None = None
+        self.batch: tuple[Tensor, Tensor] | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         optimizer = trainer.optimizers[0]
@@ -117,46 +111,44 @@ class NaNGuard(lightning.Callback):
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.flag = torch.zeros((), device=module.device)  # 1 from the first bad batch on
         self.bad_batches = torch.zeros((), device=module.device)  # since the flag is 1
-        skips = unscales(optimizer) or (self.scaler is None and hasattr(optimizer, "found_inf"))
+        skips = is_fused(optimizer) or (self.scaler is None and hasattr(optimizer, "found_inf"))
         self.deferred = skips and (self.always_deferred or module.device.type == "cuda")
         if self.deferred:
             optimizer.found_inf = self.flag  # type: ignore[attr-defined]
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self.index = batch_idx
         self.batch = None if self.deferred else batch
 
     def on_before_backward(self, trainer: lightning.Trainer, module: Any, loss: Tensor) -> None:
-        step, lr, loss = trainer.global_step, learning_rate(trainer), module.last_loss
-        record = BatchRecord("train", trainer.current_epoch, self.index, step, lr, loss)
+        record = self._record(trainer, "train", self.index, module.last_loss)
         self.unchecked = [*self.unchecked, record] if self.deferred else [record]
-        # With several processes, the others are waiting in the backward pass.
+        # In a distributed run the other ranks wait in the backward pass.
         if not self.deferred and is_single_process() and not math.isfinite(loss.item()):
             self._stop(trainer, module, record)
 
+    def _record(self, trainer: Any, stage: Stage, batch: int, loss: Tensor | float) -> BatchRecord:
+        lr = None if stage == "test" else learning_rate(trainer)
+        return BatchRecord(stage, trainer.current_epoch, batch, trainer.global_step, lr, loss)
+
     def on_after_backward(self, trainer: lightning.Trainer, module: Any) -> None:
-        self._set_flag(module.last_loss)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        bad = ~get_total_norm(gradients, math.inf).isfinite()
+        if self.scaler is not None:
+            bad &= self.scaler.scale(torch.ones_like(self.flag)) <= 1
+        bad |= ~module.last_loss.isfinite()
+        self.flag.copy_(torch.maximum(self.flag, bad.float()))
+        if self.scaler is not None:
+            # It overwrites found_inf by what it finds in the gradients: divide by 1 or 0.
+            gradients[0].div_(1 - self.flag)
         if self.deferred:
             self.bad_batches += self.flag
         elif any_rank(bool(self.flag)):
             self._stop(trainer, module, self.unchecked[-1])
 
-    def _set_flag(self, loss: Tensor) -> None:
-        """Set the flag to 1 if the loss or a gradient is not finite, without synchronisation."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        overflow = non_finite_flag(gradients)
-        if self.scaler is not None:
-            overflow *= self.scaler.scale(torch.ones_like(self.flag)) <= 1
-        self.flag.copy_(torch.maximum(self.flag, torch.maximum(non_finite_flag([loss]), overflow)))
-        if self.scaler is not None:
-            # The scaler overwrites found_inf by what it finds in the gradients: divide by 1 or 0.
-            gradients[0].div_(1 - self.flag)
-
     def check_now(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Synchronise with the device; raise NonFiniteError if a batch since the last check, or a
-        weight, is not finite. To be called before weights are saved or shown."""
+        """Synchronise, and raise NonFiniteError if a weight, or a batch since the last check, is
+        not finite. To be called before weights are saved or shown."""
         if not self.unchecked:
             return
         bad_batches = int(self.bad_batches) if self.deferred else 0
@@ -166,68 +158,46 @@ class NaNGuard(lightning.Callback):
             self._stop(trainer, module, self.unchecked[-1], updated=True)
         self.unchecked.clear()
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
             self.check_now(trainer, module)
 
-    def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
+    def on_validation_start(self, trainer: Any, module: Any, *_: Any) -> None:
         self.check_now(trainer, module)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.check_now(trainer, module)
+    on_train_epoch_end = on_save_checkpoint = on_validation_start  # type: ignore[assignment]
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]
-    ) -> None:
-        self.check_now(trainer, module)
-
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
         self._check_evaluation(trainer, module, "val")
 
-    def on_test_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+    def on_test_epoch_end(self, trainer: Any, module: Any) -> None:
         self._check_evaluation(trainer, module, "test")
 
     @torch.inference_mode(False)
     def _check_evaluation(self, trainer: lightning.Trainer, module: Any, stage: Stage) -> None:
-        """Check the sum of the losses of an evaluation, which the host is about to read."""
-        total = float(module.tallies[stage].loss)
-        if not any_rank(not math.isfinite(total)):
-            return
-        lr = learning_rate(trainer) if stage == "val" else None
-        loader = loader_of(trainer, stage)
-        bad: BatchRecord | None = None
-        for index in range(len(loader)) if not math.isfinite(total) else ():
-            batch = loader.batch(0, index)
-            at = BatchRecord(stage, trainer.current_epoch, index, trainer.global_step, lr, total)
-            at = replace(at, tensors=batch)
-            loss = repeat(trainer, module, at)[0] if len(batch[1]) else 0.0
-            if not math.isfinite(loss):
-                bad = replace(at, loss=loss)
-                break
+        bad = None
+        if not math.isfinite(module.running[stage].loss):
+            for index, (logits, labels) in enumerate(module.batches):
+                whole = logits.shape[1] == module.classes  # else the largest probabilities
+                loss = module.loss(logits.float(), labels) if whole else logits.sum()
+                if not math.isfinite(loss):
+                    bad = self._record(trainer, stage, index, float(loss))
+                    break
         if any_rank(bad is not None):
             self._stop(trainer, module, bad)
-        raise NonFiniteError(
-            f"{stage}: the sum of the losses is {total}, but every batch is finite when repeated",
-            {"not_finite": {"stage": stage, "loss": str(total)}},
-        )
 
     @torch.inference_mode(False)  # on_validation_start is called in inference mode
     def _stop(
-        self,
-        trainer: lightning.Trainer,
-        module: Any,
-        record: BatchRecord | None,
-        *,
-        updated: bool = False,
+        self, trainer: Any, module: Classifier, record: BatchRecord | None, updated: bool = False
     ) -> NoReturn:
-        """Raise NonFiniteError about this batch; with several processes, which call it together,
-        about the first bad batch of all."""
-        own = self._diagnosed(trainer, module, record, updated) if record else None
+        """Raise NonFiniteError for a batch; called on all ranks together, for the first bad batch.
+
+        `updated` says that the update after the batch has made a weight non-finite.
+        """
+        own = record and self._diagnosed(trainer, module, record, updated)
         found = [bad for bad in all_gather(own) if bad]
-        found = [bad for bad in found if bad.certain] or found
-        first = min(found, key=lambda bad: (bad.epoch, bad.batch))
+        certain = [bad for bad in found if bad.certain]
+        first = min(certain or found, key=lambda bad: (bad.epoch, bad.batch))
         message, saved = first.text(trainer.max_epochs), None
         if first.tensors and trainer.is_global_zero:
             try:
@@ -237,148 +207,112 @@ class NaNGuard(lightning.Callback):
             except Exception as failure:  # such as a full disk
                 reason = getattr(failure, "strerror", None) or str(failure).partition("\n")[0]
                 message += f"; {self.file} could not be written: {reason}"
-        details = {name: json_number(value) for name, value in first.facts().items()}
+        details = {
+            name: str(v) if isinstance(v, float) and not math.isfinite(v) else v  # for JSON
+            for name, v in first.facts().items()
+        }
         details |= {"reason": first.cause, "indices": [*first.indices], "saved": saved}
         raise NonFiniteError(message, {"not_finite": details})
 
     def _diagnosed(
-        self, trainer: lightning.Trainer, module: Any, record: BatchRecord, updated: bool
+        self, trainer: lightning.Trainer, module: Classifier, record: BatchRecord, updated: bool
     ) -> BatchRecord:
+        """The record with its images, moved to the CPU, and the cause."""
         tensors, indices = self.batch if record.stage == "train" else None, []
-        cause: dict[str, Any]
         try:
-            loader = loader_of(trainer, record.stage)
+            loader: Any = trainer.train_dataloader
+            if record.stage != "train":
+                loader = (
+                    trainer.val_dataloaders if record.stage == "val" else trainer.test_dataloaders
+                )
             rows = loader.indices(record.epoch, record.batch).numpy()
             positions = self.positions.get(record.stage)
             indices = (rows if positions is None else positions[rows]).tolist()
             tensors = tensors or loader.batch(record.epoch, record.batch)
             cause = cause_of(trainer, module, replace(record, tensors=tensors), updated)
-        except Exception as failure:  # must not hide what is known already
-            message = str(failure).partition("\n")[0]
-            cause = {"cause": f"looking for the layer failed: {type(failure).__name__}: {message}"}
+        except Exception as failure:  # must not hide what is already known
+            reason = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+            cause = {"cause": f"looking for the layer failed: {reason}"}
         if tensors:
             tensors = tensors[0].detach().cpu().clone(), tensors[1].cpu().clone()  # no views
         known = {"rank": module.global_rank, "tensors": tensors, "indices": indices}
-        return replace(record, loss=float(record.loss), **known, **cause)
+        return replace(record, loss=float(record.loss), **known, **cause)  # type: ignore[arg-type]
 
 
-def loader_of(trainer: lightning.Trainer, stage: Stage) -> Any:
-    if stage == "train":
-        return trainer.train_dataloader
-    return trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
+def learning_rate(trainer: lightning.Trainer) -> float:
+    """The current learning rate."""
+    return float(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def finite(tensors: Iterable[Any]) -> bool:
-    """Whether all numbers in the tensors among `tensors` are finite."""
+    """Whether all numbers in the tensors among `tensors` are finite. Synchronises."""
     all_finite = [t.isfinite().all() for t in tensors if isinstance(t, Tensor)]
     return not all_finite or bool(torch.stack(all_finite).all())
 
 
-def non_finite_flag(tensors: Iterable[Tensor]) -> Tensor:
-    """1.0 if a number in `tensors` is NaN or Inf, else 0.0, without synchronisation. A sum is four
-    times as fast as `isfinite().all()`."""
-    sums = [(torch.view_as_real(t) if t.is_complex() else t).sum() for t in tensors]
-    return 1 - torch.stack(sums).sum().isfinite().float()
-
-
-def repeat(
-    trainer: lightning.Trainer, module: Any, record: BatchRecord
-) -> tuple[float, tuple[str, nn.Module] | None, dict[str, Tensor]]:
-    """Loss, the first layer with a non-finite output, and the gradients of a batch, run again in
-    the mode of its stage and with the same random numbers.
-
-    Buffers and modes are restored; nothing is compiled.
-    """
-    training = record.stage == "train"
-    network: nn.Module = module.network
-    assert record.tensors
-    images, labels = record.tensors
-    first: list[tuple[str, nn.Module]] = []
-
-    def check(name: str, layer: nn.Module, _: Any, output: Any) -> None:
-        outputs = output if isinstance(output, (tuple, list)) else [output]
-        if not first and not finite(outputs):
-            first.append((name, layer))
-
-    with _restored(module), ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))
-        for name, layer in network.named_modules():
-            hooks.callback(layer.register_forward_hook(partial(check, name)).remove)
-        module.train(training)
-        if training:
-            module.reseed(record.epoch, record.batch)
-        with trainer.precision_plugin.forward_context(), torch.set_grad_enabled(training):
-            loss = module.loss(network(images), labels)
-        gradients = {}
-        if training and not first and loss.isfinite():
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            wanted = {name: p for name, p in network.named_parameters() if p.requires_grad}
-            found = torch.autograd.grad(
-                scaler.scale(loss) if scaler else loss, list(wanted.values()), allow_unused=True
-            )
-            gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
-    return float(loss.detach()), first[0] if first else None, gradients
-
-
-@contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    """Restores all buffers, such as running statistics, and the modes of all layers."""
-    modes = [(layer, layer.training) for layer in module.modules()]
-    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-    try:
-        yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
-        for name, buffer in module.named_buffers():
-            buffer.detach().copy_(buffers[name])
-
-
 def cause_of(
-    trainer: lightning.Trainer, module: Any, record: BatchRecord, updated: bool
-) -> dict[str, Any]:
-    """Where the first non-finite number of a batch, or of the update after it, came from: the last
-    fields of a BatchRecord."""
-    network: nn.Module = module.network
-    images, _ = record.tensors or (None, None)
+    trainer: lightning.Trainer, module: Classifier, record: BatchRecord, updated: bool
+) -> dict[str, str | None]:
+    """Repeat a batch, with the random numbers of the first time, on a copy of the network with
+    forward hooks. Returns the last fields of a BatchRecord."""
+    assert record.tensors
+    training, (images, labels) = record.stage == "train", record.tensors
+    network, criterion = copy.deepcopy((module.network, module.loss))  # a copy is not compiled
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
 
-    def of_parameter(name: str, text: str) -> dict[str, Any]:
+    def of_parameter(name: str, text: str) -> dict[str, str | None]:
         layer = name.rpartition(".")[0]
         kind = type(network.get_submodule(layer)).__name__
         cause = f"{text} {name} ({kind})"
         return {"cause": cause, "layer": layer, "layer_type": kind, "parameter": name}
 
     if updated:
-        name = next(name for name, p in network.named_parameters() if not finite([p]))
+        name = next(name for name, p in parameters.items() if not finite([p]))
         return of_parameter(name, "its gradient is finite, but not the updated")
-    loss, first, gradients = repeat(trainer, module, record)
+
+    first: list[tuple[str, nn.Module]] = []
+
+    def check(name: str, layer: nn.Module, _: Any, output: Any) -> None:
+        if not first and not finite(output if isinstance(output, (tuple, list)) else [output]):
+            first.append((name, layer))
+
+    for name, layer in network.named_modules():
+        layer.register_forward_hook(partial(check, name))
+    network.train(training)
+    criterion.train(training)
+    if training:
+        module.reseed(record.epoch, record.batch)
+    with trainer.precision_plugin.forward_context(), torch.set_grad_enabled(training):
+        loss = criterion(network(images), labels)
     if first:
-        name, layer = first
+        name, layer = first[0]
         kind = type(layer).__name__
         text = f"the first layer with a non-finite output is {f'{name} ({kind})' if name else kind}"
         own: dict[str, Tensor] = dict(layer.named_parameters())
-        if record.stage != "train":  # in training the batch itself has changed them
+        if not training:  # in training the batch itself has changed them
             own |= dict(layer.named_buffers())
-        bad = next(
-            (f"{name}.{tensor}".strip(".") for tensor in own if not finite([own[tensor]])), None
-        )
+        bad = next((f"{name}.{n}".strip(".") for n, t in own.items() if not finite([t])), None)
         if not finite([images]):
             text += ", and the images are not finite"
         elif bad:
             text += f", whose {bad.rpartition('.')[2]} is not finite"
         return {"cause": text, "layer": name, "layer_type": kind, "parameter": bad}
-    if not math.isfinite(loss):
-        kind = type(module.loss).__name__
+    if not loss.isfinite():
+        kind = type(criterion).__name__
         return {"cause": f"every output is finite, but the loss of {kind} is not"}
-    if bad_gradients := [name for name in gradients if not finite([gradients[name]])]:
-        layer_name = bad_gradients[-1].rpartition(".")[0]  # which the backward reaches first
-        name = next(n for n in bad_gradients if n.rpartition(".")[0] == layer_name)
-        return of_parameter(name, "every output is finite, but not the gradient of")
+    if training:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        loss = scaler.scale(loss) if scaler else loss
+        found = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
+        if bad_gradients := [n for n, g in zip(parameters, found, strict=True) if not finite([g])]:
+            last = bad_gradients[-1].rpartition(".")[0]  # the first one in backward order
+            name = next(n for n in bad_gradients if n.rpartition(".")[0] == last)
+            return of_parameter(name, "every output is finite, but not the gradient of")
     return {"cause": "when the batch is repeated, all numbers are finite"}
 
 
-def save(file: Path, module: Any, record: BatchRecord) -> None:
-    """Write what reproduces a batch, as plain containers for `torch.load(weights_only=True)`."""
+def save(file: Path, module: Classifier, record: BatchRecord) -> None:
+    """Write what reproduces a batch, to be read by `torch.load(weights_only=True)`."""
     assert record.tensors
     module.reseed(record.epoch, record.batch, record.rank)
     content = record.facts() | {
@@ -392,8 +326,3 @@ def save(file: Path, module: Any, record: BatchRecord) -> None:
     torch.save(content, buffer)
     with replacing(file) as to:
         to.write(buffer.getvalue())
-
-
-def json_number(value: Any) -> Any:
-    """JSON has no NaN and no Inf: they become text."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

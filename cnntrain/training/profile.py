@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a trace for the browser and a table of operators."""
+"""Profiling of training steps with torch.profiler: a trace and a table of operators."""
 
 import logging
 import os
@@ -14,51 +14,50 @@ from cnntrain.models.introspection import leaf_modules
 
 log = logging.getLogger(__name__)
 
-WAIT, WARMUP, STEPS = 3, 2, 5  # batches that are let go by, that warm up, that are recorded
-ROWS = 12  # operators in the table
-FOLDER = "profile"
+WAIT, WARMUP, STEPS = 3, 2, 5  # batches to skip, to warm up, to record
+ROWS = 12  # operators in the logged table
 
 
 class Profile(lightning.Callback):
-    """Records five training batches of this process with PyTorch's profiler, or all of an epoch
-    that has fewer.
+    """Records five training batches of this process, or all batches of a shorter epoch.
 
-    Leaves `directory`/profile/trace.json, for https://ui.perfetto.dev or chrome://tracing, with
-    every layer's forward under its name, and operators.txt, by the time spent in each operator
-    itself; that table is logged, too. What is trained stays the same, bit for bit.
+    Writes trace.json (for https://ui.perfetto.dev or chrome://tracing), with each layer's forward
+    under its name, and operators.txt, whose head is logged, to `directory`/profile. Results of the
+    training are bitwise the same.
+
+    Args:
+        directory: The run directory.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.folder = Path(directory, FOLDER)
+        self.folder = Path(directory, "profile")
         self.profiler: profile | None = None
         self.hooks: list[Any] = []
         self.done = False
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if self.done or self.profiler:
             return
-        # All in one epoch: a validation is not to be taken for a part of a training step.
-        there = int(trainer.num_training_batches)
-        self.steps = min(STEPS, there)
-        warmup = min(WARMUP, there - self.steps)
-        wait = min(WAIT, there - self.steps - warmup)
-        enough = there - batch_idx >= wait + warmup + self.steps
-        cold = wait == 0 and trainer.current_epoch == 0 and trainer.max_epochs != 1
-        if cold or not enough:
-            return
-        activities = [ProfilerActivity.CPU]
-        self.by = "self_cpu_time_total"
-        if module.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-            self.by = "self_cuda_time_total"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # too few for it
-            plan = schedule(wait=wait, warmup=warmup, active=self.steps, repeat=1)
-        self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+        # All within one epoch: a validation is no part of a training step.
+        batches = int(trainer.num_training_batches)
+        self.steps = min(STEPS, batches)
+        warmup = min(WARMUP, batches - self.steps)
+        wait = min(WAIT, batches - self.steps - warmup)
         self.left = wait + warmup + self.steps
-        self.hooks = _named(module.network)
+        cold = wait == 0 and trainer.current_epoch == 0 and trainer.max_epochs != 1
+        if cold or batches - batch_idx < self.left:
+            return
+        cuda = module.device.type == "cuda"
+        self.time = "self_device_time_total" if cuda else "self_cpu_time_total"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Profiler won't be using warmup")
+            plan = schedule(wait=wait, warmup=warmup, active=self.steps, repeat=1)
+        self.profiler = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
+            schedule=plan,
+            on_trace_ready=self._write,
+        )
+        self.hooks = _record_layers(module.network)
         self.profiler.start()
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -66,17 +65,17 @@ class Profile(lightning.Callback):
             self.left -= 1
             self.profiler.step()
             if self.done:
-                self._end()
+                self._stop()
 
     def on_train_end(self, *_: Any) -> None:
         if not self.done:
-            log.warning("profile: no epoch was left with batches enough")
+            log.warning("profile: no epoch had enough batches left")
 
     def on_exception(self, *_: Any) -> None:
         if self.profiler is not None:
-            self._end()
+            self._stop()
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         assert self.profiler is not None
         self.profiler.stop()
         self.profiler = None
@@ -85,46 +84,44 @@ class Profile(lightning.Callback):
 
     def _write(self, profiler: profile) -> None:
         if self.left:
-            return  # it was ended before its time
+            return  # stopped by an exception
         self.done = True
         self.folder.mkdir(exist_ok=True)
-        trace, table = self.folder / "trace.json", self.folder / "operators.txt"
-        profiler.export_chrome_trace(str(trace))
+        profiler.export_chrome_trace(str(self.folder / "trace.json"))
         averages = profiler.key_averages()
-        table.write_text(averages.table(sort_by=self.by, row_limit=100), encoding="utf-8")
-        where, batches = os.path.relpath(self.folder), "batch" if self.steps == 1 else "batches"
-        log.info(f"{self.steps} {batches}, in {where}: {trace.name}, {table.name}; most went to")
-        log.info(_costliest(averages, "cuda" in self.by, self.steps))
+        table = averages.table(sort_by=self.time, row_limit=100)
+        (self.folder / "operators.txt").write_text(table, encoding="utf-8")
+        batches = "1 batch" if self.steps == 1 else f"{self.steps} batches"
+        log.info(
+            f"profile of {batches} in {os.path.relpath(self.folder)}: trace.json, operators.txt"
+        )
+        log.info(self._table(averages))
+
+    def _table(self, averages: Any) -> str:
+        """The operators with most own time: their share, and time and calls per batch."""
+        outer = ("ProfilerStep", "Optimizer.step#")  # these contain operators
+        times = {row: getattr(row, self.time) for row in averages if not row.key.startswith(outer)}
+        total, lines = (
+            sum(times.values()) or 1,
+            [f"  {'share':>6} {'ms':>8} {'calls':>6}   operator"],
+        )
+        for row in sorted(times, key=times.__getitem__, reverse=True)[:ROWS]:
+            time, calls = times[row] / 1000 / self.steps, row.count / self.steps
+            lines.append(f"  {times[row] / total:6.1%} {time:8.3f} {calls:6.1f}   {row.key}")
+        return "\n".join(lines)
 
 
-def _named(network: nn.Module) -> list[Any]:
-    """Let every layer's forward be seen under its name; hooks to be removed."""
-    open_: dict[nn.Module, record_function] = {}
+def _record_layers(network: nn.Module) -> list[Any]:
+    """Hooks that record the forward of every layer under its name."""
+    running: dict[nn.Module, record_function] = {}
 
     def enter(layer: nn.Module, _: Any) -> None:
-        open_[layer] = record_function(f"{names[layer]} {type(layer).__name__}")
-        open_[layer].__enter__()
+        running[layer] = record_function(f"{names[layer]} {type(layer).__name__}")
+        running[layer].__enter__()
 
     def leave(layer: nn.Module, _: Any, __: Any) -> None:
-        open_.pop(layer).__exit__(None, None, None)
+        running.pop(layer).__exit__(None, None, None)
 
     names = leaf_modules(network)
-    return [
-        hook
-        for layer in names
-        for hook in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
-    ]
-
-
-def _costliest(averages: Any, cuda: bool, steps: int) -> str:
-    """The operators that take most of the time, a line each: share, ms a batch, calls a batch."""
-    time = "self_device_time_total" if cuda else "self_cpu_time_total"
-    named = ("ProfilerStep", "Optimizer.step#")  # which have operators within
-    averages = [row for row in averages if not row.key.startswith(named)]
-    rows = sorted(averages, key=lambda row: getattr(row, time), reverse=True)
-    total = sum(getattr(row, time) for row in rows) or 1
-    lines = [f"  {'share':>6} {'ms':>8} {'calls':>6}   operator"]
-    for row in rows[:ROWS]:
-        own, calls = getattr(row, time), row.count / steps
-        lines.append(f"  {own / total:6.1%} {own / 1000 / steps:8.3f} {calls:6.1f}   {row.key}")
-    return "\n".join(lines)
+    before = [layer.register_forward_pre_hook(enter) for layer in names]
+    return before + [layer.register_forward_hook(leave) for layer in names]

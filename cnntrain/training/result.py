@@ -1,4 +1,4 @@
-"""What a run leaves for Python, and the lines that it logs while a script or notebook waits."""
+"""Result of a run: metrics, learning curves and the trained network; console output of `train`."""
 
 import contextlib
 import csv
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Figure(figure.Figure):
-    """A matplotlib figure that a notebook shows without pyplot."""
+    """A matplotlib figure that notebooks display without pyplot."""
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -33,26 +33,30 @@ class Figure(figure.Figure):
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. `metrics` are losses in nats and accuracies from 0 to 1, as logged.
+    """A completed run. Can be passed wherever a function takes a run directory.
 
-    Functions that take a run's folder take this as well.
+    Attributes:
+        metrics: Losses in nats and accuracies from 0 to 1, of the tested epoch and the test.
+        directory: The run directory.
+        seconds: Total time, including that before a resume.
+        images_per_second: Training images per second of fitting, validation included.
+        history: Columns of metrics.csv, a value per epoch, NaN where there is none.
     """
 
     metrics: dict[str, float]
     directory: Path
-    seconds: float  # in all, over all processes that had a part in it
-    images_per_second: float  # training images by the time that fitting took, validation included
-    # metrics.csv: a column's name to its values, one an epoch, NaN where there is none.
+    seconds: float
+    images_per_second: float
     history: dict[str, np.ndarray] = field(repr=False, compare=False)
     load: Callable[[], nn.Module] = field(repr=False, compare=False)
 
     @cached_property
     def model(self) -> nn.Module:
-        """The trained network, in evaluation mode on the CPU, with the weights that were tested.
+        """The network with the tested weights, in evaluation mode on the CPU.
 
-        Those are of the best epoch, or of the last with `trainer.test_checkpoint=last`. It takes
-        normalised images, float32 (N, C, H, W), and returns logits (N, classes). Raises
-        CheckpointError where the run was completed earlier and its checkpoint is gone.
+        It maps normalised images, float32 (N, C, H, W), to logits (N, classes). The weights are
+        those of the best epoch, or of the last with `trainer.test_checkpoint=last`. Raises
+        CheckpointError if the run was completed earlier and its checkpoint is missing.
         """
         return self.load()
 
@@ -60,17 +64,17 @@ class Result:
     def of(
         cls, recorded: Mapping[str, Any], directory: Path, load: Callable[[], nn.Module]
     ) -> "Result":
-        """From what result.json records of a completed run, and its metrics.csv."""
+        """From the content of result.json, and metrics.csv."""
         history = {}
-        # A damaged metrics.csv does not take the rest away.
+        # Without a history if metrics.csv is damaged.
         with contextlib.suppress(OSError, ValueError, IndexError):
             with (directory / "metrics.csv").open(newline="", encoding="utf-8") as lines:
                 rows = list(csv.DictReader(lines))
-            names = [name for name in rows[0] if any(row[name] for row in rows)]
-            kinds = {"epoch": int, "step": int}
+            types = {"epoch": int, "step": int}
             history = {
-                name: np.array([row[name] or "nan" for row in rows]).astype(kinds.get(name, float))
-                for name in names
+                name: np.array([row[name] or "nan" for row in rows]).astype(types.get(name, float))
+                for name in rows[0]
+                if any(row[name] for row in rows)
             }
         timings = recorded["timings"]
         return cls(recorded["metrics"], directory, **timings, history=history, load=load)
@@ -88,10 +92,9 @@ class Result:
 
     def plot(self) -> Figure:
         """The learning curves: loss in nats and accuracy over epochs."""
-        whole = Figure(figsize=(9, 3.5), layout="constrained")
-        for axes, name, label in zip(
-            whole.subplots(1, 2), ("loss", "acc"), ("loss (nats)", "accuracy"), strict=True
-        ):
+        curves = Figure(figsize=(9, 3.5), layout="constrained")
+        labels = {"loss": "loss (nats)", "acc": "accuracy"}
+        for axes, (name, label) in zip(curves.subplots(1, 2), labels.items(), strict=True):
             for stage, colour in (("train", "#4477AA"), ("val", "#CC6677")):
                 if (values := self.history.get(f"{stage}/{name}")) is not None:
                     axes.plot(self.history["epoch"], values, ".-", color=colour, label=stage)
@@ -101,10 +104,10 @@ class Result:
             axes.set(xlabel="epoch", ylabel=label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend()
-        return whole
+        return curves
 
     def text(self) -> str:
-        """The last lines of a run."""
+        """The last lines that a run prints."""
         return (
             f"\ntest accuracy   {self.metrics['test/acc']:.2%}   (loss "
             f"{self.metrics['test/loss']:.4f}, {self.seconds:.0f} s in all)\n"
@@ -115,11 +118,10 @@ class Result:
 
 @contextlib.contextmanager
 def logged(directory: Path, record: bool) -> Iterator[None]:
-    """Show the run's lines on stdout and, with `record`, write them to train.log, as the command
-    line does.
+    """Print log lines to stdout and, with `record`, append them to train.log, as commands do.
 
-    A line is not shown twice: where the caller's own handlers write such lines to stdout or
-    stderr, they are left to do so. A level that the caller has given the logger `cnntrain` holds.
+    Nothing is printed twice: if the caller's handlers write such lines to stdout or stderr, they
+    are left to do so. A level that the caller has set on the logger `cnntrain` is kept.
     """
     logger = logging.getLogger("cnntrain")
     callers = [*_handlers(logger)]
@@ -130,10 +132,10 @@ def logged(directory: Path, record: bool) -> Iterator[None]:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     written = any(getattr(handler, "baseFilename", "") == file.baseFilename for handler in callers)
     added: list[logging.Handler] = [file] if record and not written else []
-    shown = min((handler.level for handler in callers if _on_terminal(handler)), default=100)
-    if shown > logging.INFO:
+    printed = min((handler.level for handler in callers if _on_terminal(handler)), default=100)
+    if printed > logging.INFO:
         added.append(TerminalHandler(sys.stdout))
-        added[-1].addFilter(lambda record: record.levelno < shown)
+        added[-1].addFilter(lambda record: record.levelno < printed)
     for handler in added:
         logger.addHandler(handler)
     try:
@@ -146,14 +148,14 @@ def logged(directory: Path, record: bool) -> Iterator[None]:
 
 
 def _handlers(logger: logging.Logger | None) -> Iterator[logging.Handler]:
-    """All that a record of this logger reaches."""
+    """All handlers that a record of this logger reaches."""
     while logger:
         yield from logger.handlers
         logger = logger.parent if logger.propagate else None
 
 
 def _on_terminal(handler: logging.Handler) -> bool:
-    """Whether a handler, logging's own or rich's, writes to the terminal or the notebook."""
+    """Whether a handler, of logging or rich, writes to the terminal or the notebook."""
     stream = getattr(handler, "stream", None)
     stream = stream or getattr(getattr(handler, "console", None), "file", None)
     standard = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)

@@ -42,9 +42,9 @@ from cnntrain.training.checkpoint_file import BEST, LAST, CheckpointError, Conte
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import share_cores
+from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.fit import fit_and_test, spawned_rank
 from cnntrain.training.profile import Profile
-from cnntrain.training.record import Record
 from cnntrain.training.result import Result, logged
 from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS
@@ -209,7 +209,7 @@ def _reject(problems: Sequence[str], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _final_status(run: RunDirectory, record: Record) -> Iterator[None]:
+def _final_status(run: RunDirectory, record: EpochLog) -> Iterator[None]:
     """Write to result.json how a run ends that is not completed."""
     interruption.before_leaving = lambda: run.write_result("interrupted", **record.so_far())
     try:
@@ -234,7 +234,7 @@ def _fit(
     run: RunDirectory,
     data: ImageData,
     module: Classifier,
-    record: Record,
+    record: EpochLog,
     saved: tuple[Path, Content] | None,
     labels: Mapping[str, Any] | None,
     callbacks: Sequence[lightning.Callback],
@@ -271,13 +271,13 @@ def _fit(
         "tested_epoch": chosen["epoch"],
         "timings": {
             "seconds": seconds_before + time.perf_counter() - started,
-            "images_per_second": record.images / record.in_all,
+            "images_per_second": record.images / record.seconds,
         },
     }
 
 
 def _begin_logs(
-    record: Record,
+    record: EpochLog,
     cfg: DictConfig,
     network: nn.Module,
     saved: tuple[Path, Content] | None,
@@ -292,6 +292,6 @@ def _begin_logs(
     epoch, batch = content["position"]["epoch"] + 1, content["position"]["batch"] + 1
     log.info(f"resuming from {path.name} at epoch {epoch}, batch {batch}")
     state = content["callbacks"]["Record"]
-    record.tensorboard.go_on(state["tensorboard"])
+    record.tensorboard.resume(state["tensorboard"])
     record.insights.begin(cfg, network, content["config"].get("tensorboard") or {})
     return state["seconds"][0]

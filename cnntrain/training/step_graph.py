@@ -1,4 +1,4 @@
-"""A training step in two launches: CUDA graphs of its forward and backward, and of its update."""
+"""CUDA graph capture of the training step: one graph of forward and backward, one of the update."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -11,61 +11,60 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from cnntrain.config import ConfigError
-from cnntrain.training.muon import Muon
+from cnntrain.training.optim import Muon
 
-WARMUP = 3  # batches before the recorded one: libraries choose kernels and make room for them
+WARMUP = 3  # eager batches before the capture, in which libraries choose kernels and allocate
 
-# Calls a function and keeps the kernels that it launches, which have not run when this returns.
-# What it gives launches them again, on the same memory.
+# Captures the kernels that a function launches, without running them, and returns a function that
+# replays them on the same memory.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class CUDAGraphs:
-    """Records on the current CUDA device. No two of its graphs may be at work at the same time:
-    what one needs for itself, the next one takes as well."""
+    """Captures graphs on the current CUDA device. They share one memory pool, so that no two of
+    them may run at the same time."""
 
     def __init__(self) -> None:
-        self.memory: Any = None  # where all of them compute
+        self.pool: Any = None
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
+        with torch.cuda.graph(graph, pool=self.pool):
             work()
-        self.memory = graph.pool()
+        self.pool = graph.pool()
         return graph.replay
 
 
 @dataclass
-class Recorded:
-    """A step for batches of one size."""
+class Capture:
+    """The graphs for one batch size, and the memory that they read and write."""
 
-    inputs: tuple[Tensor, Tensor]  # where a batch goes
-    waited: int = 0  # batches of this size, before one was recorded
+    inputs: tuple[Tensor, Tensor]
+    seen: int = 0  # batches of this size before the capture
     replay: Callable[[], None] | None = None
-    loss: Tensor | None = None  # where it leaves it
-    gradients: tuple[Tensor | None, ...] = ()  # the same
-    update: Callable[[], None] | None = None  # by these gradients
-    settings: Any = None  # of the optimizer, as of then
+    loss: Tensor | None = None
+    gradients: tuple[Tensor | None, ...] = ()
+    update: Callable[[], None] | None = None
+    settings: Any = None  # of the optimizer when `update` was captured
 
 
 class StepGraph:
-    """Computes training batches by one launch for the loss and the gradients, and one for the
-    update, for which a small network on a GPU waits a fraction of the time that it takes to launch
-    each kernel. In between, whoever has to can look at the gradients, or clip them.
+    """Replays training steps as two CUDA graphs, between which gradients can be read or clipped.
 
-    The first batches of a size are not computed here. The next one is recorded, and from then on
-    all of this size are replayed. The numbers are the same, bit for bit, but that learning rates
-    are float32, which the kernels read from the device, and that Muon rounds otherwise by these.
-    Dropout is drawn by the seed that the generator of the device has when a batch begins.
+    For a small network on a GPU a replay takes a fraction of the time to launch each kernel. The
+    first batches of each size are not computed here, the next one is captured, and all further ones
+    are replayed. Results are bitwise those of eager steps, except that learning rates are float32,
+    read from the device, which Muon rounds differently. Dropout uses the seed that the generator of
+    the device has at the start of a batch.
 
     Args:
-        step: Computes the mean loss of a batch, of images (B, C, H, W) and labels (B,). It may
-            change tensors in place, as batch normalisation does, and must not wait for the device.
+        step: Returns the mean loss of images (B, C, H, W) and labels (B,). It may change tensors in
+            place, as batch normalisation does, and must not synchronise with the device.
         backward: Computes the gradients of that loss.
-        optimizer: Of the parameters whose gradients they are. Its `step` becomes `update`.
-        recorder: That of the device.
-        updates: Whether updates may be recorded. They are where the optimizer is a fused one of
-            PyTorch, or Muon, and nothing but its learning rates has changed since.
+        optimizer: Its `step` is replaced by `update`, if updates are captured.
+        recorder: Captures kernels.
+        updates: Whether to capture updates, where the optimizer is a fused one of PyTorch or Muon,
+            and only its learning rates change.
     """
 
     def __init__(
@@ -80,91 +79,92 @@ class StepGraph:
         self.step, self.backward, self.recorder = step, backward, recorder
         self.groups = optimizer.param_groups
         self.parameters = [p for group in self.groups for p in group["params"] if p.requires_grad]
-        self.recorded: dict[torch.Size, Recorded] = {}  # by the shape of the images
-        self.now: Recorded | None = None  # what the last batch was computed by
-        if updates and recordable(optimizer):
+        self.captures: dict[torch.Size, Capture] = {}  # by the shape of the images
+        self.current: Capture | None = None  # that of the last batch
+        known = isinstance(optimizer, Adam | SGD) and is_fused(optimizer)
+        if updates and (known or isinstance(optimizer, Muon)):
             device = self.parameters[0].device
             self.rates = [torch.zeros((), device=device) for _ in self.groups]
-            self.rates_there: list[float] = []  # what they are
+            self.rates_on_device: list[float] = []
             self.eager_update = optimizer.step
-            step_there = functools.partial(self.update)
-            optimizer.step = functools.update_wrapper(step_there, optimizer.step)  # type: ignore
+            update = functools.partial(self.update)
+            optimizer.step = functools.update_wrapper(update, optimizer.step)  # type: ignore
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor | None:
-        """The loss of a batch, detached; its gradients are then in the parameters.
-
-        None, and nothing has been done, for a batch that has to be computed without a graph.
-        """
-        self.now = None
-        now = self.recorded.get(images.shape)
-        if now is None:
-            now = self.recorded[images.shape] = Recorded((images.clone(), labels.clone()))
-        if now.replay is None:
-            now.waited += 1
-            if now.waited <= WARMUP:
+        """The detached loss of a batch, with its gradients in the parameters; None, without any
+        effect, for a batch that is to be computed eagerly."""
+        self.current = None
+        capture = self.captures.get(images.shape)
+        if capture is None:
+            capture = self.captures[images.shape] = Capture((images.clone(), labels.clone()))
+        if capture.replay is None:
+            capture.seen += 1
+            if capture.seen <= WARMUP:
                 return None
-            self._record(now)
-        assert now.replay is not None
-        assert now.loss is not None
-        for there, here in zip(now.inputs, (images, labels), strict=True):
-            there.copy_(here)
-        now.replay()
-        for parameter, gradient in zip(self.parameters, now.gradients, strict=True):
-            parameter.grad = gradient  # whatever has been there since
-        self.now = now
-        return now.loss.clone()  # as that of the next batch will be in its place
+            self._capture_step(capture)
+        assert capture.replay is not None
+        assert capture.loss is not None
+        for static, tensor in zip(capture.inputs, (images, labels), strict=True):
+            static.copy_(tensor)
+        capture.replay()
+        for parameter, gradient in zip(self.parameters, capture.gradients, strict=True):
+            parameter.grad = gradient  # an eager batch may have replaced it
+        self.current = capture
+        return capture.loss.clone()  # the next batch overwrites it
 
     def update(self, closure: Callable[[], Any] | None = None) -> Any:
-        """What `Optimizer.step` does."""
+        """Replaces `Optimizer.step`."""
         loss = closure() if closure else None
         rates = [float(group["lr"]) for group in self.groups]
-        if rates != self.rates_there:
-            for there, rate in zip(self.rates, rates, strict=True):
-                there.fill_(rate)
-            self.rates_there = rates
-        now = self.now
-        gradients = tuple(p.grad for p in self.parameters)
-        if now is None or any(a is not b for a, b in zip(gradients, now.gradients, strict=True)):
+        if rates != self.rates_on_device:
+            for static, rate in zip(self.rates, rates, strict=True):
+                static.fill_(rate)
+            self.rates_on_device = rates
+        capture = self.current
+        if capture is None or any(
+            p.grad is not gradient
+            for p, gradient in zip(self.parameters, capture.gradients, strict=True)
+        ):
             self._update()
             return loss
         settings = [
             {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in self.groups
         ]
-        if now.update is None:
-            with self._recorded_on_purpose():
-                now.update, now.settings = self._kept(self._update), settings
-        if settings == now.settings:
-            now.update()
+        if capture.update is None:
+            with self._capturable():
+                capture.update, capture.settings = self._record(self._update), settings
+        if settings == capture.settings:
+            capture.update()
         else:
             self._update()
         return loss
 
-    def _record(self, now: Recorded) -> None:
+    def _capture_step(self, capture: Capture) -> None:
         def work() -> None:
-            loss = self.step(*now.inputs)
+            loss = self.step(*capture.inputs)
             self.backward(loss)
-            now.loss = loss.detach()
+            capture.loss = loss.detach()
 
         for parameter in self.parameters:
-            parameter.grad = None  # so that new ones are made, in the graph's own memory
-        now.replay = self._kept(work)
-        now.gradients = tuple(parameter.grad for parameter in self.parameters)
+            parameter.grad = None  # so that gradients are allocated in the pool of the graph
+        capture.replay = self._record(work)
+        capture.gradients = tuple(parameter.grad for parameter in self.parameters)
 
-    def _kept(self, work: Callable[[], None]) -> Callable[[], None]:
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
         try:
             return self.recorder(work)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ConfigError(
                 [
-                    f"trainer.cuda_graphs=true: a step of this run cannot be recorded ({reason}); "
-                    "take trainer.cuda_graphs=false"
+                    f"trainer.cuda_graphs=true: a step of this run cannot be captured ({reason}); "
+                    "use trainer.cuda_graphs=false"
                 ]
             ) from error
 
     def _update(self) -> None:
-        """The optimizer's own, by the learning rates on the device."""
+        """The optimizer's own step, with learning rates read from the device."""
         rates = [group["lr"] for group in self.groups]
         for group, rate in zip(self.groups, self.rates, strict=True):
             group["lr"] = rate
@@ -175,21 +175,20 @@ class StepGraph:
                 group["lr"] = rate
 
     @contextmanager
-    def _recorded_on_purpose(self) -> Iterator[None]:
-        """Adam wants to be told so; a fused one does nothing else then."""
-        told = [group for group in self.groups if "capturable" in group]
-        before = [group["capturable"] for group in told]
-        for group in told:
+    def _capturable(self) -> Iterator[None]:
+        """Adam checks this option during a capture; it changes nothing for a fused Adam."""
+        groups = [group for group in self.groups if "capturable" in group]
+        before = [group["capturable"] for group in groups]
+        for group in groups:
             group["capturable"] = True
         try:
             yield
         finally:
-            for group, value in zip(told, before, strict=True):
+            for group, value in zip(groups, before, strict=True):
                 group["capturable"] = value
 
 
-def recordable(optimizer: Optimizer) -> bool:
-    """Whether `step` launches kernels that read all that changes, learning rates included, from
-    the device."""
-    fused = isinstance(optimizer, Adam | SGD) and all(g["fused"] for g in optimizer.param_groups)
-    return fused or isinstance(optimizer, Muon)
+def is_fused(optimizer: Optimizer) -> bool:
+    """Whether `step` is fused: it then reads `grad_scale` and `found_inf` on the device, and skips
+    the update where the latter is 1."""
+    return all(group.get("fused") for group in optimizer.param_groups)

@@ -12,9 +12,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from cnntrain.process_info import TIMEOUT, ProcessInfo
-from cnntrain.training.checkpoints import Average, CheckpointFiles, Checkpoints
+from cnntrain.training.checkpoints import EMA, CheckpointFiles, Checkpoints
 from cnntrain.training.distributed import ProcessEnvironment
-from cnntrain.training.progress import Progress
+from cnntrain.training.epoch_log import ProgressBar
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
 Devices = Annotated[
@@ -69,7 +69,7 @@ class Trainer(lightning.Trainer):
         processes: ProcessEnvironment | None = None,
         **lightning_options: Any,
     ):
-        self.average = Average(ema) if ema is not None else None
+        self.average = EMA(ema) if ema is not None else None
         self.checkpoints = Checkpoints(
             Path(default_root_dir or ".") / "checkpoints",
             monitor,
@@ -81,7 +81,7 @@ class Trainer(lightning.Trainer):
         info = ProcessInfo(world_size=devices * num_nodes, nodes=num_nodes)
         processes = processes or ProcessEnvironment(info)
         info = processes.info
-        own: list[lightning.Callback] = [Progress()] if progress_bar and info.rank == 0 else []
+        own: list[lightning.Callback] = [ProgressBar()] if progress_bar and info.rank == 0 else []
         own.extend(callbacks or [])
         own.extend([self.average] if self.average else [])
         if early_stopping is not None:

@@ -33,7 +33,7 @@ from torturing.runs import (
 PHASES: list[tuple[str, Any, str]] = [
     ("starting", None, ""),
     ("beginning the record", RunDirectory, "begin"),
-    ("taking over TensorBoard", TensorBoard, "go_on"),
+    ("taking over TensorBoard", TensorBoard, "resume"),
     ("writing result.json", RunDirectory, "write_result"),
     ("training", Trainer, "fit"),
     ("reading a checkpoint", checkpoints, "read"),

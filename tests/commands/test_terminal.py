@@ -21,7 +21,7 @@ from cnntrain.inference.prediction import Prediction
 from cnntrain.inference.trained import choose_device
 from cnntrain.models import LeNet5, layer_table
 from cnntrain.terminal import UNLIMITED, fit_lines, output, table_text
-from cnntrain.training.record import OPTIONAL, _line
+from cnntrain.training.epoch_log import OPTIONAL, _line
 from cnntrain.training.trainer import device_text
 
 ROOT = Path(__file__).parents[2]

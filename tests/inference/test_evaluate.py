@@ -15,7 +15,7 @@ from cnntrain.conv import BACKENDS
 from cnntrain.data import FashionMNISTMini
 from cnntrain.inference import evaluate
 from cnntrain.training import CheckpointError, checkpoint_file
-from cnntrain.training.outcome import Outcome
+from cnntrain.training.metrics import Predictions
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,9 @@ def test_mistakes_have_their_index_in_the_files(run: Path) -> None:
 def test_files_of_an_earlier_evaluation_are_removed(run: Path, tmp_path: Path) -> None:
     found = evaluate(run)
     assert len(found.write(tmp_path)) == 3
-    right = replace(found, outcome=Outcome(found.outcome.probabilities, found.outcome.predicted))
+    right = replace(
+        found, outcome=Predictions(found.outcome.probabilities, found.outcome.predicted)
+    )
     assert [file.name for file in right.write(tmp_path)] == ["evaluation.json", "confusion.png"]
     assert len(list(tmp_path.iterdir())) == 2
 

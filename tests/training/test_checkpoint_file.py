@@ -101,7 +101,7 @@ def test_a_newer_format_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_something_else_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.ckpt", {})
-    data = checkpoint_file._sealed(zipped({"a": b"b"}, tmp_path / "zip"))
+    data = checkpoint_file._with_checksum(zipped({"a": b"b"}, tmp_path / "zip"))
     (tmp_path / "b.ckpt").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"b\.ckpt: is no checkpoint"):
         read(tmp_path / "b.ckpt")

@@ -274,14 +274,14 @@ def test_the_projector_has_the_penultimate_layer(run: Path, answers: Any) -> Non
     with torch.no_grad():
         hidden = network.classifier[2](network.classifier[0](network.features(images)))
         predicted = network(images).argmax(1)
-    points = np.loadtxt(run / "projector/points.tsv", delimiter="\t")
+    points = np.loadtxt(run / "00005/projector/tensors.tsv", delimiter="\t")
     assert np.abs(points - hidden.numpy()).max() < 1e-4
-    with (run / "projector/words.tsv").open(newline="") as file:
+    with (run / "00005/projector/metadata.tsv").open(newline="") as file:
         words = list(csv.DictReader(file, delimiter="\t"))
     names = build(compose(OPTIONS).data).classes
     assert [row["class"] for row in words] == [names[k] for k in labels]
     assert [row["predicted"] for row in words] == [names[k] for k in predicted]
-    sprite = np.asarray(Image.open(run / "projector/images.png")).astype(int)
+    sprite = np.asarray(Image.open(run / "00005/projector/sprite.png")).astype(int)
     assert sprite.shape == (32 * 32, 32 * 32, 3)  # 28 pixels, and 2 of the frame on each side
     raw = build(compose(OPTIONS).data).test_loader().images[33, 0].numpy()
     tiles = sprite.reshape(32, 32, 32, 32, 3).swapaxes(1, 2).reshape(1024, 32, 32, 3)[:1000]
@@ -398,7 +398,7 @@ def test_other_kinds_of_networks_and_data(tmp_path: Path) -> None:
     squeeze = ["model=torchvision", "model.name=squeezenet1_1", "model.small_images=true"]
     few = ["trainer.max_epochs=1", "+trainer.limit_train_batches=1", "data.eval_batch_size=100"]
     train(compose([*OPTIONS[:-1], *squeeze, *few, "data.val_size=100"]), tmp_path / "squeeze")
-    points = np.loadtxt(tmp_path / "squeeze/projector/points.tsv", delimiter="\t")
+    points = np.loadtxt(tmp_path / "squeeze/00001/projector/tensors.tsv", delimiter="\t")
     assert points.shape == (1000, 512)
 
 
@@ -418,7 +418,7 @@ def test_points_of_too_many_numbers_are_left_out(
     caplog.set_level("INFO")
     monkeypatch.setattr(insights, "NUMBERS", 83)  # of 84
     result = train(compose([*OPTIONS, "trainer.max_epochs=1"]), tmp_path / "run")
-    assert "no projector: the last layer is given 84 numbers an image" in caplog.messages
+    assert "no projector: the last layer has 84 inputs per image" in caplog.messages
     assert not (tmp_path / "run/projector_config.pbtxt").exists()
     assert "test/acc" in result.metrics
 
@@ -442,7 +442,7 @@ def test_what_is_switched_on_later_is_shown_from_then_on(tmp_path: Path) -> None
 def test_what_is_no_number_is_left_to_who_looks_for_it(tmp_path: Path) -> None:
     """Where the host does not look at every step, histograms meet it first."""
     board = TensorBoard(tmp_path)
-    board.go_on(0)
+    board.resume(0)
     for values in ([1.0, math.nan], [math.inf, 0.0], [1.0, 1.0]):
         board.histogram("weights", torch.tensor(values), 0)
     board.experiment.close()

@@ -10,7 +10,7 @@ from cnntrain.config import compose
 from cnntrain.models import LeNet5
 from cnntrain.training import Muon
 from cnntrain.training.building import build_run
-from cnntrain.training.muon import orthogonal
+from cnntrain.training.optim import orthogonal
 
 
 @pytest.mark.parametrize("shape", [(6, 25), (25, 6), (64, 64), (1, 9), (128, 400)])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cnntrain.config import build, compose
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
-from cnntrain.training.objective import CrossEntropy
+from cnntrain.training.optim import CrossEntropy
 
 BATCH, BATCHES, EPOCHS = 20, 8, 3
 both = pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
@@ -77,6 +77,9 @@ class Seen:
         self.seen.append(y)
         return self.fault(y)
 
+    def __deepcopy__(self, memo: Any) -> "Seen":
+        return self  # a copy of the network adds to the same list
+
 
 class Snapshots(lightning.Callback):
     """Weights and optimizer state before a batch is trained on, and buffers after the last."""
@@ -116,6 +119,7 @@ class Run:
                 f"trainer.max_epochs={EPOCHS}",
                 f"+trainer.limit_train_batches={BATCHES}",
                 f"data.batch_size={BATCH}",
+                "data.val_size=500",
                 "data.eval_batch_size=100",
                 "data.crop=2",
                 *overrides,
@@ -327,9 +331,8 @@ def test_validation(tmp_path: Path, average: tuple[str, ...], deferred: bool) ->
     network = run.network.eval()
     network.load_state_dict(saved["state_dict"])
     assert not network(saved["images"]).isfinite().all()
-    average_model = run.trainer.average and run.trainer.average._average_model
-    if average_model:  # they were swapped in
-        weights = average_model.module.network.features[0].weight
+    if run.trainer.average:  # it was swapped in, and holds the current weights
+        weights = run.trainer.average.average["network.features.0.weight"]
         assert not torch.equal(saved["state_dict"]["features.0.weight"], weights)
 
 
@@ -460,6 +463,7 @@ def test_gradients_of_float16_are_logged_without_their_scale(tmp_path: Path, fus
     norms = []
     for scale in (1.0, 2.0**8):
         run = Run(tmp_path / str(scale), f"optimizer.fused={fused}", "trainer.log_every_n_steps=1")
+        run.trainer.fit_loop.max_epochs = 1
         half(run, scale)
         run.fit()
         norms.append(float(run.module.grad_norm))

@@ -24,11 +24,12 @@ from cnntrain.training.checkpoints import Checkpoints
 # window that is not full), moving average, clipping, early stopping.
 EVERYTHING = [
     "data=fashion_mnist_mini",
-    "data.batch_size=100",
+    "data.batch_size=20",
+    "data.val_size=100",
     "data.hflip=0.5",
     "data.crop=2",
     "data.erase=0.3",
-    "data.eval_batch_size=200",
+    "data.eval_batch_size=20",
     "optimizer.fused=false",
     "trainer.max_epochs=3",
     "trainer.accumulate_grad_batches=2",
@@ -38,6 +39,7 @@ EVERYTHING = [
     "trainer.progress_bar=false",
     "trainer.log_every_n_steps=1",
     "+trainer.limit_train_batches=7",
+    "+trainer.limit_test_batches=5",
     "seed=4",
 ]
 STEPS = 4  # optimizer steps in an epoch: of 2, 2, 2 and 1 batches
@@ -98,9 +100,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "moments",
-    [[("train", step)] for step in range(1, 3 * STEPS + 1)]
-    + [[("val", 1)], [("val", 2)], [("val", 6)], [("val", 9)]]
-    + [[("train", 1), ("train", 2), ("train", 4), ("val", 2), ("train", 5), ("val", 8)]],
+    [
+        *([("train", step)] for step in (3, STEPS, 3 * STEPS)),
+        [("val", 1)],
+        [("val", 10)],
+        [("train", step) for step in range(1, 3 * STEPS + 1)],
+        [("train", 2), ("val", 2), ("train", 5), ("val", 8)],
+    ],
     ids=str,
 )
 def test_interrupted_anywhere(

@@ -104,7 +104,7 @@ class Run:
     @property
     def everything(self) -> Any:
         state = self.trainer.optimizers[0].state_dict()["state"]
-        metrics = {stage: tally.metrics(stage) for stage, tally in self.module.tallies.items()}
+        metrics = {stage: sums.metrics(stage) for stage, sums in self.module.running.items()}
         return [self.steps.losses, self.steps.gradients, self.module.state_dict(), state, metrics]
 
 
@@ -219,7 +219,7 @@ def test_a_bad_number_is_found_in_the_step_that_made_it(tmp_path: Path) -> None:
 
 def test_a_recorder_is_copied_with_the_module_that_has_it() -> None:
     """As Lightning does for averaged weights, before anything is recorded."""
-    assert copy.deepcopy(CUDAGraphs()).memory is None
+    assert copy.deepcopy(CUDAGraphs()).pool is None
 
 
 class Waits(TorchDispatchMode):
@@ -271,8 +271,8 @@ def test_a_step_that_waits_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run.fit()
     assert str(caught.value) == (
-        "trainer.cuda_graphs=true: a step of this run cannot be recorded (operation not permitted "
-        "when stream is capturing); take trainer.cuda_graphs=false"
+        "trainer.cuda_graphs=true: a step of this run cannot be captured (operation not permitted "
+        "when stream is capturing); use trainer.cuda_graphs=false"
     )
 
 
@@ -319,7 +319,7 @@ def test_cuda_graphs_compute_the_same_bits(
     plain = Run(tmp_path / "plain", *options).fit()
     graphed = Run(tmp_path / "graphed", *options, "trainer.cuda_graphs=true").fit()
     assert graphed.module.graph
-    recorded = next(iter(graphed.module.graph.recorded.values()))
+    recorded = next(iter(graphed.module.graph.captures.values()))
     assert recorded.replay is not None
     assert (recorded.update is not None) == (precision != "16-mixed")
     assert_same_bits(graphed.everything, plain.everything)

@@ -1,4 +1,4 @@
-"""What answers are worth, against sums written out."""
+"""Running metrics and metrics of an evaluation, against sums in NumPy."""
 
 from collections import Counter
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cnntrain import pictures
-from cnntrain.training import outcome as module
-from cnntrain.training.outcome import Outcome
+from cnntrain.training import metrics as module
+from cnntrain.training.metrics import Predictions, RunningMetrics
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def joined(answers: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray
 
 
 def test_confusion_precision_recall_f1(answers) -> None:
-    found = Outcome.of(answers)
+    found = Predictions.of(answers)
     shares, labels = joined(answers)
     predicted = shares.argmax(1)
     counts = np.zeros((4, 4), int)
@@ -45,13 +45,13 @@ def test_confusion_precision_recall_f1(answers) -> None:
 
 
 def test_a_class_that_is_never_answered_has_zeros() -> None:
-    found = Outcome.of([(torch.tensor([[9.0, 0, 0], [9.0, 0, 0]]), torch.tensor([0, 1]))])
+    found = Predictions.of([(torch.tensor([[9.0, 0, 0], [9.0, 0, 0]]), torch.tensor([0, 1]))])
     assert found.per_class["precision"].tolist() == [0.5, 0, 0]
     assert found.per_class["recall"].tolist() == [1, 0, 0]
 
 
 def test_one_class_is_always_right() -> None:
-    found = Outcome.of([(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))])
+    found = Predictions.of([(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))])
     assert found.confusion.to_dense().tolist() == [[3]]
     assert {name: values.tolist() for name, values in found.per_class.items()} == {
         "precision": [1],
@@ -71,15 +71,15 @@ def test_calibration_error(answers, times: int) -> None:
         inside = (confidence > low) & (confidence <= low + 1 / 15)
         if inside.any():
             error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert Outcome.of(answers).calibration_error == pytest.approx(error, abs=1e-6)
+    assert Predictions.of(answers).calibration_error == pytest.approx(error, abs=1e-6)
 
 
 def test_mistakes_are_the_most_confident_first(answers) -> None:
     shares, labels = joined(answers)
     wrong = [i for i in range(len(labels)) if shares[i].argmax() != labels[i]]
     wrong.sort(key=lambda i: -shares[i].max())
-    assert Outcome.of(answers).mistakes(10).tolist() == wrong[:10]
-    assert Outcome.of(answers).mistakes(1000).tolist() == wrong
+    assert Predictions.of(answers).mistakes(10).tolist() == wrong[:10]
+    assert Predictions.of(answers).mistakes(1000).tolist() == wrong
 
 
 @pytest.mark.parametrize("world", [2, 3, 9])
@@ -93,10 +93,10 @@ def test_several_processes_are_as_one(answers, world: int, monkeypatch) -> None:
         ]
         for rank in range(world)
     ]
-    whole = Outcome.of(answers)
-    monkeypatch.setattr(module, "alone", lambda: False)
-    monkeypatch.setattr(module, "gathered", lambda mine: parts)
-    shared = Outcome.of(parts[0])
+    whole = Predictions.of(answers)
+    monkeypatch.setattr(module, "is_single_process", lambda: False)
+    monkeypatch.setattr(module, "all_gather", lambda mine: parts)
+    shared = Predictions.of(parts[0])
     assert (shared.labels == whole.labels).all()
     torch.testing.assert_close(shared.probabilities, whole.probabilities)
 
@@ -108,11 +108,9 @@ def test_many_classes_take_little_memory(monkeypatch) -> None:
     batches = [torch.randn(30, classes, generator=generator) for _ in range(4)]
     labels = [logits.argmax(1) for logits in batches]
     labels[0] = torch.arange(30)
-    answers = [
-        (module.answer(logits), right) for logits, right in zip(batches, labels, strict=True)
-    ]
+    answers = [(module.kept(logits), right) for logits, right in zip(batches, labels, strict=True)]
     assert all(kept.numel() == 60 for kept, _ in answers)
-    found = Outcome.of(answers, classes)
+    found = Predictions.of(answers, classes)
     shares = torch.cat(batches).softmax(1)
     assert (found.predicted == shares.argmax(1)).all()
     assert (found.confidence == shares.max(1).values).all()
@@ -125,13 +123,41 @@ def test_many_classes_take_little_memory(monkeypatch) -> None:
     picture = pictures.confusion(found.confusion, [str(k) for k in range(classes)], "test")
     assert max(picture.shape) < 1200
 
-    whole = Outcome(shares, torch.cat(labels))
+    whole = Predictions(shares, torch.cat(labels))
     torch.testing.assert_close(found.per_class, whole.per_class)
     assert found.calibration_error == pytest.approx(whole.calibration_error, abs=1e-6)
 
     parts = [[(kept[rank::2], right[rank::2]) for kept, right in answers] for rank in range(2)]
-    monkeypatch.setattr(module, "alone", lambda: False)
-    monkeypatch.setattr(module, "gathered", lambda mine: parts)
-    shared = Outcome.of(parts[0], classes)
+    monkeypatch.setattr(module, "is_single_process", lambda: False)
+    monkeypatch.setattr(module, "all_gather", lambda mine: parts)
+    shared = Predictions.of(parts[0], classes)
     assert (shared.predicted == found.predicted).all()
     assert (shared.labels == found.labels).all()
+
+
+@pytest.mark.parametrize("batches", [1, 6, 17])
+@pytest.mark.parametrize("resumed_after", [[], [0, 5, 6]])
+def test_running_metrics_after_any_batch(batches: int, resumed_after: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    running = RunningMetrics(torch.device("cpu"))
+    losses, right, sizes = [], 0, []
+    for batch in range(batches):
+        size = 1 + batch % 5
+        logits = torch.randn(size, 10, generator=generator, requires_grad=True)
+        labels = torch.randint(10, (size,), generator=generator)
+        loss = logits.square().mean()
+        running.add(loss, logits, labels)
+        running.images += size
+        losses.append(loss.item())
+        sizes.append(size)
+        right += int((logits.detach().numpy().argmax(1) == labels.numpy()).sum())
+        if batch in resumed_after:
+            assert running.metrics("train")["train/acc"] == right / sum(sizes)
+            state, running = running.state(), RunningMetrics(torch.device("cpu"))
+            running.load_state(state)
+    metrics = running.metrics("train")
+    assert metrics["train/acc"] == right / sum(sizes)
+    assert metrics["train/loss"] == pytest.approx(np.average(losses, weights=sizes), rel=1e-6)
+    running.clear()
+    assert running.metrics("train") == {}
+    assert int(running.correct) == 0

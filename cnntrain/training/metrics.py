@@ -1,0 +1,176 @@
+"""Loss and accuracy of an epoch; confusion matrix, F1 and calibration of an evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
+
+from cnntrain.pictures import sparse
+from cnntrain.training.distributed import all_gather, all_sum, is_single_process
+
+Stage = Literal["train", "val", "test"]
+
+MAX_DENSE = 1000  # classes above which only the largest probability of an image is kept
+
+
+class RunningMetrics:
+    """Sum of losses and number of correct predictions, added up without synchronisation."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.images = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: mean loss, logits (B, classes), labels (B,). `images` is left to the caller,
+        since a CUDA graph repeats only what the device does."""
+        self.loss.add_(loss.detach(), alpha=len(labels))
+        self.correct.add_((logits.argmax(dim=1) == labels).sum())
+
+    def clear(self) -> None:
+        """Reset to zero in place."""
+        self.loss.zero_()
+        self.correct.zero_()
+        self.images = 0
+
+    def state(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.loss.copy_(state["loss"])
+        self.correct.copy_(state["correct"])
+        self.images = state["images"]
+
+    def total(self) -> "RunningMetrics":
+        """The sums over all processes. Synchronises."""
+        total = RunningMetrics(torch.device("cpu"))
+        loss, correct, images = all_sum([float(self.loss), int(self.correct), self.images])
+        total.loss, total.images = torch.tensor(loss, dtype=torch.float64), int(images)
+        total.correct.fill_(int(correct))
+        return total
+
+    def metrics(self, stage: Stage) -> dict[str, float]:
+        """Mean loss (nats) and accuracy (0 to 1) as `<stage>/loss` and `<stage>/acc`; nothing
+        before the first image. Synchronises."""
+        if not self.images:
+            return {}
+        loss, correct = float(self.loss), int(self.correct)
+        return {f"{stage}/loss": loss / self.images, f"{stage}/acc": correct / self.images}
+
+
+# Per batch: logits (B, classes) as returned by `kept`, and labels (B,).
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def kept(logits: Tensor) -> Tensor:
+    """What an evaluation keeps of logits (B, classes): all, or for more than MAX_DENSE classes the
+    largest probability and its class (B, 2), since all would take more memory than the network."""
+    if logits.shape[1] <= MAX_DENSE:
+        return logits
+    return torch.stack(logits.float().softmax(1).max(1), 1)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predicted probabilities of a data set and the metrics computed from them.
+
+    Attributes:
+        probabilities: (N, classes), float32, on the CPU. For more than MAX_DENSE classes a sparse
+            tensor of the largest probability of each image.
+        labels: (N,).
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, batches: Batches, classes: int = 0) -> "Predictions":
+        """Concatenate batches; in a distributed run, those of all processes in their first order.
+
+        Args:
+            batches: Those of this process, which has every `world`-th image of each batch.
+            classes: Number of classes; required above MAX_DENSE.
+        """
+        if is_single_process():
+            rows, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+            rows = rows.float()
+        else:
+            own = [(rows.float().cpu(), labels.cpu()) for rows, labels in batches]
+            whole = [
+                _interleaved([part for part in parts if part is not None])
+                for parts in zip_longest(*all_gather(own))  # the last batch may have fewer parts
+            ]
+            rows, labels = (torch.cat(parts) for parts in zip(*whole, strict=True))
+        if classes <= MAX_DENSE:
+            return cls(rows.softmax(1), labels)
+        indices = torch.stack([torch.arange(len(rows)), rows[:, 1].long()])
+        return cls(sparse(indices, rows[:, 0], (len(rows), classes)), labels)
+
+    @property
+    def classes(self) -> int:
+        return self.probabilities.shape[1]
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """The largest probability of each image (N,)."""
+        p = self.probabilities
+        return p.values() if p.is_sparse else p.amax(1)
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """The predicted class of each image (N,)."""
+        p = self.probabilities
+        return p.indices()[1] if p.is_sparse else p.argmax(1)
+
+    @cached_property
+    def confusion(self) -> Tensor:
+        """Confusion matrix (true class, predicted class), int64, a sparse COO tensor."""
+        pairs, counts = (self.labels * self.classes + self.predicted).unique(return_counts=True)
+        indices = torch.stack([pairs // self.classes, pairs % self.classes])
+        return sparse(indices, counts, (self.classes, self.classes))
+
+    @cached_property
+    def support(self) -> Tensor:
+        """Number of images of each class (classes,)."""
+        return self.labels.bincount(minlength=self.classes)
+
+    @cached_property
+    def per_class(self) -> dict[str, Tensor]:
+        """Precision, recall and F1 of each class (classes,), 0 to 1; 0 where undefined."""
+        right = self.labels[self.predicted == self.labels].bincount(minlength=self.classes)
+        predicted = self.predicted.bincount(minlength=self.classes)
+        return {
+            "precision": right / predicted.clamp(min=1),
+            "recall": right / self.support.clamp(min=1),
+            "f1": 2 * right / (predicted + self.support).clamp(min=1),
+        }
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error with 15 bins (Naeini et al. 2015)."""
+        if self.classes == 1:
+            return 0.0
+        below = self.confidence.clamp(max=1 - 2**-24)  # torchmetrics puts 1 into a bin of its own
+        right = (self.predicted == self.labels).int()
+        return float(binary_calibration_error(below, right, n_bins=15, norm="l1"))
+
+    def mistakes(self, most: int) -> Tensor:
+        """Positions of at most `most` misclassified images, the most confident first."""
+        wrong = (self.predicted != self.labels).nonzero()[:, 0]
+        return wrong[self.confidence[wrong].argsort(descending=True, stable=True)[:most]]
+
+
+def _interleaved(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch from the parts of all ranks; rank r has its images r, r + world, r + 2 world, ..."""
+    whole = []
+    for pieces in zip(*parts, strict=True):
+        joined = pieces[0].new_empty(sum(map(len, pieces)), *pieces[0].shape[1:])
+        for rank, piece in enumerate(pieces):
+            joined[rank :: len(pieces)] = piece
+        whole.append(joined)
+    return whole[0], whole[1]
