@@ -1,11 +1,11 @@
 """Finished runs for tests of inference."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import run_command
 from torch import nn
 
 from cnntrain.config import build, compose
@@ -28,13 +28,7 @@ def finished(directory: Path, *options: str) -> Path:
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`cnntrain <arguments>` in a process."""
-    return subprocess.run(
-        [sys.executable, "-m", "cnntrain", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_command(arguments, cwd)
 
 
 def plain_network(run: Path, checkpoint: str = "best", *options: str) -> nn.Module:
