@@ -4,8 +4,8 @@
     python scripts/reproduce_results.py --recipes lenet5_quick --seeds 3 --at-once 1
 
 Recipes are chosen on validation images. Each run is tested with the weights of its last epoch, with
-and without averaging over horizontal flips. The sweeps are outputs/sweeps/results_<recipe>; the same
-command resumes them.
+and without averaging over horizontal flips. The sweeps are outputs/sweeps/results_<recipe>; the
+same command resumes them.
 """
 
 import argparse
