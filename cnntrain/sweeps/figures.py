@@ -3,17 +3,16 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from cnntrain.sweeps.ranking import Ranking, cost_points, mean_curve, means_by_value
+from cnntrain.sweeps.ranking import Ranking, clipped, cost_points, mean_curve, means_by_value
 from cnntrain.sweeps.records import Collection, as_typed, history, is_number
 from cnntrain.sweeps.tables import number, unit
 
@@ -39,11 +38,10 @@ MOST_PANELS, MOST_AXES, BANDS = 12, 9, 6
 LOG_FROM = 15  # ratio of the largest value to the smallest
 
 
-@dataclass(frozen=True)
-class ReportFigure:
-    """A figure and its caption. `name` is unique within the page."""
+class ReportFigure(NamedTuple):
+    """A figure and its caption."""
 
-    name: str
+    name: str  # unique within the page
     figure: Figure
     caption: str
 
@@ -77,14 +75,11 @@ def _curves(ranking: Ranking, metric: str, runs: Sequence[Any]) -> ReportFigure 
         axes.plot(epochs, mean, color=colour, linestyle=dash, zorder=3 if i in shown else 2,
                   linewidth=1.8 if i in shown else 0.8, marker="o" if len(epochs) == 1 else None,
                   label=f"{i + 1}  {clipped(ranking.groups[i].label, 24)}")  # fmt: skip
-    _format_metric(axes, metric)
+    _format(axes, metric, title=metric, xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    axes.set(xlabel="epoch", title=metric)
     by_place = axes.get_legend_handles_labels()[0][::-1][: len(shown)]
     figure.legend(handles=by_place, loc="outside right upper", fontsize=8, handlelength=1.5)
-    best = min(curves)
-    final = f"{number(metric, curves[best][-1][1])}{unit(metric)}"
-    caption = f"{metric} after each epoch; {ranking.groups[best].label} ends at {final}."
+    caption = f"{metric} after each epoch."
     if len(curves) > len(shown):
         caption += f" In colour the best {len(shown)}, grey the other {len(curves) - len(shown)}."
     return ReportFigure(metric.replace("/", "-"), figure, caption)
@@ -104,22 +99,19 @@ def search_history(ranking: Ranking) -> ReportFigure | None:
     steps = [*accumulate((v for _, v in done), best)]
     axes.step([*(i for i, _ in done), len(values) - 1], [*steps, steps[-1]], where="post",
               color=COLOURS[0], linewidth=2, label="best so far")  # fmt: skip
-    for status, fill, label in (("completed", SOFT, "completed"),
-                                ("pruned", "none", "pruned, at its last epoch")):  # fmt: skip
+    for status, label in {"completed": "completed", "pruned": "pruned, at its last epoch"}.items():
         if points := [(i, _clip(v, low, high)) for i, own, v in finite if own == status]:
-            axes.scatter([i for i, _ in points], [v for _, v in points], s=22, facecolor=fill,
-                         edgecolor=SOFT, label=label, zorder=3)  # fmt: skip
+            axes.scatter([i for i, _ in points], [v for _, v in points], s=22, edgecolor=SOFT,
+                         facecolor=SOFT if status == "completed" else "none",
+                         label=label, zorder=3)  # fmt: skip
     if failed := [i for i, status, _ in values if status == "failed"]:
         axes.scatter(failed, [_clip(low, low, high)] * len(failed), marker="x", s=26,
                      color=COLOURS[1], label="failed", zorder=3)  # fmt: skip
-    axes.set(xlabel="trial", title=metric, ylim=(low, high))
-    _format_metric(axes, metric)
+    _format(axes, metric, title=metric, xlabel="trial", ylim=(low, high))
     axes.legend(fontsize=8.5, labelcolor=SOFT)
     at, top = best(done, key=lambda trial: trial[1])
-    value = f"{number(metric, top)}{unit(metric)}"
-    caption = (
-        f"{metric} of {len(values)} trials; the line is the best so far: {value} in trial {at}."
-    )
+    caption = f"{len(values)} trials; the line is the best so far: "
+    caption += f"{number(metric, top)}{unit(metric)} in trial {at}."
     return ReportFigure("history", figure, caption)
 
 
@@ -169,15 +161,14 @@ def _effect_panel(
     else:
         if averaged:
             axes.plot(*zip(*means, strict=True), color=INK, linewidth=1.4, zorder=4)
-        _number_axis(axes, xs, _declared_log(collection, option))
-    axes.set(title=clipped(option, 34), ylim=(low, high))
-    _format_metric(axes, metric)
+        if _is_log(collection, option, xs):
+            _set_log(axes)
+    _format(axes, metric, title=clipped(option, 34), ylim=(low, high))
     at, mean = (max if collection.maximise else min)(means, key=lambda pair: pair[1])
     value = f"{at:.4g}" if numeric else names[int(at)]
-    caption = f"{metric} of {len(points)} members against {option}"
-    if averaged:
-        caption += f"; best mean at {value} ({number(metric, mean)}{unit(metric)})"
-    return ReportFigure(f"effect-{option}", figure, f"{caption}.")
+    best = f"; best mean at {value} ({number(metric, mean)}{unit(metric)})" if averaged else ""
+    caption = f"{metric} of {len(points)} members against {option}{best}."
+    return ReportFigure(f"effect-{option}", figure, caption)
 
 
 def parallel_coordinates(ranking: Ranking) -> ReportFigure | None:
@@ -192,7 +183,8 @@ def parallel_coordinates(ranking: Ranking) -> ReportFigure | None:
     figure, axes = _axes((max(5.4, 1.5 * (last + 1)), 3.6))
     for i, option in enumerate(options):
         values = [group.values.get(option) for group in groups]
-        heights, ticks = _axis_heights(values, _declared_log(collection, option))
+        log = _is_log(collection, option, [v for v in values if isinstance(v, (int, float))])
+        heights, ticks = _axis_heights(values, log)
         columns.append(heights)
         for height, label in ticks.items():
             _tick(axes, i, height, clipped(label, 14))
@@ -205,14 +197,13 @@ def parallel_coordinates(ranking: Ranking) -> ReportFigure | None:
                   alpha=0.06 + 0.8 * share**3 if i else 1,
                   linewidth=0.8 + 0.9 * share if i else 2.6)  # fmt: skip
     axes.vlines(range(last + 1), 0, 1, color=GREY, linewidth=1, zorder=4)
-    names = [clipped(option.replace(".", ".\n", 1), 40) for option in options]
-    axes.set_xticks(range(last + 1), [*names, f"{metric}{unit(metric)}"], color=INK)
+    names = [*(o.replace(".", ".\n", 1) for o in options), f"{metric}{unit(metric)}"]
+    axes.set_xticks(range(last + 1), [clipped(name, 40) for name in names], color=INK)
     axes.xaxis.tick_top()
     axes.set(yticks=[], xlim=(-0.35, last + 0.35), ylim=(-0.04, 1.03))
     axes.spines[:].set_visible(False)
-    best = f"{number(metric, means[0])}{unit(metric)}"
-    caption = f"{len(groups)} groups; the best, {best}, in orange is {groups[0].label}."
-    return ReportFigure("coordinates", figure, caption)
+    best = f"{number(metric, means[0])}{unit(metric)}, in orange is {groups[0].label}"
+    return ReportFigure("coordinates", figure, f"{len(groups)} groups; the best, {best}.")
 
 
 def cost(ranking: Ranking) -> ReportFigure | None:
@@ -234,9 +225,9 @@ def cost(ranking: Ranking) -> ReportFigure | None:
                       markersize=7 if i in front else 5, elinewidth=1.2)  # fmt: skip
         if i < HIGHLIGHTED:
             axes.annotate(str(i + 1), (x, y), (7, 5), textcoords="offset points", fontsize=8.5)
-    _number_axis(axes, [x for x, _ in points.values()])
-    axes.set(xlabel="seconds", title=metric)
-    _format_metric(axes, metric)
+    if _is_log(ranking.collection, "seconds", [x for x, _ in points.values()]):
+        _set_log(axes)
+    _format(axes, metric, title=metric, xlabel="seconds")
     members = "; ".join(f"{i + 1}: {ranking.groups[i].label}" for i in front)
     caption = f"{metric} against seconds of {len(groups)} groups. Pareto front: {members}."
     return ReportFigure("cost", figure, caption)
@@ -248,30 +239,23 @@ def visible_range(values: Sequence[float], maximise: bool) -> tuple[float, float
     edge, middle = best(values), median(values)
     far = best(worst(values), edge - 4 * (edge - middle)) if edge != middle else worst(values)
     margin = 0.08 * abs(edge - far) or 0.01 * abs(edge) or 0.01
-    low, high = sorted((edge, far))
-    return low - margin, high + margin
-
-
-def clipped(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return min(edge, far) - margin, max(edge, far) + margin
 
 
 def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
+    return (figure := Figure(figsize=size, layout="constrained")), figure.subplots()
 
 
 def _clip(value: float, low: float, high: float) -> float:
-    margin = 0.03 * (high - low)
-    return min(max(value, low + margin), high - margin)
+    return float(np.clip(value, 0.97 * low + 0.03 * high, 0.03 * low + 0.97 * high))
 
 
-def _axis_heights(values: Sequence[Any], log: bool | None) -> tuple[list[float], dict[float, str]]:
+def _axis_heights(values: Sequence[Any], log: bool) -> tuple[list[float], dict[float, str]]:
     """Heights in [0, 1] on a parallel axis, and its ticks; a missing value is at 0."""
     known = [value for value in values if value is not None]
     bottom = 0.15 if len(known) < len(values) else 0.0
     if all(map(is_number, known)):
-        scale = math.log if _is_log(known, log) else float
+        scale = math.log if log else float
         low, high = scale(min(known)), scale(max(known))
         marks = sorted(set(known))
         marks = marks if len(marks) <= 6 else marks[:: len(marks) // 5]
@@ -291,30 +275,26 @@ def _tick(axes: Axes, x: float, height: float, label: str) -> None:
     axes.text(x + 0.03, height, label, va="center", fontsize=8, zorder=5, bbox=box)
 
 
-def _format_metric(axes: Axes, metric: str) -> None:
+def _format(axes: Axes, metric: str, **properties: Any) -> None:
+    axes.set(**properties)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     if metric.endswith("acc"):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
-def _number_axis(axes: Axes, numbers: Sequence[float], log: bool | None = None) -> None:
-    """An x axis of numbers, logarithmic if declared so or if they spread widely."""
-    if _is_log(numbers, log):
-        axes.set_xscale("log")
-        narrow = max(numbers) / min(numbers) < 100
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.08)
+def _set_log(axes: Axes) -> None:
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _is_log(numbers: Sequence[float], declared: bool | None) -> bool:
+def _is_log(collection: Collection, option: str, numbers: Sequence[float]) -> bool:
+    """As the search space declares it; else for numbers that spread widely."""
+    declared = ((collection.search or {}).get("space") or {}).get(option)
     if not numbers or min(numbers) <= 0:
         return False
-    return max(numbers) / min(numbers) >= LOG_FROM if declared is None else declared
-
-
-def _declared_log(collection: Collection, option: str) -> bool | None:
-    """Whether the search space declares a logarithmic scale; None: nothing is declared."""
-    declared = ((collection.search or {}).get("space") or {}).get(option)
-    return bool(declared.get("log", False)) if isinstance(declared, dict) else None
+    if isinstance(declared, dict):
+        return bool(declared.get("log", False))
+    return max(numbers) / min(numbers) >= LOG_FROM

@@ -17,14 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from cnntrain.atomic import replacing
 from cnntrain.config import ConfigError, flat, incidental, options_hash
 from cnntrain.config.overrides import key_of, parsed
-from cnntrain.config.resume import (
-    CONFIG,
-    LOCK,
-    DamagedRecord,
-    holds_another_run,
-    read_config,
-    run_options,
-)
+from cnntrain.config.resume import CONFIG, LOCK, holds_another_run, read_config, run_options
 from cnntrain.sweeps.records import SWEEP_FILE, distinct, read_sweep_file
 
 LONGEST = 120  # characters of a directory name, so that paths stay below 255 bytes
@@ -253,16 +246,12 @@ class SweepFolder:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        sheet = read_sweep_file(path)
-        base, members = sheet["base"], sheet["members"].values()
-        parts = [base[part] for part in BASE] if base or members else []
-        if all(isinstance(part, dict) for part in parts) and all(
-            {"config_hash", "identity"} <= member.keys() for member in members
-        ):
+    if sheet := read_sweep_file(path):
+        base, members = sheet.get("base"), sheet["members"].values()
+        tables = isinstance(base, dict) and all(isinstance(base.get(p), dict) for p in BASE)
+        complete = all({"config_hash", "identity"} <= member.keys() for member in members)
+        if complete and (tables or (base == {} and not members)):
             return sheet
-    except (DamagedRecord, OSError, TypeError, LookupError):
-        pass
     advice = "move it away, as the directories of the members record what is completed, or take"
     raise ConfigError([f"{path}: is damaged; {advice} another name for the sweep (sweep=<name>)"])
 

@@ -197,9 +197,7 @@ def _run(job: MemberJob) -> None:
             time.sleep(POLL_INTERVAL)
         if stop.exists() or interruption.received is not None:
             return
-        if result_with_status(directory, own_hash) or holds_another_run(
-            directory, own_hash
-        ):  # since the start
+        if result_with_status(directory, own_hash) or holds_another_run(directory, own_hash):
             return
         before = result_version(directory)
         reason = _run_process(job, stop)

@@ -229,6 +229,10 @@ def label(values: dict[str, Any]) -> str:
     return ", ".join(parts) or "all"
 
 
+def clipped(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def short(option: str) -> str:
     """`lr` of `optimizer.lr`, `backend` of `backend._target_`."""
     return option.removesuffix("._target_").rpartition(".")[2]

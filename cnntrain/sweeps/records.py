@@ -17,17 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cnntrain.config import ConfigError, config_hash, flat, incidental
+from cnntrain.config import ConfigError, config_hash, flat, incidental, resume
 from cnntrain.config.choices import choice, defaults
-from cnntrain.config.resume import (
-    CONFIG,
-    RESULT,
-    DamagedRecord,
-    has_run,
-    is_running,
-    read_config,
-    read_sealed,
-)
+from cnntrain.config.resume import CONFIG, RESULT, has_run, is_running, read_config, read_sealed
 
 SWEEP_FILE = "sweep.yaml"
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss")
@@ -97,11 +89,9 @@ def collect(folder: str | os.PathLike[str], metric: str | None = None) -> Collec
         raise ConfigError([f"metric={metric}: is no metric; there is {', '.join(METRICS)}"])
     if not folder.is_dir():
         raise ConfigError([f"{folder}: is not a folder; name one with runs below it"])
-    try:
-        sweep = read_sweep_file(folder / SWEEP_FILE)
-    except FileNotFoundError:
+    if not (folder / SWEEP_FILE).exists():
         return _collect_directories(folder, metric)
-    except (DamagedRecord, OSError):
+    if (sweep := read_sweep_file(folder / SWEEP_FILE)) is None:
         problem = f"{folder / SWEEP_FILE}: is damaged; the runs below the folder are shown instead"
         return _collect_directories(folder, metric, (problem,))
     members = tuple(
@@ -114,8 +104,8 @@ def collect(folder: str | os.PathLike[str], metric: str | None = None) -> Collec
     return Collection(name, folder, metric, maximise, over, members, sweep.get("search"))
 
 
-def read_sweep_file(path: Path) -> dict[str, Any]:
-    """The content of sweep.yaml but an incomplete last line; FileNotFoundError, DamagedRecord."""
+def read_sweep_file(path: Path) -> dict[str, Any] | None:
+    """The content of sweep.yaml, but an incomplete last line; None if it is damaged."""
     try:
         text = path.read_text(encoding="utf-8").rpartition("\n")[0]
         content: Any = OmegaConf.to_container(OmegaConf.create(text))
@@ -126,11 +116,9 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
             and all(isinstance(m["values"], dict) for m in content["members"].values())
         ):
             return {str(key): value for key, value in content.items()}
-    except FileNotFoundError:
-        raise
     except (*INVALID, OmegaConfBaseException):
         pass
-    raise DamagedRecord(f"{path}: is damaged")
+    return None
 
 
 def read_member(name: str, directory: Path, values: dict[str, Any]) -> Member:
@@ -142,7 +130,7 @@ def read_member(name: str, directory: Path, values: dict[str, Any]) -> Member:
         if status == "pending" and has_run(directory):
             status = "interrupted"  # killed before it wrote result.json
         result = {"status": status}
-    except (DamagedRecord, OSError) as error:
+    except (resume.DamagedRecord, OSError) as error:
         return Member(name, directory, values, "damaged", error=str(error).split("; ")[0])
     status = result["status"]
     if status == "running" and not is_running(directory):
@@ -262,8 +250,8 @@ def _collect_directories(
     monitors = {config["trainer.monitor"] for _, config in known if "trainer.monitor" in config}
     monitor = monitors.pop() if len(monitors) == 1 else None
     metric = metric or (monitor if monitor in METRICS else METRICS[0])
-    name, maximise = folder.absolute().name or str(folder), metric.endswith("acc")
-    return Collection(name, folder, metric, maximise, over, tuple(members), problems=problems)
+    facts = (metric, metric.endswith("acc"), over, tuple(members))
+    return Collection(folder.absolute().name or str(folder), folder, *facts, problems=problems)
 
 
 def _runs(folder: Path) -> Iterator[Path]:

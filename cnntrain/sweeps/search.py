@@ -113,7 +113,8 @@ class Dimension:
 
     def active(self, made: Mapping[str, Any]) -> bool:
         """Whether its conditions are met by these values of other options."""
-        return all(o in made and _typed(made[o]) in values for o, values in self.when.items())
+        as_text = {o: v if str(v).startswith("[") else typed(v) for o, v in made.items()}
+        return all(as_text.get(o) in values for o, values in self.when.items())
 
 
 class Space:
@@ -164,7 +165,7 @@ class Space:
     @property
     def size(self) -> int | None:
         """The number of combinations; None if a range is continuous."""
-        if self.continuous:
+        if any(d.size is None for d in self.dimensions):
             return None
         conditions = {option for d in self.dimensions for option in d.when}
 
@@ -179,11 +180,6 @@ class Space:
             return sum(count(others, {**made, first.option: stored(c)}) for c in first.corners)
 
         return count(self.dimensions, {})
-
-    @property
-    def continuous(self) -> str | None:
-        """The first option with a continuous range."""
-        return next((d.option for d in self.dimensions if d.size is None), None)
 
     def settings(self, dimension: Dimension) -> Iterator[dict[str, str]]:
         """All choices of other options, as typed, that meet a dimension's conditions."""
@@ -219,10 +215,6 @@ def typed(value: Any) -> str:
 def stored(choice: Any) -> Any:
     """A choice as Optuna can store it: a list as text."""
     return typed(choice) if isinstance(choice, list) else choice
-
-
-def _typed(value: Any) -> str:
-    return value if isinstance(value, str) and value.startswith("[") else typed(value)
 
 
 def _dimension(option: str, entry: Any, problems: list[str]) -> Dimension | None:

@@ -260,10 +260,11 @@ def suggest_once(node: DictConfig) -> None:
             sampler = build(node.sampler)(seed=0)
         with as_config_error("search"):
             search: Search = build(node)
-        if isinstance(sampler, BruteForceSampler) and (option := search.space.continuous):
+        continuous = [d.option for d in search.space.dimensions if d.size is None]
+        if isinstance(sampler, BruteForceSampler) and continuous:
             raise ConfigError(
                 [
-                    f"search/sampler: tries all combinations, and search.space.{option} is "
+                    f"search/sampler: tries all combinations, and search.space.{continuous[0]} is "
                     "continuous; give it a step or choices, or take search/sampler=tpe"
                 ]
             )
