@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 IDX_SUFFIXES = (".idx", "-ubyte", ".idx.gz", "-ubyte.gz")
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
-Source = Path | tuple[str, Image.Image]  # a file or folder; or an image in memory and its name
+ImageSource = Path | tuple[str, Image.Image]  # a file or folder; or an image in memory and its name
 
 
 class UnreadableError(Exception):
@@ -58,7 +58,7 @@ def _is_image_file(file: Path) -> bool:
 
 
 def read_images(
-    source: Source, shape: tuple[int, int, int], *, invert: bool, max_pixels: int
+    source: ImageSource, shape: tuple[int, int, int], *, invert: bool, max_pixels: int
 ) -> Iterator[InputImage]:
     """All images in a PNG, JPEG or IDX file, or the one in memory, as (C, H, W) = `shape`.
 
@@ -90,7 +90,7 @@ def read_images(
         raise UnreadableError(reason or "does not fit into the memory") from error
 
 
-def _decode(source: Source, max_pixels: int) -> Iterator[tuple[str, Image.Image]]:
+def _decode(source: ImageSource, max_pixels: int) -> Iterator[tuple[str, Image.Image]]:
     """Images, with the suffixes of their names."""
     if not isinstance(source, Path):
         _check_pixels(*source[1].size, max_pixels)
@@ -188,7 +188,7 @@ def lighter_border(pixels: np.ndarray) -> float:
     return border / 255 if darker > lighter + 0.25 else 0.0
 
 
-def image_sources(images: Any, name: str = "images") -> Iterator[Source]:
+def image_sources(images: Any, name: str = "images") -> Iterator[ImageSource]:
     """Paths and images in the argument of `predict`, with arrays converted to PIL images.
 
     Raises:

@@ -18,8 +18,8 @@ from pydantic import PositiveInt
 from cnntrain import pictures
 from cnntrain.config import ConfigError
 from cnntrain.inference.images import (
+    ImageSource,
     InputImage,
-    Source,
     UnreadableError,
     image_files,
     image_sources,
@@ -112,7 +112,7 @@ def predict(
     paths = [source for source in sources if isinstance(source, Path)]
     if paths or not sources:
         find_files(paths)  # raises if one does not exist
-    files: Iterator[Source] = (
+    files: Iterator[ImageSource] = (
         file
         for source in sources
         for file in (image_files(source) if isinstance(source, Path) else [source])
@@ -143,7 +143,7 @@ def find_files(images: str | Iterable[str | Path]) -> list[Path]:
 
 
 def predictions(
-    trained: Trained, files: Iterable[Source], *, top: int, invert: bool, max_pixels: int
+    trained: Trained, files: Iterable[ImageSource], *, top: int, invert: bool, max_pixels: int
 ) -> Iterator[Prediction]:
     """Predictions of the images, one after the other; see `predict`."""
     images = _read(files, trained.data.shape, invert, max_pixels)
@@ -165,7 +165,7 @@ def predictions(
 
 
 def _read(
-    files: Iterable[Source], shape: tuple[int, int, int], invert: bool, max_pixels: int
+    files: Iterable[ImageSource], shape: tuple[int, int, int], invert: bool, max_pixels: int
 ) -> Iterator[InputImage | Prediction]:
     for file in files:
         try:
