@@ -110,13 +110,19 @@ def test_replaced_in_a_file(tmp_path: Path) -> None:
     [
         (["model={_target_:own_classes.Tiny,dept:2}"], "model.dept=2: own_classes.Tiny has no opt"),
         (["model.hidden=3", "model._target_=own_classes.Tiny"], "model.hidden=3: own_classes.Tiny"),
-        (["model.depth=3", "model._target_=own_classes.Tiny"], "add it with +model.depth=3"),
+        (
+            ["model.depth=3", "model._target_=own_classes.Tiny"],
+            "other options of own_classes.Tiny are added with +",
+        ),
         (["model={hiden: 3}"], "model.hiden=3: cnntrain.models.LeNet5 has no option 'hiden'; did"),
-        (["trainer.devices=[0]"], "trainer.devices=[0]: input should be a valid integer: the numb"),
+        (
+            ["+trainer.devices=[0]"],
+            "trainer.devices=[0]: input should be a valid integer: the numb",
+        ),
         (["+trainer.devices=-1"], "such as 1 or 2; to choose GPUs, set CUDA_VISIBLE_DEVICES=0,1"),
-        (["trainer.devices=auto"], "such as 1 or 2; to choose GPUs, set CUDA_VISIBLE_DEVICES=0,1"),
+        (["+trainer.devices=auto"], "such as 1 or 2; to choose GPUs, set CUDA_VISIBLE_DEVICES=0,1"),
         (["trainer=ddp", "trainer.devices='0,1'"], "trainer.devices=0,1: input should be a valid"),
-        (["optimizer.amsgrad=maybe"], "optimizer.amsgrad=maybe: input should be a valid boolean"),
+        (["+optimizer.amsgrad=maybe"], "optimizer.amsgrad=maybe: input should be a valid boolean"),
     ],
     ids=str,
 )
@@ -128,7 +134,7 @@ def test_mistake(overrides: list[str], said: str) -> None:
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LR", "3e-3")
-    assert compose(["optimizer.lr=${oc.decode:${oc.env:LR}}"]).optimizer.lr == 0.003
+    assert compose(["optimizer.lr='${oc.decode:${oc.env:LR}}'"]).optimizer.lr == 0.003
     with pytest.raises(ConfigError, match=r"optimizer\.lr=3e-3: input should be a valid number"):
         compose(["optimizer.lr=${oc.env:LR}"])
 
@@ -143,15 +149,15 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
         (
             "--cfg job optimizer.lr=x model.dropuot=1",
             {"lr": "x"},
-            ["model.dropuot", "optimizer.lr"],
+            ["model.dropuot"],
         ),
         (
             "--cfg all -p optimizer --resolve optimizer.lr=${oc.env:NOT_SET}",
             {"lr": "${oc.env:NOT_SET}"},
-            ["optimizer: "],
+            ["--resolve: "],
         ),
         ("--cfg job -p optimizer --resolve optimizer.lr=${oc.env:LR}", {"lr": "3e-3"}, []),
-        ("--cfg hydra seed=x", {"dir": "outputs/sweeps/${sweep.name}"}, ["seed=x"]),
+        ("--cfg hydra sed=1", {"dir": "outputs/sweeps/${sweep.name}"}, ["sed=1"]),
         ("--cfg job -p nowhere", {}, ["--package=nowhere"]),
     ],
     ids=str,
