@@ -1,4 +1,4 @@
-"""The benchmark: its numbers against numbers worked out by hand. No test says what is fast."""
+"""Benchmark: times, rates, memory and errors against values derived by hand."""
 
 import contextlib
 import csv
@@ -92,7 +92,7 @@ def test_a_wrong_set_is_named() -> None:
 
 
 class Allocates(torch.autograd.Function):
-    """An output of zeros by way of 8 MiB; keeps 3 MiB; its gradients by way of 16 MiB."""
+    """Zeros; allocates 8 MiB in the forward, keeps 3 MiB, and allocates 16 MiB in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -123,7 +123,7 @@ def test_memory_to_the_byte() -> None:
     assert extra_memory(alone) == ExtraMemory(8 * MIB, None, None)
 
 
-def test_native_s_own_scratch_memory_is_seen() -> None:
+def test_scratch_memory_of_native_is_counted() -> None:
     """In float64 PyTorch unrolls the whole batch: N * C*9 * OH*OW numbers of 8 bytes."""
     conv = nn.Conv2d(16, 16, 3, padding=1).double()
     subject = TimedConv(conv, torch.randn(4, 16, 16, 16, dtype=torch.float64), None)
@@ -131,7 +131,7 @@ def test_native_s_own_scratch_memory_is_seen() -> None:
 
 
 class Clock:
-    """Time that passes only where a fake convolution says so."""
+    """A clock that only fake convolutions advance."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -153,27 +153,27 @@ class Ticks(torch.autograd.Function):
 
 
 @pytest.fixture
-def taking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., type[nn.Conv2d]]:
-    """Make a convolution whose forward and backward take so many seconds on a fake clock."""
+def fake_conv(monkeypatch: pytest.MonkeyPatch) -> Callable[..., type[nn.Conv2d]]:
+    """Convolutions whose forward and backward take given seconds on a fake clock."""
     clock = Clock()
     monkeypatch.setattr(measure, "time", clock)
 
     def make(name: str, forward: float, backward: float) -> type[nn.Conv2d]:
-        class Taking(nn.Conv2d):
+        class Fake(nn.Conv2d):
             def _conv_forward(self, input: Tensor, weight: Tensor, bias: Any) -> Tensor:
                 clock.now += forward
                 y = super()._conv_forward(input, weight, bias)
                 return Ticks.apply(y, lambda: setattr(clock, "now", clock.now + backward))
 
-        Taking.__name__ = name
-        return Taking
+        Fake.__name__ = name
+        return Fake
 
     return make
 
 
-def test_times_rates_and_ratios_by_a_fake_clock(taking: Callable[..., type[nn.Conv2d]]) -> None:
+def test_times_rates_and_ratios_by_a_fake_clock(fake_conv: Callable[..., type[nn.Conv2d]]) -> None:
     """2*4*9*36 = 2,592 MACs for an image of 8x8, 5 images: 25,920 FLOP forward."""
-    quick, slow = taking("Quick", 0.001, 0.003), taking("Slow", 0.004, 0.008)
+    quick, slow = fake_conv("Quick", 0.001, 0.003), fake_conv("Slow", 0.004, 0.008)
     report = benchmark({"one": [SMALL]}, [quick, slow], batch_sizes=[5], rounds=3, min_turn_ms=10)
     one, other = flat(report)
     assert report.meta["baseline"] == "Quick"  # the first, since native is not there
@@ -193,8 +193,8 @@ def test_times_rates_and_ratios_by_a_fake_clock(taking: Callable[..., type[nn.Co
     assert line == "Quick is 3.00 x as fast as Slow"
 
 
-def test_the_forward_alone(taking: Callable[..., type[nn.Conv2d]]) -> None:
-    makers = [taking("Quick", 0.001, 0.003), taking("Slow", 0.004, 0.008)]
+def test_the_forward_alone(fake_conv: Callable[..., type[nn.Conv2d]]) -> None:
+    makers = [fake_conv("Quick", 0.001, 0.003), fake_conv("Slow", 0.004, 0.008)]
     report = benchmark({"one": [SMALL]}, makers, backward=False, **QUICK)
     one, other = flat(report)
     assert other["ratio"] == pytest.approx(4)
@@ -259,7 +259,7 @@ def test_a_set_with_a_layer_that_failed_has_no_sum() -> None:
     assert report.speedups == []
 
 
-def test_turns_are_shuffled_and_one_that_raises_leaves() -> None:
+def test_turns_are_shuffled_and_an_implementation_that_raises_is_removed() -> None:
     turns: list[str] = []
 
     class Notes(nn.Conv2d):
@@ -289,7 +289,7 @@ def test_turns_are_shuffled_and_one_that_raises_leaves() -> None:
 
 
 class Wrong(nn.Conv2d):
-    """Its output is a tenth too large, as are its gradients."""
+    """Output and gradients are 10 % too large."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return 1.1 * super()._conv_forward(input, weight, bias)
@@ -351,7 +351,7 @@ def test_errors_against_float64(report: BenchmarkReport) -> None:
         assert 1e-4 < r["output_error"] < 1e-2
 
 
-def test_what_cannot_be_done_is_said(report: BenchmarkReport) -> None:
+def test_failures_are_reported(report: BenchmarkReport) -> None:
     said = {name: {r["problem"] for r in flat(report, backend=name)} for name in report.backends}
     assert said["Raises"] == {"NotImplementedError: not for you"}
     assert said["Infinite"] == {"RuntimeError: its results are not finite"}
@@ -450,7 +450,7 @@ def test_wrong_options(options: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_said() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     with pytest.raises(ConfigError, match=r"^device=cuda: this machine has no GPU"):
         benchmark({"a": [SMALL]}, ["native"], device="cuda")
 

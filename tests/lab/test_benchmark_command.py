@@ -1,13 +1,13 @@
-"""cnntrain benchmark: the command."""
+"""`cnntrain benchmark`: options, errors, output and files."""
 
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forked import run_command
 from PIL import Image
 
 from cnntrain.commands.benchmark import _arguments
@@ -32,7 +32,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("overrides", "said"), WRONG)
-def test_a_wrong_option_is_answered_before_anything_starts(overrides: list[str], said: str) -> None:
+def test_wrong_options_are_reported_before_anything_starts(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(overrides, name="benchmark")
     assert said in "\n".join(caught.value.problems)
@@ -56,15 +56,9 @@ def test_presets() -> None:
     assert list(cfg.layers) == ["1x1", "3x3"]
 
 
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cnntrain", "benchmark", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "110"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "110"}
+    return run_command(["benchmark", *arguments], folder, environment)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -124,7 +118,7 @@ def test_mistakes_are_one_line_each_and_exit_2(tmp_path: Path) -> None:
     assert second.startswith("  shape: Calculated padded input size per channel: (2 x 2)")
 
 
-def test_help_tells_the_options() -> None:
+def test_help_lists_the_options() -> None:
     done = run(ROOT, "--help")
     assert done.returncode == 0
     assert "layers: 1x1, 3x3, depthwise, lenet5, stride2" in done.stdout

@@ -1,4 +1,4 @@
-"""What a benchmark times: layers, and who computes them."""
+"""Benchmark: layer sets and implementations."""
 
 from typing import Any
 
@@ -24,13 +24,13 @@ def test_layers_of_lenet5() -> None:
     assert found[0].name == "features.0"
 
 
-def test_the_set_lenet5_is_the_model_s() -> None:
-    (mine,) = layer_sets(choice("layers", "lenet5"), (1, 28, 28))
-    theirs = layers_of(LeNet5(), (1, 28, 28))
-    assert [(x.options, x.size) for x in mine.layers] == [(x.options, x.size) for x in theirs]
+def test_the_layer_set_lenet5_is_that_of_the_model() -> None:
+    (found,) = layer_sets(choice("layers", "lenet5"), (1, 28, 28))
+    expected = layers_of(LeNet5(), (1, 28, 28))
+    assert [(x.options, x.size) for x in found.layers] == [(x.options, x.size) for x in expected]
 
 
-def test_layers_keep_everything_that_a_network_asks_for() -> None:
+def test_layers_keep_all_options_of_a_network() -> None:
     network = nn.Sequential(
         nn.Conv2d(4, 6, (3, 5), stride=(1, 2), padding=(0, 1), dilation=2, groups=2, bias=False),
         nn.Conv2d(6, 6, 3, padding="same", padding_mode="circular"),
@@ -60,7 +60,7 @@ def test_an_incomplete_shape_and_one_without_quotes() -> None:
         layer("size:8")
 
 
-def test_contenders_of_every_kind() -> None:
+def test_implementations_of_every_kind() -> None:
     class Mine(nn.Conv2d):
         pass
 
@@ -97,7 +97,7 @@ def test_contenders_of_every_kind() -> None:
         ([], "backends=[]: must name at least one"),
     ],
 )
-def test_a_wrong_contender_is_named(entries: list[Any], said: str) -> None:
+def test_wrong_implementations_are_reported(entries: list[Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         implementations(entries)
     assert any(problem.startswith(said) for problem in caught.value.problems), caught.value
@@ -119,13 +119,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         {"groups": 4, "padding": 1},
     ],
 )
-@pytest.mark.parametrize("peer", ["unfold", "unfoldNd", "seven_loops"])
-def test_peers_are_convolutions(peer: str, options: dict[str, Any]) -> None:
-    if peer == "unfoldNd":
+@pytest.mark.parametrize("name", ["unfold", "unfoldNd", "seven_loops"])
+def test_reference_implementations_are_convolutions(name: str, options: dict[str, Any]) -> None:
+    if name == "unfoldNd":
         pytest.importorskip("unfoldNd")
     torch.manual_seed(0)
     native = nn.Conv2d(4, 8, (3, 2), **options).double()
-    mine = implementations([peer])[peer](4, 8, (3, 2), **options).double()
+    mine = implementations([name])[name](4, 8, (3, 2), **options).double()
     mine.load_state_dict(native.state_dict())
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
-    torch.testing.assert_close(mine(x), native(x).detach() if peer == "seven_loops" else native(x))
+    torch.testing.assert_close(mine(x), native(x).detach() if name == "seven_loops" else native(x))

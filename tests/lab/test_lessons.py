@@ -1,4 +1,4 @@
-"""The lessons: every number against one derived by other means."""
+"""Lessons: every number against one derived independently."""
 
 import inspect
 import subprocess
@@ -22,7 +22,7 @@ from cnntrain.lab.lessons.small_convolution import small_convolution
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_where_pattern_and_kernel_agree_the_output_is_strongest(backend: str) -> None:
+def test_the_output_is_strongest_where_pattern_and_kernel_agree(backend: str) -> None:
     strongest = {key: maps.max().item() for key, maps in responses(backend).items()}
     assert strongest == {
         ("diagonal", "diagonal"): 3,
@@ -109,7 +109,7 @@ def test_window_is_the_convolution(options: dict) -> None:
 
 
 @pytest.mark.parametrize("options", GEOMETRIES, ids=str)
-def test_window_says_every_number(options: dict, tmp_path: Path) -> None:
+def test_window_shows_every_number(options: dict, tmp_path: Path) -> None:
     _, found = example(options)
     lesson = window(**options)
     lines = lesson.text.splitlines()
@@ -194,7 +194,7 @@ def test_a_kernel_that_is_too_large_is_explained(options: dict, helps) -> None:
         ),
     ],
 )
-def test_what_window_refuses(options: dict, said: str) -> None:
+def test_window_rejects_what_is_too_large_or_impossible(options: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         window(**options)
 
@@ -244,13 +244,13 @@ def test_a_row_of_panels_is_one_group() -> None:
         ({"padding": "same", "kernel": 2}, True),  # on one side only
     ],
 )
-def test_an_input_is_called_padded_where_it_is(options: dict, padded: bool) -> None:
+def test_only_a_padded_input_is_titled_so(options: dict, padded: bool) -> None:
     name = "input, padded" if padded else "input"
     assert {title for title in panels(**options) if title.startswith("input")} == {name}
     assert f"\n{name}: window 0 in [ ]\n" in window(**options).text
 
 
-def test_patterns_have_one_scale_a_row_and_say_so() -> None:
+def test_patterns_have_one_colour_scale_a_row() -> None:
     figure = patterns().draw()
     axes = np.array(figure.axes).reshape(3, 4)
     for row, largest in ((1, 3), (2, 8)):
@@ -265,7 +265,7 @@ def test_patterns_have_one_scale_a_row_and_say_so() -> None:
     assert 0 <= box.x0 < box.x1 < place.x0
 
 
-def test_cost_has_the_work_of_every_layer() -> None:
+def test_cost_has_the_macs_of_every_layer() -> None:
     lines = cost(batch_size=8, rounds=2).text.splitlines()
     rows = {line.split()[0]: line.split() for line in lines[3:] if line}
     macs = {  # by hand: outputs times products for each
