@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 
 from cnntrain.conv.algorithm import Algorithm
 from cnntrain.conv.autograd import autocasts, convolve
-from cnntrain.conv.geometry import Geometry, pad, padding_amounts
+from cnntrain.conv.geometry import NONE, Amounts, Geometry, pad, padded, padding_amounts
 
 
 class Conv2d(nn.Conv2d):
@@ -43,7 +43,7 @@ class Conv2d(nn.Conv2d):
         _check_parameters(weight, bias, geometry)
         amounts = padding_amounts(self.padding, self.kernel_size, geometry.dilation)
         if self.padding_mode != "zeros":  # as in nn.Conv2d, where F.pad's errors come first
-            input, amounts = pad(input, amounts, self.padding_mode), (0, 0, 0, 0)
+            input, amounts = pad(input, amounts, self.padding_mode), NONE
         _check_input(input, weight, geometry, amounts)
         unbatched = input.dim() == 3
         x = input.unsqueeze(0) if unbatched else input
@@ -75,11 +75,11 @@ def _autocast(t: Tensor) -> Tensor:
 
 def _check_parameters(w: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
     numbers = *geometry.stride, *geometry.dilation, geometry.groups
-    said = f"stride={geometry.stride}, dilation={geometry.dilation} and groups={geometry.groups}"
+    given = f"stride={geometry.stride}, dilation={geometry.dilation} and groups={geometry.groups}"
     if not all(hasattr(number, "__index__") for number in numbers):
-        raise TypeError(f"{said} should be whole numbers")
+        raise TypeError(f"{given} should be whole numbers")
     if min(numbers) < 1:
-        raise RuntimeError(f"{said} should be greater than zero")
+        raise RuntimeError(f"{given} should be greater than zero")
     if w.dim() != 4 or min(w.shape) < 1 or w.shape[0] % geometry.groups:
         raise RuntimeError(
             f"weight of size {list(w.shape)} (out_channels, in_channels / groups, height, width) "
@@ -88,51 +88,39 @@ def _check_parameters(w: Tensor, bias: Tensor | None, geometry: Geometry) -> Non
         )
     if bias is not None:
         if bias.shape != w.shape[:1]:
-            raise RuntimeError(
-                f"bias of size {list(bias.shape)} should have one number for each of the "
-                f"{w.shape[0]} out_channels"
-            )
+            raise RuntimeError(f"bias of size {list(bias.shape)} should have size {[len(w)]}")
         _check_same("bias", bias, w)
 
 
-def _check_input(
-    x: Tensor, w: Tensor, geometry: Geometry, padding: tuple[int, int, int, int]
-) -> None:
+def _check_input(x: Tensor, w: Tensor, geometry: Geometry, amounts: Amounts) -> None:
+    size = list(x.shape)
     if x.dim() not in (3, 4):
-        raise RuntimeError(
-            f"expected 3D (unbatched) or 4D (batched) input, got input of size {list(x.shape)}"
-        )
+        raise RuntimeError(f"expected 3D (unbatched) or 4D (batched) input, got size {size}")
     channels = w.shape[1] * geometry.groups
     if x.shape[-3] != channels:
         raise RuntimeError(
-            f"weight of size {list(w.shape)} with groups={geometry.groups} expects input "
-            f"{list(x.shape)} to have {channels} channels, but it has {x.shape[-3]}"
+            f"weight of size {list(w.shape)} with groups={geometry.groups} expects input of size "
+            f"{size} to have {channels} channels, but it has {x.shape[-3]}"
         )
     _check_same("input", x, w)
-    if not all(hasattr(amount, "__index__") for amount in padding):
-        raise TypeError(
-            f"padding should be whole numbers, got {padding} (left, right, top, bottom)"
-        )
-    if min(padding) < 0:
-        raise RuntimeError(
-            f"negative padding is not supported, got {padding} (left, right, top, bottom)"
-        )
+    given = f"padding {amounts} (left, right, top, bottom)"
+    if not all(hasattr(amount, "__index__") for amount in amounts):
+        raise TypeError(f"{given} should be whole numbers")
+    if min(amounts) < 0:
+        raise RuntimeError(f"negative padding is not supported: {given}")
     if min(x.shape[-2:]) < 1:
-        raise RuntimeError(f"input of size {list(x.shape)} should have no zero but the batch's")
-    left, right, top, bottom = padding
-    padded = x.shape[-2] + top + bottom, x.shape[-1] + left + right
-    reach = tuple(d * (k - 1) + 1 for d, k in zip(geometry.dilation, w.shape[2:], strict=True))
-    if padded[0] < reach[0] or padded[1] < reach[1]:
+        raise RuntimeError(f"height and width of an input of size {size} should not be zero")
+    height, width = padded(x.shape[-2:], amounts)
+    kh, kw = (d * (k - 1) + 1 for d, k in zip(geometry.dilation, w.shape[2:], strict=True))
+    if height < kh or width < kw:
         raise RuntimeError(
-            f"kernel size can't be greater than input size: the padded input is "
-            f"{padded[0]} x {padded[1]}, the kernel (dilation included) {reach[0]} x {reach[1]}"
+            f"kernel size can't be greater than input size: the padded input is {height} x {width},"
+            f" the kernel (dilation included) {kh} x {kw}"
         )
 
 
 def _check_same(name: str, t: Tensor, w: Tensor) -> None:
     for kind in ("dtype", "device", "layout"):
-        if getattr(t, kind) != getattr(w, kind):
-            raise RuntimeError(
-                f"{name} {kind} {getattr(t, kind)} and weight {kind} {getattr(w, kind)} "
-                f"should be the same"
-            )
+        ours, weights = getattr(t, kind), getattr(w, kind)
+        if ours != weights:
+            raise RuntimeError(f"{name} {kind} {ours} and weight {kind} {weights} should be equal")

@@ -231,11 +231,9 @@ class CheckResult:
         if not self.failure or size < self.smallest:
             self.smallest = size
             self.failure = ", ".join([call, *words]) + f": {measured.text}"
-            self.rerun = (
-                f"{candidate.import_statement}; from cnntrain.lab.verify import Case, rerun; "
-                f"rerun(backend, {', '.join(map(repr, (self.name, *arguments)))}, "
-                f"seed={candidate.seed})"
-            )
+            given = ", ".join(map(repr, (self.name, *arguments)))
+            imports = f"{candidate.import_statement}; from cnntrain.lab.verify import Case, rerun"
+            self.rerun = f"{imports}; rerun(backend, {given}, seed={candidate.seed})"
 
 
 @dataclass(frozen=True)
@@ -244,7 +242,7 @@ class Check:
 
     Attributes:
         cases: the arguments of `measure`: a Case, a tuple of a Case and strings, or a string.
-        measure: yields measurements; any exception fails the case.
+        measure: yields errors; any exception fails the case.
     """
 
     lines: tuple[str, ...]
