@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from correct_convolutions import FourierInFloat32
+from forked import run_command
 from torch import nn
 
 from cnntrain.config import ConfigError, compose
@@ -243,14 +244,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     (tmp_path / "mypkg.py").write_text(MINE)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "cnntrain", "verify", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return run_command(["verify", *arguments], tmp_path)
 
     return run
 
