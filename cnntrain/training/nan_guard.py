@@ -1,25 +1,21 @@
 """NaN/Inf guard: stops training before a non-finite loss or gradient reaches the weights."""
 
-import copy
-import io
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as lightning
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from cnntrain.atomic import replacing
 from cnntrain.terminal import NoTraceback
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import all_gather, any_rank, is_single_process
 from cnntrain.training.metrics import Stage
+from cnntrain.training.nan_cause import BatchRecord, cause_of, finite, save
 from cnntrain.training.step_graph import is_fused
 
 FILE = "not_finite.pt"
@@ -37,43 +33,6 @@ class NonFiniteError(NoTraceback, Exception):
     def __init__(self, message: str, details: dict[str, Any]):
         super().__init__(message)
         self.details = details
-
-
-@dataclass(frozen=True)
-class BatchRecord:
-    """A batch with its loss and, once it was repeated, the cause of the non-finite number."""
-
-    stage: Stage
-    epoch: int  # from 0, as `batch`
-    batch: int
-    step: int  # optimizer steps before
-    lr: float | None  # None in the test stage
-    loss: Tensor | float
-    rank: int = 0
-    tensors: tuple[Tensor, Tensor] | None = None  # images (N, C, H, W), labels (N,)
-    indices: Sequence[int] = ()  # positions of the images in the files of the data set
-    cause: str = ""
-    layer: str | None = None
-    layer_type: str | None = None
-    parameter: str | None = None
-
-    @property
-    def certain(self) -> bool:
-        """Whether this rank's images are the cause: a non-finite gradient alone may come from
-        another rank, as DDP averages gradients."""
-        return self.layer is not None or not math.isfinite(self.loss)
-
-    def text(self, epochs: int | None) -> str:
-        epoch = f"epoch {self.epoch + 1}/{epochs}"
-        stage = {"train": epoch, "val": f"validation of {epoch}", "test": "test"}[self.stage]
-        lr = "" if self.lr is None else f", lr {self.lr:.3g}"
-        loss = f"the loss of {len(self.indices)} images is {float(self.loss):.4g}"
-        return f"{stage}, batch {self.batch + 1}, step {self.step}{lr}: {loss}; {self.cause}"
-
-    def facts(self) -> dict[str, Any]:
-        names = "stage", "epoch", "batch", "step", "lr", "loss", "layer", "layer_type", "parameter"
-        facts = {name: getattr(self, name) for name in names}
-        return facts | {"epoch": self.epoch + 1, "batch": self.batch + 1}
 
 
 class NaNGuard(lightning.Callback):
@@ -96,9 +55,7 @@ class NaNGuard(lightning.Callback):
         deferred: Checks asynchronously on any device; for tests.
     """
 
-    def __init__(
-        self, directory: Path, train: np.ndarray, val: np.ndarray, *, deferred: bool = False
-    ):
+    def __init__(self, directory: Path, train: np.ndarray, val: np.ndarray, deferred: bool = False):
         self.file = directory / FILE
         self.positions: dict[Stage, np.ndarray] = {"train": train, "val": val}
         self.always_deferred = deferred
@@ -190,14 +147,11 @@ class NaNGuard(lightning.Callback):
     def _stop(
         self, trainer: Any, module: Classifier, record: BatchRecord | None, updated: bool = False
     ) -> NoReturn:
-        """Raise NonFiniteError for a batch; called on all ranks together, for the first bad batch.
-
-        `updated` says that the update after the batch has made a weight non-finite.
-        """
+        """Raise NonFiniteError for the first bad batch of all ranks, which call this together, each
+        with its own; `updated` if the update after the batch has made a weight non-finite."""
         own = record and self._diagnosed(trainer, module, record, updated)
         found = [bad for bad in all_gather(own) if bad]
-        certain = [bad for bad in found if bad.certain]
-        first = min(certain or found, key=lambda bad: (bad.epoch, bad.batch))
+        first = min(found, key=lambda bad: (not bad.certain, bad.epoch, bad.batch))
         message, saved = first.text(trainer.max_epochs), None
         if first.tensors and trainer.is_global_zero:
             try:
@@ -215,16 +169,13 @@ class NaNGuard(lightning.Callback):
         raise NonFiniteError(message, {"not_finite": details})
 
     def _diagnosed(
-        self, trainer: lightning.Trainer, module: Classifier, record: BatchRecord, updated: bool
+        self, trainer: Any, module: Classifier, record: BatchRecord, updated: bool
     ) -> BatchRecord:
         """The record with its images, moved to the CPU, and the cause."""
         tensors, indices = self.batch if record.stage == "train" else None, []
         try:
-            loader: Any = trainer.train_dataloader
-            if record.stage != "train":
-                loader = (
-                    trainer.val_dataloaders if record.stage == "val" else trainer.test_dataloaders
-                )
+            name = {"train": "train_dataloader"}.get(record.stage, f"{record.stage}_dataloaders")
+            loader = getattr(trainer, name)
             rows = loader.indices(record.epoch, record.batch).numpy()
             positions = self.positions.get(record.stage)
             indices = (rows if positions is None else positions[rows]).tolist()
@@ -242,87 +193,3 @@ class NaNGuard(lightning.Callback):
 def learning_rate(trainer: lightning.Trainer) -> float:
     """The current learning rate."""
     return float(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-def finite(tensors: Iterable[Any]) -> bool:
-    """Whether all numbers in the tensors among `tensors` are finite. Synchronises."""
-    all_finite = [t.isfinite().all() for t in tensors if isinstance(t, Tensor)]
-    return not all_finite or bool(torch.stack(all_finite).all())
-
-
-def cause_of(
-    trainer: lightning.Trainer, module: Classifier, record: BatchRecord, updated: bool
-) -> dict[str, str | None]:
-    """Repeat a batch, with the random numbers of the first time, on a copy of the network with
-    forward hooks. Returns the last fields of a BatchRecord."""
-    assert record.tensors
-    training, (images, labels) = record.stage == "train", record.tensors
-    network, criterion = copy.deepcopy((module.network, module.loss))  # a copy is not compiled
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-
-    def of_parameter(name: str, text: str) -> dict[str, str | None]:
-        layer = name.rpartition(".")[0]
-        kind = type(network.get_submodule(layer)).__name__
-        cause = f"{text} {name} ({kind})"
-        return {"cause": cause, "layer": layer, "layer_type": kind, "parameter": name}
-
-    if updated:
-        name = next(name for name, p in parameters.items() if not finite([p]))
-        return of_parameter(name, "its gradient is finite, but not the updated")
-
-    first: list[tuple[str, nn.Module]] = []
-
-    def check(name: str, layer: nn.Module, _: Any, output: Any) -> None:
-        if not first and not finite(output if isinstance(output, (tuple, list)) else [output]):
-            first.append((name, layer))
-
-    for name, layer in network.named_modules():
-        layer.register_forward_hook(partial(check, name))
-    network.train(training)
-    criterion.train(training)
-    if training:
-        module.reseed(record.epoch, record.batch)
-    with trainer.precision_plugin.forward_context(), torch.set_grad_enabled(training):
-        loss = criterion(network(images), labels)
-    if first:
-        name, layer = first[0]
-        kind = type(layer).__name__
-        text = f"the first layer with a non-finite output is {f'{name} ({kind})' if name else kind}"
-        own: dict[str, Tensor] = dict(layer.named_parameters())
-        if not training:  # in training the batch itself has changed them
-            own |= dict(layer.named_buffers())
-        bad = next((f"{name}.{n}".strip(".") for n, t in own.items() if not finite([t])), None)
-        if not finite([images]):
-            text += ", and the images are not finite"
-        elif bad:
-            text += f", whose {bad.rpartition('.')[2]} is not finite"
-        return {"cause": text, "layer": name, "layer_type": kind, "parameter": bad}
-    if not loss.isfinite():
-        kind = type(criterion).__name__
-        return {"cause": f"every output is finite, but the loss of {kind} is not"}
-    if training:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        loss = scaler.scale(loss) if scaler else loss
-        found = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
-        if bad_gradients := [n for n, g in zip(parameters, found, strict=True) if not finite([g])]:
-            last = bad_gradients[-1].rpartition(".")[0]  # the first one in backward order
-            name = next(n for n in bad_gradients if n.rpartition(".")[0] == last)
-            return of_parameter(name, "every output is finite, but not the gradient of")
-    return {"cause": "when the batch is repeated, all numbers are finite"}
-
-
-def save(file: Path, module: Classifier, record: BatchRecord) -> None:
-    """Write what reproduces a batch, to be read by `torch.load(weights_only=True)`."""
-    assert record.tensors
-    module.reseed(record.epoch, record.batch, record.rank)
-    content = record.facts() | {
-        "torch_seed": torch.initial_seed(),
-        "indices": torch.tensor(record.indices),
-        "images": record.tensors[0],
-        "labels": record.tensors[1],
-        "state_dict": {name: t.cpu() for name, t in module.network.state_dict().items()},
-    }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with replacing(file) as to:
-        to.write(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""What a CUDA graph does, on the CPU: kernels are kept and run again, on the same memory."""
+"""CUDA graphs on the CPU: operators are captured and replayed on the same memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-# What makes the host wait for the device, which a CUDA graph refuses to record.
+# Operators that synchronise with the device, which a CUDA graph cannot capture.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::_unique2"}
 
 
 class KernelRecorder:
-    """A recorder for `StepGraph`. Nothing in Python is repeated, only operators on tensors."""
+    """A recorder for `StepGraph`. A replay repeats only operators on tensors."""
 
     def __init__(self) -> None:
         self.graphs: list[Graph] = []
@@ -26,7 +26,7 @@ class KernelRecorder:
 
     @property
     def replays(self) -> list[int]:
-        """How often, of each graph."""
+        """Number of replays of each graph."""
         return [graph.replays for graph in self.graphs]
 
 
@@ -47,8 +47,8 @@ class Graph:
 
 
 class _Recording(TorchDispatchMode):
-    """Runs operators so that what follows them has its inputs, and undoes what they change: as on
-    CUDA, nothing has been computed when a recording is over."""
+    """Runs operators, as later ones need their results, and restores what they change: as on CUDA, a
+    capture computes nothing."""
 
     def __init__(self, graph: Graph):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What TensorBoard is given beside scalars: each number against one computed otherwise."""
+"""TensorBoard content of a run, against values computed independently."""
 
 import csv
 import io
@@ -89,7 +89,7 @@ def test_pictures_after_1_2_4_epochs_and_the_last(events: EventAccumulator) -> N
     }
 
 
-def test_training_and_validation_are_runs_of_their_own(run: Path) -> None:
+def test_training_and_validation_curves_are_separate_runs(run: Path) -> None:
     """TensorBoard has a colour for each run; the numbers are those of metrics.csv."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -101,7 +101,7 @@ def test_training_and_validation_are_runs_of_their_own(run: Path) -> None:
             assert [e.value for e in found.Scalars(name)] == pytest.approx(values)
 
 
-def test_a_curve_that_is_continued_forgets_what_comes_again(tmp_path: Path) -> None:
+def test_resumed_curve_drops_repeated_epochs(tmp_path: Path) -> None:
     for values in ({0: 1.0, 1: 2.0, 2: 3.0}, {1: 4.0, 2: 5.0}):
         board = TensorBoard(tmp_path)
         for epoch, value in values.items():
@@ -124,7 +124,7 @@ def test_losses_and_accuracies_come_first(events: EventAccumulator) -> None:
 
 
 @pytest.mark.parametrize("single", ["a", "z"])  # the first schema counts
-def test_no_column_is_blank_beside_a_sweep(single: str, tmp_path: Path) -> None:
+def test_no_empty_hparams_column_beside_a_sweep(single: str, tmp_path: Path) -> None:
     over = {"backend": ["native", "im2col"], "optimizer.lr": [0.01, 0.02]}
     write_hparams_schema(tmp_path / "sweeps", over)
 
@@ -188,7 +188,7 @@ def test_histograms_hold_every_number(events: EventAccumulator, answers: Any) ->
         assert sum(found.bucket[:32]) == pytest.approx((values <= middle).sum(), abs=1)
 
 
-def test_kernels_are_the_weights(events: EventAccumulator, answers: Any) -> None:
+def test_kernel_images_show_the_weights(events: EventAccumulator, answers: Any) -> None:
     network, *_ = answers
     weight = network.features[0].weight.detach()[:, 0]  # (6, 5, 5)
     shown = picture(events, "kernels/features.0").astype(int)
@@ -206,9 +206,7 @@ def test_kernels_are_the_weights(events: EventAccumulator, answers: Any) -> None
     assert (shown[:side, side : side + 4] == 255).all()
 
 
-def test_feature_maps_are_what_a_convolution_makes(
-    events: EventAccumulator, answers: Any, run: Path
-) -> None:
+def test_feature_map_images(events: EventAccumulator, answers: Any, run: Path) -> None:
     network, *_ = answers
     loader = build(compose(OPTIONS).data).val_loader()
     rows = [int((loader.labels == k).nonzero()[0]) for k in range(4)]
@@ -228,7 +226,7 @@ def test_feature_maps_are_what_a_convolution_makes(
         assert ((tile[..., 0] > tile[..., 2]) == (share[i, c] > 0))[clear].all()
 
 
-def test_pictures_say_what_their_colours_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_and_headings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of feature maps and kernels of any number of channels: every tile has a number."""
     texts: list[tuple[list[str], str]] = []
 
@@ -258,7 +256,7 @@ def test_pictures_say_what_their_colours_are(monkeypatch: pytest.MonkeyPatch) ->
     assert "red, green and blue: -2.5 is dark, 1 is full" in colour[1]
 
 
-def test_the_batch_is_shown_as_it_was_augmented(events: EventAccumulator) -> None:
+def test_batch_image_shows_augmented_images(events: EventAccumulator) -> None:
     data = build(compose(OPTIONS).data)
     images, _ = data.train_loader(0).batch(0, 0)
     raw = ((images * 0.3530 + 0.2860) * 255).round().numpy()
@@ -268,7 +266,7 @@ def test_the_batch_is_shown_as_it_was_augmented(events: EventAccumulator) -> Non
     assert (shown[GAP : GAP + 84 : 3, x : x + 84 : 3, 0] == raw[0, 0]).all()
 
 
-def test_the_projector_has_the_penultimate_layer(run: Path, answers: Any) -> None:
+def test_projector_has_the_inputs_of_the_last_layer(run: Path, answers: Any) -> None:
     network, *_ = answers
     images, labels = next(iter(build(compose(OPTIONS).data).test_loader()))
     with torch.no_grad():
@@ -306,7 +304,7 @@ def test_config_environment_graph_and_charts(events: EventAccumulator, run: Path
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 
-def test_how_much_of_the_time_data_takes(events: EventAccumulator) -> None:
+def test_data_share(events: EventAccumulator) -> None:
     shares = [event.value for event in events.Scalars("wall_time/data_share")]
     assert len(shares) == 5
     assert all(0 < share < 1 for share in shares)
@@ -358,7 +356,7 @@ def test_scalars_alone(tmp_path: Path) -> None:
     assert {"train/loss", "val/acc", "wall_time/data_share"} <= set(found["scalars"])
 
 
-def test_what_is_shown_changes_nothing(tmp_path: Path, run: Path) -> None:
+def test_logging_changes_no_result(tmp_path: Path, run: Path) -> None:
     shown, not_shown = compose(OPTIONS), compose([*OPTIONS, "tensorboard=scalars"])
     assert config_hash(shown) == config_hash(not_shown)
     train(not_shown, tmp_path / "run")
@@ -366,9 +364,7 @@ def test_what_is_shown_changes_nothing(tmp_path: Path, run: Path) -> None:
     assert first["metrics"] == second["metrics"]
 
 
-def test_a_run_of_an_earlier_version_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_of_an_earlier_version_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its config knows nothing of what is shown, nor does its checkpoint of the loader's time."""
     cfg = compose([*OPTIONS, "trainer.max_epochs=2"])
     with open_dict(cfg):
@@ -414,7 +410,7 @@ def test_of_few_classes_more_images_are_shown(tmp_path: Path) -> None:
     assert len({row.tobytes() for row in rows}) == 4
 
 
-def test_points_of_too_many_numbers_are_left_out(
+def test_no_projector_for_too_large_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -425,7 +421,7 @@ def test_points_of_too_many_numbers_are_left_out(
     assert "test/acc" in result.metrics
 
 
-def test_what_is_switched_on_later_is_shown_from_then_on(tmp_path: Path) -> None:
+def test_options_switched_on_at_resume(tmp_path: Path) -> None:
     scalars = [*OPTIONS, "trainer.max_epochs=1", "tensorboard=scalars", "scheduler=none"]
     train(compose(scalars), tmp_path / "run")
     shown = [*OPTIONS, "trainer.max_epochs=2", "tensorboard.kernels=false", "scheduler=none"]
@@ -441,8 +437,8 @@ def test_what_is_switched_on_later_is_shown_from_then_on(tmp_path: Path) -> None
     assert len(read(tmp_path / "run").Tensors("config/text_summary")) == 1
 
 
-def test_what_is_no_number_is_left_to_who_looks_for_it(tmp_path: Path) -> None:
-    """Where the host does not look at every step, histograms meet it first."""
+def test_no_histogram_of_non_finite_values(tmp_path: Path) -> None:
+    """With the deferred NaN check, histograms may be logged before the run stops."""
     board = TensorBoard(tmp_path)
     board.resume(0)
     for values in ([1.0, math.nan], [math.inf, 0.0], [1.0, 1.0]):

@@ -44,7 +44,7 @@ def test_confusion_precision_recall_f1(answers) -> None:
         assert found.per_class["f1"][k] == pytest.approx(f1)
 
 
-def test_a_class_that_is_never_answered_has_zeros() -> None:
+def test_class_that_is_never_predicted() -> None:
     found = Predictions.of([(torch.tensor([[9.0, 0, 0], [9.0, 0, 0]]), torch.tensor([0, 1]))])
     assert found.per_class["precision"].tolist() == [0.5, 0, 0]
     assert found.per_class["recall"].tolist() == [1, 0, 0]
@@ -83,7 +83,7 @@ def test_mistakes_are_the_most_confident_first(answers) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 9])
-def test_several_processes_are_as_one(answers, world: int, monkeypatch) -> None:
+def test_several_processes_give_the_same(answers, world: int, monkeypatch) -> None:
     """The last batch has fewer images than nine processes."""
     parts = [
         [

@@ -1,6 +1,6 @@
-"""Runs that meet a number which is not finite: where they stop, what they say and what they keep.
+"""NaN/Inf guard: at which batch a run stops, its message, and the weights that it keeps.
 
-`deferred` has the CPU do what a GPU does, where the host sees a bad batch only some steps later.
+`deferred` tests on the CPU the asynchronous check of CUDA, where the host sees a bad batch later.
 """
 
 import copy
@@ -26,7 +26,7 @@ both = pytest.mark.parametrize("deferred", [False, True], ids=["at once", "defer
 
 
 class Switch:
-    """On while the network has a certain batch before it, whenever that is."""
+    """On while the network computes a given batch."""
 
     def __init__(self, network: nn.Module, images: Tensor):
         self.on = self.always = False
@@ -38,7 +38,7 @@ class Switch:
 
 
 class Fault(nn.Module):
-    """A layer with something wrong while the switch is on."""
+    """Applies a fault to the output of a layer while the switch is on."""
 
     def __init__(self, inner: nn.Module, switch: Switch, fault: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -63,12 +63,12 @@ def infinite(x: Tensor) -> Tensor:
 
 
 def steep(x: Tensor) -> Tensor:
-    """x itself, with a derivative that is not a number."""
+    """The identity, with a NaN derivative."""
     return x + (0 * x).abs().sqrt()
 
 
-class Seen:
-    """A fault that remembers what it was applied to."""
+class Recording:
+    """A fault that keeps its inputs."""
 
     def __init__(self, fault: Callable[[Tensor], Tensor]):
         self.fault, self.seen = fault, list[Tensor]()
@@ -77,12 +77,12 @@ class Seen:
         self.seen.append(y)
         return self.fault(y)
 
-    def __deepcopy__(self, memo: Any) -> "Seen":
+    def __deepcopy__(self, memo: Any) -> "Recording":
         return self  # a copy of the network adds to the same list
 
 
 class Snapshots(lightning.Callback):
-    """Weights and optimizer state before a batch is trained on, and buffers after the last."""
+    """Weights and optimizer state before a given batch, and buffers after the last one."""
 
     def __init__(self, epoch: int, batch: int):
         self.at = epoch, batch
@@ -101,12 +101,12 @@ def state(trainer: Any, module: Any) -> Any:
 
 
 def assert_equal(a: Any, b: Any) -> None:
-    """The same numbers, bit by bit."""
+    """Bitwise equal."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 class Run:
-    """A run on the small data set, as `train` makes it, in which something can be planted."""
+    """A run on fashion_mnist_mini into which faults can be injected."""
 
     def __init__(
         self, directory: Path, *overrides: str, deferred: bool = False, snapshots: Any = (0, 0)
@@ -145,7 +145,7 @@ class Run:
             callbacks=[self.finite, self.snapshots],
         )
 
-    def plant(self, name: str, fault: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    def inject(self, name: str, fault: Callable[[Tensor], Tensor], images: Tensor) -> None:
         """Replace a layer by a faulty one."""
         faulty = Fault(self.network.get_submodule(name), Switch(self.network, images), fault)
         self.network.set_submodule(name, faulty)
@@ -166,11 +166,9 @@ class Run:
 
 @both
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_nothing_is_updated_from_the_bad_batch_on(
-    tmp_path: Path, optimizer: str, deferred: bool
-) -> None:
+def test_no_update_from_the_bad_batch_on(tmp_path: Path, optimizer: str, deferred: bool) -> None:
     run = Run(tmp_path, f"optimizer={optimizer}", deferred=deferred, snapshots=(1, 3))
-    run.plant("features.3", infinite, run.train_batch(1, 3))
+    run.inject("features.3", infinite, run.train_batch(1, 3))
     error = run.stopped()
     step = BATCHES + 3
     lr = run.trainer.lr_scheduler_configs[0].scheduler
@@ -191,11 +189,11 @@ def test_nothing_is_updated_from_the_bad_batch_on(
     )
 
 
-def test_deferred_finds_what_is_found_at_once(tmp_path: Path) -> None:
+def test_deferred_check_reports_the_same(tmp_path: Path) -> None:
     said = []
     for deferred in (False, True):
         run = Run(tmp_path, deferred=deferred)
-        run.plant("features.4", infinite, run.train_batch(0, 6))
+        run.inject("features.4", infinite, run.train_batch(0, 6))
         error = run.stopped()
         saved = torch.load(run.file, weights_only=True)
         del saved["state_dict"]  # later batches have moved running statistics
@@ -229,9 +227,9 @@ def test_saved_batch_reproduces_it(tmp_path: Path, deferred: bool) -> None:
     assert next(n for n, y in outputs if not y.isfinite().all()) == saved["layer"] == "features.4"
 
 
-def test_repeating_draws_the_same_and_changes_nothing(tmp_path: Path) -> None:
+def test_repeated_batch_has_the_same_dropout_and_changes_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.log_every_n_steps=6", deferred=True)
-    run.plant("classifier.1", dropout := Seen(infinite), run.train_batch(0, 4))
+    run.inject("classifier.1", dropout := Recording(infinite), run.train_batch(0, 4))
     error = run.stopped()
     assert error.details["not_finite"]["layer"] == "classifier.1"
     first, again = dropout.seen
@@ -241,10 +239,10 @@ def test_repeating_draws_the_same_and_changes_nothing(tmp_path: Path) -> None:
     assert run.network.training
 
 
-def test_a_fault_that_does_not_come_again_is_said_to_be_so(tmp_path: Path) -> None:
+def test_fault_that_is_not_repeated(tmp_path: Path) -> None:
     run = Run(tmp_path, deferred=True)
     faults = [infinite]
-    run.plant("features.4", lambda y: faults.pop()(y) if faults else y, run.train_batch(0, 1))
+    run.inject("features.4", lambda y: faults.pop()(y) if faults else y, run.train_batch(0, 1))
     error = run.stopped()
     assert (
         "the loss of 20 images is nan; when the batch is repeated, all numbers are finite"
@@ -269,7 +267,7 @@ def test_loss_function(tmp_path: Path, value: float, gradients: str, deferred: b
 @both
 def test_gradient_alone(tmp_path: Path, deferred: bool) -> None:
     run = Run(tmp_path, deferred=deferred, snapshots=(0, 5))
-    run.plant("features.6", steep, run.train_batch(0, 5))
+    run.inject("features.6", steep, run.train_batch(0, 5))
     error = run.stopped()
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
     found = error.details["not_finite"]
@@ -285,10 +283,10 @@ def test_gradient_alone(tmp_path: Path, deferred: bool) -> None:
 
 
 @both
-def test_clipping_does_not_hide_a_gradient(tmp_path: Path, deferred: bool) -> None:
+def test_clipping_does_not_hide_a_non_finite_gradient(tmp_path: Path, deferred: bool) -> None:
     options = ("trainer.gradient_clip_val=0.5",)
     run = Run(tmp_path, *options, deferred=deferred, snapshots=(0, 5))
-    run.plant("features.6", steep, run.train_batch(0, 5))
+    run.inject("features.6", steep, run.train_batch(0, 5))
     assert run.stopped().details["not_finite"]["batch"] == 6
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
 
@@ -300,7 +298,7 @@ def test_first_bad_batch_of_an_update(
 ) -> None:
     options = ("trainer.accumulate_grad_batches=4",)
     run = Run(tmp_path, *options, deferred=deferred, snapshots=(1, 5))
-    run.plant("features.3", fault, run.train_batch(1, 5))
+    run.inject("features.3", fault, run.train_batch(1, 5))
     found = run.stopped().details["not_finite"]
     assert (found["epoch"], found["batch"], found["step"]) == (2, 6, 3)
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
@@ -309,7 +307,7 @@ def test_first_bad_batch_of_an_update(
 @both
 def test_bfloat16(tmp_path: Path, deferred: bool) -> None:
     run = Run(tmp_path, "trainer.precision=bf16-mixed", deferred=deferred)
-    run.plant("features.0", large := Seen(infinite), run.train_batch(0, 2))
+    run.inject("features.0", large := Recording(infinite), run.train_batch(0, 2))
     assert run.stopped().details["not_finite"]["layer"] == "features.0"
     assert [y.dtype for y in large.seen] == [torch.bfloat16] * 2
 
@@ -318,7 +316,7 @@ def test_bfloat16(tmp_path: Path, deferred: bool) -> None:
 @pytest.mark.parametrize("average", [(), ("trainer.ema=0.9",)], ids=["", "ema"])
 def test_validation(tmp_path: Path, average: tuple[str, ...], deferred: bool) -> None:
     run = Run(tmp_path, *average, deferred=deferred)
-    run.plant("features.7", infinite, run.loaders[1].batch(0, 3)[0])
+    run.inject("features.7", infinite, run.loaders[1].batch(0, 3)[0])
     error = run.stopped()
     found = error.details["not_finite"]
     wanted = {"stage": "val", "epoch": 1, "batch": 4, "step": BATCHES, "layer": "features.7"}
@@ -341,7 +339,7 @@ def test_test(tmp_path: Path) -> None:
     run.trainer.fit_loop.max_epochs = 1
     run.fit()
     loader = run.data.test_loader()
-    run.plant("features.7", infinite, loader.batch(0, 1)[0])
+    run.inject("features.7", infinite, loader.batch(0, 1)[0])
     with pytest.raises(
         NonFiniteError, match=r"^test, batch 2, step 8: the loss of 100 images is nan"
     ):
@@ -368,7 +366,7 @@ def test_learning_rate_too_large(tmp_path: Path, deferred: bool) -> None:
 
 
 @both
-def test_weights_that_an_update_spoils_are_not_saved(tmp_path: Path, deferred: bool) -> None:
+def test_non_finite_updated_weights_are_not_saved(tmp_path: Path, deferred: bool) -> None:
     options = ("optimizer=sgd", "scheduler=none", "optimizer.lr=1e39")
     run = Run(tmp_path, *options, "trainer.log_every_n_steps=1", deferred=deferred)
     error = run.stopped()
@@ -380,7 +378,7 @@ def test_weights_that_an_update_spoils_are_not_saved(tmp_path: Path, deferred: b
 
 def test_no_checkpoint_is_written_after_the_bad_batch(tmp_path: Path) -> None:
     run = Run(tmp_path, "trainer.checkpoint_every_n_steps=2", deferred=True, snapshots=(0, 4))
-    run.plant("features.3", infinite, run.train_batch(0, 4))
+    run.inject("features.3", infinite, run.train_batch(0, 4))
     assert run.stopped().details["not_finite"]["batch"] == 5
     assert run.trainer.global_step == 6  # where the next checkpoint was due
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
@@ -412,15 +410,15 @@ def test_compiled_network(tmp_path: Path, deferred: bool) -> None:
     assert "is features.4 (NativeConv2d), whose bias is not finite;" in str(error)
 
 
-def test_optimizer_that_cannot_skip_updates_is_looked_at_every_step(tmp_path: Path) -> None:
+def test_optimizer_that_cannot_skip_updates_is_checked_every_step(tmp_path: Path) -> None:
     run = Run(tmp_path, "optimizer.fused=false", deferred=True, snapshots=(0, 3))
-    run.plant("features.3", infinite, run.train_batch(0, 3))
+    run.inject("features.3", infinite, run.train_batch(0, 3))
     assert run.stopped().details["not_finite"]["step"] == run.trainer.global_step == 3
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
 
 
 def half(run: Run, scale: float) -> torch.amp.GradScaler:
-    """Lets a run compute in float16, which Lightning does on a GPU only."""
+    """Mixed float16 precision on the CPU, which Lightning allows on GPUs only."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     run.trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
     return scaler
@@ -428,7 +426,7 @@ def half(run: Run, scale: float) -> torch.amp.GradScaler:
 
 @both
 @pytest.mark.parametrize("fused", ["true", "false"])
-def test_overflow_is_left_to_the_scaler(tmp_path: Path, fused: str, deferred: bool) -> None:
+def test_overflow_is_left_to_the_grad_scaler(tmp_path: Path, fused: str, deferred: bool) -> None:
     run = Run(tmp_path, f"optimizer.fused={fused}", deferred=deferred)
     scaler = half(run, 2.0**30)  # too large for float16
     run.fit()
@@ -450,7 +448,7 @@ def test_float16(tmp_path: Path, fused: str, deferred: bool) -> None:
 
     run = Run(tmp_path / "gradient", options, deferred=deferred, snapshots=(0, 2))
     scaler = half(run, 4.0)
-    run.plant("features.6", steep, torch.empty(0))
+    run.inject("features.6", steep, torch.empty(0))
     run.network.features[6].switch.always = True
     found = run.stopped().details["not_finite"]  # 4, 2, 1: the scale cannot help it
     assert (found["batch"], found["layer"]) == (3, "features.5")
@@ -470,11 +468,11 @@ def test_gradients_of_float16_are_logged_without_their_scale(tmp_path: Path, fus
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
-def test_a_file_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
+def test_error_is_reported_if_the_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     run = Run(tmp_path / "file")
     run.trainer.fit_loop.max_epochs = 1
-    run.plant("features.3", infinite, run.train_batch(0, 3))
+    run.inject("features.3", infinite, run.train_batch(0, 3))
     error = run.stopped()
     assert str(error).endswith(
         "the first layer with a non-finite output is features.3 (Fault); "
@@ -484,7 +482,7 @@ def test_a_file_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
     assert len(error.details["not_finite"]["indices"]) == BATCH
 
 
-def test_a_search_that_fails_hides_nothing(tmp_path: Path) -> None:
+def test_error_is_reported_if_the_diagnosis_fails(tmp_path: Path) -> None:
     run = Run(tmp_path, deferred=True)
 
     def once(y: Tensor) -> Tensor:
@@ -492,12 +490,12 @@ def test_a_search_that_fails_hides_nothing(tmp_path: Path) -> None:
             raise MemoryError("no more of it")
         return infinite(y)
 
-    run.plant("features.3", once, run.train_batch(0, 3))
+    run.inject("features.3", once, run.train_batch(0, 3))
     assert "looking for the layer failed: MemoryError: no more of it" in str(run.stopped())
 
 
 @both
-def test_a_sound_run_is_as_without(tmp_path: Path, deferred: bool) -> None:
+def test_finite_run_is_unchanged(tmp_path: Path, deferred: bool) -> None:
     watched, alone = Run(tmp_path, deferred=deferred), Run(tmp_path)
     alone.trainer.callbacks.remove(alone.finite)
     for run in (watched, alone):

@@ -1,4 +1,4 @@
-"""profile=true: where the time of some steps goes."""
+"""profile=true: trace and table of operators."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def test_five_batches_are_in_the_trace_and_the_table(tmp_path: Path) -> None:
     assert "Self CPU" in table
 
 
-def test_nothing_is_computed_otherwise(tmp_path: Path) -> None:
+def test_results_are_unchanged(tmp_path: Path) -> None:
     first, second = run(tmp_path / "a"), run(tmp_path / "b", profile=False)
     assert first.metrics == second.metrics
     states = [
@@ -41,8 +41,8 @@ def test_nothing_is_computed_otherwise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("batches", "steps"), [(1, 1), (4, 4), (6, 5), (9, 5)])
-def test_epochs_that_are_short(batches: int, steps: int, tmp_path: Path) -> None:
-    """Of those the second one, as the first batches of all are slow."""
+def test_short_epochs(batches: int, steps: int, tmp_path: Path) -> None:
+    """The second one is recorded, as the first batches of a run are slow."""
     few = ["trainer.max_epochs=2", f"+trainer.limit_train_batches={batches}"]
     train(compose([*OPTIONS, *few]), tmp_path / "run", callbacks=[Profile(tmp_path / "run")])
     trace = json.loads((tmp_path / "run/profile/trace.json").read_text())
@@ -51,7 +51,7 @@ def test_epochs_that_are_short(batches: int, steps: int, tmp_path: Path) -> None
     assert names.count("features.0 Im2colConv2d") == steps
 
 
-def test_an_epoch_that_was_nearly_over_is_left_out(
+def test_resumed_epoch_with_too_few_batches_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     few = ["+trainer.limit_train_batches=12", "trainer.checkpoint_every_n_steps=10"]

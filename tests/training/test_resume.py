@@ -1,4 +1,4 @@
-"""A run that is interrupted and goes on ends with the bits of one that was not."""
+"""Bitwise resume: an interrupted and resumed run equals one that was not interrupted."""
 
 import csv
 import json
@@ -174,7 +174,7 @@ def test_on_a_gpu(
     assert not list(differences(record(tmp_path / "one go"), record(tmp_path / "many")))
 
 
-def test_generators_go_on(stops: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generator_states_are_restored(stops: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's and NumPy's too, which a data set or a layer of one's own may use."""
 
     def run(directory: Path) -> list[tuple[float, float]]:
@@ -424,3 +424,16 @@ def test_a_state_that_cannot_be_loaded_is_refused_at_the_first_checkpoint(
     )
     with pytest.raises(CheckpointError, match=r"last\.ckpt: holds Python objects"):
         train(compose(EVERYTHING), tmp_path / "run")
+
+
+def test_keys_of_lightnings_loop_state(halfway: Path) -> None:
+    """`lightning_compat.set_progress` writes these keys; another version may have other ones."""
+    import lightning.pytorch as lightning
+
+    loops = checkpoint_file.read(halfway / "checkpoints/last.ckpt")["loops"]["fit_loop"]
+    known = lightning.Trainer(logger=False, enable_checkpointing=False).fit_loop.state_dict()
+    assert loops.keys() == known.keys(), "Lightning has renamed keys of its loop state"
+    progress = loops["epoch_loop.batch_progress"]
+    assert progress.keys() == known["epoch_loop.batch_progress"].keys()
+    assert progress["current"].keys() == known["epoch_loop.batch_progress"]["current"].keys()
+    assert progress["current"]["completed"] == 4

@@ -1,4 +1,4 @@
-"""Steps that are recorded and replayed, with a recorder for the CPU in place of CUDA's."""
+"""CUDA graph capture of training steps, with a kernel recorder for the CPU."""
 
 import copy
 import functools
@@ -38,8 +38,8 @@ class Steps(lightning.Callback):
 
 
 class Rounded(lightning.Callback):
-    """Lets every update be made by learning rates as they are in float32, as graphs do; by such
-    tensors those of Muon, which rounds otherwise then."""
+    """Rounds learning rates to float32 in every update, as graphs do, and passes them to Muon as
+    tensors, with which it rounds differently."""
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         optimizer = trainer.optimizers[0]
@@ -95,8 +95,8 @@ class Run:
         self.trainer.fit(self.module, *self.loaders, ckpt_path=checkpoint, weights_only=True)
         return self
 
-    def as_on_a_gpu(self) -> NaNGuard:
-        """Let nobody wait for a step to look at its loss."""
+    def defer_nan_check(self) -> NaNGuard:
+        """Defer the NaN check, as on a GPU."""
         finite = next(c for c in self.trainer.callbacks if isinstance(c, NaNGuard))
         finite.always_deferred = True
         return finite
@@ -176,7 +176,7 @@ def test_an_update_by_other_gradients_is_not_replayed(tmp_path: Path) -> None:
     assert runs[1].recorder.replays == [14 - WARMUP, 6]
 
 
-def test_a_run_goes_on_within_an_epoch(tmp_path: Path) -> None:
+def test_resume_within_an_epoch(tmp_path: Path) -> None:
     options = ["trainer.checkpoint_every_n_steps=5", "trainer.ema=0.9"]
     whole = Run(tmp_path / "whole", *options).fit()
 
@@ -195,7 +195,7 @@ def test_a_run_goes_on_within_an_epoch(tmp_path: Path) -> None:
     assert_same_bits(rest.everything[2:], whole.everything[2:])
 
 
-def test_a_bad_number_is_found_in_the_step_that_made_it(tmp_path: Path) -> None:
+def test_nan_is_reported_for_the_right_step(tmp_path: Path) -> None:
     class Spoil(lightning.Callback):
         def on_train_batch_start(
             self, trainer: Any, module: Any, batch: Any, batch_idx: int
@@ -208,7 +208,7 @@ def test_a_bad_number_is_found_in_the_step_that_made_it(tmp_path: Path) -> None:
     for recorder in (None, KernelRecorder()):
         run = Run(tmp_path / str(len(said)), recorder=recorder)
         run.trainer.callbacks.insert(0, Spoil())
-        run.as_on_a_gpu()
+        run.defer_nan_check()
         with pytest.raises(NonFiniteError) as caught:
             run.fit()
         details = caught.value.details["not_finite"]
@@ -217,13 +217,13 @@ def test_a_bad_number_is_found_in_the_step_that_made_it(tmp_path: Path) -> None:
     assert said[0] == said[1]
 
 
-def test_a_recorder_is_copied_with_the_module_that_has_it() -> None:
-    """As Lightning does for averaged weights, before anything is recorded."""
+def test_recorder_can_be_copied() -> None:
+    """With the module, before anything is captured."""
     assert copy.deepcopy(CUDAGraphs()).pool is None
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operators for whose numbers the host would wait."""
+    """Counts the operators that synchronise the host with the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("backend", "optimizer"), [("native", "adam"), ("im2col", "adamw"), ("native", "muon")]
 )
-def test_the_host_waits_for_no_step_but_to_log_it(
+def test_steps_synchronise_only_to_log(
     tmp_path: Path, backend: str, optimizer: str, graphs: bool
 ) -> None:
     waits, every = Waits(), 4
@@ -253,7 +253,7 @@ def test_the_host_waits_for_no_step_but_to_log_it(
     options += [f"optimizer={optimizer}", "trainer.progress_bar=true"]
     run = Run(tmp_path, *options, recorder=KernelRecorder() if graphs else None)
     run.trainer.callbacks.append(Count())
-    run.as_on_a_gpu()
+    run.defer_nan_check()
     with waits:
         run.fit()
     waited = [
@@ -264,7 +264,7 @@ def test_the_host_waits_for_no_step_but_to_log_it(
     assert waited == [step for step in range(2, BATCHES * EPOCHS + 1) if step % every == 0]
 
 
-def test_a_step_that_waits_is_told(tmp_path: Path) -> None:
+def test_step_that_synchronises_is_rejected(tmp_path: Path) -> None:
     run = Run(tmp_path, recorder=KernelRecorder())
     layer = run.module.network.features[2]
     layer.register_forward_hook(lambda _, __, y: y * y.sum().item())
@@ -287,7 +287,7 @@ def test_a_step_that_waits_is_told(tmp_path: Path) -> None:
         (["trainer=ddp"], "works with one process only; take trainer.devices=1, or"),
     ],
 )
-def test_where_there_can_be_no_graph(options: list[str], problem: str) -> None:
+def test_options_that_exclude_graphs(options: list[str], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(["trainer.cuda_graphs=true", *options])
     line = f"trainer.cuda_graphs=true: {problem} leave it out: trainer.cuda_graphs=false"
