@@ -47,7 +47,7 @@ class Graph:
 
 
 class _Recording(TorchDispatchMode):
-    """Runs operators, as later ones need their results, and restores what they change: as on CUDA, a
+    """Runs operators, as later ones need their results, and restores what they change: on CUDA, a
     capture computes nothing."""
 
     def __init__(self, graph: Graph):

@@ -174,7 +174,9 @@ def test_on_a_gpu(
     assert not list(differences(record(tmp_path / "one go"), record(tmp_path / "many")))
 
 
-def test_generator_states_are_restored(stops: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generator_states_are_restored(
+    stops: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Python's and NumPy's too, which a data set or a layer of one's own may use."""
 
     def run(directory: Path) -> list[tuple[float, float]]:
