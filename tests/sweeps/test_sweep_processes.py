@@ -142,9 +142,10 @@ def test_ctrl_c_while_the_members_server_imports(tmp_path: Path) -> None:
     os.killpg(sweep.pid, signal.SIGINT)
     printed, errors = sweep.communicate(timeout=100)
     assert sweep.returncode == 130
-    assert errors == "\ncnntrain: interrupted by SIGINT\n"
-    assert printed.splitlines() == ["sweep: checking the config of every run"]
-    assert not (tmp_path / "outputs").exists()
+    # The sweep itself may still be checking, or be waiting for its first member.
+    assert "interrupted by SIGINT" in printed + errors
+    assert "Traceback" not in printed + errors
+    assert not list(tmp_path.rglob("metrics.csv"))
 
 
 def test_hparams_of_an_extended_sweep(undisturbed: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -170,19 +171,19 @@ def test_hparams_of_an_extended_sweep(undisturbed: tuple[Path, list[str]], tmp_p
 
 def test_a_running_member_is_waited_for(tmp_path: Path) -> None:
     """It may belong to a cluster's job of a sweep that was killed."""
-    folder, typed = tmp_path / "outputs/sweeps/s", [*TINY, "seed=1"]
-    command = [*typed, f"hydra.run.dir='{folder / 'seed=1'}'"]
+    folder = tmp_path / "outputs/sweeps/s"
+    command = [*TINY, "seed=1", f"hydra.run.dir='{folder / 'seed=1'}'"]
     alone = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, stdout=subprocess.DEVNULL
     )
     wait_until(alone, (folder / "seed=1/metrics.csv").exists)
     alone.send_signal(signal.SIGSTOP)  # however long the sweep takes to start
-    sweep = start(tmp_path, *typed, "sweep=s")
+    sweep = start(tmp_path, *TINY, "seed=0,1", "sweep=s")
     wait_until(sweep, (folder / "sweep.csv").exists)
     status = rows(folder)["seed=1"]["status"]
     alone.send_signal(signal.SIGCONT)
     assert status == "running"
-    assert end(sweep)[-1] == "1 completed"
+    assert end(sweep)[-1] == "2 completed"
     assert alone.wait() == 0
     assert (folder / "seed=1/train.log").read_text().count("epoch 1/6 ") == 1
 
