@@ -157,3 +157,10 @@ def test_the_trials_of_a_search_are_appended(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_bytes(text[:-7])
     assert list(SweepFolder(tmp_path, search=True).sheet["members"]) == list(members)[:2]
     assert len(collect(tmp_path).members) == 2
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with SweepFolder(tmp_path).locked(), pytest.raises(ConfigError) as caught:
+        run(tmp_path, "seed=0,1")
+    busy = f"sweep.name={tmp_path.name}: another process is running this sweep"
+    assert caught.value.problems[0].startswith(busy)
