@@ -187,7 +187,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--config-dir", "nowhere"], "--config-dir=nowhere: is not a folder"),
-        (["--resolve"], "--resolve: goes with --cfg"),
+        (["--resolve"], "--resolve: requires --cfg"),
         (["hydra.run.dir="], "hydra.run.dir=: must name a folder"),
         (["hydra.run.dir=a file/run"], "a file is not a writable folder"),
     ],

@@ -39,7 +39,7 @@ COMMAND_LINES: list[tuple[Sequence[str | bytes], list[str]]] = [
     (["seed=1", "seed=x"], ["seed=x: must be a whole number"]),
     (["-m", "seed=0,x"], ["seed=x: must be a whole number"]),
     (["-m", "seed=range(0,1000000000)"], ["-m: makes more than 10,000 runs"]),
-    (["-m", "seed=glob(*)"], ["seed=glob(*): stands for no value"]),
+    (["-m", "seed=glob(*)"], ["seed=glob(*): expands to no value"]),
     (["hydra.mode=FOO"], ["hydra.mode=FOO"]),
     (["hydra/launcher=nope"], ["hydra/launcher=nope"]),
     (["hydra/job_logging=nope"], ["hydra/job_logging=nope"]),
