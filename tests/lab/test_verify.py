@@ -293,7 +293,7 @@ def test_a_faulty_class_of_ones_own(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["backend=im2coll", "cases=-1"], ["backend=im2coll: ", "cases=-1: "]),
+        (["backend=im2coll", "sedd=1"], ["backend=im2coll: ", "sedd=1: "]),
         (["json=nowhere/report.json"], ["json=nowhere/report.json: there is no folder nowhere"]),
         (["backend=im2col,naive", "-m"], ["-m: verify takes one backend"]),
     ],
