@@ -38,7 +38,7 @@ def row(name: str, pytest_arguments: list[str]) -> str:
         subprocess.run([*install, "-e", f"{ROOT}[dev]"], check=True)
         listed = subprocess.check_output([python, "-m", "pip", "freeze"], text=True)
         versions = dict(line.split("==") for line in listed.splitlines() if "==" in line)
-        tests = [python, "-m", "pytest", "-n", "auto", "--dist", "loadgroup", *pytest_arguments]
+        tests = [python, "-m", "pytest", *pytest_arguments]
         done = subprocess.run(tests, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         print(done.stdout[-3000:], file=sys.stderr)
         cells = [name, platform.python_version(), *(versions[p] for p in SHOWN)]
