@@ -7,7 +7,8 @@ collective returns its argument unchanged.
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -106,10 +107,14 @@ def connect(info: ProcessInfo) -> Any:
         # Steps of a job may run side by side: each has a port of its own.
         os.environ.setdefault("MASTER_PORT", str(slurm.main_port + 97 * step % 10_000))
     timeout = timedelta(seconds=info.timeout)
-    try:
+
+    def rendezvous() -> Any:
         found = dist.rendezvous(info.rendezvous, info.rank, info.world_size, timeout=timeout)
-        store = dist.PrefixStore("cnntrain", next(found)[0])
-    except dist.DistError as error:
+        return dist.PrefixStore("cnntrain", next(found)[0])
+
+    try:
+        store = _within(info.timeout + 1, rendezvous)
+    except (dist.DistError, TimeoutError) as error:
         address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if "EADDRINUSE" in str(error):
             raise ProcessLost(f"MASTER_PORT={port}: the port is in use; set a free one") from error
@@ -119,6 +124,29 @@ def connect(info: ProcessInfo) -> Any:
         ) from error
     _store = store if info.launcher else None
     return store
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of a call; TimeoutError after `seconds`.
+
+    TCPStore has no timeout where another program answers at its port.
+    """
+    results: list[Any] = []
+
+    def target() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not results:
+        raise TimeoutError
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
 @contextlib.contextmanager
