@@ -280,7 +280,7 @@ def _train(job: MemberJob) -> None:
         torch.set_num_threads(job.threads)
     callbacks = []
     if job.trial is not None:
-        from cnntrain.sweeps.search_sweep import pruning_callback
+        from cnntrain.sweeps.pruning import pruning_callback
 
         callbacks.append(pruning_callback(job.directory.parent, job.trial))
     with contextlib.suppress(Pruned):  # recorded in result.json

@@ -10,21 +10,19 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.samplers import BruteForceSampler
 from optuna.trial import TrialState
 
-from cnntrain.config import NODES, ConfigError, as_config_error, build
-from cnntrain.config.checks import check_node
+from cnntrain.config import ConfigError, as_config_error, build
 from cnntrain.config.resume import read_result, result_with_status
 from cnntrain.sweeps.members import ComposedRun, PlannedMember, SweepFolder, directory_name
 from cnntrain.sweeps.search import Search, Space, typed
-from cnntrain.sweeps.study import SearchStudy, no_warnings, open_trial, replaced, suggest_trial
+from cnntrain.sweeps.study import SearchStudy, no_warnings, replaced, suggest_trial
 from cnntrain.sweeps.sweep import Launch, Print, Sweep, SweepRunner, format_metric
 from cnntrain.sweeps.tables import write_hparams_schema
 
 if TYPE_CHECKING:
-    import lightning.pytorch as lightning
+    pass
 
 Compose = Callable[[Sequence[str]], DictConfig]  # from further overrides to a checked config
 FOR_IMPORTANCE = 20  # completed trials
-KEPT, PRUNED = "kept after epoch", "pruned after epoch"  # user attributes of a trial
 
 
 class SearchSweep:
@@ -210,45 +208,6 @@ def importances(study: optuna.Study) -> dict[str, float]:
         common = [o for o in completed[0].params if all(o in t.params for t in completed)]
         evaluator = PedAnovaImportanceEvaluator(target_quantile=0.25)
         return optuna.importance.get_param_importances(study, evaluator=evaluator, params=common)
-
-
-def pruning_callback(folder: Path, number: int) -> "lightning.Callback":
-    """A Lightning callback that reports a trial's metric and raises Pruned if the pruner says so.
-
-    An epoch is reported and decided on before the checkpoint that follows. If it is repeated after
-    an interruption, the value and the decision in the study remain.
-
-    Args:
-        folder: The folder of the study.
-        number: The trial's number in it.
-    """
-    from lightning.pytorch.callbacks import LambdaCallback
-
-    from cnntrain.training import Pruned
-
-    trial = open_trial(folder, number)
-    pruner, metric = trial.study.user_attrs["pruner"], trial.study.user_attrs["metric"]
-    stage = metric.partition("/")[0]
-
-    def build_pruner(*_: Any) -> None:
-        if problems := check_node("search.pruner", NODES["search.pruner"], dict(pruner)):
-            raise ConfigError([f"{folder}: {problem}" for problem in problems])
-        with no_warnings():
-            trial.study.pruner = build(OmegaConf.create(pruner))
-
-    def report(trainer: "lightning.Trainer", module: Any) -> None:
-        epoch = trainer.current_epoch + 1
-        with no_warnings():
-            # Optuna keeps the first report of an epoch.
-            trial.report(module.totals[stage].metrics(stage)[metric], epoch)
-            if epoch <= trial.user_attrs.get(KEPT, 0):
-                return
-            pruned = trial.user_attrs.get(PRUNED) == epoch or trial.should_prune()
-            trial.set_user_attr(PRUNED if pruned else KEPT, epoch)
-        if pruned and epoch != trainer.max_epochs:
-            raise Pruned(f"the pruner stopped the trial in epoch {epoch}")
-
-    return LambdaCallback(on_fit_start=build_pruner, on_train_epoch_end=report)
 
 
 def suggest_once(node: DictConfig) -> None:

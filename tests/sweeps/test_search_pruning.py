@@ -12,7 +12,8 @@ from searches import QUIET, search
 
 from cnntrain.config import ConfigError, compose
 from cnntrain.config.resume import read_result
-from cnntrain.sweeps.search_sweep import pruning_callback, summary
+from cnntrain.sweeps.pruning import pruning_callback
+from cnntrain.sweeps.search_sweep import summary
 from cnntrain.sweeps.study import STUDY, PlannedTrial, SearchStudy, load_study, open_trial
 from cnntrain.training import Pruned, train
 
