@@ -1,4 +1,4 @@
-"""cnntrain: train convolutional networks from a config, the convolution itself chosen by it."""
+"""Train convolutional image classifiers from a config that also chooses the convolution."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
