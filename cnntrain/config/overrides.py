@@ -153,6 +153,8 @@ def _unknown_option(text: str, key: str, base: DictConfig) -> str:
     node = OmegaConf.select(base, parent) if parent else base
     if not isinstance(node, DictConfig):
         return unknown("there is", "option", key, list(_option_names(base)))
+    if parent in NODES and name in NODES[parent].instead:
+        return f"is decided by the program; {NODES[parent].instead[name]}"
     names = [str(k) for k in node if not str(k).startswith("_")]
     inner = [full for full in _option_names(base) if full.endswith(f".{name}")]
     if not parent and inner:

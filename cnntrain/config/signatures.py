@@ -1,5 +1,6 @@
 """Signatures of configured classes: the parameters and types that a config is checked against."""
 
+import collections.abc
 import contextlib
 import difflib
 import importlib
@@ -61,12 +62,13 @@ def _of(call: Any, skip: int = 0) -> Signature:
         return Signature(open=True)
     try:
         hints = typing.get_type_hints(call, include_extras=True)
-    except Exception:  # one names what is imported for type checkers only, as in Optuna
+    except Exception:  # one has a name that is imported for type checkers only
         hints, function = {}, inspect.unwrap(call)
         for name, kind in getattr(function, "__annotations__", {}).items():
             with contextlib.suppress(Exception):
                 one = types.SimpleNamespace(__annotations__={name: kind})
-                hints |= typing.get_type_hints(one, function.__globals__, include_extras=True)
+                names = (function.__globals__, vars(typing) | vars(collections.abc))
+                hints |= typing.get_type_hints(one, *names, include_extras=True)
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     kinds = {p.name: hints.get(p.name, Any) for p in named}
     return Signature(kinds, any(p.kind is p.VAR_KEYWORD for p in parameters))

@@ -44,8 +44,6 @@ COMMAND_LINES: list[tuple[Sequence[str | bytes], list[str]]] = [
     (["hydra/launcher=nope"], ["hydra/launcher=nope"]),
     (["hydra/job_logging=nope"], ["hydra/job_logging=nope"]),
     (["hydra.searchpath=[nowhere]"], ["hydra.searchpath=[nowhere]"]),
-    (["hydra.launcher._target_=nowhere.L"], ["hydra: ", "nowhere"]),
-    (["hydra.job_logging.root.level=FOO"], ["hydra: ", "FOO"]),
     (["hydra.run.dir="], ["hydra.run.dir=: must name a folder"]),
     (["hydra.run.dir=${nope}"], ["hydra: ", "nope"]),
     (["hydra.run.dir='~/x'"], ["hydra.run.dir=~/x", "write hydra.run.dir=/"]),
@@ -83,9 +81,9 @@ def test_command_line(tmp_path: Path, arguments: Sequence[str | bytes], said: li
 REFUSED_BY_CONSTRUCTORS = [
     (
         ["train", MINI, "optimizer.lr=-1", "optimizer.eps=-1"],
-        ["optimizer.lr=-1: Invalid learning rate", "optimizer.eps=-1: Invalid epsilon"],
+        ["optimizer: Invalid learning rate: -1"],
     ),
-    (["train", "-m", MINI, "optimizer=sgd", "optimizer.momentum=0.9,0"], ["optimizer.nesterov"]),
+    (["train", "-m", MINI, "optimizer=sgd", "optimizer.momentum=0.9,0"], ["optimizer: Nesterov"]),
     (["train", MINI, "backend._target_=ends.Conv"], ["backend._target_=ends.Conv", "SystemExit"]),
     (["benchmark", "backends=[{_target_:os.system}]"], ["backends._target_=os.system"]),
     (["verify", "json=/proc/report.json"], ["json=/proc/report.json: cannot be written"]),
@@ -99,6 +97,10 @@ def test_what_constructors_refuse(tmp_path: Path, arguments: list[str], said: li
     done = run_command(arguments, tmp_path)
     _assert_refused(done, said)
     assert list(tmp_path.iterdir()) == [module]
+
+
+def test_a_wrong_option_of_hydra_ends_with_its_message(cnntrain: Run) -> None:
+    _assert_refused(cnntrain(MINI, "hydra.job_logging.root.level=FOO"), ["hydra: ", "FOO"])
 
 
 def _with_file(folder: Path, name: str, content: str | bytes) -> Path:

@@ -135,12 +135,12 @@ def test_rejected_argument(name: str, problems: list[str]) -> None:
         ("+trainer.gradient_clip_algorithm=value", "add trainer.gradient_clip_val=1"),
         ("+trainer.benchmark=true trainer.deterministic=true", "leave one of them out"),
         ("+trainer.overfit_batches=0.15", "less than one of 5 val batches"),
-        ("+trainer.overfit_batches=-1", "trainer.overfit_batches=-1"),
-        ("+trainer.limit_train_batches=1.5", "trainer.limit_train_batches=1.5"),
+        ("+trainer.overfit_batches=-1", "trainer: You have passed invalid value -1"),
+        ("+trainer.limit_train_batches=1.5", "trainer: You have passed invalid value 1.5"),
         ("+trainer.limit_val_batches=true", "trainer.limit_val_batches=true"),
         (
             "+trainer.gradient_clip_algorithm=foo trainer.gradient_clip_val=1",
-            "trainer.gradient_clip_algorithm=foo: ",
+            "trainer: `gradient_clip_algorithm` foo is invalid",
         ),
     ],
 )
