@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import QUICK
-from conftest import ROOT, Run
-from forked import run_command
+from conftest import ROOT
+from forked import run_command, run_process
 from idx_files import idx_bytes
 from PIL import Image
 
@@ -139,7 +139,7 @@ TRAININGS = [c for c in commands("python train.py ") if "ablation" not in c]
 
 
 @pytest.mark.parametrize("command", TRAININGS)
-def test_training_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
+def test_training_command(command: str, tmp_path: Path) -> None:
     """As the pages have it, on little data."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
     arguments = shlex.split(command.split("`")[0])[2:]
@@ -147,7 +147,9 @@ def test_training_command(command: str, cnntrain: Run, tmp_path: Path) -> None:
     if not own_data or any(a.startswith("experiment=lenet5") for a in arguments):
         arguments.append("data=fashion_mnist_mini")
     few = ["search.trials=2"] if "search=" in command else []
-    done = cnntrain(*arguments, *QUICK[1:], *few, PYTHONPATH=str(tmp_path))
+    run = run_process if "hydra/launcher=joblib" in arguments else run_command
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = run(["train", *arguments, *QUICK[1:], *few], tmp_path, environment)
     if "trainer=gpu" in arguments and not Path("/dev/nvidia0").exists():
         assert done.returncode == 2
         assert "this machine has no GPU that PyTorch can use" in done.stderr
