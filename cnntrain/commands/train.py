@@ -17,7 +17,15 @@ from omegaconf import DictConfig
 from cnntrain.commands.app import command_line, exit_with_problems, short, start
 from cnntrain.commands.plan import places
 from cnntrain.commands.sweeping import SweepCommand
-from cnntrain.config import ConfigError, check, compose, cross_check, fixed_run_directory, quoted
+from cnntrain.config import (
+    ConfigError,
+    check,
+    compose_all,
+    cross_check,
+    fixed_run_directory,
+    quoted,
+    without_hydra,
+)
 from cnntrain.config.errors import format_os_error
 from cnntrain.config.resume import (
     CONFIG,
@@ -176,7 +184,7 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         raise ConfigError([f"{given[-1]}: continues one run; leave out -m"])
 
     def load(chosen: Sequence[str]) -> DictConfig:
-        return compose(chosen, **files, command="train")
+        return without_hydra(compose_all(chosen, **files, command="train", types=False))
 
     if chosen == "auto":
         composed = run_options(load(own))
@@ -199,13 +207,13 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         raise ConfigError([busy])
     run = run_config(directory, _newest_checkpoint)
     wanted = composed if chosen == "auto" else with_overrides(run, directory, own, load)
-    problems = check(wanted) or cross_check(wanted) or resume_problems(run, wanted)
-    if problems:
-        raise ConfigError(problems)
-    if result := completed(directory, wanted):
+    if result := completed(directory, wanted):  # was checked when it ran
         print("already completed")
         _show(result["metrics"], result["timings"]["seconds"], directory)
         sys.exit(0)
+    problems = check(wanted) or cross_check(wanted) or resume_problems(run, wanted)
+    if problems:
+        raise ConfigError(problems)
     # Hydra gets only the run directory.
     others = [*profile, *(text for text in hydra if not _is(text, "hydra.run.dir"))]
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]

@@ -244,7 +244,9 @@ def test_a_number_that_is_none_in_one_process(start: Start, tmp_path: Path) -> N
     assert process.returncode == 3, err
     file = tmp_path / "run/not_finite.pt"
     assert err.startswith("cnntrain: epoch 1/2, batch 3, step 0, lr ")
-    assert "the loss of 500 images is nan; every output is finite, but the loss of Bad is not" in err
+    assert (
+        "the loss of 500 images is nan; every output is finite, but the loss of Bad is not" in err
+    )
     assert err.endswith(f"to reproduce it: {file}\n")
     assert err.count("\n") == 1
     saved = torch.load(file, weights_only=True)

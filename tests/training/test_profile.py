@@ -83,6 +83,6 @@ def test_command(cnntrain, tmp_path: Path) -> None:
     assert "profile" not in (tmp_path / "run/.hydra/overrides.yaml").read_text()
     done = cnntrain("-m", "profile=true", "seed=0,1")
     assert done.returncode == 2
-    assert "profile=true: is of one run; leave out -m" in done.stderr
+    assert "profile=true: is for a single run; leave out -m" in done.stderr
     with pytest.raises(ConfigError, match="profile=3: must be true or false"):
         compose(["profile=3"])

@@ -101,7 +101,7 @@ def test_script(tmp_path: Path) -> None:
     assert "not reached" not in out
     assert err.strip().splitlines() == [
         "cnntrain: SIGINT: saving a checkpoint; interrupt again to stop at once",
-        "cnntrain: interrupted by SIGINT; continue with train(cfg, 'outputs/long', resume=True)",
+        "cnntrain: interrupted by SIGINT; resume with train(cfg, 'outputs/long', resume=True)",
     ]
     assert counts(shown) == [1, 1, 1, 1]
 
@@ -215,7 +215,7 @@ def test_how_a_call_is_interrupted(
     for Press.presses in (1, 2):  # the second does not end the process, which is the caller's
         with pytest.raises(KeyboardInterrupt) as caught:
             train(compose(FEW), tmp_path / "it's", resume=True, callbacks=[Press(tmp_path)])
-        line = f'continue with train(cfg, "{tmp_path}/it\'s", resume=True)'
+        line = f'resume with train(cfg, "{tmp_path}/it\'s", resume=True)'
         assert str(caught.value) == f"interrupted by SIGINT; {line}"
         assert caught.value._render_traceback_() == [
             f"{type(caught.value).__name__}: interrupted by SIGINT; {line}"
@@ -242,7 +242,7 @@ def test_messages_name_arguments(result: Result, tmp_path: Path) -> None:
             train(compose(options), directory)
         assert "hydra" not in str(caught.value)
         assert caught.value._render_traceback_() == [f"ConfigError: {caught.value}"]
-    with pytest.raises(ConfigError, match=r"^cfg: is list; give what compose\(\[...\]\) returns"):
+    with pytest.raises(ConfigError, match=r"^cfg: is list; pass what compose\(\[...\]\) returns"):
         train(FEW, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert not Path("~").exists()
