@@ -16,7 +16,6 @@ from torturing.runs import differences, record
 from cnntrain.config import ConfigError, compose, flat
 from cnntrain.config.resume import read_result, run_config, run_options, with_overrides
 from cnntrain.interruption import Interrupted, interruption
-from cnntrain.sweeps.records import history
 from cnntrain.training import CheckpointError, checkpoint_file, train
 from cnntrain.training.checkpoints import Checkpoints
 
@@ -212,7 +211,7 @@ def test_a_longer_run_is_one_that_was_meant_so(tmp_path: Path) -> None:
     train(longer, tmp_path / "b", resume=True)
     assert not list(differences(record(tmp_path / "a"), record(tmp_path / "b")))
     assert run_config(tmp_path / "b", checkpoint_file.newest).trainer.max_epochs == 3
-    with pytest.raises(ConfigError, match=r"^trainer.max_epochs=2: 3 epochs are done; take 3 or"):
+    with pytest.raises(ConfigError, match=r"^trainer.max_epochs=2: 3 epochs are done; set 3 or"):
         train(
             compose([*EVERYTHING, *constant, "trainer.max_epochs=2"]), tmp_path / "b", resume=True
         )
@@ -225,7 +224,7 @@ def test_an_epoch_that_is_begun_counts(stops: Stops, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(compose([*EVERYTHING, *constant]), tmp_path / "run")
     shorter = compose([*EVERYTHING, "scheduler=none", "trainer.max_epochs=1"])
-    with pytest.raises(ConfigError, match=r"^trainer.max_epochs=1: epoch 2 is begun; take 2 or"):
+    with pytest.raises(ConfigError, match=r"^trainer.max_epochs=1: epoch 2 has begun; set 2 or"):
         train(shorter, tmp_path / "run", resume=True)
 
 
@@ -260,7 +259,7 @@ def halfway(undisturbed: Path, stops: Stops, tmp_path: Path) -> Path:
 
 
 def test_an_old_run_keeps_its_numbers(halfway: Path) -> None:
-    """Earlier versions counted epochs from 0; a report shows them from 1 all the same."""
+    """Earlier versions counted epochs from 0."""
     content = checkpoint_file.read(halfway / "checkpoints/last.ckpt")
     content["callbacks"]["Record"]["epochs"][0]["epoch"] = 0
     checkpoint_file.write(halfway / "checkpoints/last.ckpt", content)
@@ -269,7 +268,6 @@ def test_an_old_run_keeps_its_numbers(halfway: Path) -> None:
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
     result = json.loads((halfway / "result.json").read_text())
     assert result["metrics"]["val/acc"] == float(rows[result["tested_epoch"]]["val/acc"])
-    assert [row["epoch"] for row in history(halfway)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -361,8 +359,8 @@ def test_other_conditions_are_said(
     content["conditions"] |= {"torch": "1.0", "threads": "64"}
     checkpoint_file.write(path, content)
     train(compose(EVERYTHING), halfway, resume=True)
-    assert "threads: 1, and 64 before: results may differ in their last bits" in caplog.messages
-    assert any(said.startswith("torch: ") and "and 1.0 before" in said for said in caplog.messages)
+    assert "threads: 1, before 64: results may differ in their last bits" in caplog.messages
+    assert any(said.startswith("torch: ") and "before 1.0" in said for said in caplog.messages)
 
 
 def test_another_network_is_told_by_its_shapes(halfway: Path) -> None:
