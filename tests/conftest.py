@@ -1,8 +1,9 @@
 """Fixtures of all tests."""
 
+import logging
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,11 @@ def cnntrain(tmp_path: Path) -> Run:
         return run_command(["train", *arguments], tmp_path, {**os.environ, **environment})
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def enable_loggers() -> Iterator[None]:
+    """Commands that are called in this process let Hydra disable existing loggers."""
+    yield
+    for name in logging.root.manager.loggerDict:
+        logging.getLogger(name).disabled = False
