@@ -5,13 +5,14 @@ import re
 import make_capabilities_table as capabilities
 import pytest
 import torch
-from make_capabilities_table import LIMITS, PROBES, channels_last_output, meta_and_fake, table
+from make_capabilities_table import LIMITS, PROBES, meta_and_fake, table
 from torch import nn
 
 from cnntrain.conv import BACKENDS, Conv2d, Im2colConv2d, NaiveConv2d
 from cnntrain.conv.naive import Naive
 from cnntrain.lab.verify import probes
 from cnntrain.lab.verify.probes import attempt, first_derivatives
+from cnntrain.lab.verify.uses import channels_last_output, second_derivatives
 
 SLOW = {"compile_layer", "compile_transforms", "export_any_size", "second_derivatives"}
 
@@ -51,7 +52,7 @@ class Unsupported(nn.Conv2d):
 
 @pytest.mark.parametrize("probe", PROBES.values())
 def test_each_probe_tells_wrong_from_unsupported(probe):
-    if probe not in (capabilities.second_derivatives, meta_and_fake):  # they compare no output
+    if probe not in (second_derivatives, meta_and_fake):  # they compare no output
         with pytest.raises(AssertionError):
             attempt(probe, OffByATwentieth)
     reason = attempt(probe, Unsupported)
@@ -102,7 +103,7 @@ def test_wrong_second_derivatives_are_found():
 
     attempt(first_derivatives, Faulty)
     with pytest.raises(AssertionError):
-        attempt(capabilities.second_derivatives, Faulty)
+        attempt(second_derivatives, Faulty)
 
 
 def test_the_table_of_another_backend(tmp_path):

@@ -99,7 +99,7 @@ def test_only_takes_part_of_a_name():
     report = verify(NaiveConv2d, cases=3, only="Weight gradient, ra")
     assert [line.name for line in report.lines] == ["weight gradient, random layers"]
     assert report.summary().startswith(
-        "cnntrain.conv.naive.NaiveConv2d passes the 1 checks run, of 60 "
+        "cnntrain.conv.naive.NaiveConv2d passes the 1 check run, of 60 "
         "(only=Weight gradient, ra, cases=3, "
     )
 
@@ -124,6 +124,50 @@ def test_the_short_form_has_every_check():
 class Raising(nn.Conv2d):
     def forward(self, input):
         raise KeyError("no kernel for this\nsecond line")
+
+
+class WrongOnIntegers(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        y = super()._conv_forward(input, weight, bias)
+        return y if input.is_floating_point() else 2 * y
+
+
+class Tangent(torch.autograd.Function):
+    """The identity, with a wrong factor in forward mode alone."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(lambda y: y.clone())
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(lambda ctx, g: g)
+    jvp = staticmethod(lambda ctx, tangent: 1.1 * tangent)
+
+
+class WrongTangent(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return Tangent.apply(super()._conv_forward(input, weight, bias))
+
+
+class FloatsOnly(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        if not input.is_floating_point():
+            raise NotImplementedError("floating point only")
+        return super()._conv_forward(input, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("backend", "short", "use"),
+    [(WrongOnIntegers, True, "integers"), (WrongTangent, False, "`jvp`, `jacfwd`")],
+)
+def test_a_wrong_number_in_an_optional_use_is_a_failure(backend, short, use):
+    (line,) = verify(backend, only="uses of", short=short).lines
+    assert line.failed >= 1
+    assert f", {use}: " in line.failure
+
+
+def test_an_unsupported_optional_use_is_a_note():
+    (line,) = verify(FloatsOnly, only="uses of", short=True).lines
+    assert line.failed == 0
+    assert "integers: NotImplementedError: floating point only" in line.notes
 
 
 def test_an_exception_fails_a_check_and_the_others_run():

@@ -1,8 +1,8 @@
-"""Uses of a layer beside forward and backward: copies, hooks, autocast, padding modes, vmap.
+"""Uses of a layer beside forward and backward: copies, hooks, autocast, padding modes.
 
 A probe tries one use of a backend (anything called like ``nn.Conv2d``) and compares the numbers
 with those of ``nn.Conv2d``. It raises AssertionError where a number is wrong, and another exception
-where the backend does not support the use. `scripts/make_capabilities_table.py` has more probes.
+where the backend does not support the use. Those here are required of any backend.
 """
 
 from __future__ import annotations
@@ -19,13 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-
-from cnntrain.lab.verify.check import Candidate, CaseError, CaseErrors, check
-from cnntrain.lab.verify.interface import importable
 
 Backend = Callable[..., nn.Conv2d]
 Probe = Callable[[Backend], None]
@@ -90,11 +87,6 @@ def by_keyword(backend: Backend) -> None:
     assert_close(layer(input=x), reference(x))
 
 
-def meta(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    assert layer.to("meta")(x.to("meta")).shape == reference(x).shape
-
-
 def first_derivatives(backend: Backend) -> None:
     for needs in itertools.product((True, False), repeat=3):
         layer, reference, x = layers_and_input(backend)
@@ -112,15 +104,6 @@ def first_derivatives(backend: Backend) -> None:
                 assert_close(gradient, expected)
     function, inputs = for_gradcheck(layer, x)
     assert gradcheck(function, inputs, raise_exception=False), GRADCHECK_FAILED
-
-
-def vmap_inputs(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    many = torch.stack([x, -x, x + 1], dim=2)  # (3, 4, 3 inputs, 3, 7)
-    each = torch.stack([reference(many[:, :, i]) for i in range(3)], dim=1)
-    assert_close(vmap(layer, in_dims=2, out_dims=1)(many), each)
-    assert_close(vmap(layer, in_dims=2, out_dims=1, chunk_size=2)(many), each)
-    assert_close(vmap(vmap(layer, in_dims=1))(many), each)
 
 
 def autocast(backend: Backend) -> None:
@@ -252,10 +235,6 @@ REQUIRED: dict[str, Probe] = {  # by any training program: unsupported counts as
     "hooks of modules and tensors": hooks,
     "`weight_norm`, `spectral_norm`": parametrised,
 }
-# Unsupported is reported as a note.
-OPTIONAL = {"the meta device": meta, "`vmap` over inputs": vmap_inputs}
-PROBES = REQUIRED | OPTIONAL
-SLOW = (checkpointing,)  # imports PyTorch's compiler; not in the short form
 
 
 def attempt(probe: Probe, backend: Backend) -> str:
@@ -273,17 +252,3 @@ def attempt(probe: Probe, backend: Backend) -> str:
     except Exception as error:
         return textwrap.shorten(f"{type(error).__name__}: {error}", 100).replace("|", r"\|")
     return ""
-
-
-@check(
-    "uses of nn.Conv2d",
-    cases=lambda c: [f"Conv2d, {u}" for u, p in PROBES.items() if not (c.short and p in SLOW)],
-)
-def uses(candidate: Candidate, use: str) -> CaseErrors:
-    probe = PROBES[use := use.removeprefix("Conv2d, ")]
-    try:
-        reason, counts = attempt(probe, candidate.backend), use in REQUIRED
-    except AssertionError as error:
-        reason, counts = str(error).strip().split("\n")[0], True
-    counts &= importable(candidate) or probe is not copies  # pickle needs an importable class
-    yield CaseError(float(bool(reason) and counts), reason, note=reason and f"{use}: {reason}")

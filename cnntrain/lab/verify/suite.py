@@ -23,10 +23,10 @@ from torch import nn
 
 import cnntrain
 from cnntrain.config import ConfigError
-from cnntrain.lab.verify import interface, numerics, probes, rounding, side_effects, state
+from cnntrain.lab.verify import interface, numerics, rounding, side_effects, state, uses
 from cnntrain.lab.verify.check import Candidate, Check, CheckResult
 
-MODULES = (numerics, rounding, state, side_effects, interface, probes)
+MODULES = (numerics, rounding, state, side_effects, interface, uses)
 CHECKS: list[Check] = [c for m in MODULES for c in vars(m).values() if isinstance(c, Check)]
 CHECKS.sort(key=lambda c: c is not side_effects.global_state)  # first: others may change settings
 
@@ -56,7 +56,7 @@ class VerificationReport:
     def summary(self) -> str:
         """One line: the options, and how many checks failed."""
         run, failed = len(self.lines), sum(not line.passed for line in self.lines)
-        part = f"the {run} checks run, of {self.total}"
+        part = f"the {run} check{'s' * (run > 1)} run, of {self.total}"
         if run == self.total:
             part = f"{run} checks" if failed else f"all {run} checks"
         kept = {"only": "", "short": False, "cases": 200 if self.options["short"] else 1000}
