@@ -33,8 +33,11 @@ def cnntrain(tmp_path: Path) -> Run:
 
 
 @pytest.fixture(autouse=True)
-def enable_loggers() -> Iterator[None]:
-    """Commands that are called in this process let Hydra disable existing loggers."""
+def reset_loggers() -> Iterator[None]:
+    """Undo what a command changes for its process: disabled loggers and their levels."""
     yield
     for name in logging.root.manager.loggerDict:
-        logging.getLogger(name).disabled = False
+        logger = logging.getLogger(name)
+        logger.disabled = False
+        if name.startswith("cnntrain"):
+            logger.setLevel(logging.NOTSET)
