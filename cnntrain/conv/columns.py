@@ -3,7 +3,7 @@
 Copying windows into columns takes as long as multiplying them, so each class arranges the matrix
 products of one kind of convolution to copy little or nothing.
 
-Every class computes the three functions of a convolution for inputs of one size, already padded:
+Every class computes the three functions of a convolution for padded images of one size:
 
     forward(x, w)        y (N, O, OH, OW)
     grad_input(g, w)     dx (N, C, H, W)
@@ -20,47 +20,41 @@ from torch import Tensor
 
 from cnntrain.conv.geometry import Geometry, batch_first, batch_last
 
-# With this many channels times kernel rows, a product over one column of the kernel is as fast as
-# a product over all of them.
-LONG = 64
 # With fewer filters, runs of O numbers in memory are too short for a fast weight gradient.
 FEW = 8
 
 
-def layout(size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> Layout:
-    """The fastest layout for a padded input of size (N, C, H, W) and a weight of size
-    (O, C/groups, kh, kw). There is one group, or one for each input channel (depthwise)."""
+def layout(image: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> Layout:
+    """The fastest layout for padded images (C, H, W) and a weight (O, C/groups, kh, kw).
+
+    There is one group, or one for each input channel (depthwise).
+    """
     kernel = weight[2:]
     if geometry.groups > 1:
         kind: type[Layout] = Depthwise
-    elif kernel == size[2:] and geometry.dilation == (1, 1):
+    elif kernel == image[1:] and geometry.dilation == (1, 1):
         kind = Whole
     elif kernel == (1, 1):
         kind = Pointwise
     else:
         kind = Rows
-    return kind(size, weight, geometry)
-
-
-def allocated(size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> int:
-    """Upper bound of the elements that one call allocates, besides the weight."""
-    return layout(size, weight, geometry).allocated()
+    return kind(image, weight, geometry)
 
 
 class Layout(ABC):
-    """The three functions for a padded input of size (N, C, H, W) and weights of one shape."""
+    """The three functions for padded images of one size and weights of one shape."""
 
-    def __init__(self, size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> None:
-        self.n, self.c, self.h, self.w = size
+    def __init__(self, image: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> None:
+        self.c, self.h, self.w = image
         self.o, _, self.kh, self.kw = weight
-        self.oh, self.ow = geometry.output_size(size[2:], weight[2:])
+        self.oh, self.ow = geometry.output_size(image[1:], weight[2:])
         self.geometry = geometry
-        (self.sh, self.sw), (self.dh, self.dw) = geometry.stride, geometry.dilation
+        (self.sh, self.sw), (self.dh, _) = geometry.stride, geometry.dilation
 
     def allocated(self) -> int:
-        """Upper bound of the elements that one call allocates, besides the weight: the padded
-        input, a copy of it in another order, and the output."""
-        return self.n * (2 * self.c * self.h * self.w + self.o * self.oh * self.ow)
+        """Upper bound of the elements that a call allocates for each image: the padded input, a
+        copy of it in another order, and the output."""
+        return 2 * self.c * self.h * self.w + self.o * self.oh * self.ow
 
     @abstractmethod
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
@@ -82,7 +76,7 @@ class Whole(Layout):
         return (x.flatten(1) @ w.flatten(1).t())[:, :, None, None]
 
     def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
-        return (g.flatten(1) @ w.flatten(1)).view(self.n, self.c, self.h, self.w)
+        return (g.flatten(1) @ w.flatten(1)).view(-1, self.c, self.h, self.w)
 
     def grad_weight(self, g: Tensor, x: Tensor) -> Tensor:
         return (g.flatten(1).t() @ x.flatten(1)).view(self.o, self.c, self.kh, self.kw)
@@ -92,15 +86,15 @@ class Pointwise(Layout):
     """A 1x1 kernel: the pixels at the stride's positions are the columns, a matrix per image."""
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        y = torch.bmm(w.flatten(1).expand(self.n, -1, -1), self._reached(x).flatten(2))
-        return y.view(self.n, self.o, self.oh, self.ow)
+        y = torch.bmm(w.flatten(1).expand(len(x), -1, -1), self._reached(x).flatten(2))
+        return y.view(-1, self.o, self.oh, self.ow)
 
     def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
-        pixels = torch.bmm(w.flatten(1).t().expand(self.n, -1, -1), g.flatten(2))
-        pixels = pixels.view(self.n, self.c, self.oh, self.ow)
+        pixels = torch.bmm(w.flatten(1).t().expand(len(g), -1, -1), g.flatten(2))
+        pixels = pixels.view(-1, self.c, self.oh, self.ow)
         if (self.sh, self.sw) == (1, 1):
             return pixels
-        dx = g.new_zeros(self.n, self.c, self.h, self.w)
+        dx = g.new_zeros(len(g), self.c, self.h, self.w)
         self._reached(dx).copy_(pixels)
         return dx
 
@@ -116,99 +110,66 @@ class Pointwise(Layout):
 class Rows(Layout):
     """Any other kernel: one matrix product for each row of the output, the batch innermost.
 
-    The input is in memory as (H, C, W, N), so that copies are long contiguous runs. The pixels
-    under column j of the kernel are a view of it, and consecutive windows share all but one of
-    their rows: so the columns of an output row are a view as well, OH matrices (kh * C, OW * N)
-    that overlap in memory. Source: M. Cho, D. Brand, "MEC: Memory-efficient Convolution for Deep
-    Neural Network", ICML 2017, which unrolls the width; here that is done only where products over
-    one column of the kernel would be too short.
-
-    The products of the kernel's columns are added where these are not unrolled, and those of its
-    rows where they are dilated.
+    The input is copied to (H, kw * C, OW * N): only its width is unrolled, in long contiguous runs.
+    Consecutive windows share all but one of their rows, so that the columns of the output's rows
+    are OH matrices (kh * kw * C, OW * N) that overlap in memory; they are copied only if the
+    kernel's rows are dilated. Source: M. Cho, D. Brand, "MEC: Memory-efficient Convolution for Deep
+    Neural Network", ICML 2017.
     """
 
-    def __init__(self, size: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> None:
-        super().__init__(size, weight, geometry)
-        self.unrolled = self.c * self.kh < LONG
-        whole = [slice(None)]
-        rows = whole if self.dh == 1 else [slice(i, i + 1) for i in range(self.kh)]
-        columns = whole if self.unrolled else [slice(j, j + 1) for j in range(self.kw)]
-        self.parts = list(product(rows, columns))
-
     def allocated(self) -> int:
-        return super().allocated() + self.n * self.c * self.h * self.kw * self.ow
+        rows = self.h if self.dh == 1 else self.h + self.oh * self.kh
+        return super().allocated() + rows * self.kw * self.c * self.ow
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        y = x.new_empty(self.oh, self.o, self.ow * self.n)
-        for k, (part, columns) in enumerate(zip(self.parts, self.columns(x), strict=True)):
-            filters = self._filters(w, *part).expand(self.oh, -1, -1)
-            y.baddbmm_(filters, columns, beta=min(k, 1))
-        return y.view(self.oh, self.o, self.ow, self.n).permute(3, 1, 0, 2)
+        filters = w.permute(0, 2, 3, 1).reshape(self.o, -1).expand(self.oh, -1, -1)
+        y = torch.bmm(filters, self.columns(x))
+        return y.view(self.oh, self.o, self.ow, -1).permute(3, 1, 0, 2)
 
     def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
-        rows = g.permute(2, 1, 3, 0).reshape(self.oh, self.o, self.ow * self.n)
+        n = len(g)
+        rows = g.permute(2, 1, 3, 0).reshape(self.oh, self.o, self.ow * n)
         height = -(-self.h // self.sh)
         wide: dict[int, Tensor] = {}  # rows start, start + sh, start + 2 sh, ... of the input
         for i in range(self.kh):
             first, start = divmod(i * self.dh, self.sh)
             if start not in wide:
-                wide[start] = g.new_zeros(height, self.kw * self.c, self.ow * self.n)
-            filters = self._filters(w, slice(i, i + 1), slice(None)).t().expand(self.oh, -1, -1)
+                wide[start] = g.new_zeros(height, self.kw * self.c, self.ow * n)
+            filters = w[:, :, i].permute(2, 1, 0).reshape(-1, self.o).expand(self.oh, -1, -1)
             wide[start][first : first + self.oh].baddbmm_(filters, rows)
-        dx = g.new_zeros(self.h, self.c, self.w, self.n)
+        dx = g.new_zeros(self.h, self.c, self.w, n)
         for start, values in wide.items():
             values = values[: -(-(self.h - start) // self.sh)]
-            values = values.view(len(values), self.kw, self.c, self.ow, self.n)
+            values = values.view(len(values), self.kw, self.c, self.ow, n)
             for j in range(self.kw):
                 self._under(dx[start :: self.sh], j).add_(values[:, j])
         return dx.permute(3, 1, 0, 2)
 
     def grad_weight(self, g: Tensor, x: Tensor) -> Tensor:
-        dw = g.new_empty(self.o, self.c, self.kh, self.kw)
+        columns = self.columns(x)
         # (OH, OW * N, O): O is innermost in memory, unless that would be short runs.
         if self.o < FEW:
             rows = g.permute(2, 1, 3, 0).flatten(2).mT
         else:
-            rows = g.permute(2, 3, 0, 1).reshape(self.oh, self.ow * self.n, self.o)
-        for (i, j), columns in zip(self.parts, self.columns(x), strict=True):
-            if self.oh * self.o * columns.shape[1] <= x.numel():  # faster, and takes little memory
-                part = torch.bmm(columns, rows).sum(0)
-            else:
-                part = g.new_zeros(columns.shape[1], self.o).addbmm_(columns, rows)
-            here = dw[:, :, i, j]
-            here.copy_(part.view(*here.shape[2:], self.c, self.o).permute(3, 2, 0, 1))
-        return dw
+            rows = g.permute(2, 3, 0, 1).reshape(self.oh, -1, self.o)
+        if self.oh * self.o * columns.shape[1] <= x.numel():  # faster, and takes little memory
+            dw = torch.bmm(columns, rows).sum(0)
+        else:
+            dw = g.new_zeros(columns.shape[1], self.o).addbmm_(columns, rows)
+        return dw.view(self.kh, self.kw, self.c, self.o).permute(3, 2, 0, 1)
 
-    def columns(self, x: Tensor) -> list[Tensor]:
-        """im2col: x (N, C, H, W) -> (OH, K, OW * N) for each part of the kernel, which has K / C
-        taps."""
-        x = x.permute(2, 1, 3, 0)  # (H, C, W, N)
-        if self.sw == 1 or self.unrolled:
-            x = x.contiguous()
-        under = [self._under(x, j) for j in range(self.kw)]
-        if self.unrolled:
-            under = [torch.stack(under, 1).flatten(1, 2)]  # (H, kw * C, OW, N)
-        under = [pixels.flatten(2) for pixels in under]
-        rows = range(1 if self.dh == 1 else self.kh)
-        return [self._windows(pixels, first * self.dh) for first in rows for pixels in under]
+    def columns(self, x: Tensor) -> Tensor:
+        """im2col: x (N, C, H, W) -> (OH, kh * kw * C, OW * N), a view of (H, kw * C, OW * N)."""
+        x = x.permute(2, 1, 3, 0).contiguous()  # (H, C, W, N)
+        wide = torch.stack([self._under(x, j) for j in range(self.kw)], 1)
+        wide = wide.flatten(1, 2).flatten(2)
+        row, *inner = wide.stride()
+        size = (self.oh, self.kh, *wide.shape[1:])
+        return wide.as_strided(size, (self.sh * row, self.dh * row, *inner)).flatten(1, 2)
 
     def _under(self, x: Tensor, j: int) -> Tensor:
         """The pixels under column j of the kernel: a view (H, C, OW, N) of (H, C, W, N)."""
         return x[:, :, self.geometry.reach(0, j, (self.oh, self.ow))[1]]
-
-    def _windows(self, pixels: Tensor, first: int) -> Tensor:
-        """(H, D, L) -> (OH, kh * D, L), a view: all rows of the kernel, or if these are dilated,
-        one of them; `first` is the input row under it for the first output row."""
-        height = self.kh if self.dh == 1 else 1
-        row, *inner = pixels.stride()
-        windows = pixels[first:].as_strided(
-            (self.oh, height, *pixels.shape[1:]), (self.sh * row, row, *inner)
-        )
-        return windows.flatten(1, 2)
-
-    def _filters(self, w: Tensor, i: slice, j: slice) -> Tensor:
-        """(O, C, kh, kw) -> (O, K) for the rows and columns of the kernel in slices i and j"""
-        return w[:, :, i, j].permute(0, 2, 3, 1).reshape(self.o, -1)
 
 
 class Depthwise(Layout):
@@ -216,18 +177,18 @@ class Depthwise(Layout):
     are multiplied and added one by one, for all channels at once and the batch innermost."""
 
     def allocated(self) -> int:
-        return super().allocated() + self.n * self.o * self.oh * self.ow
+        return super().allocated() + self.o * self.oh * self.ow
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         x = batch_last(x).unsqueeze(1)  # (C, 1, H, W, N)
-        y = x.new_zeros(self.c, self.o // self.c, self.oh, self.ow, self.n)
+        y = x.new_zeros(self.c, self.o // self.c, self.oh, self.ow, x.shape[-1])
         for i, j in product(range(self.kh), range(self.kw)):
             y.addcmul_(self._under(x, i, j), self._weights(w, i, j))
         return batch_first(y.flatten(0, 1))
 
     def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
         g = batch_last(g).unflatten(0, (self.c, -1))  # (C, O/C, OH, OW, N)
-        dx = g.new_zeros(self.c, 1, self.h, self.w, self.n)
+        dx = g.new_zeros(self.c, 1, self.h, self.w, g.shape[-1])
         for i, j in product(range(self.kh), range(self.kw)):
             for k, weights in enumerate(self._weights(w, i, j).split(1, 1)):
                 self._under(dx, i, j).addcmul_(g[:, k : k + 1], weights)

@@ -10,30 +10,29 @@ row of K numbers of the weight matrix W. Then
 where col2im adds each number to the pixel that im2col copied it from. Source: K. Chellapilla,
 S. Puri, P. Simard, "High Performance Convolutional Neural Networks for Document Processing", 2006.
 
-`Unfolded` is the textbook's form. `Im2col` computes the same in parts that fit into a memory limit
-(parts.py), with memory layouts that copy less (columns.py).
+`Unfolded` is the textbook's form. `Im2col` computes the same in parts that fit into a memory limit,
+with memory layouts that copy less (columns.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby, product
-from operator import attrgetter
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from cnntrain.conv.algorithm import Algorithm, upcast
-from cnntrain.conv.columns import allocated, layout
+from cnntrain.conv.columns import Layout, layout
 from cnntrain.conv.geometry import NONE, Amounts, Geometry, Pair, crop, pad, padded
-from cnntrain.conv.module import Conv2d
-from cnntrain.conv.parts import Part, parts
+from cnntrain.conv.module import Algorithm, Conv2d, upcast
 
 # On a CPU, parts that fit into its caches are fastest. Best of 6, 8, 10, 12 and 16.
 CACHE_MIB = 16
+# Parts have a multiple of this number of images: where the batch is the innermost dimension in
+# memory, whole vectors of images are copied and multiplied.
+RUN = 16
 
 
 class Unfolded(Algorithm):
@@ -88,10 +87,11 @@ def _filters(w: Tensor, geometry: Geometry) -> Tensor:
 
 @dataclass(frozen=True)
 class Im2col(Algorithm):
-    """im2col in parts: besides input, weight and result, a call allocates at most
-    ``max_column_mib`` MiB, unless a single window or a single filter takes more.
+    """im2col in parts of some images and one group of channels.
 
-    bfloat16 and float16 are converted to float32 part by part; results are rounded once.
+    A call allocates at most ``max_column_mib`` MiB besides input, weight and result, unless a
+    single image or a copy of the weight takes more. bfloat16 and float16 are converted to float32
+    part by part; results are rounded once.
     """
 
     max_column_mib: int = 64
@@ -113,51 +113,55 @@ class Im2col(Algorithm):
     ) -> Tensor:
         size = geometry.output_size(padded(x.shape[2:], zeros), w.shape[2:])
         y = x.new_empty(len(x), len(w), *size)
-        for part in self._parts(x, x.shape, w.shape, geometry, zeros):
-            inputs, filters = pad(upcast(x[part.input]), part.zeros), upcast(w[part.weight])
-            made = layout(inputs.shape, filters.shape, part.geometry).forward(inputs, filters)
-            y[part.output] = made if bias is None else made.add_(bias[part.weight[0], None, None])
+        products, groups, batches = self._parts(x, x.shape, w.shape, geometry, zeros)
+        for (channels, filters), images in product(groups, batches):
+            inputs = pad(upcast(x[images, channels]), zeros)
+            made = products.forward(inputs, upcast(w[filters]))
+            y[images, filters] = made if bias is None else made.add_(bias[filters, None, None])
         return y
-
-    def padded_grad_weight(
-        self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, zeros: Amounts
-    ) -> Tensor:
-        dw = g.new_empty(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
-        parts = self._parts(x, x.shape, dw.shape, geometry, zeros)
-        for index, same in groupby(parts, attrgetter("weight")):
-            total = upcast(torch.zeros_like(dw[index]))
-            for part in same:
-                inputs = pad(upcast(x[part.input]), part.zeros)
-                products = layout(inputs.shape, total.shape, part.geometry)
-                total += products.grad_weight(upcast(g[part.output]), inputs)
-            dw[index] = total
-        return dw
 
     def padded_grad_input(
         self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry, zeros: Amounts
     ) -> Tensor:
         dx = g.new_empty(len(g), w.shape[1] * geometry.groups, *input_size)
-        for part in self._parts(g, dx.shape, w.shape, geometry, zeros, of_input=True):
-            block, filters = dx[part.input], upcast(w[part.weight])
-            size = (*block.shape[:2], *padded(block.shape[2:], part.zeros))
-            products = layout(size, filters.shape, part.geometry)
-            made = products.grad_input(upcast(g[part.output]), filters)
-            block.copy_(crop(made, part.zeros))
+        products, groups, batches = self._parts(g, dx.shape, w.shape, geometry, zeros)
+        for (channels, filters), images in product(groups, batches):
+            made = products.grad_input(upcast(g[images, filters]), upcast(w[filters]))
+            dx[images, channels] = crop(made, zeros)
         return dx
 
+    def padded_grad_weight(
+        self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry, zeros: Amounts
+    ) -> Tensor:
+        dw = g.new_empty(g.shape[1], x.shape[1] // geometry.groups, *kernel_size)
+        products, groups, batches = self._parts(x, x.shape, dw.shape, geometry, zeros)
+        for channels, filters in groups:
+            total = upcast(torch.zeros_like(dw[filters]))
+            for images in batches:
+                inputs = pad(upcast(x[images, channels]), zeros)
+                total += products.grad_weight(upcast(g[images, filters]), inputs)
+            dw[filters] = total
+        return dw
+
     def _parts(
-        self,
-        like: Tensor,
-        size: tuple[int, ...],
-        weight: tuple[int, ...],
-        geometry: Geometry,
-        zeros: Amounts,
-        of_input: bool = False,
-    ) -> Iterator[Part]:
-        mib = 2**20 // upcast(like[:0]).element_size()  # in numbers
-        room = self.max_column_mib * mib
-        cache = CACHE_MIB * mib if like.is_cpu else room
-        return parts(size, weight, geometry, zeros, allocated, room, cache, of_input)
+        self, like: Tensor, size: Pair, weight: Pair, geometry: Geometry, zeros: Amounts
+    ) -> tuple[Layout, list[tuple[slice, slice]], list[slice]]:
+        """The layout of a part; channels and filters of each group; images of each part."""
+        n, c, *plane = size
+        o, depth, *kernel = weight
+        number = 1 if depth == 1 else geometry.groups  # depthwise: all groups in one part
+        c, o, how = c // number, o // number, replace(geometry, groups=geometry.groups // number)
+        products = layout((c, *padded(plane, zeros)), (o, depth, *kernel), how)
+        groups = [(slice(c * i, c * (i + 1)), slice(o * i, o * (i + 1))) for i in range(number)]
+        # Half of the limit: a result is copied while its operands exist.
+        half_mib = 2**19 // upcast(like[:0]).element_size()  # in numbers
+        room = self.max_column_mib * half_mib
+        cache = CACHE_MIB * half_mib if like.is_cpu else room
+        image = products.allocated()
+        most = max(min(room // image, max(cache // image, RUN)), 1)
+        even = -(-n // max(-(-n // most), 1))
+        step = min(most, -(-even // RUN) * RUN) or 1
+        return products, groups, [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
 class Im2colConv2d(Conv2d):
@@ -165,9 +169,9 @@ class Im2colConv2d(Conv2d):
 
     Args:
         max_column_mib: MiB that a forward or one of the two gradients may allocate besides input,
-            weight and result; default 64. Larger batches or images are computed in parts, of at
-            least one window and one filter. Does not apply to compiled or exported layers and to
-            tensor subclasses. The backward keeps the input, not the columns.
+            weight and result; default 64. Larger batches are computed in parts, of at least one
+            image. Does not apply to compiled or exported layers and to tensor subclasses. The
+            backward keeps the input, not the columns.
 
     Raises:
         ValueError: ``max_column_mib`` is not a positive integer.

@@ -10,9 +10,9 @@ from convolutions import GRID, OperatorNames, every_backend, layer_like, our_bac
 from torch import nn
 
 from cnntrain.conv import Conv2d, Geometry, Im2colConv2d
-from cnntrain.conv.algorithm import Algorithm
 from cnntrain.conv.geometry import pad, padding_amounts
-from cnntrain.conv.reference import conv2d_reference
+from cnntrain.conv.module import Algorithm
+from cnntrain.conv.naive import conv2d_reference
 
 
 @our_backend

@@ -13,10 +13,10 @@ from torch.func import functional_call
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from cnntrain.conv import Conv2d, Im2colConv2d, NaiveConv2d
-from cnntrain.conv.algorithm import Algorithm
 from cnntrain.conv.autograd import convolve
 from cnntrain.conv.geometry import Geometry
 from cnntrain.conv.im2col import Im2col
+from cnntrain.conv.module import Algorithm
 from cnntrain.conv.naive import Naive
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cnntrain.conv import Conv2d
-from cnntrain.conv.algorithm import Algorithm
 from cnntrain.conv.geometry import crop, pad, padded
+from cnntrain.conv.module import Algorithm
 from cnntrain.lab.verify import CheckResult
 from cnntrain.lab.verify.check import Candidate
 from cnntrain.lab.verify.suite import CHECKS, settings_restored

@@ -15,7 +15,7 @@ from faults import (
 from torch import nn
 
 from cnntrain.conv import Conv2d
-from cnntrain.conv.algorithm import Algorithm
+from cnntrain.conv.module import Algorithm
 
 faults = Faults()
 

@@ -18,7 +18,7 @@ from cnntrain.config import CONF, ConfigError, Root, as_config_error, build, che
 from cnntrain.config.errors import unknown
 from cnntrain.conv import Geometry
 from cnntrain.conv.geometry import pad, padding_amounts
-from cnntrain.conv.reference import conv2d_reference
+from cnntrain.conv.naive import conv2d_reference
 
 MakeConv: TypeAlias = Callable[..., nn.Conv2d]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.conv.geometry import Geometry
-from cnntrain.conv.reference import conv2d_reference
+from cnntrain.conv.naive import conv2d_reference
 from cnntrain.lab.verify.cases import (
     BIAS,
     INPUT,
