@@ -10,8 +10,8 @@ from cnntrain.lab.lessons.lesson import (
     INK,
     LIGHT,
     Lesson,
+    Panel,
     matrix_lines,
-    plot_matrix,
     short_number,
     side_by_side,
 )
@@ -86,14 +86,14 @@ def _draw_patterns(outputs: dict[tuple[str, str], Tensor]) -> Figure:
     axes[0, 0].set_axis_off()
     axes[0, 0].text(0.5, 0.5, NOTE, ha="center", va="center", fontsize=11, color=INK)
     for column, (name, kernel) in enumerate(KERNELS.items(), start=1):
-        plot_matrix(axes[0, column], kernel, f"kernel: {name}")
+        Panel(kernel, f"kernel: {name}").draw(axes[0, column])
     for row, (image, pixels) in enumerate(IMAGES.items(), start=1):
-        plot_matrix(axes[row, 0], pixels, f"image: {image}")
+        Panel(pixels, f"image: {image}").draw(axes[row, 0])
         largest = max(outputs[image, name].max().item() for name in KERNELS)
         for column, name in enumerate(KERNELS, start=1):
             output = outputs[image, name]
             title = f"strongest: {short_number(output.max().item())}"
-            plot_matrix(axes[row, column], output.tolist(), title, largest)
+            Panel(output.tolist(), title).draw(axes[row, column], largest)
     return figure
 
 

@@ -1,21 +1,24 @@
 """Lesson `window`: im2col and its matrix product with every number shown."""
 
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from matplotlib.figure import Figure
 from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import unfold
 
 from cnntrain.config import ConfigError
-from cnntrain.lab.lessons.lesson import Lesson, Sheet, matrix_lines, side_by_side
-from cnntrain.lab.lessons.small_convolution import (
-    Mode,
-    Padding,
-    Positive,
-    SmallConvolution,
-    pair,
-    small_convolution,
-)
+from cnntrain.config.errors import first_line
+from cnntrain.conv.geometry import Amounts, Geometry, pad, padded, padding_amounts
+from cnntrain.lab.lessons.lesson import Lesson, Panel, draw_panels, matrix_lines, side_by_side
+
+Positive = PositiveInt | tuple[PositiveInt, PositiveInt]
+Padding = NonNegativeInt | tuple[NonNegativeInt, NonNegativeInt] | Literal["same", "valid"]
+Mode = Literal["zeros", "reflect", "replicate", "circular"]
+MAX_COLUMNS, MAX_ROWS, MAX_PIXELS = 36, 36, 900  # that are still readable
 
 
 def window(
@@ -46,13 +49,81 @@ def window(
         position: Index of the marked window, from 0, in reading order.
     """
     example = small_convolution(
-        pair(size), in_channels, out_channels, pair(kernel), pair(stride), padding,
-        pair(dilation), groups, padding_mode,
-    )  # fmt: skip
+        size, in_channels, out_channels, kernel, stride, padding, dilation, groups, padding_mode
+    )
     if position >= example.columns.shape[2]:
         count = example.columns.shape[2]
         raise ConfigError([f"position={position}: there are {count} windows, 0 to {count - 1}"])
     return Lesson("\n".join(_lines(example, position)), lambda: _draw(example, position))
+
+
+@dataclass(frozen=True)
+class SmallConvolution:
+    """A convolution of integers with all intermediate results."""
+
+    geometry: Geometry
+    amounts: Amounts  # of padding, at (left, right, top, bottom)
+    input: Tensor  # (C, H, W)
+    padded: Tensor  # (C, PH, PW)
+    weight: Tensor  # (O, C / groups, KH, KW)
+    columns: Tensor  # (groups, C / groups * KH * KW, OH * OW)
+    products: Tensor  # (groups, O / groups, OH * OW)
+    output: Tensor  # (O, OH, OW)
+
+    def window(self, position: int) -> list[tuple[int, int]]:
+        """(row, column) in the padded input of each element of the window at a position."""
+        (sh, sw), (dh, dw) = self.geometry.stride, self.geometry.dilation
+        row, column = divmod(position, self.output.shape[2])
+        kh, kw = self.weight.shape[2:]
+        return [(row * sh + dh * i, column * sw + dw * j) for i in range(kh) for j in range(kw)]
+
+
+def small_convolution(
+    size: Positive,
+    in_channels: int,
+    out_channels: int,
+    kernel: Positive,
+    stride: Positive,
+    padding: Padding,
+    dilation: Positive,
+    groups: int,
+    padding_mode: Mode,
+) -> SmallConvolution:
+    """Compute every step by its definition.
+
+    The input counts from 1; weights are from -2 to 2.
+
+    Raises:
+        ConfigError: the options are no convolution, or one that is too large to be read.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups,
+                         bias=False, padding_mode=padding_mode, device="meta")  # fmt: skip
+        output_size = conv(torch.empty(1, in_channels, height, width, device="meta")).shape[2:]
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError([f"lesson window: {first_line(error)}"]) from None
+    geometry = Geometry.of(conv)
+    amounts = padding_amounts(conv.padding, conv.kernel_size, conv.dilation)
+    rows, columns = padded((height, width), amounts)
+    for what, number, limit in [
+        ("rows of the column matrix", conv.weight[0].numel(), MAX_ROWS),
+        ("columns of the column matrix", output_size.numel(), MAX_COLUMNS),
+        ("kernels", out_channels, MAX_ROWS),
+        ("numbers of the padded input", in_channels * rows * columns, MAX_PIXELS),
+    ]:
+        if number > limit:
+            problem = f"{number:,} {what}, and at most {limit} are readable"
+            raise ConfigError([f"lesson window: there are {problem}"])
+    image = torch.arange(1.0, in_channels * height * width + 1).reshape(-1, height, width)
+    around = pad(image[None], amounts, padding_mode)[0]
+    numbers = torch.arange(conv.weight.numel())
+    weight = ((numbers * 3 + numbers // 4) % 5 - 2).float()  # without an obvious pattern
+    unfolded = unfold(around[None], conv.kernel_size, conv.dilation, 0, conv.stride)[0]
+    matrices = unfolded.unflatten(0, (groups, -1))
+    products = weight.reshape(groups, out_channels // groups, -1) @ matrices
+    return SmallConvolution(geometry, amounts, image, around, weight.view_as(conv.weight),
+                            matrices, products, products.reshape(-1, *output_size))  # fmt: skip
 
 
 def formula(example: SmallConvolution) -> list[str]:
@@ -77,36 +148,62 @@ def _lines(example: SmallConvolution, position: int) -> Iterator[str]:
         "/ stride) + 1"
     )
     yield from formula(example)
-    taps = set(example.window(position))
     for number, image in enumerate(example.padded):
-        yield ""
-        yield f"{_input(example, number)}: window {position} in [ ]"
-        yield from matrix_lines(image.tolist(), taps)
-    yield ""
+        yield f"\n{_input(example, number)}: window {position} in [ ]"
+        yield from matrix_lines(image.tolist(), example.window(position))
     yield (
-        f"column matrix: {rows} rows (channels {channels} * kernel {kh} * {kw}), a column for "
+        f"\ncolumn matrix: {rows} rows (channels {channels} * kernel {kh} * {kw}), a column for "
         f"each of {count} windows, read row by row"
     )
-    for group in range(groups):
+    for group, (columns, products) in enumerate(
+        zip(example.columns, example.products, strict=True)
+    ):
         of = f" of group {group}" if groups > 1 else ""
-        yield ""
-        yield f"kernels{of}, a row each; times the columns{of}; is the product"
-        yield from _product(example, group, position)
+        yield f"\nkernels{of}, a row each; times the columns{of}; is the product"
+        weights = example.weight.reshape(groups, -1, rows)[group]
+        blocks = [matrix_lines(m.tolist(), {(i, position) for i in range(len(m))})
+                  for m in (columns, products)]  # fmt: skip
+        yield from side_by_side([matrix_lines(weights.tolist()), *blocks], ["  x ", "  = "])
     for number, image in enumerate(example.output):
-        yield ""
-        yield f"output{_channel(number, len(example.output))}: the product, row by row"
-        width = example.output.shape[2]
-        yield from matrix_lines(image.tolist(), {(position // width, position % width)})
+        yield f"\noutput{_channel(number, len(example.output))}: the product, row by row"
+        yield from matrix_lines(image.tolist(), {divmod(position, image.shape[1])})
 
 
-def _product(example: SmallConvolution, group: int, position: int) -> list[str]:
-    """kernels x columns = product, side by side, the marked window's column in brackets."""
-    _, rows, _ = example.columns.shape
-    weights = example.weight.reshape(len(example.products), -1, rows)[group]
-    columns, products = example.columns[group], example.products[group]
-    blocks = [matrix_lines(m.tolist(), {(i, position) for i in range(len(m))})
-              for m in (columns, products)]  # fmt: skip
-    return side_by_side([matrix_lines(weights.tolist()), *blocks], ["  x ", "  = "])
+def _draw(example: SmallConvolution, position: int) -> Figure:
+    """For each group its input, kernels and output, and below them the product."""
+    groups, rows, _ = example.columns.shape
+    of_group, per_group = example.products.shape[1], len(example.padded) // groups
+    left, _, top, _ = example.amounts
+    _, height, width = example.input.shape
+    grey = [(y, x) for y in range(example.padded.shape[1]) for x in range(example.padded.shape[2])
+            if not (0 <= y - top < height and 0 <= x - left < width)]  # fmt: skip
+    here = divmod(position, example.output.shape[2])
+    lines: list[list[Panel | str]] = []
+    for group in range(groups):
+        inputs = range(group * per_group, (group + 1) * per_group)
+        outputs = range(group * of_group, (group + 1) * of_group)
+        line = [Panel(example.padded[i].tolist(), _input(example, i), example.window(position),
+                      grey) for i in inputs]  # fmt: skip
+        for o in outputs:  # the first one beside the input, each other below the one before
+            for i in inputs:
+                name = f"kernel{_number(o, len(example.weight))}"
+                name += _channel(i, len(example.padded))
+                line.append(Panel(example.weight[o, i - inputs[0]].tolist(), name))
+            name = f"output{_channel(o, len(example.output))}"
+            line.append(Panel(example.output[o].tolist(), name, [here]))
+            lines.append([*line])
+            line = []
+        weights = example.weight.reshape(groups, of_group, rows)[group]
+        each = "as a row" if of_group == 1 else "a row each"
+        part = f" of group {group}" if groups > 1 else ""
+        columns, product = example.columns[group], example.products[group]
+        lines.append([
+            Panel(weights.tolist(), f"kernels{part}, {each}"), "×",
+            Panel(columns.tolist(), f"columns{part}, one for each window",
+                  [(y, position) for y in range(rows)]), "=",
+            Panel(product.tolist(), f"product{part}", [(y, position) for y in range(of_group)]),
+        ])  # fmt: skip
+    return draw_panels(lines, "\n".join(formula(example)))
 
 
 def _input(example: SmallConvolution, number: int) -> str:
@@ -119,51 +216,5 @@ def _channel(number: int, count: int) -> str:
     return f", channel {number}" if count > 1 else ""
 
 
-def _numbered(name: str, group: int, groups: int, count: int) -> str:
-    """A group's part of `count`: `kernel 2`, `channels 4 to 7`; no number where there is one."""
-    first, last = group * count // groups, (group + 1) * count // groups - 1
-    if first == last:
-        return f"{name} {first}" if count > 1 else name
-    return f"{name}s {first} to {last}"
-
-
-def _draw(example: SmallConvolution, position: int) -> Figure:
-    """For each group a row of its input, kernels and output, and below it the product."""
-    groups, rows, count = example.columns.shape
-    of_group, width = example.products.shape[1], example.output.shape[2]
-    here = (position // width, position % width)
-    channels, kernels = len(example.padded), len(example.weight)
-    sheet = Sheet(max(24.0, rows + 2 * count + 12.0) if groups == 1 else math.inf)
-    weights = example.weight.reshape(groups, of_group, rows)
-    for group in range(groups):
-        inputs = range(group * channels // groups, (group + 1) * channels // groups)
-        outputs = range(group * of_group, (group + 1) * of_group)
-        sheet.new_line()
-        for i in inputs:
-            name = _input(example, i)
-            sheet.add(example.padded[i], name, example.window(position), _inside(example))
-        for o in outputs:
-            number = f" {o}" if kernels > 1 else ""
-            for i in inputs:
-                name = f"kernel{number}{_channel(i, channels)}"
-                sheet.add(example.weight[o, i - inputs[0]], name)
-        for o in outputs:
-            sheet.add(example.output[o], f"output{_channel(o, kernels)}", [here])
-        column, product = ([(y, position) for y in range(n)] for n in (rows, of_group))
-        seen, made = (_numbered("channel", group, groups, n) for n in (channels, kernels))
-        sheet.new_line()
-        name = _numbered("kernel", group, groups, kernels)
-        sheet.add(weights[group], f"{name}, {'as a row' if of_group == 1 else 'a row each'}")
-        sheet.add_sign("×")
-        name = f"columns of {seen}, one for each window"
-        sheet.add(example.columns[group], name.replace(" of channel,", ","), column)
-        sheet.add_sign("=")
-        sheet.add(example.products[group], f"product, {made}".removesuffix(", channel"), product)
-    return sheet.figure("\n".join(formula(example)))
-
-
-def _inside(example: SmallConvolution) -> set[tuple[int, int]]:
-    """(row, column) of the cells that are not padding."""
-    left, _, top, _ = example.amounts
-    height, width = example.input.shape[1:]
-    return {(top + y, left + x) for y in range(height) for x in range(width)}
+def _number(number: int, count: int) -> str:
+    return f" {number}" if count > 1 else ""

@@ -4,19 +4,20 @@ import html
 import io
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor
 
 from cnntrain.terminal import png_html
 
 INK, LIGHT, GREY, MARK = "#333333", "#bbbbbb", "#cccccc", "#E69F00"
 CELL = 0.36  # inches
+Matrix = Sequence[Sequence[float]]
 Cells = Collection[tuple[int, int]]  # (row, column)
 
 
@@ -41,15 +42,13 @@ class Lesson:
         self.draw().savefig(file, dpi=110)
 
 
-def matrix_lines(
-    rows: Sequence[Sequence[float]], marked: Cells | None = None, width: int = 0
-) -> list[str]:
-    """A matrix as lines of text, in columns of at least `width` characters.
+def matrix_lines(rows: Matrix, marked: Cells | None = None) -> list[str]:
+    """A matrix as lines of text.
 
     With `marked`, these cells are in brackets and all others leave room for them.
     """
     cells = [[short_number(number) for number in row] for row in rows]
-    width = max(width, *(len(cell) for row in cells for cell in row))
+    width = max(len(cell) for row in cells for cell in row)
     if marked is None:
         return [" ".join(cell.rjust(width) for cell in row) for row in cells]
     return [
@@ -80,105 +79,67 @@ def short_number(number: float) -> str:
     return str(int(number)) if number == int(number) else f"{number:.2f}"
 
 
-def plot_matrix(
-    axes: Axes, values: Sequence[Sequence[float]], title: str, largest: float = 0
-) -> None:
-    """A matrix as coloured cells with its numbers, red above zero and blue below.
-
-    `largest` is the value of the darkest colour; 0: the largest absolute value.
-    """
-    largest = largest or max(abs(v) for row in values for v in row) or 1
-    axes.imshow(values, cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest)
-    for y, row in enumerate(values):
-        for x, value in enumerate(row):
-            text = short_number(value)
-            axes.text(x, y, text, ha="center", va="center", fontsize=9, color=INK)
-    axes.set_title(title, fontsize=10, color=INK)
-    axes.set_xticks([x - 0.5 for x in range(len(values[0]) + 1)], minor=True)
-    axes.set_yticks([y - 0.5 for y in range(len(values) + 1)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1)
-    axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
-    axes.spines[:].set_visible(False)
-
-
 @dataclass(frozen=True)
-class Block:
-    """A matrix on a sheet."""
+class Panel:
+    """A matrix of a picture: its marked cells have a frame, its grey ones no colour."""
 
-    rows: list[list[float]]
+    values: Matrix
     title: str
-    marked: Cells  # with a frame
-    inside: Cells | None  # all others are grey; None: no cell is
+    marked: Cells = ()
+    grey: Cells = ()
 
     @property
-    def size(self) -> tuple[float, float]:
-        """(height, width) in cells, with the title."""
-        return len(self.rows) + 1.4, max(len(self.rows[0]), 0.21 * len(self.title))
+    def width(self) -> float:
+        """In cells, with room for the title."""
+        return max(len(self.values[0]), 0.21 * len(self.title))
 
+    def draw(self, axes: Axes, largest: float = 0) -> None:
+        """Coloured cells with their numbers, red above zero and blue below.
 
-@dataclass
-class Sheet:
-    """Matrices in cells of one size, in lines of at most `max_width` cells."""
-
-    max_width: float
-    lines: list[list[Block | str]] = field(default_factory=lambda: [[]])
-
-    def add(
-        self, values: Tensor, title: str, marked: Cells = (), inside: Cells | None = None
-    ) -> None:
-        """A matrix (H, W), red above zero and blue below; cells that are not `inside` are grey."""
-        block = Block(values.tolist(), title, marked, inside)
-        if self.lines[-1] and _width(self.lines[-1]) + block.size[1] > self.max_width:
-            self.new_line()
-        self.lines[-1].append(block)
-
-    def add_sign(self, sign: str) -> None:
-        self.lines[-1].append(sign)
-
-    def new_line(self) -> None:
-        if self.lines[-1]:
-            self.lines.append([])
-
-    def figure(self, title: str) -> Figure:
-        heights = [max(b.size[0] for b in line if isinstance(b, Block)) for line in self.lines]
-        top = 0.7 * (title.count("\n") + 1) + 0.6
-        width, height = max(map(_width, self.lines)), top + sum(heights) + 0.3
-        figure = Figure(figsize=(width * CELL, height * CELL))
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_xlim(0, width)
-        axes.set_ylim(height, 0)
-        axes.set_axis_off()
-        axes.text(0.5, 0.3, title, va="top", fontsize=10, color=INK)
-        for line, line_height in zip(self.lines, heights, strict=True):
-            left, middle = 0.5, top + line_height / 2
-            for block in line:
-                if isinstance(block, str):
-                    axes.text(left + 0.1, middle, block, va="center", ha="center", fontsize=15)
-                    left += 1.0
-                    continue
-                y = middle - block.size[0] / 2
-                axes.text(left, y + 0.9, block.title, fontsize=9, color=INK)
-                _draw_cells(axes, block, left, y + 1.2)
-                left += block.size[1] + 1.0
-            top += line_height
-        return figure
-
-
-def _draw_cells(axes: Axes, block: Block, left: float, top: float) -> None:
-    largest = max(abs(v) for row in block.rows for v in row) or 1
-    for y, row in enumerate(block.rows):
-        for x, value in enumerate(row):
-            outside = block.inside is not None and (y, x) not in block.inside
-            colour = GREY if outside else colormaps["RdBu_r"](0.5 + 0.3 * value / largest)
-            corner = (left + x, top + y)
-            axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white"))
+        `largest` is the value of the darkest colour; 0: the largest absolute value.
+        """
+        largest = largest or max(abs(v) for row in self.values for v in row) or 1
+        shown = np.ma.array(self.values, dtype=float)
+        for cell in self.grey:
+            shown[cell] = np.ma.masked
+        colours = colormaps["RdBu_r"].with_extremes(bad=GREY)
+        axes.imshow(shown, cmap=colours, vmin=-1.6 * largest, vmax=1.6 * largest)
+        for (y, x), value in np.ndenumerate(np.array(self.values)):
             text = short_number(value)
-            axes.text(corner[0] + 0.5, corner[1] + 0.5, text, ha="center", va="center",
-                      fontsize=9 if len(text) < 4 else 7, color=INK)  # fmt: skip
-    for y, x in block.marked:
-        axes.add_patch(Rectangle((left + x + 0.04, top + y + 0.04), 0.92, 0.92, fill=False,
-                                 edgecolor=MARK, linewidth=2.2))  # fmt: skip
+            size = 9 if len(text) < 4 else 7
+            axes.text(x, y, text, ha="center", va="center", fontsize=size, color=INK)
+        for y, x in self.marked:
+            corner = (x - 0.46, y - 0.46)
+            frame = Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=MARK, linewidth=2.2)
+            axes.add_patch(frame)
+        axes.set_title(self.title, loc="left", fontsize=9, color=INK)
+        axes.set_xticks([x - 0.5 for x in range(len(self.values[0]) + 1)], minor=True)
+        axes.set_yticks([y - 0.5 for y in range(len(self.values) + 1)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=1)
+        axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
+        axes.spines[:].set_visible(False)
 
 
-def _width(line: list[Block | str]) -> float:
-    return 0.5 + sum(1.0 if isinstance(block, str) else block.size[1] + 1.0 for block in line)
+def draw_panels(lines: Sequence[Sequence[Panel | str]], title: str) -> Figure:
+    """Panels in cells of one size, in lines from left to right, with signs between them."""
+    heights = [max(len(p.values) for p in line if isinstance(p, Panel)) + 1.6 for line in lines]
+    widths = [sum(p.width if isinstance(p, Panel) else 0 for p in line) + len(line)
+              for line in lines]  # fmt: skip
+    top = 0.8 * (title.count("\n") + 1) + 1.2
+    width, height = max(widths) + 1, top + sum(heights)
+    figure = Figure(figsize=(width * CELL, height * CELL))
+    figure.text(0.5 / width, 1 - 0.3 / height, title, va="top", fontsize=10, color=INK)
+    for line, line_height in zip(lines, heights, strict=True):
+        left, middle = 0.5, top + (line_height - 1.6) / 2
+        for panel in line:
+            if isinstance(panel, str):
+                figure.text((left + 0.1) / width, 1 - middle / height, panel, fontsize=15,
+                            ha="center", va="center")  # fmt: skip
+                left += 1
+                continue
+            rows, columns = len(panel.values), len(panel.values[0])
+            bottom = 1 - (middle + rows / 2) / height
+            panel.draw(figure.add_axes((left / width, bottom, columns / width, rows / height)))
+            left += panel.width + 1
+        top += line_height
+    return figure

@@ -1,14 +1,14 @@
 """Lesson `cost`: multiply-accumulate operations and measured time of each layer."""
 
 import statistics
-import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torchvision
 from matplotlib.figure import Figure
 from pydantic import PositiveInt
+from rich.table import Table
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError, as_config_error, build, compose
@@ -16,7 +16,7 @@ from cnntrain.conv import BACKENDS
 from cnntrain.lab.lessons.lesson import Lesson
 from cnntrain.models import LayerSummary, summarise, uncalled_layers
 from cnntrain.models.introspection import forward_hooks, leaf_modules
-from cnntrain.terminal import fit_lines, left_out_lines, width
+from cnntrain.terminal import table_text, width
 
 IMAGE = (1, 28, 28)  # (C, H, W)
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
@@ -56,14 +56,14 @@ def cost(
     torch.set_num_threads(threads or before)
     try:
         times = layer_times(networks, batch_size, rounds)
-        text, left_out = fit_lines(
-            lambda left_out: "\n".join(_lines(model, layers, times, batch_size, left_out)),
-            ("share", "GMAC/s", "MACs/image", *names[:0:-1]),
-        )
-        text = "\n".join([text, *left_out_lines(left_out)])
+        threads = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-    return Lesson(text, lambda: _draw(model, layers, times))
+    head = f"{model}, a batch of {batch_size}, forward, {threads} threads; in ms"
+    optional = ("share", "GMAC/s", "MACs/image", *names[:0:-1])
+    table = table_text(_table(layers, times, batch_size), optional, width())
+    text = "\n".join(line.rstrip() for line in table.splitlines())
+    return Lesson(f"{head}\n\n{text}", lambda: _draw(model, layers, times))
 
 
 def _network(model: str, backend: str) -> nn.Module:
@@ -110,38 +110,26 @@ def _timed(network: nn.Module, images: Tensor) -> list[float]:
     return seconds
 
 
-def _lines(
-    model: str,
-    layers: Sequence[LayerSummary],
-    times: dict[str, list[float]],
-    batch_size: int,
-    left_out: Sequence[str],
-) -> list[str]:
-    """The table as lines of text, without the columns and backends in `left_out`."""
-    times = {name: seconds for name, seconds in times.items() if name not in left_out}
+def _table(layers: Sequence[LayerSummary], times: dict[str, list[float]], batch_size: int) -> Table:
+    """A row for each layer and for their sum; on each backend milliseconds and GMAC/s."""
     total = sum(layer.macs for layer in layers)
-    names = [f"{layer.name}  {_kind(layer)}" for layer in layers]
-    width_of_names = max(map(len, names))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("layer")
+    for title in ["MACs/image", "share", *(t for name in times for t in (name, "GMAC/s"))]:
+        table.add_column(title, justify="right")
 
-    def row(name: str, macs: str, share: str, cells: Sequence[tuple[str, str]]) -> str:
-        columns = [("layer", f"{name:{width_of_names}}"), ("MACs/image", f"{macs:>14}")]
-        columns += [("share", f"{share:>8}")]
-        for milliseconds, rate in cells:
-            columns += [("ms", f"{milliseconds:>12}"), ("GMAC/s", f"{rate:>8}")]
-        return "".join(text for title, text in columns if title not in left_out).rstrip()
+    def add_row(name: str, macs: int, seconds: Iterable[float]) -> None:
+        cells = [f"{macs:,}", f"{macs / total:.1%}"] if macs else ["", ""]
+        for taken in seconds:
+            rate = f"{macs * batch_size / taken / 1e9:.1f}" if macs else ""
+            cells += [f"{1000 * taken:.3f}", rate]
+        table.add_row(name, *cells)
 
-    def cell(seconds: float, macs: int) -> tuple[str, str]:
-        return f"{seconds * 1000:.3f}", f"{macs * batch_size / seconds / 1e9:.1f}" if macs else ""
-
-    head = f"{model}, a batch of {batch_size}, forward, {torch.get_num_threads()} threads; in ms"
-    lines = [*textwrap.wrap(head, width()), ""]
-    lines.append(row("layer", "MACs/image", "share", [(name, "GMAC/s") for name in times]))
-    for i, (layer, name) in enumerate(zip(layers, names, strict=True)):
-        cells = [cell(seconds[i], layer.macs) for seconds in times.values()]
-        macs = (f"{layer.macs:,}", f"{layer.macs / total:.1%}") if layer.macs else ("", "")
-        lines.append(row(name, *macs, cells))
-    cells = [cell(sum(seconds), total) for seconds in times.values()]
-    return [*lines, "", row("total", f"{total:,}", "", cells)]
+    for layer, *seconds in zip(layers, *times.values(), strict=True):
+        add_row(f"{layer.name}  {_kind(layer)}", layer.macs, seconds)
+    table.add_row()
+    add_row("total", total, map(sum, times.values()))
+    return table
 
 
 def _draw(model: str, layers: Sequence[LayerSummary], times: dict[str, list[float]]) -> Figure:
