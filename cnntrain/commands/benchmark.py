@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.commands.app import short, start
 from cnntrain.config import as_config_error, build
+from cnntrain.config.choices import defaults
 
 
 def main() -> None:
@@ -41,7 +42,6 @@ def _arguments(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """The layer sets and the other arguments of `cnntrain.lab.benchmark.benchmark`."""
     from torch import nn
 
-    from cnntrain.lab.benchmark.implementations import choice
     from cnntrain.lab.benchmark.layers import layer
 
     options: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -54,4 +54,4 @@ def _arguments(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             sets[name] = build(cfg.model, conv=nn.Conv2d, in_shape=cfg.in_shape, num_classes=10)
     if shape is not None:
         sets["shape"] = [layer(shape)]
-    return sets or choice("layers", "lenet5"), options
+    return sets or defaults("layers", "lenet5"), options

@@ -31,11 +31,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "said"), WRONG)
-def test_wrong_options_are_reported_before_anything_starts(overrides: list[str], said: str) -> None:
+@pytest.mark.parametrize(("overrides", "message"), WRONG)
+def test_wrong_options_are_reported_before_anything_starts(
+    overrides: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(overrides, name="benchmark")
-    assert said in "\n".join(caught.value.problems)
+    assert message in "\n".join(caught.value.problems)
 
 
 def test_presets() -> None:
@@ -43,7 +45,7 @@ def test_presets() -> None:
     assert list(cfg.layers) == ["lenet5", "3x3", "stride2", "1x1", "depthwise"]
     assert list(cfg.backends) == ["native", "im2col", "unfold", "unfoldNd"]
     found = layer_sets(cfg.layers, (1, 28, 28))
-    assert [s.batch_sizes for s in found] == [(64, 128, 512), *[(32, 128)] * 4]
+    assert [s.batch_sizes for s in found] == [[64, 128, 512], *[[32, 128]] * 4]
     assert [x.shape for s in found[1:] for x in s.layers] == [
         "32->64 3x3 p1 on 16x16",
         "64->64 3x3 p1 on 32x32",
@@ -95,7 +97,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_seed_table() -> None:
     cfg = compose(["benchmark=seed_table", "rounds=3"], name="benchmark")
     layers, options = _arguments(cfg)
-    rows = {(r.case.set, r.backend): r.flat() for r in benchmark(layers, **options).rows}
+    rows = {(r["set"], r["backend"]): r for r in benchmark(layers, **options).rows}
     assert len(rows) == 2 * 4
     for (name, _), found in rows.items():
         first = name == "1x1x3x3 input"
@@ -125,7 +127,7 @@ def test_help_lists_the_options() -> None:
     assert "memory_format: contiguous" in done.stdout
 
 
-def test_numbers_for_people() -> None:
+def test_number_formats() -> None:
     assert [number(v) for v in (1234.5, 12.345, 1.2345, 0.59, 0.012345, 0)] == [
         "1234", "12.3", "1.23", "0.590", "0.0123", "0",
     ]  # fmt: skip

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cnntrain.config import ConfigError
-from cnntrain.lab.benchmark.implementations import choice, implementations
+from cnntrain.config.choices import defaults
+from cnntrain.lab.benchmark.implementations import implementations
 from cnntrain.lab.benchmark.layers import layer, layer_sets, layers_of
 from cnntrain.models import LeNet5
 
@@ -25,9 +26,9 @@ def test_layers_of_lenet5() -> None:
 
 
 def test_the_layer_set_lenet5_is_that_of_the_model() -> None:
-    (found,) = layer_sets(choice("layers", "lenet5"), (1, 28, 28))
+    (found,) = layer_sets(defaults("layers", "lenet5"), (1, 28, 28))
     expected = layers_of(LeNet5(), (1, 28, 28))
-    assert [(x.options, x.size) for x in found.layers] == [(x.options, x.size) for x in expected]
+    assert [x.shape for x in found.layers] == [x.shape for x in expected]
 
 
 def test_layers_keep_all_options_of_a_network() -> None:
@@ -45,7 +46,7 @@ def test_layers_keep_all_options_of_a_network() -> None:
     assert (first.count, second.count) == (1, 2)  # equal layers are listed once
     assert (first.name, second.name) == ("0", "1")
     assert second.shape == f"6->6 3x3 same circular on {expected[1]}x{expected[2]}"
-    made = nn.Conv2d(**dict(first.options))
+    made = first.make(nn.Conv2d)
     assert made.weight.shape == network[0].weight.shape
     assert made.bias is None
     assert all(module.training for module in network.modules())
@@ -53,10 +54,12 @@ def test_layers_keep_all_options_of_a_network() -> None:
 
 
 def test_an_incomplete_shape_and_one_without_quotes() -> None:
-    with pytest.raises(ConfigError, match=r"^shape: has no out_channels, kernel_size; an example:"):
+    with pytest.raises(ConfigError, match=r"^shape: .*missing .*'out_channels' and 'kernel_size'"):
         layer({"in_channels": 2, "size": 8})
-    # What `shape={in_channels: 2, size: 8}` comes to where a shell expands the braces.
-    with pytest.raises(ConfigError, match=r"^shape=size:8: must be a mapping, in quotes: shape='{"):
+    # `shape={in_channels: 2, size: 8}` after a shell has expanded the braces.
+    with pytest.raises(
+        ConfigError, match=r"^shape=size:8: must be a mapping with a size, in quotes: shape='{"
+    ):
         layer("size:8")
 
 
@@ -77,7 +80,7 @@ def test_implementations_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"),
+    ("entries", "message"),
     [
         (["im2coll"], "backends=[im2coll]: there is no choice 'im2coll'; did you mean 'im2col'?"),
         (["unfolld"], "backends=[unfolld]: there is no choice 'unfolld'; did you mean 'unfold'?"),
@@ -97,13 +100,13 @@ def test_implementations_of_every_kind() -> None:
         ([], "backends=[]: must name at least one"),
     ],
 )
-def test_wrong_implementations_are_reported(entries: list[Any], said: str) -> None:
+def test_wrong_implementations_are_reported(entries: list[Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         implementations(entries)
-    assert any(problem.startswith(said) for problem in caught.value.problems), caught.value
+    assert any(problem.startswith(message) for problem in caught.value.problems), caught.value
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"unfoldNd is a package of its own: pip install unfoldNd"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import hydra
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import unfold
 
-from cnntrain.config import CONF, ConfigError, Root, as_config_error, build, check
+from cnntrain.config import ConfigError, Root, as_config_error, build, check
 from cnntrain.config.errors import unknown
-from cnntrain.conv import Geometry
+from cnntrain.conv import BACKENDS, Geometry
 from cnntrain.conv.geometry import pad, padding_amounts
 from cnntrain.conv.naive import conv2d_reference
 
@@ -76,7 +73,7 @@ def implementations(entries: Sequence[str | Mapping[str, Any] | MakeConv]) -> di
     """Constructors for the entries of the option `backends`, by their labels.
 
     Args:
-        entries: each a choice of conf/backend, a name in `REFERENCES`, the dotted name of a class
+        entries: each a name in `BACKENDS`, a name in `REFERENCES`, the dotted name of a class
             derived from ``nn.Conv2d``, a mapping with such a name as `_target_` and options, or
             a callable with the arguments of ``nn.Conv2d``.
 
@@ -98,13 +95,6 @@ def implementations(entries: Sequence[str | Mapping[str, Any] | MakeConv]) -> di
     return makers
 
 
-def choice(group: str, name: str) -> dict[str, Any]:
-    """The content of conf/<group>/<name>.yaml, found along Hydra's search path."""
-    with _hydra():
-        content: Any = OmegaConf.to_container(hydra.compose(overrides=[f"+{group}={name}"])[group])
-    return content
-
-
 def _implementation(entry: Any) -> tuple[str, MakeConv]:
     if callable(entry):
         return getattr(entry, "__name__", str(entry)), entry
@@ -115,16 +105,13 @@ def _implementation(entry: Any) -> tuple[str, MakeConv]:
         label = str(entry["_target_"]).rpartition(".")[2]
         label += f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else ""
         return label, _build({"_partial_": True, **entry})
-    with _hydra():
-        choices = GlobalHydra.instance().config_loader().get_group_options("backend")
-    if entry in choices:
-        return entry, _build(choice("backend", entry))
+    known: dict[Any, MakeConv] = {**BACKENDS, **REFERENCES}
     if entry == "unfoldNd" and importlib.util.find_spec("unfoldNd") is None:
         raise ConfigError(["backends: unfoldNd is a package of its own: pip install unfoldNd"])
-    if entry in REFERENCES:
-        return entry, REFERENCES[entry]
+    if entry in known:
+        return entry, known[entry]
     if "." not in str(entry):
-        problem = unknown("there is", "choice", str(entry), [*choices, *REFERENCES])
+        problem = unknown("there is", "choice", str(entry), [*known])
         raise ConfigError([f"backends=[{entry}]: {problem}, or a class, as mypkg.MyConv2d"])
     return str(entry).rpartition(".")[2], _build({"_target_": entry, "_partial_": True})
 
@@ -136,13 +123,3 @@ def _build(node: Any) -> MakeConv:
         raise ConfigError([problem.replace("backend", "backends", 1) for problem in problems])
     with as_config_error("backends"):
         return build(cfg.backend)
-
-
-@contextmanager
-def _hydra() -> Iterator[None]:
-    """Hydra as a command has initialised it, with its search path, or else over conf/."""
-    if GlobalHydra.instance().is_initialized():
-        yield
-    else:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            yield

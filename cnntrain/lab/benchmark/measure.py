@@ -1,4 +1,4 @@
-"""Time and memory of a convolution, measured.
+"""Time, memory and rounding error of a convolution, measured.
 
 torch.utils.benchmark.Timer is not used: it times one statement as a whole, so the backward of a new
 graph cannot be told from the forward that builds it, and it synchronises with the GPU.
@@ -6,6 +6,7 @@ graph cannot be told from the forward that builds it, and it synchronises with t
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import math
@@ -13,13 +14,14 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 MAX_PASSES = 10_000  # in a turn
+SLICE = 16  # images at a time in the float64 reference, which unrolls all that it gets
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ class TimedConv:
         return torch.autograd.grad(y, leaves, self.g)
 
 
-@dataclass(frozen=True)
-class PassTime:
+class PassTime(NamedTuple):
     """Seconds of a pass; `backward` is None where there was none."""
 
     forward: float
@@ -56,8 +57,7 @@ class PassTime:
         return self.forward + (self.backward or 0.0)
 
 
-@dataclass(frozen=True)
-class ExtraMemory:
+class ExtraMemory(NamedTuple):
     """Bytes beyond input, weight, bias and the results, which are output and gradients.
 
     Attributes:
@@ -66,9 +66,9 @@ class ExtraMemory:
         kept: what is allocated between the two; None without backward.
     """
 
-    forward: int
-    total: int | None
-    kept: int | None
+    forward: int | None = None
+    total: int | None = None
+    kept: int | None = None
 
 
 def time_passes(timed: TimedConv, passes: int) -> PassTime:
@@ -149,6 +149,28 @@ def time_in_turns(
     return times, raised
 
 
+def expected_results(conv: nn.Conv2d, x: Tensor, g: Tensor | None) -> list[Tensor]:
+    """Output, and with g the gradients of input, weight and bias, of ``nn.Conv2d`` in float64."""
+    conv, outputs = copy.deepcopy(conv).double(), []
+    x = x.detach().double().requires_grad_(g is not None)
+    for part, x_part in enumerate(x.split(SLICE)):
+        y = conv(x_part)
+        outputs.append(y.detach())
+        if g is not None:
+            y.backward(g.double().split(SLICE)[part])
+    gradients = [] if g is None else [t.grad for t in (x, *conv.parameters()) if t.grad is not None]
+    return [torch.cat(outputs), *gradients]
+
+
+def largest_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest max|a - b| / max|b|; RuntimeError if a result is not finite."""
+    pairs = zip(results, expected, strict=True)
+    errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
+    if not all(map(math.isfinite, errors)):
+        raise RuntimeError("its results are not finite")
+    return max(errors)
+
+
 def extra_memory(timed: TimedConv) -> ExtraMemory:
     """Memory of a forward and its backward, measured.
 
@@ -158,7 +180,7 @@ def extra_memory(timed: TimedConv) -> ExtraMemory:
     track = _track_cuda if timed.x.is_cuda else _track_cpu
     (y,), forward, kept = track(lambda: [timed.forward()])
     if timed.g is None:
-        return ExtraMemory(forward, None, None)
+        return ExtraMemory(forward)
     _, backward, _ = track(lambda: timed.backward(y))
     return ExtraMemory(forward, max(forward, kept + backward), kept)
 

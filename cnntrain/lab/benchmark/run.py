@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, NonNegativeFloat, PositiveInt, validate_call
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from cnntrain.config import ConfigError
 from cnntrain.config.errors import first_line
 from cnntrain.lab.benchmark.implementations import MakeConv, implementations
-from cnntrain.lab.benchmark.layers import LayerSet, layer_sets
+from cnntrain.lab.benchmark.layers import ConvLayer, LayerSet, layer_sets
 from cnntrain.lab.benchmark.measure import (
     TimedConv,
+    expected_results,
     extra_memory,
+    largest_error,
     passes_per_turn,
     time_in_turns,
 )
-from cnntrain.lab.benchmark.report import (
-    BenchmarkCase,
-    BenchmarkReport,
-    Measurement,
-    Row,
-    describe_machine,
-)
+from cnntrain.lab.benchmark.report import BenchmarkReport, Measurement, describe_machine
 
-BATCH_SIZES = (128,)  # of a set that has none of its own
-SLICE = 16  # images at a time in the float64 reference, which unrolls all that it gets
+BATCH_SIZES = [128]  # of a set that has none of its own
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DType = Literal["float32", "float64", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options of `benchmark` that are the same for all cases."""
-
-    device: str
-    memory_format: str
-    backward: bool
-    rounds: int
-    min_turn_ms: float
-    seed: int
 
 
 @validate_call(config=ConfigDict(arbitrary_types_allowed=True))
@@ -93,25 +74,26 @@ def benchmark(
     """
     sets, makers = prepare(layers, backends, in_shape, batch_sizes, dtypes, device)
     cases = [
-        BenchmarkCase(group.name, layer, batch_size, dtype)
+        (group.name, layer, batch_size, dtype)
         for group in sets
         for dtype in dtypes or ["float32"]
         for batch_size in batch_sizes or group.batch_sizes or BATCH_SIZES
         for layer in group.layers
     ]
-    settings = Settings(device, memory_format, backward, rounds, min_turn_ms, seed)
+    options: dict[str, Any] = {"device": device, "memory_format": memory_format}
+    options |= {"backward": backward, "rounds": rounds, "min_turn_ms": min_turn_ms, "seed": seed}
     baseline = "native" if "native" in makers else next(iter(makers))
     order = random.Random(seed)
-    rows = []
+    measurements: list[Measurement] = []
     with _global_state(threads, device):
-        meta = describe_machine(device) | {**vars(settings), "baseline": baseline}
+        meta = describe_machine(device) | options | {"baseline": baseline}
         with tqdm(total=len(cases) * rounds, unit="round", leave=False, disable=None) as bar:
-            for case in cases:
-                bar.set_description(f"{case.set}, batch {case.batch_size}, {case.dtype}")
-                results = measure(case, makers, settings, order, bar.update)
-                totals = results[baseline].totals
-                rows += [Row(case, name, result, totals) for name, result in results.items()]
-    return BenchmarkReport(meta, rows)
+            for name, layer, batch_size, dtype in cases:
+                bar.set_description(f"{name}, batch {batch_size}, {dtype}")
+                found = _measure(layer, batch_size, dtype, makers, meta, order, bar.update)
+                measurements += [Measurement(name, layer, batch_size, dtype, backend, **results)
+                                 for backend, results in found.items()]  # fmt: skip
+    return BenchmarkReport(meta, measurements)
 
 
 def prepare(
@@ -162,83 +144,59 @@ def _global_state(threads: int | None, device: str) -> Iterator[None]:
         torch.set_flush_denormal(flushed_before)
 
 
-def measure(
-    case: BenchmarkCase,
+def _measure(
+    layer: ConvLayer,
+    batch_size: int,
+    dtype: str,
     makers: Mapping[str, MakeConv],
-    settings: Settings,
+    options: Mapping[str, Any],
     order: random.Random,
     on_round: Callable[[], Any],
-) -> dict[str, Measurement]:
-    """Check each implementation once, then time in turns those that did not raise."""
-    torch.default_generator.manual_seed(settings.seed)
-    kind: dict[str, Any] = {"device": settings.device, "dtype": getattr(torch, case.dtype)}
-    memory_format = FORMATS[settings.memory_format]
-    reference = nn.Conv2d(**dict(case.layer.options)).to(**kind)
-    x, g = (torch.randn(case.batch_size, *shape).to(**kind, memory_format=memory_format)
-            for shape in (case.layer.in_shape, case.layer.out_shape))  # fmt: skip
-    gradient = g if settings.backward else None
-    expected = _expected(reference, x, gradient)
-    x.requires_grad_(settings.backward)
-    results: dict[str, Measurement] = {}
+) -> dict[str, dict[str, Any]]:
+    """Check each implementation once, then time in turns those that did not raise.
+
+    Returns the results of each as arguments of `Measurement`.
+    """
+    torch.default_generator.manual_seed(options["seed"])
+    kind: dict[str, Any] = {"device": options["device"], "dtype": getattr(torch, dtype)}
+    memory_format = FORMATS[options["memory_format"]]
+    reference = layer.make(nn.Conv2d).to(**kind)
+    x, g = (torch.randn(batch_size, *shape).to(**kind, memory_format=memory_format)
+            for shape in (layer.in_shape, layer.out_shape))  # fmt: skip
+    gradient = g if options["backward"] else None
+    expected = expected_results(reference, x, gradient)
+    x.requires_grad_(options["backward"])
+    results: dict[str, dict[str, Any]] = {}
     timed: dict[str, TimedConv] = {}
     for name, make in makers.items():
         try:
-            conv = make(**dict(case.layer.options)).to(**kind)
+            conv = layer.make(make).to(**kind)
             conv.load_state_dict(reference.state_dict())
             conv.to(memory_format=memory_format)
-            timed[name], results[name] = _first_pass(
-                TimedConv(conv, x, gradient), expected, settings.min_turn_ms / 1000
-            )
+            subject = TimedConv(conv, x, gradient)
+            y = subject.forward()  # also the warm-up
+            if y.shape != expected[0].shape:
+                raise RuntimeError(f"its output is {[*y.shape]}, not {[*expected[0].shape]}")
+            found: dict[str, Any] = {"output_error": largest_error([y], expected[:1])}
+            if gradient is not None and not y.requires_grad:
+                subject = replace(subject, g=None)
+                found["problem"] = "forward only: its output has no gradient"
+            elif gradient is not None:
+                found["gradient_error"] = largest_error(subject.backward(y), expected[1:])
+            del y
+            found["memory"] = extra_memory(subject)
+            found["passes"] = passes_per_turn(subject, options["min_turn_ms"] / 1000)
+            timed[name], results[name] = subject, found
         except Exception as error:
             results[name] = _failure(error)
-    passes = {name: results[name].passes or 1 for name in timed}
-    times, raised = time_in_turns(timed, passes, settings.rounds, order, on_round)
+    passes = {name: results[name]["passes"] for name in timed}
+    times, raised = time_in_turns(timed, passes, options["rounds"], order, on_round)
     for name in times:
-        complete = (timed[name].g is not None) == settings.backward
-        totals = [t.total for t in times[name]] if complete else []
-        results[name] = replace(results[name], times=times[name], totals=totals)
-    results |= {name: _failure(error) for name, error in raised.items()}
-    return {name: results[name] for name in makers}
+        complete = (timed[name].g is not None) == options["backward"]
+        totals = [time.total for time in times[name]] if complete else []
+        results[name] |= {"times": times[name], "totals": totals}
+    return results | {name: _failure(error) for name, error in raised.items()}
 
 
-def _first_pass(
-    timed: TimedConv, expected: list[Tensor], min_seconds: float
-) -> tuple[TimedConv, Measurement]:
-    """Errors, memory and passes per turn; also the warm-up."""
-    y = timed.forward()
-    if y.shape != expected[0].shape:
-        raise RuntimeError(f"its output is {list(y.shape)}, not {list(expected[0].shape)}")
-    output_error, gradient_error, problem = _error([y], expected[:1]), None, ""
-    if timed.g is not None and not y.requires_grad:
-        timed, problem = replace(timed, g=None), "forward only: its output has no gradient"
-    if timed.g is not None:
-        gradient_error = _error(timed.backward(y), expected[1:])
-    del y
-    memory, passes = extra_memory(timed), passes_per_turn(timed, min_seconds)
-    return timed, Measurement((), (), passes, memory, output_error, gradient_error, problem)
-
-
-def _expected(conv: nn.Conv2d, x: Tensor, g: Tensor | None) -> list[Tensor]:
-    """Output, and with g the gradients of input, weight and bias, of ``nn.Conv2d`` in float64."""
-    conv = copy.deepcopy(conv).double()
-    slices = []
-    for part, x_part in enumerate(x.double().split(SLICE)):
-        g_part = None if g is None else g.double().split(SLICE)[part]
-        timed = TimedConv(conv, x_part.requires_grad_(g is not None), g_part)
-        y = timed.forward()
-        slices.append([y.detach(), *(() if g is None else timed.backward(y))])
-    joined = list(zip(*slices, strict=True))
-    return [*map(torch.cat, joined[:2]), *(sum(parts[1:], parts[0]) for parts in joined[2:])]
-
-
-def _error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest max|a - b| / max|b|; RuntimeError if a result is not finite."""
-    pairs = zip(results, expected, strict=True)
-    errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
-    if not all(map(math.isfinite, errors)):
-        raise RuntimeError("its results are not finite")
-    return max(errors)
-
-
-def _failure(error: Exception) -> Measurement:
-    return Measurement(problem=f"{type(error).__name__}: {first_line(error)}")
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"problem": f"{type(error).__name__}: {first_line(error)}"}

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -99,7 +100,7 @@ class Panel:
         `largest` is the value of the darkest colour; 0: the largest absolute value.
         """
         largest = largest or max(abs(v) for row in self.values for v in row) or 1
-        shown = np.ma.array(self.values, dtype=float)
+        shown: Any = np.ma.array(self.values, dtype=float)
         for cell in self.grey:
             shown[cell] = np.ma.masked
         colours = colormaps["RdBu_r"].with_extremes(bad=GREY)
