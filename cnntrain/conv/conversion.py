@@ -6,7 +6,6 @@ references to it stay valid: optimizers, shared layers, handles of hooks, plain 
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from cnntrain.conv.geometry import Geometry, padding_amounts
-from cnntrain.conv.torch_compat import constructed_padding
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,8 +47,8 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
 
     Raises:
         ValueError: unknown backend; or some layers cannot be converted (uninitialised,
-            parametrized, compiled by TorchScript, with a ``forward`` of their own, or with options
-            that the backend rejects). Then nothing is changed.
+            parametrized, with a ``forward`` of their own, or with options that the backend
+            rejects). Then nothing is changed.
         TypeError: ``backend`` or ``model`` is of another type.
     """
     if not isinstance(model, nn.Module):
@@ -61,7 +59,7 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             for name, layer in list(model.named_modules()):
-                if not _is_conv2d(layer) or (type(layer) is kind and not options):
+                if not isinstance(layer, nn.Conv2d) or (type(layer) is kind and not options):
                     continue
                 reason = _obstacle(layer, kind)
                 if reason is None:
@@ -83,7 +81,7 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
         _restore_attributes(layer, attributes)
     others = defaultdict(list)
     for name, module in model.named_modules():
-        if _is_other_convolution(module):
+        if isinstance(module, OTHERS):
             others[f"{type(module).__name__} is no nn.Conv2d"].append(name or "the layer")
     if others:
         warnings.warn(f"not converted: {_few(others)}", stacklevel=2)
@@ -104,9 +102,7 @@ def _class_and_options(backend: Any) -> tuple[type[nn.Conv2d], dict[str, Any]]:
 
     if isinstance(backend, str):
         if backend not in BACKENDS:
-            near = difflib.get_close_matches(backend, BACKENDS, n=1)
-            way_out = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BACKENDS)}"
-            raise ValueError(f"backend={backend!r}: {way_out}")
+            raise ValueError(f"backend={backend!r}: choose from {', '.join(BACKENDS)}")
         return BACKENDS[backend], {}
     kind, options = backend, {}
     if isinstance(backend, partial) and not backend.args:
@@ -119,28 +115,8 @@ def _class_and_options(backend: Any) -> tuple[type[nn.Conv2d], dict[str, Any]]:
     return kind, options
 
 
-def _is_conv2d(module: nn.Module) -> bool:
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    return isinstance(module, nn.Conv2d) or (
-        scripted and str(module.original_name).endswith("Conv2d")
-    )
-
-
-def _is_other_convolution(module: nn.Module) -> bool:
-    """Whether it is another kind of convolution, such as a deformable or a quantised one. A block
-    of converted layers without parameters of its own is not."""
-    named_so = "Conv" in type(module).__name__ and hasattr(module, "kernel_size")
-    own = next(module.parameters(recurse=False), None)
-    block = own is None and any(_is_conv2d(child) for child in module.modules())
-    return isinstance(module, OTHERS) or (
-        named_so and not isinstance(module, nn.Conv2d) and not block
-    )
-
-
 def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
     """The reason why a layer cannot be converted, or None."""
-    if isinstance(conv, torch.jit.ScriptModule):
-        return "is compiled by TorchScript; convert the network before that"
     if isinstance(conv, nn.LazyConv2d):
         return "is an nn.LazyConv2d without weights yet; show the network a batch first"
     if parametrize.is_parametrized(conv):
@@ -176,12 +152,7 @@ def _overrides(kind: type) -> list[str]:
 def _construct(conv: nn.Conv2d, kind: type[nn.Conv2d], options: dict[str, Any]) -> str | None:
     """Construct a layer again, as a ``kind`` without weight and bias. Returns the error, if any."""
     try:
-        weight, wanted = conv.weight, _properties(conv)
-        if conv.padding_mode != "zeros" and constructed_padding(conv) != wanted["padding"]:
-            return (
-                "its padding was changed after it was made, but it pads by the old one; replace it"
-            )
-        arguments = _arguments(conv)
+        weight, wanted, arguments = conv.weight, _properties(conv), _arguments(conv)
         conv.__class__ = kind
         vars(conv).clear()
         # On the layer itself: the constructor may keep references to `self`.

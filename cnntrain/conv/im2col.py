@@ -147,11 +147,10 @@ class Im2col(Algorithm):
         self, like: Tensor, size: Pair, weight: Pair, geometry: Geometry, zeros: Amounts
     ) -> tuple[Layout, list[tuple[slice, slice]], list[slice]]:
         """The layout of a part; channels and filters of each group; images of each part."""
-        n, c, *plane = size
-        o, depth, *kernel = weight
+        (n, c), (o, depth) = size[:2], weight[:2]
         number = 1 if depth == 1 else geometry.groups  # depthwise: all groups in one part
         c, o, how = c // number, o // number, replace(geometry, groups=geometry.groups // number)
-        products = layout((c, *padded(plane, zeros)), (o, depth, *kernel), how)
+        products = layout((c, *padded(size[2:], zeros)), (o, *weight[1:]), how)
         groups = [(slice(c * i, c * (i + 1)), slice(o * i, o * (i + 1))) for i in range(number)]
         # Half of the limit: a result is copied while its operands exist.
         half_mib = 2**19 // upcast(like[:0]).element_size()  # in numbers
