@@ -14,6 +14,7 @@ from cnntrain.terminal import width
 
 if TYPE_CHECKING:
     from cnntrain.inference import Prediction, Trained
+    from cnntrain.inference.images import ImageSource
 
 MAX_LINES = 40  # without json=true
 
@@ -22,19 +23,19 @@ def main() -> None:
     start_on_run("predict", _load, _predict, path_lists=["images"])
 
 
-def _load(cfg: DictConfig) -> "tuple[Trained, list[Path]]":
+def _load(cfg: DictConfig) -> "tuple[Trained, list[ImageSource]]":
     from cnntrain.inference import load_trained
-    from cnntrain.inference.prediction import find_files
+    from cnntrain.inference.images import find_images
 
     if not isinstance(cfg.json, bool):
         raise ConfigError([f"json={cfg.json}: input should be true or false"])
     with report_errors():
-        files = find_files(cfg.images)
+        files = find_images(cfg.images)
         backend = cfg.get("backend")
         return load_trained(cfg.run, cfg.checkpoint, backend=backend, device=cfg.device), files
 
 
-def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[Path]]") -> None:
+def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[ImageSource]]") -> None:
     from cnntrain.inference.prediction import MAX_DRAWN, draw, predictions
 
     trained, files = loaded
@@ -42,14 +43,12 @@ def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[Path]]") -> None:
     lines, picture = folder / "predictions.jsonl", folder / "predictions.png"
     picture.unlink(missing_ok=True)  # of an earlier prediction
     drawn: list[Prediction] = []
-    light: list[str] = []  # images that seem to need invert=true
-    count = failed = 0
+    count = failed = light = 0  # images; unreadable ones; ones with a light border
     with report_errors(), lines.open("w", encoding="utf-8") as stream:
-        options = {"top": cfg.top, "invert": cfg.invert, "max_pixels": cfg.max_pixels}
-        for prediction in predictions(trained, files, **options):
+        for prediction in predictions(trained, files, top=cfg.top, invert=cfg.invert):
             stream.write(prediction.json() + "\n")
             count, failed = count + 1, failed + bool(prediction.error)
-            light += [prediction.name] if prediction.dark_on_light else []
+            light += prediction.light_border
             if cfg.json:
                 print(prediction.json(), flush=True)
             elif not prediction.error and count - failed <= MAX_LINES:
@@ -69,12 +68,10 @@ def _predict(cfg: DictConfig, loaded: "tuple[Trained, list[Path]]") -> None:
         more = count - failed - MAX_LINES
         print(f"... and {more:,} more" if more > 0 else "")
         print("\n".join(short(file) for file in (lines, picture) if file.exists()))
-    if light:
-        others = f" and {len(light) - 1:,} more are" if len(light) > 1 else " is"
+    if 2 * light > count:
         print(
-            f"cnntrain: {printable(light[0])}{others} lighter at the border than in the middle, "
-            "but the network was trained with light objects on a dark background: invert=true is "
-            "probably missing",
+            f"cnntrain: {light} of {count} images have a light border, but the network was trained "
+            "with light objects on a dark background: invert=true is probably missing",
             file=sys.stderr,
         )
     if failed:

@@ -16,13 +16,11 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from cnntrain import pictures
-from cnntrain.config import ConfigError
 from cnntrain.inference.images import (
     ImageSource,
     InputImage,
     UnreadableError,
-    image_files,
-    image_sources,
+    find_images,
     read_images,
 )
 from cnntrain.inference.trained import Device, Trained, load_trained
@@ -43,8 +41,8 @@ class Prediction:
     classes: list[tuple[str, float]]  # with probabilities, the most probable first
     pixels: np.ndarray | None = None  # input of the network, uint8 (C, H, W)
     error: str | None = None
-    # Whether the image seems to be dark on light, but the training images are light on dark.
-    dark_on_light: bool = False
+    # Whether the border of the image is light, but the background of the training images dark.
+    light_border: bool = False
 
     def __repr__(self) -> str:
         classes = ", ".join(f"{name} {p:.1%}" for name, p in self.classes)
@@ -85,13 +83,12 @@ def predict(
     checkpoint: str | os.PathLike[str] = "best",
     backend: str | DictConfig | None = None,
     device: Device = "auto",
-    max_pixels: PositiveInt = 100_000_000,
 ) -> Predictions:
     """Predict the classes of images of any size with the network of a run.
 
     Arrays and tensors are not normalised: uint8 from 0 to 255, or floats from 0 to 1. One image is
-    (H, W), or (H, W, C) in an array and (C, H, W) in a tensor; several are (N, C, H, W) or
-    (N, H, W, C), in an array also (N, H, W). C is 1, 3 or 4: grey, RGB, RGBA.
+    (H, W), or (H, W, C) in an array and (C, H, W) in a tensor; several are (N, C, H, W). C is 1, 3
+    or 4: grey, RGB, RGBA.
 
     Args:
         run, checkpoint, backend, device: See `load_trained`.
@@ -99,54 +96,23 @@ def predict(
             array, a tensor, or an iterable of any of these.
         top: Number of classes of each image.
         invert: Whether dark becomes light first, for images that are dark on light.
-        max_pixels: Larger images are not decoded.
 
     Returns:
         One for each image, in the same order. Files that cannot be read have an `error`.
 
     Raises:
-        ConfigError, CheckpointError: See `load_trained`; or a file does not exist, or the shape,
-            dtype or values of an array are ambiguous.
+        ConfigError, CheckpointError: See `load_trained` and `find_images`.
     """
-    sources = list(image_sources(images))
-    paths = [source for source in sources if isinstance(source, Path)]
-    if paths or not sources:
-        find_files(paths)  # raises if one does not exist
-    files: Iterator[ImageSource] = (
-        file
-        for source in sources
-        for file in (image_files(source) if isinstance(source, Path) else [source])
-    )
+    sources = find_images(images)
     trained = load_trained(run, checkpoint, backend=backend, device=device)
-    return Predictions(predictions(trained, files, top=top, invert=invert, max_pixels=max_pixels))
-
-
-def find_files(images: str | Iterable[str | Path]) -> list[Path]:
-    """Image files, named or in named folders.
-
-    Raises:
-        ConfigError: One does not exist, or a folder has no images.
-    """
-    names = [images] if isinstance(images, str) else [str(name) for name in images]
-    files: list[Path] = []
-    problems = [] if names else ["images=[]: name a file or a folder"]
-    for name in names:
-        found = image_files(Path(name)) if name and Path(name).exists() else []
-        files += found
-        if not found:
-            folder = bool(name) and Path(name).is_dir()
-            reason = "contains no PNG, JPEG or IDX file" if folder else "there is no such file"
-            problems.append(f"images={name}: {reason}")
-    if problems:
-        raise ConfigError(problems)
-    return list(dict.fromkeys(files))
+    return Predictions(predictions(trained, sources, top=top, invert=invert))
 
 
 def predictions(
-    trained: Trained, files: Iterable[ImageSource], *, top: int, invert: bool, max_pixels: int
+    trained: Trained, sources: Iterable[ImageSource], *, top: int, invert: bool
 ) -> Iterator[Prediction]:
     """Predictions of the images, one after the other; see `predict`."""
-    images = _read(files, trained.data.shape, invert, max_pixels)
+    images = _read(sources, trained.data.shape, invert)
     # Where the standard deviation exceeds the mean, most pixels are dark, as the background of
     # digits and clothes; in photographs it is about half the mean.
     mean, std = trained.data.mean, trained.data.std
@@ -160,18 +126,18 @@ def predictions(
                 continue
             best = next(classes)
             error = None if math.isfinite(best[0][1]) else "the output of the network is not finite"
-            hint = light_on_dark and image.border > max(mean) / 2
+            hint = light_on_dark and image.light_border
             yield Prediction(image.name, best, image.pixels, error, hint)
 
 
 def _read(
-    files: Iterable[ImageSource], shape: tuple[int, int, int], invert: bool, max_pixels: int
+    sources: Iterable[ImageSource], shape: tuple[int, int, int], invert: bool
 ) -> Iterator[InputImage | Prediction]:
-    for file in files:
+    for source in sources:
         try:
-            yield from read_images(file, shape, invert=invert, max_pixels=max_pixels)
+            yield from read_images(source, shape, invert=invert)
         except UnreadableError as error:
-            name = file if isinstance(file, Path) else file[0]
+            name = source if isinstance(source, Path) else source[0]
             yield Prediction(str(name), [], error=str(error))
 
 
