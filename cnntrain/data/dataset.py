@@ -91,10 +91,6 @@ class ImageData(ABC):
             DataError: They cannot be read or downloaded.
         """
 
-    def file_names(self, split: Literal["train", "test"]) -> tuple[str, str]:
-        """Names of the images' and the labels' source in error messages."""
-        return f"{split} images", f"{split} labels"
-
     def prepare(self) -> None:
         """Read the training set, downloaded if necessary; the test set is not opened.
 
@@ -181,11 +177,10 @@ class ImageData(ABC):
         """
         images, labels = self.read(split)
         size = self.train_size if split == "train" else None
-        image_file, label_file = self.file_names(split)
-        if problem := _images_problem(images, self.shape, size):
-            raise DataError(f"{type(self).__name__}: {image_file}: {problem}")
-        if problem := _labels_problem(labels, len(images), self.num_classes):
-            raise DataError(f"{type(self).__name__}: {label_file}: {problem}")
+        problem = _images_problem(images, self.shape, size)
+        problem = problem or _labels_problem(labels, len(images), self.num_classes)
+        if problem:
+            raise DataError(f"{type(self).__name__}: {split} set: {problem}")
         if min(images.strides) < 0:
             images = images.copy()
         with warnings.catch_warnings():

@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -19,6 +18,7 @@ import pooch
 from filelock import FileLock, Timeout
 from pydantic import PositiveInt
 
+from cnntrain.atomic import replacing
 from cnntrain.data.dataset import DataError, ImageData
 from cnntrain.data.idx import parse_idx, read_bytes, read_idx
 
@@ -83,10 +83,6 @@ class FashionMNIST(ImageData):
             images, labels = _read_cache(self.root, NAMES[split])
         return images[:, None], labels
 
-    def file_names(self, split: Literal["train", "test"]) -> tuple[str, str]:
-        images, labels = NAMES[split]
-        return str(self.root / images), str(self.root / labels)
-
 
 class FashionMNISTMini(ImageData):
     """A tenth of FashionMNIST, part of the package: 5,000 images to train, 1,000 to test.
@@ -108,14 +104,10 @@ class FashionMNISTMini(ImageData):
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
         try:
-            images, labels = (read_idx(Path(name)) for name in self.file_names(split))
+            images, labels = (read_idx(MINI_FOLDER / f"{name}.gz") for name in NAMES[split])
         except DataError as error:
             raise DataError(f"FashionMNISTMini: {error}; reinstall cnntrain") from error
         return images[:, None], labels
-
-    def file_names(self, split: Literal["train", "test"]) -> tuple[str, str]:
-        images, labels = NAMES[split]
-        return str(MINI_FOLDER / f"{images}.gz"), str(MINI_FOLDER / f"{labels}.gz")
 
 
 def _read_cache(root: Path, names: tuple[str, ...]) -> list[np.ndarray]:
@@ -123,27 +115,21 @@ def _read_cache(root: Path, names: tuple[str, ...]) -> list[np.ndarray]:
 
     Of the other files only the size is checked: the test set is not opened before the test.
     """
-    for name in SHA256:
-        _check_size(root / name)
-    return [_load(root / name) for name in names]
+    for name, size in SIZES.items():
+        path = root / name
+        if not os.path.isfile(path):  # unlike path.is_file(), False where the name is too long
+            raise DataError(f"{path}: is missing")
+        if (found := path.stat().st_size) != size:
+            raise DataError(f"{path}: {found} bytes instead of {size}")
+    return [parse_idx(_read_checked(root / name, name), root / name) for name in names]
 
 
-def _check_size(path: Path) -> None:
-    if not os.path.isfile(path):  # unlike path.is_file(), False where the name is too long
-        kind = "is not a regular file" if os.path.exists(path) else "is missing"
-        raise DataError(f"{path}: {kind}")
-    if (size := path.stat().st_size) != SIZES[path.name]:
-        raise DataError(f"{path}: {size} bytes instead of {SIZES[path.name]}")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: permission denied")
-
-
-def _load(path: Path) -> np.ndarray:
-    _check_size(path)
+def _read_checked(path: Path, name: str) -> bytes:
+    """Decompressed content of a file; DataError if it is not that of the original file `name`."""
     data = read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != SHA256[path.name]:
+    if hashlib.sha256(data).hexdigest() != SHA256[name]:
         raise DataError(f"{path}: wrong SHA-256 sum")
-    return parse_idx(data, path)
+    return data
 
 
 def _download(root: Path, reason: DataError) -> None:
@@ -172,44 +158,35 @@ def _fill(root: Path, scratch: Path) -> None:
     missing, tried = [], []
     for name in SHA256:
         try:
-            _load(root / name)
+            _read_checked(root / name, name)
         except DataError as error:
             missing.append(name)
             tried.append(str(error))
-            if os.path.lexists(root / name):
-                log.warning("FashionMNIST: %s; renamed to %s.bad", error, name)
-                (root / name).replace(root / f"{name}.bad")
     pooch.get_logger().setLevel(logging.WARNING)
-    cached: dict[str, Source] = {f"gzipped files in {root}": partial(_in_folder, root)}
-    for source, find in (cached | SOURCES).items():
+    sources = {f"gzipped files in {root}": lambda name, _: root / f"{name}.gz", **SOURCES}
+    for source, find in sources.items():
         if not missing:
             break
         log.info("FashionMNIST: trying %s", source)
-        try:
-            for name in missing.copy():
-                copy = partial(_copy, find, scratch)
-                pooch.retrieve(name, f"sha256:{SHA256[name]}", name, root, downloader=copy)
-                missing.remove(name)
-        except DataError as error:
-            tried.append(f"{source}: {error}")
-        except ValueError:  # raised by pooch
-            tried.append(f"{source}: {name}: wrong SHA-256 sum")
+        for name in missing.copy():
+            try:
+                data = _read_checked(find(name, scratch), name)
+            except (DataError, OSError, ValueError) as error:  # also of requests and of pooch
+                tried.append(f"{source}: {shorten(str(error), 200, placeholder=' ...')}")
+                break
+            if (root / name).exists():  # kept, as it may belong to another data set
+                log.warning(
+                    "FashionMNIST: %s is not the original; renamed to %s.bad", root / name, name
+                )
+            with replacing(root / name, keep=root / f"{name}.bad") as file:
+                file.write(data)
+            missing.remove(name)
     if missing:
         raise DataError(
             f"FashionMNIST: could not be fetched: put the four files of Debian's package {PACKAGE} "
             f"into data.root=<folder>, or train on data=fashion_mnist_mini ({'; '.join(tried)})"
         )
     log.info("FashionMNIST: %s is complete", root)
-
-
-def _copy(find: Source, scratch: Path, name: str, output_file: str, _: object) -> None:
-    """Downloader for pooch: decompress the file that a source finds."""
-    try:
-        data = read_bytes(find(name, scratch), limit=SIZES[name])
-    except (OSError, ValueError) as error:
-        raise DataError(shorten(f"{name}: {error}", 200, placeholder=" ...")) from error
-    Path(output_file).write_bytes(data)
-    Path(output_file).chmod(0o644)  # pooch's temporary files are private to the user
 
 
 def _in_folder(folder: Path, name: str, scratch: Path) -> Path:
@@ -256,22 +233,13 @@ def debian_package(name: str, scratch: Path) -> Path:
 
 def _run(folder: Path, *command: str) -> str:
     """Run a program in `folder`: its last error line, or "" if it succeeds."""
-    # Not a pipe: after a timeout, reading it would wait for every child that inherited it.
-    with (folder / "log").open("w+", errors="replace") as log_file:
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=subprocess.STDOUT,
-                timeout=PROGRAM_TIMEOUT,
-                cwd=folder,
-                env={**os.environ, "LC_ALL": "C"},
-            )
-        except subprocess.TimeoutExpired:
-            return f"{command[0]}: timed out after {PROGRAM_TIMEOUT} s"
-        log_file.seek(0)
-        lines = [line.strip() for line in log_file if line.strip()]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
+    options |= {"stdin": subprocess.DEVNULL, "env": {**os.environ, "LC_ALL": "C"}}
+    try:
+        done = subprocess.run(command, cwd=folder, timeout=PROGRAM_TIMEOUT, **options)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]}: timed out after {PROGRAM_TIMEOUT} s"
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("E: ")] or lines
     errors = errors or [f"exit code {done.returncode}"]
     return f"{command[0]}: {errors[-1]}" if done.returncode else ""

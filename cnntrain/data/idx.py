@@ -6,7 +6,6 @@ Source: https://yann.lecun.org/exdb/mnist/.
 """
 
 import gzip
-import io
 import math
 import zlib
 from pathlib import Path
@@ -16,37 +15,21 @@ import numpy as np
 from cnntrain.data.dataset import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
-MAX_BYTES = 2**32
 
 
-def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Content of a regular file, decompressed if it is gzipped, whatever its name.
-
-    Args:
-        path: The file.
-        limit: Largest size in bytes, decompressed.
+def read_bytes(path: Path) -> bytes:
+    """Content of a file, decompressed if it is gzipped, whatever its name.
 
     Raises:
-        DataError: The file cannot be read, is a damaged gzip file or larger than `limit`.
+        DataError: The file cannot be read, or is a damaged gzip file.
     """
-    largest = limit + limit // 1000 + 1024  # gzip enlarges what it cannot compress
     try:
-        size = path.stat().st_size
-        if not path.is_file():  # reading a pipe would block until somebody writes to it
-            raise DataError(f"{path}: is not a regular file")
-        data = path.read_bytes() if size <= largest else b""
-        if data.startswith(GZIP_MAGIC):
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                data = file.read(limit + 1)
+        data = path.read_bytes()
+        return gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged gzip file ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
-    except MemoryError as error:
-        raise DataError(f"{path}: larger than the available memory") from error
-    if size > largest or len(data) > limit:
-        raise DataError(f"{path}: larger than {limit:,} bytes")
-    return data
 
 
 def parse_idx(data: bytes, name: str | Path) -> np.ndarray:
@@ -77,6 +60,6 @@ def parse_idx(data: bytes, name: str | Path) -> np.ndarray:
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def read_idx(path: Path, limit: int = MAX_BYTES) -> np.ndarray:
-    """Array in an IDX file, plain or gzipped; see `read_bytes` and `parse_idx`."""
-    return parse_idx(read_bytes(path, limit), path)
+def read_idx(path: Path) -> np.ndarray:
+    """Array in an IDX file, plain or gzipped; see `parse_idx`."""
+    return parse_idx(read_bytes(path), path)

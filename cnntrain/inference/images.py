@@ -93,7 +93,8 @@ def _channels_last(images: Any, name: str) -> np.ndarray:
     if array.ndim == 2:
         array = array[None, ..., None]
     elif array.ndim == 3:
-        array = array[None].transpose(0, 2, 3, 1) if is_tensor else array[None]
+        channels_first = is_tensor or len(array) == 1
+        array = array[None].transpose(0, 2, 3, 1) if channels_first else array[None]
     elif array.ndim == 4:
         array = array.transpose(0, 2, 3, 1)
     if array.ndim != 4 or array.shape[-1] not in CHANNELS:

@@ -10,10 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torchvision
-from idx_files import idx_bytes
 from tiny_fashion_mnist import (
     CONTENTS,
     NAMES,
@@ -104,61 +102,22 @@ def test_system_folder(root, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [NAMES[0], NAMES[3]])
 @pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (lambda content: content[:-7], "{short} bytes instead of {size}"),
-        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "wrong SHA-256 sum"),
-    ],
+    "damage",
+    [lambda content: content[:-7], lambda content: content[:-1] + bytes([content[-1] ^ 1])],
     ids=["truncated", "altered"],
 )
-def test_damaged_file_is_fetched_again(root, source, monkeypatch, caplog, name, damage, problem):
-    damaged, size = damage(CONTENTS[name]), len(CONTENTS[name])
+def test_damaged_file_is_fetched_again(root, source, monkeypatch, caplog, name, damage):
+    damaged = damage(CONTENTS[name])
     write(root, {**CONTENTS, name: damaged})
     Sources(monkeypatch, only=source)
     data(root).read("train" if "train" in name else "test")
-    problem = problem.format(size=size, short=size - 7)
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    expected = f"FashionMNIST: {root / name}: {problem}; renamed to {name}.bad"
-    assert warnings == [expected]
+    assert warnings == [f"FashionMNIST: {root / name} is not the original; renamed to {name}.bad"]
     assert (root / f"{name}.bad").read_bytes() == damaged  # it may be a file of another data set
     assert is_complete(root)
 
 
-OTHER_KINDS = {
-    "fifo": (os.mkfifo, "is not a regular file"),
-    "endless device": (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),
-    "folder": (Path.mkdir, "is not a regular file"),
-    "loop of links": (lambda path: path.symlink_to(path.name), "is missing"),
-    "link to another file": (lambda path: path.symlink_to(__file__), "bytes instead of"),
-    "huge": (lambda path: (path.touch(), os.truncate(path, 2**42)), f"{2**42} bytes instead of"),
-}
-
-
-@pytest.mark.parametrize(("make", "problem"), OTHER_KINDS.values(), ids=OTHER_KINDS.keys())
-def test_something_else_instead_of_a_file(root, source, monkeypatch, caplog, make, problem):
-    Sources(monkeypatch, only=source)
-    write(root)
-    for name in (NAMES[0], NAMES[3]):
-        (root / name).unlink()
-        make(root / name)
-        data(root).prepare()
-        assert is_complete(root)
-        assert f"{root / name}: " in caplog.text
-        assert problem in caplog.text
-
-
-def test_unreadable_test_file_is_fetched_before_training(root, source, monkeypatch):
-    """Root may read any file: the permission is simulated."""
-    write(root)
-    Sources(monkeypatch, only=source)
-    inode, access = (root / NAMES[3]).stat().st_ino, os.access
-    monkeypatch.setattr(os, "access", lambda p, m: os.stat(p).st_ino != inode and access(p, m))
-    data(root).prepare()
-    assert (root / f"{NAMES[3]}.bad").stat().st_ino == inode
-    assert is_complete(root)
-
-
-def test_the_test_set_is_not_opened_before_the_test(root, source, monkeypatch):
+def test_test_set_is_not_opened_before_the_test(root, source, monkeypatch):
     sources = Sources(monkeypatch, only=source)
     write(root, {**CONTENTS, NAMES[2]: CONTENTS[NAMES[2]][:-1] + b"\0"})
     read, opened = Path.read_bytes, []
@@ -185,20 +144,19 @@ GZIPPED = gzip.compress(CONTENTS[NAMES[0]])
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (gzip.compress(bytes(50_000_000)), "larger than {size:,} bytes"),
         (gzip.compress(bytes(len(CONTENTS[NAMES[0]]))), "wrong SHA-256 sum"),
         (GZIPPED + b"more", "damaged gzip file"),
         (GZIPPED[:-9] + bytes(9), "damaged gzip file"),
         (b"<html>", "wrong SHA-256 sum"),
         (b"", "wrong SHA-256 sum"),
     ],
-    ids=["bomb", "other", "trailing", "checksum", "html", "empty"],
+    ids=["other", "trailing", "checksum", "html", "empty"],
 )
 def test_source_with_other_content(root, tmp_path, source, monkeypatch, content, problem):
     (source / f"{NAMES[0]}.gz").write_bytes(content)
     Sources(monkeypatch, wrong=source, last="is empty")
     line = error_line(data(root))
-    assert problem.format(size=len(CONTENTS[NAMES[0]])) in line.partition("wrong: ")[2]
+    assert problem in line.partition("wrong: ")[2]
     assert "last: is empty" in line
     assert not (root / NAMES[0]).exists()
     assert (source / f"{NAMES[0]}.gz").read_bytes() == content
@@ -215,8 +173,8 @@ def test_offline_error_names_all_sources_and_the_way_out(root, tmp_path, monkeyp
         "dataset-fashion-mnist into data.root=<folder>, or train on data=fashion_mnist_mini ("
     )
     for part in (
-        f"{root / NAMES[0]}: 5 bytes instead of {len(CONTENTS[NAMES[0]])}",
-        f"{root / NAMES[1]}: is missing",
+        f"{root / NAMES[0]}: wrong SHA-256 sum",
+        f"{root / NAMES[1]}: No such file or directory",
         f"gzipped files in {root}: {root / NAMES[0]}.gz: No such file",
         "system folder ",
         "torchvision's mirror: ",
@@ -254,7 +212,7 @@ def test_full_disk_leaves_no_partial_file(root, source, monkeypatch):
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(os, "fsync", full)
         assert "(No space left on device)" in error_line(data(root))
     assert os.listdir(root) == [fashion_mnist.LOCK]
     data(root).prepare()
@@ -297,7 +255,7 @@ def test_file_that_changes_while_it_is_read(root, source, monkeypatch, times):
 def test_no_damaged_content_is_ever_returned(tmp_path, source, monkeypatch):
     """Random damage to several files: repaired with a source, an error without."""
     rng = random.Random(0)
-    for number in range(60):
+    for number in range(30):
         root = write(tmp_path / str(number))
         for name in rng.sample(NAMES, rng.randint(1, 4)):
             path, content = root / name, bytearray(CONTENTS[name])
@@ -322,22 +280,6 @@ def test_no_damaged_content_is_ever_returned(tmp_path, source, monkeypatch):
             with pytest.raises(DataError, match="only: offline"):
                 (mine.read("train"), mine.read("test"))
         shutil.rmtree(root)
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_wrong_arrays_name_the_file(tmp_path, monkeypatch, split):
-    images, labels = fashion_mnist.NAMES[split]
-    n = len(CONTENTS[labels]) - 8
-    for name, content, problem in [
-        (labels, idx_bytes(np.full(n, 10, np.uint8)), "label 10 at index 0 is not"),
-        (labels, idx_bytes(np.zeros(n - 1, np.uint8)), f"{n - 1} labels for {n} images"),
-        (images, idx_bytes(np.zeros((n, 28, 27), np.uint8)), f"images are uint8 ({n}, 1, 28, 27)"),
-    ]:
-        use_tiny(monkeypatch, {**CONTENTS, name: content})
-        root = write(tmp_path / "cache", {**CONTENTS, name: content})
-        with pytest.raises(DataError) as error:
-            data(root).prepare() if split == "train" else data(root).test_loader()
-        assert str(error.value).startswith(f"FashionMNIST: {root / name}: {problem}")
 
 
 def program(folder: Path, name: str, script: str) -> None:
@@ -417,7 +359,7 @@ def test_interrupted_download(root, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(original, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-        assert f"torchvision: {NAMES[0]}: " in error_line(data(root))
+        assert "torchvision: " in error_line(data(root))
         assert os.listdir(root) == [fashion_mnist.LOCK]
         monkeypatch.setattr(Mirror, "broken", False)
         data(root).prepare()

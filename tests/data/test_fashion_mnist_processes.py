@@ -56,10 +56,10 @@ def wait_for(path: Path) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("call", [0, 3])
 def test_killed_before_a_file_gets_its_name(root, tmp_path, monkeypatch, call):
     Sources(monkeypatch, only=write(tmp_path / "source"))
-    rename, calls = os.rename, []
+    rename, calls = os.replace, []
 
     def rename_or_die(*arguments: object) -> None:
         if len(calls) == call:
@@ -68,7 +68,7 @@ def test_killed_before_a_file_gets_its_name(root, tmp_path, monkeypatch, call):
         rename(*arguments)
 
     def work() -> None:
-        monkeypatch.setattr(os, "rename", rename_or_die)
+        monkeypatch.setattr(os, "replace", rename_or_die)
         data(root).prepare()
 
     assert end(start(work)) == -signal.SIGKILL
@@ -78,7 +78,7 @@ def test_killed_before_a_file_gets_its_name(root, tmp_path, monkeypatch, call):
     assert is_complete(root)
 
 
-def test_a_waiting_process_replaces_a_killed_one(root, tmp_path, monkeypatch):
+def test_waiting_process_replaces_a_killed_one(root, tmp_path, monkeypatch):
     source, called, waiting = write(tmp_path / "source"), tmp_path / "called", tmp_path / "waiting"
 
     def first_call_hangs(name: str, scratch: Path) -> Path:

@@ -305,6 +305,7 @@ ONE = {
     "array (H, W, 1)": lambda x: x[0, 0, :, :, None],
     "array (H, W, 3)": lambda x: np.repeat(x[0, 0, :, :, None], 3, axis=2),
     "array (H, W, 4)": lambda x: np.dstack([x[0, 0]] * 3 + [np.full_like(x[0, 0], 255)]),
+    "array (1, H, W)": lambda x: x[0],
     "tensor (H, W)": lambda x: torch.from_numpy(x[0, 0]),
     "tensor (C, H, W)": lambda x: torch.from_numpy(x[0]),
     "tensor (3, H, W)": lambda x: torch.from_numpy(x[0]).expand(3, -1, -1),
