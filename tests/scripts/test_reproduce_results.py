@@ -1,29 +1,36 @@
 """scripts/reproduce_results.py: its table has the values that its runs measured."""
 
 import json
-import os
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
-from conftest import ROOT
+import pytest
+import reproduce_results
+from forked import run_command
 
 from cnntrain.inference import evaluate
 
-SCRIPT = [sys.executable, str(ROOT / "scripts/reproduce_results.py")]
 
+def test_the_table_is_of_the_last_weights_of_all_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
 
-def test_the_table_is_of_the_last_weights_of_all_seeds(tmp_path: Path) -> None:
-    options = ["data=fashion_mnist_mini", "+trainer.limit_train_batches=6", "trainer.max_epochs=2"]
-    command = [*SCRIPT, "--recipes", "lenet5_quick", "--seeds", "2", "--at-once", "1", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for attempt in ("trains", "finds them trained"):
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        done = run_command(["train", *command[2:]], tmp_path)
         assert done.returncode == 0, done.stderr
-        assert ("2 completed before" in done.stdout) != (attempt == "trains"), done.stdout
+        shown.append(done.stdout)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.chdir(tmp_path)
+    options = ["data=fashion_mnist_mini", "+trainer.limit_train_batches=6", "trainer.max_epochs=2"]
+    arguments = ["--recipes", "lenet5_quick", "--seeds", "2", "--at-once", "1", *options]
+    monkeypatch.setattr("sys.argv", ["reproduce_results.py", *arguments])
+    for _ in range(2):
+        reproduce_results.main()
+    assert ["2 completed before" in text for text in shown] == [False, True]
     folder = tmp_path / "outputs/sweeps/results_lenet5_quick"
     runs = sorted(file.parent for file in folder.glob("*/result.json"))
     results = [json.loads((run / "result.json").read_text()) for run in runs]
