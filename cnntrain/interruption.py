@@ -3,6 +3,8 @@
 Imports no torch, as a signal may come while that is imported.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
@@ -12,9 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from cnntrain.terminal import NoTraceback, write_stderr
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 # Slurm sends SIGUSR1 before a job's time limit if asked to, submitit has it send SIGUSR2;
 # Windows has neither.
@@ -24,10 +29,6 @@ SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 Answer = Literal["leave", "raise", "note"]
 
 SIGNAL_TIMEOUT = 30  # seconds for the main thread to handle a first signal
-
-
-class Killable(Protocol):
-    def kill(self) -> None: ...
 
 
 class Interrupted(BaseException):
@@ -74,10 +75,9 @@ class Interruption:
         self.before_leaving: Callable[[], None] | None = None
         self.quiet = False  # on ranks > 0, which print nothing
         self.owns_process = False  # a second SIGINT may exit it
-        self.children: list[Killable] = []  # killed when this process exits
+        self.children: list[BaseProcess] = []  # killed when this process exits
         self.leaving = threading.Lock()
         self.wakeup: socket.socket | None = None  # the interpreter writes signal numbers there
-        self.wakeup_before = -1
 
     def install(self) -> None:
         """Install the handlers, also in place of those that a library has installed since."""
@@ -87,13 +87,13 @@ class Interruption:
             if self.owns_process and self.wakeup is None:
                 numbers, self.wakeup = socket.socketpair()
                 self.wakeup.setblocking(False)
-                self.wakeup_before = signal.set_wakeup_fd(self.wakeup.fileno())
+                signal.set_wakeup_fd(self.wakeup.fileno())
                 threading.Thread(target=self._watch, args=(numbers,), daemon=True).start()
 
     def uninstall(self) -> None:
         """Stop the watcher thread, also in a forked process."""
         if self.wakeup is not None:
-            signal.set_wakeup_fd(self.wakeup_before)
+            signal.set_wakeup_fd(-1)
             self.wakeup.close()
             self.wakeup = None
 
@@ -118,9 +118,8 @@ class Interruption:
             return self._leave(signum)
         if self.answer == "raise" or again:
             raise Interrupted(signum)
-        again_leaves = "Ctrl-C again leaves" if self.owns_process else "interrupt again to stop"
-        hint = f"; {again_leaves} at once" if signum == signal.SIGINT else ""
-        self._say(f"{signal.Signals(signum).name}: saving a checkpoint{hint}")
+        hint = "; interrupt again to stop at once" if signum == signal.SIGINT else ""
+        self._print(f"{signal.Signals(signum).name}: saving a checkpoint{hint}")
 
     def _watch(self, numbers: socket.socket) -> None:
         first: int | None = None
@@ -148,12 +147,12 @@ class Interruption:
         with contextlib.suppress(Exception):
             if self.before_leaving is not None:
                 self.before_leaving()
-        self._say(f"interrupted by {signal.Signals(signum).name}{why}")
+        self._print(f"interrupted by {signal.Signals(signum).name}{why}")
         for child in self.children:  # a stopped one does not notice that its parent is gone
             child.kill()
         os._exit(Interrupted(signum).exit_code)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         # Not print or logging: the signal may have come in the middle of one.
         if not self.quiet:
             write_stderr(f"\ncnntrain: {text}")
@@ -184,7 +183,6 @@ def watching(answer: Answer = "raise") -> Iterator[None]:
     finally:
         interruption.before_leaving = None
         if answer != "leave":
-            interruption.uninstall()
             interruption.received = None
             for signum, handler in before.items():
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)

@@ -1,7 +1,4 @@
-"""Output: standard streams that never raise, tables that fit the terminal, HTML for notebooks.
-
-rich is imported only where a table is printed, because commands handle signals from this module on.
-"""
+"""Output: standard streams that never raise, tables that fit the terminal, HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -17,19 +14,17 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 UNLIMITED = 10_000  # characters, for a line in a file or a pipe
 PARAGRAPH = 110  # characters, for a line of prose
 ASCII = dict(zip("−–≈×·─", "--~x.-", strict=True)) | {"±": "+-", "≥": ">="}
-ERRORS = "cnntrain.ascii"  # the name of the error handler
 TABLE_OPTIONS = ("box", "show_edge", "show_footer", "pad_edge", "collapse_padding")
-
-Shown = TypeVar("Shown", str, "Table")
+COLUMN_OPTIONS = ("header", "footer", "justify", "max_width")
+ERRORS = "cnntrain.ascii"  # the name of the error handler
 
 
 def _to_ascii(error: UnicodeError) -> tuple[str, int]:
@@ -55,8 +50,7 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            # Windows reports a closed pipe as EINVAL.
-            if error.errno not in (errno.EPIPE, errno.EINVAL) and self.failed is None:
+            if error.errno != errno.EPIPE and self.failed is None:
                 self.failed = error
                 if self.fileno() == 1:
                     write_stderr(f"cnntrain: standard output: {error.strerror}")
@@ -90,23 +84,18 @@ def safe_streams() -> Iterator[None]:
             stream = open(os.devnull, "w" if descriptor else "r", encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, stream)
         elif descriptor and stream is getattr(sys, f"__{name}__"):
-            if os.name == "nt" and stream.isatty():  # a console is not written by FileIO
-                stream.reconfigure(errors=ERRORS)
-                continue
             stream.flush()
             buffered = stream.line_buffering or stream.write_through
             setattr(sys, name, output(descriptor, stream.encoding, line_buffering=buffered))
-    code = None
     try:
         yield
     except SystemExit as ended:
-        code = ended
+        if ended.code:
+            raise
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    if isinstance(raw, _Output) and raw.failed and not (code and code.code):
+    if isinstance(raw, _Output) and raw.failed:
         sys.exit(1)
-    if code:
-        raise code
 
 
 def width() -> int:
@@ -123,27 +112,27 @@ def encodable(text: str) -> str:
     return text.encode(encoding, ERRORS).decode(encoding)
 
 
-def fit(
-    build: Callable[[Sequence[str]], Shown],
-    optional: Sequence[str],
-    columns: int,
-    measure: Callable[[Shown], int],
-) -> tuple[Shown, list[str]]:
-    """Leave out optional parts, in this order, until a text or table is narrow enough.
+def fit_lines(
+    build: Callable[[Sequence[str]], str], optional: Sequence[str], columns: int | None = None
+) -> tuple[str, list[str]]:
+    """Leave out optional parts, in this order, until lines are narrow enough.
 
     Args:
-        build: makes the text or table without the parts of these names.
-        optional: names of the parts that may be left out.
-        columns: the width that it may have at most.
-        measure: the width that it has.
+        build: Makes the lines without the parts of these names.
+        optional: Names of the parts that may be left out.
+        columns: Maximum width in characters; None: that of the terminal.
 
     Returns:
-        The text or table, and the names that were left out.
+        The lines, and the names that were left out.
     """
+
+    def measure(text: str) -> int:
+        return max(map(len, text.splitlines()))
+
     left_out: list[str] = []
     shown = build(left_out)
     for name in optional:
-        if measure(shown) <= columns:
+        if measure(shown) <= (columns or width()):
             break
         narrower = build([*left_out, name])
         if measure(narrower) < measure(shown):  # else there is no such part
@@ -152,53 +141,45 @@ def fit(
     return shown, left_out
 
 
-def fit_lines(
-    build: Callable[[Sequence[str]], str], optional: Sequence[str], columns: int | None = None
-) -> tuple[str, list[str]]:
-    """`fit` for lines of text; by default to the width of the terminal."""
-    return fit(build, optional, columns or width(), lambda s: max(map(len, s.splitlines())))
-
-
 def print_table(table: Table, optional: Sequence[str], where: str = "") -> None:
-    """Print a table without the columns of `optional` for which the terminal has no room.
+    """Print a table, in color on a terminal; see `table_text`."""
+    print(table_text(table, optional, width(), where, styled=sys.stdout.isatty()))
 
-    A column's name is the first line of its header. Cells of a table that is still too wide are
-    folded. A line names the columns that are left out, and `where` they can be found.
+
+def table_text(
+    table: Table, optional: Sequence[str], columns: int, where: str = "", *, styled: bool = False
+) -> str:
+    """A table without the columns of `optional` for which there is no room.
+
+    A column's name is the first line of its header. A line names the columns that are left out, and
+    `where` they can be found. Cells of a table that is still too wide are folded.
+
+    Args:
+        columns: Maximum width in characters.
+        styled: Whether to add ANSI codes for color and bold.
     """
     from rich.console import Console
 
-    _write_table(table, optional, Console(width=width()), where)
-
-
-def table_text(table: Table, optional: Sequence[str], columns: int) -> str:
-    """A table as `print_table` prints it, of at most this many columns of characters."""
-    from rich.console import Console
-
-    text = io.StringIO()
-    console = Console(file=text, width=columns, force_jupyter=False, color_system=None)
-    _write_table(table, optional, console)
-    return text.getvalue().rstrip("\n")
-
-
-def _write_table(table: Table, optional: Sequence[str], console: Console, where: str = "") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def build(left_out: Sequence[str]) -> Table:
+    def build(left_out: Sequence[str], columns: int = UNLIMITED, styled: bool = False) -> str:
         kept = [c for c in table.columns if str(c.header).strip().split("\n")[0] not in left_out]
-        new = Table(**{name: getattr(table, name) for name in TABLE_OPTIONS})
+        new = type(table)(**{name: getattr(table, name) for name in TABLE_OPTIONS})
         for c in kept:
-            new.add_column(c.header, c.footer, justify=c.justify, max_width=c.max_width,
-                           overflow="fold")  # fmt: skip
+            options = {name: getattr(c, name) for name in COLUMN_OPTIONS}
+            new.add_column(**options, overflow="fold")
         for row, *cells in zip(table.rows, *(c.cells for c in kept), strict=True):
             new.add_row(*cells, style=row.style)
-        return new
+        console = Console(
+            file=io.StringIO(),
+            width=columns,
+            force_terminal=styled,
+            force_jupyter=False,
+            color_system="auto" if styled else None,
+        )
+        console.print(new, crop=False)
+        return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
 
-    unlimited = Console(width=UNLIMITED)
-    fitted, left_out = fit(build, optional, console.width, lambda t: unlimited.measure(t).maximum)
-    console.print(fitted, crop=False)
-    for line in left_out_lines(left_out, where, console.width):
-        print(line, file=console.file)
+    left_out = fit_lines(build, optional, columns)[1]
+    return "\n".join([build(left_out, columns, styled), *left_out_lines(left_out, where, columns)])
 
 
 def left_out_lines(
@@ -222,10 +203,7 @@ def _wrapped(text: str, columns: int) -> list[str]:
 
 
 class TerminalHandler(logging.StreamHandler):
-    """Log handler that prints a record's attribute `terminal`, if any, instead of its message.
-
-    train.log then has whole lines where the terminal shows shortened ones.
-    """
+    """Log handler that prints the attribute `terminal` of a record, a short line, if it has one."""
 
     def format(self, record: logging.LogRecord) -> str:
         return encodable(getattr(record, "terminal", None) or super().format(record))

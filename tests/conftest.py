@@ -1,8 +1,10 @@
 """Fixtures of all tests."""
 
+import contextlib
 import logging
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,8 +20,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("COLUMNS", "LINES"):
     os.unsetenv(name)
 
-__all__ = ["ROOT", "Run", "cnntrain"]
+__all__ = ["ROOT", "Reject", "Run", "cnntrain", "reject"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Reject = Callable[..., list[str]]
 
 
 @pytest.fixture
@@ -28,6 +31,33 @@ def cnntrain(tmp_path: Path) -> Run:
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return run_command(["train", *arguments], tmp_path, {**os.environ, **environment})
+
+    return run
+
+
+@pytest.fixture
+def reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Reject:
+    """The problems that `python train.py <arguments>` prints, in this process and an empty folder.
+
+    Asserts the exit code, and that nothing is written.
+    """
+
+    def run(*arguments: str) -> list[str]:
+        from cnntrain.commands import train
+
+        files = sorted(tmp_path.rglob("*"))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "argv", ["cnntrain train", *arguments])
+        monkeypatch.setattr(train, "watching", lambda _: contextlib.nullcontext())
+        with pytest.raises(SystemExit) as ended:
+            train.main()
+        first, *problems = capsys.readouterr().err.splitlines()
+        assert (ended.value.code, first) == (2, "cnntrain: invalid configuration")
+        assert sorted(tmp_path.rglob("*")) == files
+        return problems
 
     return run
 

@@ -1,8 +1,8 @@
-"""Command line: one file per command. Imports torch only where it is needed."""
+"""Command line. Imports torch only where it is needed."""
 
 import difflib
-import importlib
 import os
+import pkgutil
 import sys
 
 import cnntrain
@@ -19,6 +19,7 @@ COMMANDS = {
     "lesson": "explain convolution in numbers and pictures",
     "report": "rank the runs of a sweep or folder: table and HTML page",
 }
+ON_FINISHED_RUNS = ("evaluate", "predict", "export")
 
 
 def main(command: str | None = None) -> None:
@@ -38,7 +39,8 @@ def _main(command: str | None) -> None:
     if command in ("--version", "version") or "--version" in sys.argv[1:]:
         print(f"cnntrain {cnntrain.__version__}")
     elif command in COMMANDS:
-        importlib.import_module(f"cnntrain.commands.{command}").main()
+        entry = f"finished_run:{command}" if command in ON_FINISHED_RUNS else f"{command}:main"
+        pkgutil.resolve_name(f"cnntrain.commands.{entry}")()
     elif command in ("--help", "-h", "help"):
         print("cnntrain COMMAND [...]      (cnntrain COMMAND --help shows its options)\n")
         for name, purpose in COMMANDS.items():

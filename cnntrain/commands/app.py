@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,63 +18,58 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain import config
 from cnntrain.commands.plan import Plan, places, plan, show_config
+from cnntrain.config.composition import output_problems
 from cnntrain.config.cross_checks import cross_check_data
 from cnntrain.config.errors import format_error, format_os_error
 from cnntrain.config.hydra_compat import get_args_parser
 from cnntrain.config.overrides import merged
-from cnntrain.config.paths import output_problems
 from cnntrain.process_info import launched
+
+if TYPE_CHECKING:
+    from cnntrain.commands.sweeping import SweepCommand
 
 Run = Callable[[DictConfig], float | None]
 DryRun = Callable[[DictConfig], None]
-
-
-class Multirun(Protocol):
-    """How a command runs `-m`, instead of Hydra's sweeper."""
-
-    def plan(self, planned: Plan) -> list[DictConfig]:
-        """The configs that are still to be run; writes nothing. Raises ConfigError."""
-
-    def reject_options(self) -> None:
-        """Raise ConfigError for options that have no effect without `-m`."""
-
-    def run(self) -> None:
-        """Run them all; exits with code 1 if one has failed."""
 
 
 def start(
     name: str,
     run: Run,
     *,
+    arguments: argparse.Namespace | None = None,
     dry_run: DryRun | None = None,
     resuming: bool = False,
     one: str | None = None,
-    multirun: Callable[[argparse.Namespace], Multirun] | None = None,
+    multirun: "type[SweepCommand] | None" = None,
 ) -> None:
     """Check the command line against conf/<name>.yaml, then call `run` with the config.
 
-    Exit codes: 2 for a wrong command line or config, 130 for Ctrl-C, 1 for a file that cannot be
-    written.
+    Exit codes: 2 for a wrong command line or config, 1 for a file that cannot be written.
 
     Args:
+        arguments: What `command_line` has returned; default: it is called.
         dry_run: Builds what a run builds, for every run before the first begins, and writes
             nothing.
         resuming: The run directory holds a run to be continued.
         one: What the command takes one of, so that it has no `-m`.
         multirun: Runs `-m` in place of Hydra.
     """
-    arguments = command_line()
-    flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
-    if arguments.config_path:  # Hydra would look for it beside this file
-        flags.append(f"--config-path={Path(arguments.config_path).absolute()}")
-    sys.argv[1:] = [*flags, *arguments.overrides]
+    arguments = arguments or command_line()
     sweep = multirun(arguments) if multirun else None
     try:
-        sweeping = _check(arguments, name, dry_run, resuming, one, sweep)
         if arguments.cfg:
-            return
-        if sweep and sweeping:
-            return sweep.run()
+            return show_config(arguments, name)
+        if not (arguments.hydra_help or arguments.shell_completion):
+            planned = plan(arguments, name)
+            if arguments.help:
+                from cnntrain.commands.help import show_help
+
+                root = arguments.config_name or name
+                return show_help(planned.cfgs[0], root, **places(arguments))
+            if not arguments.info:
+                _check(arguments, name, planned, dry_run, resuming, one, sweep)
+                if sweep and planned.sweep:
+                    return sweep.run()
     except config.ConfigError as error:
         exit_with_problems(error)
     running = False
@@ -88,18 +83,15 @@ def start(
             return run(cfg)
         except config.ConfigError as error:
             exit_with_problems(error)
-        except KeyboardInterrupt:
-            print("\ncnntrain: interrupted", file=sys.stderr)
-            sys.exit(130)
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra replaces the exception
     logging.raiseExceptions = False  # a full disk is reported once, not by every line of a log
     threading.excepthook = _on_thread_error
+    sys.argv[1:] = [*arguments.flags, *arguments.overrides]
     try:
         hydra.main(config_path=str(config.CONF), config_name=name, version_base="1.3")(guarded)()
     except OSError as error:  # Hydra itself could not write
-        print(f"cnntrain: {format_os_error(error)}", file=sys.stderr)
-        sys.exit(1)
+        exit_with_os_error(error)
     except Exception as error:
         if running:
             raise
@@ -112,22 +104,22 @@ def command_line() -> argparse.Namespace:
     here = os.getcwd()  # for a backend of the user's own
     if here not in sys.path[1:2]:
         sys.path.insert(1, here)
-    if garbled := [text for text in sys.argv[1:] if any(map(_surrogate, text))]:
+    if garbled := [text for text in sys.argv[1:] if any("\ud800" <= c <= "\udfff" for c in text)]:
         exit_with_problems(config.ConfigError([f"{text}: is not UTF-8" for text in garbled]))
     # Hydra accepts overrides only before or after the flags; users write -m anywhere.
     parser = get_args_parser()
     parser.error = _reject_flag  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args()
-    arguments.typed = len(sys.argv) - 1  # words that follow the program in sys.orig_argv
-    flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
+    arguments.flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
+    if arguments.config_path:  # Hydra would look for it beside the file that calls it
+        arguments.flags.append(f"--config-path={Path(arguments.config_path).absolute()}")
     arguments.overrides = merged(arguments.overrides)
-    sys.argv[1:] = [*flags, *arguments.overrides]
     return arguments
 
 
 def restart(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
     """A command line, quoted for the shell, that starts this program with other overrides."""
-    command = sys.orig_argv[: len(sys.orig_argv) - arguments.typed]
+    command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])]
     if len(command) > 1 and shutil.which(Path(command[1]).name) == command[1]:
         command[:2] = [Path(command[1]).name]  # a console script
     for flag in ("config_path", "config_dir", "config_name"):
@@ -142,12 +134,6 @@ def short(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _on_thread_error(error: threading.ExceptHookArgs) -> None:
-    # TensorBoard's writer thread: its OSError is raised again by the next write.
-    if not issubclass(error.exc_type, OSError):
-        threading.__excepthook__(error)
-
-
 def exit_with_problems(error: config.ConfigError) -> NoReturn:
     """Print the problems, one line each, and exit with code 2."""
     print("cnntrain: invalid configuration", file=sys.stderr)
@@ -156,82 +142,15 @@ def exit_with_problems(error: config.ConfigError) -> NoReturn:
     sys.exit(2)
 
 
+def exit_with_os_error(error: OSError, hint: str = "") -> NoReturn:
+    """Print the file and the system's message, and exit with code 1."""
+    print(f"cnntrain: {format_os_error(error)}{hint}", file=sys.stderr)
+    sys.exit(1)
+
+
 def printable(text: str) -> str:
     """The text with control and invalid characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _reject_flag(message: str) -> NoReturn:
-    hint = "; options have no dashes: option=value" if "unrecognized" in message else ""
-    exit_with_problems(config.ConfigError([message + hint]))
-
-
-def _surrogate(character: str) -> bool:
-    """Whether Python has decoded an invalid byte to this."""
-    return "\ud800" <= character <= "\udfff"
-
-
-def _only_asks(arguments: argparse.Namespace) -> bool:
-    """Whether nothing is run."""
-    asks = (arguments.help, arguments.hydra_help, arguments.cfg, arguments.info)
-    return any(asks) or arguments.shell_completion
-
-
-def _check(
-    arguments: argparse.Namespace,
-    name: str,
-    dry_run: DryRun | None,
-    resuming: bool,
-    one: str | None,
-    multirun: Multirun | None,
-) -> bool:
-    """Find every problem before anything is written. Returns whether it is a sweep."""
-    if arguments.hydra_help or arguments.shell_completion:
-        return False
-    if arguments.cfg:
-        show_config(arguments, name)
-        return False
-    planned = plan(arguments, name)
-    cfgs, sweep = planned.cfgs, planned.sweep
-    if arguments.help:
-        from cnntrain.commands.help import show_help
-
-        show_help(cfgs[0], arguments.config_name or name, **places(arguments))
-        sys.exit()
-    if _only_asks(arguments):
-        return False
-    required = config.ROOTS[name].required
-    if missing := [key for key in required if OmegaConf.is_missing(cfgs[0], key)]:
-        raise config.ConfigError([f"{key}: has to be given, {key}=..." for key in missing])
-    if sweep and one:
-        raise config.ConfigError([f"-m: {name} takes one {one}; start it once for each"])
-    if sweep and (info := launched()):
-        raise config.ConfigError(
-            [
-                f"-m: makes many runs, and {info.launcher} has started the processes of one; "
-                f"leave {info.launcher} out, each run starts its own: "
-                f"python train.py -m ... trainer=ddp trainer.devices={info.devices}"
-            ]
-        )
-    if (chosen := cfgs[0].get("resume")) and f"resume={chosen}" not in sys.argv and not resuming:
-        raise config.ConfigError([f"resume={chosen}: has to be on the command line, exactly so"])
-    by_program = sweep and multirun is not None
-    problems = output_problems(cfgs, sweep=sweep, resuming=resuming, by_program=by_program)
-    if problems:
-        raise config.ConfigError(problems)
-    if multirun and sweep:
-        cfgs = multirun.plan(planned)
-    elif multirun:
-        multirun.reject_options()
-    with config.config_folders(**places(arguments), name=name):
-        if resuming and dry_run:
-            dry_run(cfgs[0])
-        elif not resuming:
-            for cfg in _different(cfgs):
-                problems += build_problems(cfg, dry_run)
-    if problems:
-        raise config.ConfigError(problems)
-    return sweep
 
 
 def build_problems(cfg: DictConfig, dry_run: DryRun | None) -> list[str]:
@@ -247,6 +166,48 @@ def build_problems(cfg: DictConfig, dry_run: DryRun | None) -> list[str]:
     return []
 
 
+def _check(
+    arguments: argparse.Namespace,
+    name: str,
+    planned: Plan,
+    dry_run: DryRun | None,
+    resuming: bool,
+    one: str | None,
+    multirun: "SweepCommand | None",
+) -> None:
+    """Raise ConfigError with the problems of composed configs, before anything is written."""
+    cfgs, sweep, problems = planned.cfgs, planned.sweep, list[str]()
+    for key in config.ROOTS[name].required:
+        if OmegaConf.is_missing(cfgs[0], key):
+            problems.append(f"{key}: has to be given, {key}=...")
+    if sweep and one:
+        problems.append(f"-m: {name} takes one {one}; start it once for each")
+    if sweep and (info := launched()):
+        problems.append(
+            f"-m: {info.launcher} has started the processes of one run; leave {info.launcher} out, "
+            f"and add trainer=ddp trainer.devices={info.devices}"
+        )
+    chosen = cfgs[0].get("resume")
+    if chosen and f"resume={chosen}" not in arguments.overrides and not resuming:
+        problems.append(f"resume={chosen}: has to be on the command line, exactly so")
+    problems = problems or output_problems(
+        cfgs, sweep=sweep, resuming=resuming, by_program=sweep and multirun is not None
+    )
+    if problems:
+        raise config.ConfigError(problems)
+    if multirun and sweep:
+        cfgs = multirun.plan(planned)
+    elif multirun:
+        multirun.reject_options()
+    with config.config_folders(**places(arguments), name=name):
+        if resuming and dry_run:
+            dry_run(cfgs[0])
+        elif not resuming:
+            problems = [line for cfg in _different(cfgs) for line in build_problems(cfg, dry_run)]
+    if problems:
+        raise config.ConfigError(problems)
+
+
 def _different(cfgs: list[DictConfig]) -> list[DictConfig]:
     """The configs without `hydra`; one of those that differ only in the seed."""
     found = {}
@@ -254,3 +215,14 @@ def _different(cfgs: list[DictConfig]) -> list[DictConfig]:
         content: Any = OmegaConf.to_container(cfg)
         found[repr({k: v for k, v in content.items() if k not in ("hydra", "seed")})] = cfg
     return list(map(config.without_hydra, found.values()))
+
+
+def _on_thread_error(error: threading.ExceptHookArgs) -> None:
+    # TensorBoard's writer thread: its OSError is raised again by the next write.
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
+
+
+def _reject_flag(message: str) -> NoReturn:
+    hint = "; options have no dashes: option=value" if "unrecognized" in message else ""
+    exit_with_problems(config.ConfigError([message + hint]))

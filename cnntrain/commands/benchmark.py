@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.commands.app import short, start
 from cnntrain.config import as_config_error, build
-from cnntrain.config.choices import defaults
+from cnntrain.config.options import defaults
 
 
 def main() -> None:

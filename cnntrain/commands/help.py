@@ -1,5 +1,6 @@
 """`--help`: every option with its value and its comment in conf/. Imports no torch."""
 
+import re
 import string
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -42,32 +43,23 @@ def show_help(cfg: DictConfig, name: str, folder: Path, extra: Path | None) -> N
 
 def _comments(file: Path, package: str) -> dict[str, str]:
     """Comments of a config file and of its defaults, by option: behind the value or above it."""
-    if not file.is_file():
-        return {}
-    text = file.read_text(encoding="utf-8")
-    lines, found = text.splitlines(), dict[str, str]()
-    for parent in (yaml.safe_load(text) or {}).get("defaults", []):
-        if isinstance(parent, str) and parent != "_self_":
-            found |= _comments(file.with_name(f"{parent}.yaml"), package)
-
-    def walk(node: Any, prefix: str) -> None:
-        for key, value in node.value:
-            block = isinstance(value, yaml.CollectionNode) and not value.flow_style
-            end = (key if block else value).end_mark
-            behind = "".join(lines[end.line : end.line + 1])[end.column :].partition("#")[2]
-            above: list[str] = []
-            for line in reversed(lines[: key.start_mark.line]):
-                if not line.strip().startswith("#"):
-                    break
-                above.insert(0, line.strip("# "))
-            if comment := behind.strip() or " ".join(above):
-                found[f"{prefix}{key.value}"] = comment
-            if isinstance(value, yaml.MappingNode):
-                walk(value, f"{prefix}{key.value}.")
-
-    own = "" if "# @package _global_" in text else f"{package}."
-    if isinstance(root := yaml.compose(text), yaml.MappingNode):
-        walk(root, own if package else "")
+    found, above, parents = dict[str, str](), list[str](), list[tuple[int, str]]()
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    if "# @package _global_" in lines:
+        package = ""
+    for line in lines:
+        based_on = re.fullmatch(r"  - (\w+)(?: *#.*)?", line)
+        if based_on and based_on[1] != "_self_":
+            found |= _comments(file.with_name(f"{based_on[1]}.yaml"), package)
+        if option := re.match(r"( *)(\w+):.*?(?:\s# *(.*))?$", line):
+            indent = len(option[1])
+            parents = [(depth, key) for depth, key in parents if depth < indent]
+            parents.append((indent, option[2]))
+            name = ".".join(filter(None, [package, *(key for _, key in parents)]))
+            if comment := option[3] or " ".join(above):
+                found[name] = comment
+        comment_line = line.strip().startswith("#")
+        above = [*above, line.strip("# ")] if comment_line else []
     return found
 
 

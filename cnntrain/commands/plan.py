@@ -16,9 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cnntrain import config
 from cnntrain.config import ConfigError
+from cnntrain.config.composition import as_if_running
 from cnntrain.config.errors import format_error
 from cnntrain.config.overrides import combinations, key_of, parsed, sweeps
-from cnntrain.config.paths import as_if_running
 from cnntrain.config.resume import NOT_RUN_OPTIONS
 from cnntrain.sweeps.members import ComposedRun
 

@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnntrain.commands.app import restart, short
 from cnntrain.commands.plan import Plan, is_basic, places
-from cnntrain.config import ConfigError, build, compose_all, config_folders, sweep_folder_problem
+from cnntrain.config import ConfigError, build, compose_all, config_folders, run_directory_problem
+from cnntrain.config.composition import as_if_running
 from cnntrain.config.errors import format_error
 from cnntrain.config.hydra_compat import Callbacks
-from cnntrain.config.paths import as_if_running
 from cnntrain.config.resume import run_options
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.sweeps.members import without_sweep_options
@@ -156,7 +156,7 @@ def _folder(cfg: DictConfig, options: Sweep) -> Path:
         cfg.sweep.name = name
     with as_if_running(cfg, 0):
         folder = str(cfg.hydra.sweep.dir)
-    if problem := sweep_folder_problem(folder):
+    if problem := run_directory_problem(folder, "hydra.sweep.dir", ["result.json"]):
         raise ConfigError([problem])
     return Path(folder)
 

@@ -14,24 +14,24 @@ from typing import Any, NoReturn
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import command_line, exit_with_problems, short, start
+from cnntrain.commands.app import (
+    command_line,
+    exit_with_os_error,
+    exit_with_problems,
+    short,
+    start,
+)
 from cnntrain.commands.plan import places
 from cnntrain.commands.sweeping import SweepCommand
-from cnntrain.config import (
-    ConfigError,
-    check,
-    compose_all,
-    cross_check,
-    fixed_run_directory,
-    quoted,
-    without_hydra,
-)
-from cnntrain.config.errors import format_os_error
+from cnntrain.config import ConfigError, check, compose_all, cross_check, quoted, without_hydra
+from cnntrain.config.composition import fixed_run_directory
+from cnntrain.config.errors import first_line
 from cnntrain.config.resume import (
     CONFIG,
     completed,
     has_run,
     in_use,
+    is_running,
     read_overrides,
     resume_problems,
     run_config,
@@ -57,10 +57,12 @@ def main() -> None:
         try:
             if info:
                 _connect(info)
-            resumed = _resumed(command_line())
+            arguments = command_line()
+            resumed = _resumed(arguments)
             start(
                 "train",
                 lambda cfg: _train(cfg, resumed),
+                arguments=arguments,
                 dry_run=lambda cfg: _dry_run(resumed.cfg if resumed else cfg),
                 resuming=resumed is not None,
                 multirun=SweepCommand,
@@ -68,8 +70,7 @@ def main() -> None:
         except ConfigError as error:
             exit_with_problems(error)
         except OSError as error:
-            print(f"cnntrain: {format_os_error(error)}", file=sys.stderr)
-            sys.exit(1)
+            exit_with_os_error(error)
         except Interrupted as error:
             _leave(error)
         finally:
@@ -90,11 +91,9 @@ def _train_rank(info: ProcessInfo) -> NoReturn:
     except NonFiniteError:
         _end(3)
     except Exception as error:
-        kind = "" if type(error).__name__ == "ProcessLost" else f"{type(error).__name__}: "
-        text = str(error).partition("\n")[0]
-        name = f"process {info.rank + 1} of {info.world_size}"
-        print(f"cnntrain: {name}: {kind}{text}", file=sys.stderr)
-        _end(1)
+        lost = type(error).__name__ == "ProcessLost"
+        text = str(error) if lost else f"{type(error).__name__}: {first_line(error)}"
+        _end(1, f"process {info.rank + 1} of {info.world_size}: {text}")
     _end(0)
 
 
@@ -106,8 +105,7 @@ def _connect(info: ProcessInfo) -> None:
     try:
         connect(info)
     except ProcessLost as error:
-        print(f"cnntrain: {error}", file=sys.stderr)
-        _end(1)
+        _end(1, str(error))
 
 
 @dataclass(frozen=True)
@@ -126,35 +124,26 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     again = f"resume={shlex.quote(short(directory))}"
-    not_of_run = ("resume", "profile")  # options of this process
-    typed = [o for o in hydra.overrides.task if not any(_is(o, key) for key in not_of_run)]
+    typed = [text for text in hydra.overrides.task if not _sets(text, "resume", "profile")]
     run = resumed or Resumed(cfg, typed)
-    callbacks = [Profile(directory)] if cfg.get("profile") else []
     try:
         result = run_training(
             run.cfg,
             directory,
             resume=resumed is not None,
             overrides=run.overrides,
-            callbacks=callbacks,
+            callbacks=[Profile(directory)] if cfg.get("profile") else [],
         )
     except Interrupted as error:
         _leave(error, f"; resume with {again}")
-    except NonFiniteError as error:
+    except (NonFiniteError, DataError, CheckpointError) as error:
         print(f"cnntrain: {error}", file=sys.stderr)
-        sys.exit(3)
-    except (DataError, CheckpointError) as error:
-        print(f"cnntrain: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(3 if isinstance(error, NonFiniteError) else 1)
     except ProcessLost as error:
-        print(f"cnntrain: {error}; resume with {again}", file=sys.stderr)
-        _end(1)  # the process group would wait for the lost process once more
+        # Not sys.exit: the process group would wait for the lost process once more.
+        _end(1, f"{error}; resume with {again}")
     except OSError as error:
-        print(
-            f"cnntrain: {format_os_error(error)}; once that is fixed, resume with {again}",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        exit_with_os_error(error, f"; once that is fixed, resume with {again}")
     _show(result.metrics, result.seconds, directory)
     return result.metrics[run.cfg.trainer.monitor]
 
@@ -177,18 +166,18 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
         return None
     overrides = [text for text in arguments.overrides if text not in given]
     hydra = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
-    profile = [text for text in overrides if _is(text, "profile")]
+    profile = [text for text in overrides if _sets(text, "profile")]
     own = [text for text in overrides if text not in [*hydra, *profile]]
     files: dict[str, Any] = {"name": arguments.config_name or "train"} | places(arguments)
     if arguments.multirun:
         raise ConfigError([f"{given[-1]}: continues one run; leave out -m"])
 
-    def load(chosen: Sequence[str]) -> DictConfig:
-        return without_hydra(compose_all(chosen, **files, command="train", types=False))
+    def compose(chosen: Sequence[str]) -> DictConfig:
+        return compose_all(chosen, **files, command="train", types=False)
 
     if chosen == "auto":
-        composed = run_options(load(own))
-        directory = fixed_run_directory(arguments.overrides, **files)
+        cfg = compose(overrides)
+        directory = fixed_run_directory(cfg)
         if arguments.cfg or not has_run(directory):
             return None
     else:
@@ -199,25 +188,26 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
             problem = f"{given[-1]}: holds no run; give the folder of one, or auto{home}"
         elif arguments.cfg:
             problem = f"--cfg: shows a new run; the config of this one is {directory / CONFIG}"
-        elif placed := [text for text in hydra if _is(text, "hydra.run.dir")]:
+        elif placed := [text for text in hydra if _sets(text, "hydra.run.dir")]:
             problem = f"{placed[0]}: goes with resume=auto; a run stays where it is"
         if problem:
             raise ConfigError([problem])
-    if busy := in_use(directory):
-        raise ConfigError([busy])
+    if is_running(directory):
+        raise ConfigError([in_use(directory)])
     run = run_config(directory, _newest_checkpoint)
-    wanted = composed if chosen == "auto" else with_overrides(run, directory, own, load)
+    if chosen == "auto":
+        wanted = run_options(cfg)
+    else:
+        wanted = with_overrides(run, directory, own, lambda texts: without_hydra(compose(texts)))
     if result := completed(directory, wanted):  # was checked when it ran
         print("already completed")
         _show(result["metrics"], result["timings"]["seconds"], directory)
         sys.exit(0)
-    problems = check(wanted) or cross_check(wanted) or resume_problems(run, wanted)
-    if problems:
+    if problems := check(wanted) or cross_check(wanted) or resume_problems(run, wanted):
         raise ConfigError(problems)
     # Hydra gets only the run directory.
-    others = [*profile, *(text for text in hydra if not _is(text, "hydra.run.dir"))]
-    flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
-    sys.argv[1:] = [*flags, *others, f"hydra.run.dir={quoted(str(directory))}"]
+    others = [*profile, *(text for text in hydra if not _sets(text, "hydra.run.dir"))]
+    arguments.overrides = [*others, f"hydra.run.dir={quoted(str(directory))}"]
     before = read_overrides(directory) if own and chosen != "auto" else []
     return Resumed(wanted, [*before, *own] if own else None)
 
@@ -229,20 +219,22 @@ def _newest_checkpoint(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
 
 
 def _leave(interrupted: Interrupted, hint: str = "") -> NoReturn:
-    print(f"\ncnntrain: interrupted by {interrupted}{hint}", file=sys.stderr)
     # Not sys.exit: shutting Python down takes a second, in which another signal may come.
-    _end(interrupted.exit_code)
+    _end(interrupted.exit_code, f"interrupted by {interrupted}{hint}", before="\n")
 
 
-def _end(code: int) -> NoReturn:
+def _end(code: int, message: str = "", before: str = "") -> NoReturn:
+    """Exit at once, after a line on stderr if there is a message."""
+    if message:
+        print(f"{before}cnntrain: {message}", file=sys.stderr)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _is(override: str, key: str) -> bool:
-    return override.lstrip("+").partition("=")[0] == key
+def _sets(override: str, *keys: str) -> bool:
+    return override.lstrip("+").partition("=")[0] in keys
 
 
 def _unquoted(value: str) -> str:

@@ -8,12 +8,18 @@ from cnntrain.config.composition import (
     compose_valid,
     config_folders,
     config_problems,
-    fixed_run_directory,
 )
 from cnntrain.config.cross_checks import cross_check
-from cnntrain.config.errors import ConfigError, as_config_error
+from cnntrain.config.errors import (
+    ConfigError,
+    as_config_error,
+    folder_problem,
+    run_directory_problem,
+    writable,
+)
 from cnntrain.config.nodes import NODES, ROOTS, Root
 from cnntrain.config.options import (
+    CONF,
     config_hash,
     flat,
     incidental,
@@ -21,13 +27,6 @@ from cnntrain.config.options import (
     without_hydra,
 )
 from cnntrain.config.overrides import quoted
-from cnntrain.config.paths import (
-    CONF,
-    folder_problem,
-    run_directory_problem,
-    sweep_folder_problem,
-    writable,
-)
 
 __all__ = [
     "CONF",
@@ -46,14 +45,12 @@ __all__ = [
     "config_hash",
     "config_problems",
     "cross_check",
-    "fixed_run_directory",
     "flat",
     "folder_problem",
     "incidental",
     "options_hash",
     "quoted",
     "run_directory_problem",
-    "sweep_folder_problem",
     "without_hydra",
     "writable",
 ]

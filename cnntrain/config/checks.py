@@ -5,45 +5,41 @@ Imports no torch itself.
 
 import contextlib
 import json
-import math
 import pickle
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cnntrain.config.choices import defaults
-from cnntrain.config.errors import first_line, format_error, format_value, unknown
-from cnntrain.config.nodes import NODES, ROOTS, Node, Root
+from cnntrain.config.errors import format_error, format_value, unknown
+from cnntrain.config.nodes import LEAVE_OUT, NODES, ROOTS, Node, Root
+from cnntrain.config.options import defaults
 from cnntrain.config.overrides import options_of
 from cnntrain.config.signatures import Signature, is_subclass, plain, signature
 
 
 def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
     """One line for each option that its node's target does not accept."""
-    options = signature(root.target).types if root.target else {}
-    names = [*root.nodes, *(name for name in options if name not in root.given)]
-    names += ["seed"] * (root.seeded and "seed" not in names)
+    from pydantic import Field
+
+    types = {**(signature(root.target).types if root.target else {}), **root.types}
+    if "seed" in types:
+        types["seed"] = Annotated[int, Field(ge=0, lt=2**32)]
     problems = []
     for key in map(str, cfg):
         if key in root.nodes or (key in root.required and OmegaConf.is_missing(cfg, key)):
             continue
-        if key not in names and key not in root.given:
+        if key not in types:
+            names = [*root.nodes, *types]
             problems.append(f"{key}: {unknown('there is', 'option', key, names)}")
             continue
         value, wrong = _resolved(cfg, key)
-        wrong = wrong or _unfit_value(value)
-        if key in options and key not in (*root.given, "seed"):
-            wrong = wrong or mismatch(options[key], value)
-        if wrong:
+        if wrong := wrong or mismatch(types[key], value):
             problems.append(f"{key}={format_value(value)}: {wrong}")
-        elif key == "seed":
-            problems += _check_seed(value)
-    if root.seeded and "seed" not in cfg and not problems:  # otherwise mistyped, and reported
-        problems += _check_seed(None)
+    if "seed" in root.types and "seed" not in cfg and not problems:  # else mistyped, and reported
+        problems.append("seed: missing")
     for key in root.nodes:
         if key not in cfg:
             problems += [] if key in root.optional else [f"{key}: missing"]
@@ -68,13 +64,9 @@ def _resolved(cfg: DictConfig, key: str) -> tuple[Any, str | None]:
         value = cfg[key]
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-        elif OmegaConf.is_missing(cfg, key):
-            return "???", "has no value"
         return value, None
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         return OmegaConf.to_container(cfg)[key], format_error(error)  # type: ignore[index, call-overload]
-    except RecursionError:
-        return OmegaConf.to_container(cfg)[key], "refers to itself"  # type: ignore[index, call-overload]
 
 
 def adapt_types(cfg: DictConfig, hydra: Any) -> None:
@@ -120,12 +112,6 @@ def _takes(accepted: Signature, name: str, value: Any) -> bool:
     return mismatch(accepted.types[name], content) is None
 
 
-def _check_seed(value: Any) -> list[str]:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        return [f"seed={format_value(value)}: must be a whole number from 0 to 4294967295"]
-    return []
-
-
 def check_node(key: str, node: Node, values: Any) -> list[str]:
     """As `check`, of one node in plain containers; `key` is its name in NODES."""
     if node.extra and find_spec(node.extra) is None:
@@ -141,7 +127,7 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
             return [f"{named}: must be a class derived from {node.kind}"]
         accepted = signature(target)
     except ImportError as error:
-        return [f"{named}: cannot be imported: {first_line(error)}"]
+        return [f"{named}: cannot be imported: {error}"]
     problems = [f"{named}: {why}" for name, why in node.unfit.items() if is_subclass(target, name)]
     for inner in (name for name in NODES if name.startswith(f"{key}.")):
         name = inner.removeprefix(f"{key}.")
@@ -157,29 +143,27 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
     for name, value in ((str(name), value) for name, value in values.items()):
         option = f"{key}.{name}={format_value(value)}"
         if name.startswith("_"):
-            problems.append(f"{option}: is none of the class's options; leave it out")
-        elif any(str(inner) == "_target_" for inner in _keys(value)):
+            problems.append(f"{option}: is none of the class's options; {LEAVE_OUT}")
+        elif '"_target_":' in json.dumps(value, default=str):
             problems.append(f"{option}: a _target_ may stand only in {', '.join(NODES)}")
         elif name in node.given:
-            instead = node.instead.get(name, "leave it out")
-            problems.append(f"{option}: is decided by the program; {instead}")
+            problems.append(f"{option}: is decided by the program; {node.given[name]}")
         elif name not in accepted.types and not accepted.open:
             names = [n for n in accepted.types if n not in node.given]
             problems.append(f"{option}: {unknown(f'{target} has', 'option', name, names)}")
-        elif wrong := _unfit_value(value) or (
-            mismatch(accepted.types[name], value) if name in accepted.types else None
-        ):
+        elif wrong := mismatch(accepted.types.get(name, Any), value):
             problems.append(f"{option}: {wrong}")
     return problems
 
 
 def mismatch(kind: Any, value: Any) -> str | None:
     """Pydantic's message if a plain value is not of a type."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     try:
         # By way of JSON, where strict still takes a list for a tuple and an int for a float.
-        TypeAdapter(plain(kind)).validate_json(json.dumps(value, default=str), strict=True)
+        adapter = TypeAdapter(plain(kind), config=ConfigDict(allow_inf_nan=False))
+        adapter.validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         found = [
             "has too few values" if e["type"] == "missing" else e["msg"][0].lower() + e["msg"][1:]
@@ -189,36 +173,3 @@ def mismatch(kind: Any, value: Any) -> str | None:
         explained = [f": {text}" for m in marks if (text := getattr(m, "description", None))]
         return "".join([", or ".join(dict.fromkeys(found)), *explained])
     return None
-
-
-def _unfit_value(value: Any) -> str | None:
-    """Why a plain value is invalid for any option."""
-    for leaf in _leaves(value):
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            return "must be a finite number"
-        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
-            return "must be a number of at most 64 bits"
-        if isinstance(leaf, str) and "\0" in leaf:
-            return "must not have a NUL character"
-        if isinstance(leaf, bytes):
-            return "must be text"
-    return None
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value
-
-
-def _keys(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value
-        value = list(value.values())
-    if isinstance(value, list):
-        for inner in value:
-            yield from _keys(inner)

@@ -4,29 +4,27 @@ Unknown keys and choices are found without importing torch; types need the class
 """
 
 import contextlib
+import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
-import hydra.conf
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from cnntrain.config.checks import adapt_types, check
 from cnntrain.config.cross_checks import cross_check
-from cnntrain.config.errors import ConfigError, format_error
+from cnntrain.config.errors import ConfigError, format_error, run_directory_problem
 from cnntrain.config.nodes import ROOTS, Root
-from cnntrain.config.options import without_hydra
-from cnntrain.config.overrides import explain, merged, misplaced
-from cnntrain.config.paths import CONF, as_if_running
-
-HYDRA_CONF = Path(hydra.conf.__file__).parent
+from cnntrain.config.options import CONF, without_hydra
+from cnntrain.config.overrides import explain, merged
 
 
 def compose(
@@ -52,22 +50,12 @@ def compose(
     overrides = [overrides] if isinstance(overrides, str) else overrides
     more = None if extra is None else Path(extra)
     cfg = compose_all(overrides, name=name, command=command, folder=Path(folder), extra=more)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg
+    return without_hydra(cfg)
 
 
-def compose_all(
-    overrides: Sequence[str],
-    *,
-    name: str,
-    command: str | None = None,
-    folder: Path = CONF,
-    extra: Path | None = None,
-    types: bool = True,
-) -> DictConfig:
-    """As `compose`, with Hydra's own options, unchecked, under `hydra`."""
-    cfg, problems = compose_valid(overrides, name, command or name, folder, extra, types)
+def compose_all(overrides: Sequence[str], **where: Any) -> DictConfig:
+    """As `compose`, with Hydra's own options, unchecked, under `hydra`; see `compose_valid`."""
+    cfg, problems = compose_valid(overrides, **where)
     if problems or cfg is None:
         raise ConfigError(problems)
     return cfg
@@ -76,9 +64,9 @@ def compose_all(
 def compose_valid(
     overrides: Sequence[str],
     name: str,
-    command: str,
-    folder: Path,
-    extra: Path | None,
+    command: str | None = None,
+    folder: Path = CONF,
+    extra: Path | None = None,
     types: bool = True,
 ) -> tuple[DictConfig | None, list[str]]:
     """As `compose_all`, of the valid overrides, with the problems of the others.
@@ -86,12 +74,13 @@ def compose_valid(
     The config is None if nothing can be composed. Types are not checked, and no class is imported,
     if `types` is false or a key or choice is unknown.
     """
-    root = ROOTS.get(command, ROOTS["train"])  # a root config of the user's own is trained
-    overrides = merged(overrides)
-    cfg, problems = _load(overrides, name, folder, extra)
-    problems += misplaced(overrides, root.nodes)
+    root = ROOTS.get(command or name, ROOTS["train"])  # one of the user's own is trained
+    cfg, problems = _load(merged(overrides), name, folder, extra)
     if cfg is None:
         return None, problems
+    for key, _, value in (text.partition("=") for text in overrides):
+        if key in root.nodes and value.startswith("["):
+            problems.append(f"{key}={value}: must name a choice of {key}")
     adapt_types(cfg, cfg.hydra)
     if problems or not types:
         return cfg, problems
@@ -107,24 +96,59 @@ def config_problems(cfg: DictConfig, root: Root) -> list[str]:
     return problems
 
 
-def fixed_run_directory(
-    overrides: Sequence[str],
-    *,
-    name: str = "train",
-    folder: Path = CONF,
-    extra: Path | None = None,
-) -> Path:
-    """The run directory that overrides name; ConfigError if it has the current time in it."""
-    cfg, problems = _load(overrides, name, folder, extra)
-    if problems or cfg is None:
-        raise ConfigError(problems)
-    raw = OmegaConf.to_container(cfg.hydra.run)
-    if isinstance(raw, dict) and "${now:" in str(raw["dir"]):
+def fixed_run_directory(cfg: DictConfig) -> Path:
+    """The run directory in a config with `hydra`; ConfigError if its name has the current time."""
+    raw: Any = OmegaConf.to_container(cfg.hydra.run)
+    if "${now:" in str(raw["dir"]):
         raise ConfigError(
             ["resume=auto: needs a folder that stays the same; add hydra.run.dir=<folder>"]
         )
     with as_if_running(cfg, 0):
         return Path(cfg.hydra.run.dir)
+
+
+def output_problems(
+    runs: Sequence[DictConfig], *, sweep: bool, resuming: bool, by_program: bool
+) -> list[str]:
+    """Why runs cannot write to the directories that `hydra.run` or `hydra.sweep` name.
+
+    Args:
+        runs: The composed configs, `hydra` included.
+        by_program: The directories are chosen by the program.
+    """
+    directories: list[str] = []
+    for number, cfg in enumerate(runs):
+        try:
+            with as_if_running(cfg, number):
+                above = str((cfg.hydra.sweep if sweep else cfg.hydra.run).dir or "")
+                directory = os.path.join(above, str(cfg.hydra.sweep.subdir)) if sweep else above
+        except (OmegaConfBaseException, RecursionError, AttributeError, TypeError) as error:
+            return [f"hydra: {format_error(error)}"]
+        records = cfg.hydra.output_subdir is not None
+        if by_program or resuming or not (records or directory != os.curdir):
+            continue
+        option = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+        if problem := run_directory_problem(directory if above else "", option):
+            return [problem]
+        if directory in directories:
+            return [f"hydra.sweep.subdir={cfg.hydra.sweep.subdir}: runs would share it"]
+        directories.append(directory)
+    return []
+
+
+@contextlib.contextmanager
+def as_if_running(cfg: DictConfig, number: int) -> Iterator[None]:
+    """Set what Hydra sets when it starts a run, for interpolations that refer to it."""
+    instance = HydraConfig.instance()
+    before = instance.cfg
+    with open_dict(cfg):
+        cfg.hydra.job.num, cfg.hydra.job.id = number, str(number)
+        cfg.hydra.runtime.output_dir = "<run directory>"
+    instance.cfg = copy.copy(cfg)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        instance.cfg = before
 
 
 def _load(
@@ -148,8 +172,8 @@ def _load(
         try:
             base = load([])
         except Exception as error:
-            garbled = [p for path in (folder, extra) if path for p in _undecodable(path)]
-            return None, garbled or [format_error(error)]
+            undecodable = [p for path in (folder, extra) if path for p in _undecodable(path)]
+            return None, undecodable or [format_error(error)]
         problems, kept = list[str](), list[str]()
         # Choices and classes first: whether `model.dropout` exists depends on `model=`.
         for text in sorted(
@@ -165,22 +189,12 @@ def _load(
 
 def _shadowed_files(cfg: DictConfig) -> Iterator[str]:
     """A line for each config file of the user's that a shipped one of the same name hides."""
-    shipped: list[Path] = []
-    for source in cfg.hydra.runtime.config_sources:
-        folder = HYDRA_CONF if source.path == "hydra.conf" else Path(source.path)
-        if folder in (HYDRA_CONF, CONF):
-            shipped += _files(folder)
-        elif source.schema == "file":
-            for name in shipped:
-                path, other = folder / name, CONF / name
-                other = other if other.is_file() else HYDRA_CONF / name
-                if path.is_file() and path.read_bytes() != other.read_bytes():
-                    yield f"{path}: is ignored, as {other} has the same name; give it another name"
-
-
-@cache
-def _files(folder: Path) -> list[Path]:
-    return sorted(path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    sources = [s.path for s in cfg.hydra.runtime.config_sources if s.schema == "file"]
+    for folder in (Path(path) for path in sources if str(CONF) in sources and path != str(CONF)):
+        for path in sorted(folder.rglob("*.yaml")):
+            shipped = CONF / path.relative_to(folder)
+            if shipped.is_file() and path.read_bytes() != shipped.read_bytes():
+                yield f"{path}: is ignored, as {shipped} has the same name; give it another name"
 
 
 def _undecodable(folder: Path) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Checks across options: valid one by one, impossible together or on this machine."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,170 +16,136 @@ LENGTHS = ("T_max", "T_0", "total_iters", "step_size", "milestones")
 
 def cross_check(cfg: DictConfig) -> list[str]:
     """One line for each pair of options of a checked config that exclude each other."""
-    return [
-        *_profile(cfg),
-        *_device(cfg),
-        *_graphs(cfg),
-        *_processes(cfg),
-        *_trainer(cfg),
-        *_lengths(cfg),
-    ]
+    checks = (_device, _graphs, _processes, _limits, _trainer, _lengths)
+    return [problem for check in checks for problem in check(cfg)]
 
 
-def _profile(cfg: DictConfig) -> list[str]:
-    if isinstance(cfg.get("profile", False), bool):
-        return []
-    return [f"profile={format_value(cfg.profile)}: must be true or false"]
-
-
-def _device(cfg: DictConfig) -> list[str]:
-    trainer, problems = cfg.trainer, []
-    accelerator, precision = trainer.get("accelerator"), str(trainer.get("precision"))
-    half = precision == "16-mixed"
-    if accelerator in ("gpu", "cuda", "mps") or (half and accelerator == "auto"):
-        import torch
-
-        mps = accelerator != "cuda" and torch.backends.mps.is_available()
-        if not mps and (accelerator == "mps" or not torch.cuda.is_available()):
-            if accelerator != "auto":
-                problems.append(
-                    f"trainer.accelerator={accelerator}: this machine has no GPU that PyTorch "
-                    "can use; take trainer=cpu or trainer=auto"
-                )
-            accelerator = "cpu"
-    if half and accelerator == "cpu":
-        problems.append(
-            f"trainer.precision={precision}: float16 trains only on a GPU; "
-            "take trainer.precision=bf16-mixed or 32"
-        )
-    return problems
-
-
-def _graphs(cfg: DictConfig) -> list[str]:
-    trainer = cfg.trainer
-    if not trainer.get("cuda_graphs"):
-        return []
-    accelerator, problems = trainer.get("accelerator", "auto"), []
+def _gpus(accelerator: str) -> tuple[str | None, int]:
+    """The kind of GPU that an accelerator uses here, cuda or mps, and their number."""
     import torch
 
-    if accelerator not in ("auto", "gpu", "cuda"):
-        problems.append(f"trainer.accelerator={accelerator} has none; take trainer=gpu, or")
-    elif not torch.cuda.is_available():
-        problems.append("this machine has no NVIDIA GPU that PyTorch can use;")
-    if trainer.get("devices", 1) * trainer.get("num_nodes", 1) > 1:
-        problems.append("works with one process only; take trainer.devices=1, or")
-    batches = trainer.get("accumulate_grad_batches", 1)
-    if batches > 1:
-        problems.append(
-            f"needs a step for each batch; take trainer.accumulate_grad_batches=1 instead of "
-            f"{batches}, or"
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda", torch.cuda.device_count()
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return "mps", 1
+    return None, 0
+
+
+def _device(cfg: DictConfig) -> Iterator[str]:
+    accelerator = cfg.trainer.get("accelerator", "auto")
+    half = str(cfg.trainer.get("precision")) == "16-mixed"
+    if not (half or accelerator in ("gpu", "cuda", "mps")) or _gpus(accelerator)[0]:
+        return
+    if accelerator not in ("auto", "cpu"):
+        yield (
+            f"trainer.accelerator={accelerator}: this machine has no GPU that PyTorch can use; "
+            "take trainer=cpu or trainer=auto"
         )
-    return [
-        f"trainer.cuda_graphs=true: {problem} leave it out: trainer.cuda_graphs=false"
-        for problem in problems
-    ]
+    if half:
+        yield (
+            "trainer.precision=16-mixed: float16 trains only on a GPU; take "
+            "trainer.precision=bf16-mixed or 32"
+        )
 
 
-def _processes(cfg: DictConfig) -> list[str]:
+def _graphs(cfg: DictConfig) -> Iterator[str]:
+    trainer = cfg.trainer
+    if not trainer.get("cuda_graphs"):
+        return
+    graphs, leave_out = "trainer.cuda_graphs=true", "leave it out: trainer.cuda_graphs=false"
+    if (accelerator := trainer.get("accelerator", "auto")) not in ("auto", "gpu", "cuda"):
+        yield f"{graphs}: trainer.accelerator={accelerator} has none; {leave_out}"
+    elif _gpus(accelerator)[0] != "cuda":
+        yield f"{graphs}: this machine has no NVIDIA GPU that PyTorch can use; {leave_out}"
+    if trainer.get("devices", 1) * trainer.get("num_nodes", 1) > 1:
+        yield f"{graphs}: works with trainer.devices=1 only; {leave_out}"
+    if trainer.get("accumulate_grad_batches", 1) > 1:
+        yield f"{graphs}: works with trainer.accumulate_grad_batches=1 only; {leave_out}"
+
+
+def _processes(cfg: DictConfig) -> Iterator[str]:
     """Whether there are as many processes and GPUs as `devices` and `num_nodes` say."""
     trainer, info = cfg.trainer, launched()
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
     if info and (info.devices, info.nodes) != (devices, nodes):
-        return [
+        yield (
             f"trainer.devices={devices} times trainer.num_nodes={nodes}: is not what "
-            f"{info.launcher} has started, {info.devices} processes times {info.nodes} "
-            f"machines; take trainer=ddp trainer.devices={info.devices} "
-            f"trainer.num_nodes={info.nodes}"
-        ]
-    if nodes > 1 and not info:
-        return [
+            f"{info.launcher} has started, {info.devices} processes times {info.nodes} machines; "
+            f"take trainer=ddp trainer.devices={info.devices} trainer.num_nodes={info.nodes}"
+        )
+    elif nodes > 1 and not info:
+        yield (
             f"trainer.num_nodes={nodes}: each of the machines has to start its processes: "
             f"torchrun --nnodes {nodes} --nproc-per-node {devices} ... train.py ..., or srun"
-        ]
-    if devices == 1:
-        return []
-    import torch
-
-    problems, accelerator = [], trainer.get("accelerator", "auto")
-    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    mps = accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available()
-    if cuda and devices > (gpus := torch.cuda.device_count()):
-        problems.append(
-            f"trainer.devices={devices}: this machine has {gpus} GPUs for one process each; "
-            f"take trainer.devices={gpus}, or trainer.accelerator=cpu"
         )
-    elif mps and not cuda:
-        problems.append(
-            f"trainer.devices={devices}: an Apple GPU trains in one process; take "
-            "trainer.devices=1, or trainer.accelerator=cpu"
-        )
-    if trainer.get("sync_batchnorm") and not cuda:
-        problems.append(
-            "trainer.sync_batchnorm=true: PyTorch has it for GPUs only; leave it out, or take "
-            "model.norm=false"
-        )
-    return problems
+    elif devices > 1:
+        kind, gpus = _gpus(trainer.get("accelerator", "auto"))
+        if kind and devices > gpus:
+            yield (
+                f"trainer.devices={devices}: this machine has {gpus} GPUs, one per process; "
+                f"take trainer.devices={gpus}, or trainer.accelerator=cpu"
+            )
+        if trainer.get("sync_batchnorm") and kind != "cuda":
+            yield "trainer.sync_batchnorm=true: PyTorch has it for GPUs only; leave it out"
 
 
-def _trainer(cfg: DictConfig) -> list[str]:
-    trainer, problems = cfg.trainer, []
-    for part, what in [("train", "train"), ("val", "validate"), ("test", "test")]:
+def _limits(cfg: DictConfig) -> Iterator[str]:
+    trainer = cfg.trainer
+    for part in ("train", "val", "test"):
         limit = trainer.get(f"limit_{part}_batches")
         option = f"trainer.limit_{part}_batches={format_value(limit)}"
         if limit == 0:
-            problems.append(f"{option}: a run has to {what}; take 1 or more, or leave it out")
+            yield f"{option}: every run has a {part} pass; take 1 or more, or leave it out"
         elif limit is not None and part != "test" and trainer.get("overfit_batches"):
-            problems.append(f"{option}: trainer.overfit_batches sets it; leave one of them out")
-    limit = trainer.get("limit_test_batches")
-    if isinstance(limit, float) and 0 < limit < 1:
-        problems.append(
-            f"trainer.limit_test_batches={limit}: a fraction is not supported here; take a "
-            "whole number, or leave it out"
-        )
-    if trainer.get("gradient_clip_algorithm") and trainer.get("gradient_clip_val") is None:
-        problems.append(
-            f"trainer.gradient_clip_algorithm={trainer.gradient_clip_algorithm}: needs a limit; "
-            "add trainer.gradient_clip_val=1"
+            yield f"{option}: trainer.overfit_batches sets it; leave one of them out"
+        elif part == "test" and isinstance(limit, float) and 0 < limit < 1:
+            yield f"{option}: must not be a fraction; take a whole number, or leave it out"
+
+
+def _trainer(cfg: DictConfig) -> Iterator[str]:
+    trainer = cfg.trainer
+    algorithm, clip = trainer.get("gradient_clip_algorithm"), trainer.get("gradient_clip_val")
+    if algorithm and clip is None:
+        yield (
+            f"trainer.gradient_clip_algorithm={algorithm}: needs a limit; add "
+            "trainer.gradient_clip_val=1"
         )
     if trainer.get("benchmark") and trainer.get("deterministic"):
-        problems.append(
+        yield (
             "trainer.benchmark=true: chooses algorithms by speed, which "
             "trainer.deterministic=true forbids; leave one of them out"
         )
     epochs, least = trainer.get("max_epochs"), trainer.get("min_epochs")
     if epochs is not None and least is not None and least > epochs:
-        problems.append(
-            f"trainer.min_epochs={least}: is more than trainer.max_epochs={epochs}; take {epochs} "
-            "or less"
+        yield (
+            f"trainer.min_epochs={least}: is more than trainer.max_epochs={epochs}; take "
+            f"{epochs} or less"
         )
-    mixed = str(trainer.get("precision")).endswith("mixed")
-    if mixed and cfg.optimizer.get("fused") and trainer.get("gradient_clip_val"):
-        problems.append(
-            f"trainer.gradient_clip_val={trainer.gradient_clip_val}: with "
-            f"precision={trainer.precision} gradients cannot be clipped before a fused "
-            "optimizer; add optimizer.fused=false"
+    if clip and str(trainer.get("precision")).endswith("mixed") and cfg.optimizer.get("fused"):
+        yield (
+            f"trainer.gradient_clip_val={clip}: with precision={trainer.precision} gradients "
+            "cannot be clipped before a fused optimizer; add optimizer.fused=false"
         )
-    return problems
 
 
-def _lengths(cfg: DictConfig) -> list[str]:
+def _lengths(cfg: DictConfig) -> Iterator[str]:
     """A schedule by epochs that is longer than the run."""
-    epochs, problems = cfg.trainer.get("max_epochs"), []
+    epochs = cfg.trainer.get("max_epochs")
     if not cfg.get("scheduler") or "total_steps" in signature(cfg.scheduler._target_).types:
-        return []
+        return
     for name in LENGTHS:
-        value = cfg.scheduler.get(name)
-        plain: Any = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        numbers = [n for n in (plain if isinstance(plain, list) else [plain]) if _number(n)]
-        option = f"scheduler.{name}={format_value(plain)}"
-        if any(n < 1 for n in numbers):
-            problems.append(f"{option}: must be 1 epoch or more")
-        elif epochs is not None and any(n > epochs for n in numbers):
-            problems.append(
+        value: Any = cfg.scheduler.get(name)
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        values = value if isinstance(value, list) else [value]
+        numbers = [number for number in values if isinstance(number, (int, float))]
+        option = f"scheduler.{name}={format_value(value)}"
+        if min(numbers, default=1) < 1:
+            yield f"{option}: must be 1 epoch or more"
+        elif epochs is not None and max(numbers, default=1) > epochs:
+            yield (
                 f"{option}: is longer than the run, trainer.max_epochs={epochs}; take at most "
                 f"{epochs}, or more epochs"
             )
-    return problems
 
 
 def cross_check_data(cfg: DictConfig, data: Any) -> list[str]:
@@ -187,8 +154,8 @@ def cross_check_data(cfg: DictConfig, data: Any) -> list[str]:
     crop, smallest = cfg.data.get("crop", 0), min(data.shape[1:])
     if crop >= smallest:
         problems.append(
-            f"data.crop={crop}: on images of {data.shape[1]}x{data.shape[2]} a crop may then "
-            f"contain only padding; take less than {smallest}"
+            f"data.crop={crop}: on images of {data.shape[1]}x{data.shape[2]} a crop may contain "
+            f"only padding; take less than {smallest}"
         )
     images = data.train_size - data.val_size
     whole = math.ceil(images / data.batch_size)
@@ -220,7 +187,3 @@ def cross_check_data(cfg: DictConfig, data: Any) -> list[str]:
             f"cannot be shared by {processes} processes (trainer.devices); take another"
         )
     return problems
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

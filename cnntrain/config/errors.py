@@ -1,10 +1,13 @@
-"""Errors of a config and of files, as one line each."""
+"""Errors of a config, of files and of output folders, as one line each."""
 
 import contextlib
 import difflib
 import json
 import os
+import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -69,3 +72,36 @@ def unknown(has: str, what: str, name: str, names: Sequence[str]) -> str:
     if what == "choice" and near:
         way_out += f" (there is {', '.join(sorted(names))})"
     return f"{has} no {what} {name!r}; {way_out}"
+
+
+def run_directory_problem(
+    directory: str,
+    option: str = "hydra.run.dir",
+    records: Sequence[str] = ("result.json", "results.json", "checkpoints"),
+) -> str | None:
+    """Why a new run cannot use this directory, if so: it contains one of `records`, for example."""
+    if directory and any(os.path.lexists(Path(directory, name)) for name in records):
+        how = "resume=True" if option == "directory" else f"resume={shlex.quote(directory)}"
+        return f"{option}={directory}: holds another run already; {how}, or choose another folder"
+    return folder_problem(directory, option)
+
+
+def folder_problem(directory: str, option: str) -> str | None:
+    """Why files cannot be written below a folder, which need not exist yet, if so."""
+    if not directory:
+        return f"{option}=: must name a folder"
+    if directory.startswith("~"):
+        home = os.path.expanduser(directory)
+        return f"{option}={directory}: ~ is not expanded; write {option}={home}"
+    path = Path(directory).absolute()
+    above = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    return None if writable(above) else f"{option}={directory}: {above} is not a writable folder"
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be created in a folder: tried, as root ignores permissions."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # has no name
+            return True
+    except OSError:
+        return False

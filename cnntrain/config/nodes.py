@@ -5,6 +5,9 @@ Classes are named, not imported.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+LEAVE_OUT = "leave it out"
 
 # Arguments of Lightning's trainer that a run sets itself, and what to use instead.
 TRAINER_GIVEN = {
@@ -41,29 +44,34 @@ class Node:
     """A node of the config with a `_target_`."""
 
     kind: str  # the base class of the target
-    given: Sequence[str] = ()  # parameters that the program sets
-    instead: Mapping[str, str] = field(default_factory=dict)  # of these: what to use instead
+    given: Mapping[str, str] = field(default_factory=dict)  # set by the program; what to do instead
     partial: bool = False  # instantiated with _partial_: true
     filled: bool = False  # all of `given` must be parameters of the target
     unfit: Mapping[str, str] = field(default_factory=dict)  # unusable classes of that kind, and why
     extra: str | None = None  # package that must be installed
 
 
+def _given(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, LEAVE_OUT)
+
+
 NODES = {
     "backend": Node(
-        "torch.nn.Conv2d", ("in_channels", "out_channels", "kernel_size", "padding"), partial=True
+        "torch.nn.Conv2d",
+        _given("in_channels", "out_channels", "kernel_size", "padding"),
+        partial=True,
     ),
-    "model": Node("torch.nn.Module", ("conv", "in_shape", "num_classes"), filled=True),
+    "model": Node("torch.nn.Module", _given("conv", "in_shape", "num_classes"), filled=True),
     "data": Node("cnntrain.data.ImageData"),
     "optimizer": Node(
         "torch.optim.Optimizer",
-        ("params",),
+        _given("params"),
         partial=True,
         unfit={"torch.optim.SparseAdam": "takes sparse gradients only; torch.optim.Adam any"},
     ),
     "scheduler": Node(
         "torch.optim.lr_scheduler.LRScheduler",
-        ("optimizer", "total_steps"),
+        _given("optimizer", "total_steps"),
         partial=True,
         unfit={
             "torch.optim.lr_scheduler.ReduceLROnPlateau": "waits for a metric, but schedules "
@@ -71,18 +79,17 @@ NODES = {
         },
     ),
     "loss": Node("torch.nn.Module"),
-    "trainer": Node("lightning.pytorch.Trainer", tuple(TRAINER_GIVEN), instead=TRAINER_GIVEN),
-    "tensorboard": Node("cnntrain.training.Insights", ("board", "data")),
+    "trainer": Node("lightning.pytorch.Trainer", TRAINER_GIVEN),
+    "tensorboard": Node("cnntrain.training.Insights", _given("board", "data")),
     "search": Node("cnntrain.sweeps.search.Search", extra="optuna"),
     "search.sampler": Node(
         "optuna.samplers.BaseSampler",
-        ("seed",),
+        _given("seed"),
         partial=True,
         filled=True,
         unfit={
             "optuna.samplers.GridSampler": "needs the space again; take search/sampler=grid",
-            "optuna.samplers.QMCSampler": "keeps state between trials, but each trial has a "
-            "new sampler; take search/sampler=random",
+            "optuna.samplers.QMCSampler": "keeps state between trials; take search/sampler=random",
         },
     ),
     "search.pruner": Node("optuna.pruners.BasePruner"),
@@ -94,45 +101,35 @@ NODES = {
 class Root:
     """The root config of a command, conf/<command>.yaml."""
 
-    nodes: tuple[str, ...]
+    nodes: Sequence[str]
     target: str | None = None  # function whose parameters are the other options
-    given: tuple[str, ...] = ()  # options that the command handles
-    optional: tuple[str, ...] = ()  # nodes that may be missing
-    required: tuple[str, ...] = ()  # options without a default
-    seeded: bool = True  # has a `seed`
+    types: Mapping[str, Any] = field(default_factory=dict)  # of further or other options
+    optional: Sequence[str] = ()  # nodes that may be missing
+    required: Sequence[str] = ()  # options without a default
 
 
 ROOTS = {
     "train": Root(
-        tuple(name for name in NODES if "." not in name),
-        given=("profile", "resume"),
-        optional=("tensorboard", "search", "sweep"),
+        [name for name in NODES if "." not in name],
+        types={"seed": int, "profile": bool, "resume": Any},
+        optional=["tensorboard", "search", "sweep"],
     ),
-    "verify": Root(("backend",), "cnntrain.lab.verify.verify", ("backend",)),
+    "verify": Root(["backend"], "cnntrain.lab.verify.verify"),
     "evaluate": Root(
-        ("backend",),
-        "cnntrain.inference.evaluate",
-        ("backend",),
-        optional=("backend",),
-        required=("run",),
-        seeded=False,
+        ["backend"], "cnntrain.inference.evaluate", optional=["backend"], required=["run"]
     ),
     "predict": Root(
-        ("backend",),
+        ["backend"],
         "cnntrain.inference.predict",
-        ("backend", "json"),
-        optional=("backend",),
-        required=("run", "images"),
-        seeded=False,
+        types={"json": bool},
+        optional=["backend"],
+        required=["run", "images"],
     ),
-    "export": Root(
-        (),
-        "cnntrain.inference.export",
-        ("folder",),
-        required=("run", "format"),
-        seeded=False,
-    ),
+    "export": Root([], "cnntrain.inference.export", required=["run", "format"]),
     "benchmark": Root(
-        ("model",), "cnntrain.lab.benchmark.benchmark", ("layers", "shape"), optional=("model",)
+        ["model"],
+        "cnntrain.lab.benchmark.benchmark",
+        types={"layers": Any, "shape": Any},
+        optional=["model"],
     ),
 }

@@ -1,11 +1,17 @@
-"""Options of a config by their full names, and the hash of those that determine the result."""
+"""The config folder, its choices, and the options of a config by their full names."""
 
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+# In a wheel conf/ lies in the package, in a checkout beside it.
+_PACKAGE = Path(__file__).parents[1]
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 # Options that change where a run is written, how it is shown and how often it is saved, but not
 # its results. They may change on resume, and are not part of the config hash.
@@ -30,17 +36,14 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
     """Every option by its full name, such as `model.dropout`; interpolations are resolved."""
     found: dict[str, Any] = {}
 
-    def walk(node: dict[Any, Any], prefix: str) -> None:
+    def walk(node: Any, prefix: str) -> None:
         for key, value in node.items():
-            name = f"{prefix}{key}"
             if isinstance(value, dict) and value:
-                walk(value, f"{name}.")
+                walk(value, f"{prefix}{key}.")
             else:
-                found[name] = value
+                found[f"{prefix}{key}"] = value
 
-    content = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(content, dict)
-    walk(content, "")
+    walk(OmegaConf.to_container(cfg, resolve=True), "")
     return found
 
 
@@ -59,3 +62,38 @@ def options_hash(options: Mapping[str, Any]) -> str:
     deciding = {key: value for key, value in options.items() if not incidental(key)}
     content = json.dumps(deciding, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def choice(group: str, node: Mapping[str, Any] | None) -> str:
+    """The choice of conf/<group>/ that a node was made from, as one would type it.
+
+    That is the file with the node's `_target_`; of several, the one whose values the node shares
+    most of. Without any it is the class's dotted name, and `none` for a node that is empty.
+    """
+    target = (node or {}).get("_target_")
+    if not node or not target:
+        return "none"
+    alike = {name: own for name, own in _choices(group).items() if own.get("_target_") == target}
+    if not alike:
+        return str(target)
+    return max(alike, key=lambda name: sum(node.get(k) == v for k, v in alike[name].items()))
+
+
+def defaults(group: str, name: str) -> dict[str, Any]:
+    """The values in conf/<group>/<name>.yaml; nothing if there is no such file."""
+    return _choices(group).get(name, {})
+
+
+@cache
+def _choices(group: str) -> dict[str, dict[str, Any]]:
+    """The values of each file of a group, read without Hydra, which takes 150 ms per config."""
+    return {path.stem: _values(path) for path in sorted((CONF / group).glob("*.yaml"))}
+
+
+def _values(path: Path) -> dict[str, Any]:
+    own: Any = OmegaConf.to_container(OmegaConf.load(path))
+    merged: dict[str, Any] = {}
+    for parent in own.pop("defaults", []):
+        if isinstance(parent, str) and parent != "_self_":
+            merged |= _values(path.with_name(f"{parent}.yaml"))
+    return merged | own

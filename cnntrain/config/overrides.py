@@ -17,14 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from cnntrain.config.errors import format_error, unknown
 from cnntrain.config.nodes import NODES
 
-# Hydra's launchers, and the package hydra-*-launcher that each is in.
-LAUNCHERS = {
-    "joblib": "joblib",
-    "ray": "ray",
-    "submitit_local": "submitit",
-    "submitit_slurm": "submitit",
-}
-
 
 def combinations(
     overrides: Sequence[str], folder: Path, most: int | None = None
@@ -93,20 +85,6 @@ def _values(text: str, parser: OverridesParser, most: int | None) -> list[str]:
     return [text]
 
 
-def misplaced(overrides: Sequence[str], nodes: Sequence[str]) -> list[str]:
-    """A line for each override that gives a node neither a choice nor options."""
-    problems = []
-    for text in overrides:
-        try:
-            override = parsed(text)
-        except HydraException:
-            continue
-        key, value = override.get_key_element().lstrip("+~"), override.value()
-        if key in nodes and (isinstance(value, list) or value == {}):
-            problems.append(f"{text}: must name a choice of {key}")
-    return problems
-
-
 def quoted(text: str) -> str:
     """Quote a text of any characters as a value on Hydra's command line.
 
@@ -134,9 +112,9 @@ def explain(text: str, error: Exception, base: DictConfig) -> str:
         if not all(isinstance(name, str) for name in names):
             return f"{text}: must name a choice of {key}; python train.py --help lists them"
         if wrong := [name for name in names if name not in choices]:
-            if key == "hydra/launcher" and wrong[0] in LAUNCHERS:
-                package = f"hydra-{LAUNCHERS[wrong[0]]}-launcher"
-                return f"{text}: is not installed; pip install {package}"
+            package = wrong[0].partition("_")[0]
+            if key == "hydra/launcher" and package in ("joblib", "ray", "submitit"):
+                return f"{text}: is not installed; pip install hydra-{package}-launcher"
             return f"{text}: {unknown(f'{key} has', 'choice', wrong[0], choices)}"
         if override.is_add():
             return f"{text}: has a choice already; write {text.lstrip('+')}"
@@ -153,8 +131,8 @@ def _unknown_option(text: str, key: str, base: DictConfig) -> str:
     node = OmegaConf.select(base, parent) if parent else base
     if not isinstance(node, DictConfig):
         return unknown("there is", "option", key, list(_option_names(base)))
-    if parent in NODES and name in NODES[parent].instead:
-        return f"is decided by the program; {NODES[parent].instead[name]}"
+    if parent in NODES and name in NODES[parent].given:
+        return f"is decided by the program; {NODES[parent].given[name]}"
     names = [str(k) for k in node if not str(k).startswith("_")]
     inner = [full for full in _option_names(base) if full.endswith(f".{name}")]
     if not parent and inner:

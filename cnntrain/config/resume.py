@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cnntrain.config import ConfigError, compose, config_hash, flat, incidental
+from cnntrain.config.errors import format_value
 from cnntrain.config.signatures import signature
 
 log = logging.getLogger(__name__)
@@ -33,30 +34,20 @@ def has_run(directory: Path) -> bool:
 
 def is_running(directory: Path) -> bool:
     """Whether a process is training in the directory; false if that cannot be read."""
-    try:
-        return _locked(directory)
-    except OSError:
-        return False
-
-
-def in_use(directory: Path, option: str = "hydra.run.dir") -> str | None:
-    """The error line if a process is training in the directory, or if that cannot be read."""
-    try:
-        if _locked(directory):
-            return f"{option}={directory}: another process is training there; wait for it or end it"
-    except OSError as error:
-        return f"{directory / LOCK}: cannot be written: {error.strerror}"
-    return None
-
-
-def _locked(directory: Path) -> bool:
-    if not (directory / LOCK).exists():
-        return False
-    try:
-        with FileLock(directory / LOCK, timeout=0):
+    if (directory / LOCK).exists():
+        try:
+            with FileLock(directory / LOCK, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:
             return False
-    except Timeout:
-        return True
+    return False
+
+
+def in_use(directory: Path, option: str = "hydra.run.dir") -> str:
+    """The error line for a directory in which a process is training."""
+    return f"{option}={directory}: another process is training there; wait for it or end it"
 
 
 def add_checksum(content: dict[str, Any]) -> dict[str, Any]:
@@ -101,17 +92,16 @@ def run_config(
     Raises:
         ConfigError: The config cannot be read from anything in the directory.
     """
-    result = read_result(directory)
-    cfg = read_config(directory / CONFIG)
-    if cfg is not None and result is not None and config_hash(cfg) == result["config_hash"]:
-        return cfg
-    if cfg is not None and not any((directory / n).exists() for n in (RESULT, CHECKPOINTS)):
-        return cfg  # ended before the first result.json
+    result, cfg = read_result(directory), read_config(directory / CONFIG)
+    if cfg is not None:
+        if result is not None and config_hash(cfg) == result["config_hash"]:
+            return cfg
+        if not any((directory / name).exists() for name in (RESULT, CHECKPOINTS)):
+            return cfg  # ended before the first result.json
     # One of the two is damaged.
     if found := newest(directory / CHECKPOINTS):
-        path, content = found
-        log.warning(f"{directory / CONFIG}: is damaged; the config in {path} is used")
-        return DictConfig(content["config"])
+        log.warning(f"{directory / CONFIG}: is damaged; the config in {found[0]} is used")
+        return DictConfig(found[1]["config"])
     raise ConfigError(
         [
             f"resume={directory}: {CONFIG} or {RESULT} is damaged, and there is no checkpoint to "
@@ -139,9 +129,8 @@ def with_overrides(
     if processes > 1 and other:
         raise ConfigError(
             [
-                f"{other[-1]}: the run in {directory} has {processes} processes, and its batches "
-                "are divided among as many; leave it out, and set trainer.accelerator=cpu, "
-                "trainer.progress_bar=false and so on"
+                f"{other[-1]}: the run in {directory} has {processes} processes; leave it out, "
+                "and set trainer.accelerator=cpu and the like"
             ]
         )
     try:
@@ -188,26 +177,26 @@ def resume_problems(run: DictConfig, wanted: DictConfig) -> list[str]:
     old, new = flat(run), flat(wanted)
     problems = []
     for key in sorted(old.keys() | new.keys()):
-        node = key.split(".")[0]
-        other = old.get(f"{node}._target_") != new.get(f"{node}._target_")
-        if old.get(key) == new.get(key) or incidental(key) or (other and "_target_" not in key):
+        target = f"{key.split('.')[0]}._target_"
+        other_class = key != target and old.get(target) != new.get(target)
+        if old.get(key) == new.get(key) or incidental(key) or other_class:
             continue
-        value = f"{key}={_shown(new.get(key))}"
+        value, before = f"{key}={format_value(new.get(key))}", format_value(old.get(key))
         if key in ("trainer.devices", "trainer.num_nodes") and key not in new:
             if old[key] > 1:
                 problems.append(
-                    f"{key}: the run has {old[key]}, and is resumed with as many; add "
-                    f"trainer=ddp {key}={old[key]}, or start a new run"
+                    f"{key}: the run has {before}, and is resumed with as many; add "
+                    f"trainer=ddp {key}={before}, or start a new run"
                 )
         elif key != "trainer.max_epochs":
             problems.append(
-                f"{value}: the run was started with {_shown(old.get(key))}; leave the option out, "
-                "or start a new run"
+                f"{value}: the run was started with {before}; leave the option out, or start a "
+                "new run"
             )
         elif _needs_length(run):
             problems.append(
-                f"{value}: the learning rate schedule of this run is for {old[key]} epochs; "
-                "leave the option out, or start a new run"
+                f"{value}: the learning rate schedule of this run is for {before} epochs; leave "
+                "the option out, or start a new run"
             )
     return problems
 
@@ -243,19 +232,12 @@ def _needs_length(cfg: DictConfig) -> bool:
 def read_config(path: Path) -> DictConfig | None:
     """The config in a file, `resume` left out; None if it cannot be read."""
     try:
-        cfg = OmegaConf.load(path)
-        if not isinstance(cfg, DictConfig):
-            return None
-        cfg = run_options(cfg)
+        cfg = run_options(OmegaConf.load(path))  # type: ignore[arg-type]
         OmegaConf.resolve(cfg)
+        return cfg
     except (OSError, YAMLError, ValueError, OmegaConfBaseException):
         return None
-    return cfg
 
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,12 +1,9 @@
 """Signatures of configured classes: the parameters and types that a config is checked against."""
 
 import collections.abc
-import contextlib
 import difflib
 import importlib
-import importlib.util
 import inspect
-import os
 import sys
 import traceback
 import types
@@ -14,7 +11,6 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 
@@ -60,15 +56,11 @@ def _of(call: Any, skip: int = 0) -> Signature:
         parameters = [*inspect.signature(call).parameters.values()][skip:]
     except (TypeError, ValueError):  # compiled, without a signature
         return Signature(open=True)
-    try:
-        hints = typing.get_type_hints(call, include_extras=True)
-    except Exception:  # one has a name that is imported for type checkers only
-        hints, function = {}, inspect.unwrap(call)
-        for name, kind in getattr(function, "__annotations__", {}).items():
-            with contextlib.suppress(Exception):
-                one = types.SimpleNamespace(__annotations__={name: kind})
-                names = (function.__globals__, vars(typing) | vars(collections.abc))
-                hints |= typing.get_type_hints(one, *names, include_extras=True)
+    names = {**vars(collections.abc), **getattr(inspect.unwrap(call), "__globals__", {})}
+    try:  # names of collections.abc are often imported for type checkers only
+        hints = typing.get_type_hints(call, names, include_extras=True)
+    except Exception:  # another such name: the types are not checked
+        hints = {}
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     kinds = {p.name: hints.get(p.name, Any) for p in named}
     return Signature(kinds, any(p.kind is p.VAR_KEYWORD for p in parameters))
@@ -84,13 +76,12 @@ def plain(kind: Any) -> Any:
     if origin in (list, tuple, dict, Iterable):  # pydantic looks into an Iterable only when used
         inner = tuple(part if part is ... else plain(part) for part in arguments)
         return (list if origin is Iterable else origin)[inner]
-    from pydantic import TypeAdapter
-    from pydantic.errors import PydanticSchemaGenerationError
+    from pydantic import PydanticUserError, TypeAdapter
 
     try:
-        TypeAdapter(kind)
+        TypeAdapter(kind, config={})
         return kind
-    except PydanticSchemaGenerationError:
+    except PydanticUserError:
         return Any
 
 
@@ -103,34 +94,28 @@ def load(target: str) -> Any:
             found = importlib.import_module(module)
         except (Exception, SystemExit) as error:  # what a module's author did on its top level
             absent = error.name if isinstance(error, ModuleNotFoundError) else None
-            if absent and (module == absent or module.startswith(f"{absent}.")):
+            if absent and f"{module}.".startswith(f"{absent}."):
                 continue
-            message = " ".join(str(error).split())
-            place = _origin(error, parts[0])
-            raise ImportError(f"{place} raises {type(error).__name__}: {message}") from error
+            message = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
+            raise ImportError(f"{_origin(error)} {message}") from error
         for name in parts[cut:]:
             if not hasattr(found, name):
                 near = difflib.get_close_matches(name, dir(found), n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                file = getattr(found, "__file__", None)
-                raise ImportError(f"{module}{f' ({file})' if file else ''} has no {name!r}{hint}")
+                raise ImportError(f"{getattr(found, '__file__', module)} has no {name!r}{hint}")
             found = getattr(found, name)
         return found
-    own = [path for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix))]
-    places = ", ".join(dict.fromkeys(os.path.abspath(path) for path in own if path != sys.argv[0]))
     raise ImportError(
-        f"there is no module {parts[0]!r} among the installed packages, nor in {places}; to look "
-        "in other folders, set PYTHONPATH=<folder>"
+        f"there is no module {parts[0]!r} in the current folder, PYTHONPATH or what is installed"
     )
 
 
-def _origin(error: BaseException, package: str) -> str:
-    """The file and line of an error that a package raised while it was imported."""
+def _origin(error: BaseException) -> str:
+    """The file and line of an error in an import, outside of the installed packages if possible."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    spec = importlib.util.find_spec(package)
-    source = Path(spec.origin) if spec and spec.origin else None
-    home = str(source.parent if source and source.name == "__init__.py" else source)
-    own = [f for f in frames if f.filename.startswith(home)] or frames
-    return f"{own[-1].filename}:{own[-1].lineno}"
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    installed = (sys.prefix, sys.base_prefix, "<frozen")
+    own = [frame for frame in frames if not frame.filename.startswith(installed)]
+    last = (own or frames)[-1]
+    return f"{last.filename}:{last.lineno}"

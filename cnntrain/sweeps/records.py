@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cnntrain.config import ConfigError, config_hash, flat, incidental, resume
-from cnntrain.config.choices import choice, defaults
+from cnntrain.config.options import choice, defaults
 from cnntrain.config.resume import CONFIG, RESULT, has_run, is_running, read_config, read_sealed
 
 SWEEP_FILE = "sweep.yaml"

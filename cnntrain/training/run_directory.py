@@ -38,10 +38,10 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(path / LOCK)
         try:
-            # Released by the system however this process ends; held briefly by `in_use`.
+            # Released by the system however this process ends; held briefly by `is_running`.
             self.lock.acquire(timeout=1, poll_interval=0.02)
         except Timeout:
-            raise ConfigError([str(in_use(path, option))]) from None
+            raise ConfigError([in_use(path, option)]) from None
         if not resume and (problem := run_directory_problem(str(path), option)):
             self.lock.release()
             raise ConfigError([problem])

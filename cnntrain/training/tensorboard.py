@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from cnntrain.config import flat
-from cnntrain.config.choices import choice
+from cnntrain.config.options import choice
 from cnntrain.models import GraphNode
 
 log = logging.getLogger(__name__)

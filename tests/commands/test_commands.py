@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, signals, a real TensorBoard server."""
+"""The command line in processes, with signals, a pseudo-terminal and a TensorBoard server."""
 
 import fcntl
 import json
@@ -12,17 +12,29 @@ import termios
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from command_line import QUICK, TRAIN
 from conftest import ROOT, Run
+from forked import run_command
 from tensorboard_page import Server
 
+Finished = tuple[subprocess.CompletedProcess[str], Path]
 
-def test_a_run_in_a_pipe(cnntrain: Run, tmp_path: Path) -> None:
-    done = cnntrain(*QUICK, "backend=im2col", "model=lenet5", "trainer.max_epochs=2")
-    assert done.returncode == 0, done.stderr
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run of two epochs, and the folder in which it was started."""
+    folder = tmp_path_factory.mktemp("finished")
+    options = [*QUICK, "backend=im2col", "model=lenet5", "trainer.max_epochs=2"]
+    return run_command(["train", *options], folder), folder
+
+
+def test_output_in_a_pipe(finished: Finished) -> None:
+    done, here = finished
+    assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert sum("Im2colConv2d" in line for line in lines) == 3
     number = r"[\d.,]+"
@@ -35,84 +47,68 @@ def test_a_run_in_a_pipe(cnntrain: Run, tmp_path: Path) -> None:
     folder = directory.removeprefix("run directory").strip()
     assert re.fullmatch(r"outputs/lenet5_im2col/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}", folder)
     assert tensorboard.split() == ["TensorBoard", "tensorboard", "--logdir", folder]
-    result = json.loads((tmp_path / folder / "result.json").read_text())
+    result = json.loads((here / folder / "result.json").read_text())
     assert f"{result['metrics']['test/acc']:.2%}" == accuracy.split()[2]
-    assert (tmp_path / folder / ".hydra/overrides.yaml").exists()
-    log = (tmp_path / folder / "train.log").read_text()
+    assert (here / folder / ".hydra/overrides.yaml").exists()
+    log = (here / folder / "train.log").read_text()
     assert "epoch 2/2" in log
     assert "features.0" in log
-    assert done.stderr == ""
-    environment = json.loads((tmp_path / folder / "environment.json").read_text())
+    environment = json.loads((here / folder / "environment.json").read_text())
     assert "backend=im2col" in environment["command"]
 
 
-def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
-    """In a pseudo-terminal, with loss, accuracy and images/s."""
-    command = [*TRAIN, "data=fashion_mnist_mini", "trainer.max_epochs=2", "data.batch_size=16"]
+def test_directory_of_another_run_is_unchanged(finished: Finished, cnntrain: Run) -> None:
+    (directory,) = finished[1].glob("outputs/*/*")
+    before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    done = cnntrain(*QUICK, "seed=1", f"hydra.run.dir={directory}")
+    assert done.returncode == 2
+    assert f"hydra.run.dir={directory}: holds another run already" in done.stderr
+    assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
+
+
+def test_progress_bar_and_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
+    """The bar shows loss, accuracy and images/s; SIGINT saves the run."""
+    options = ["data=fashion_mnist_mini", "trainer.max_epochs=500", "hydra.run.dir=run"]
     master, slave = os.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    with subprocess.Popen(command, cwd=tmp_path, stdout=slave, stderr=slave) as process:
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    command = [*TRAIN, *options, "data.batch_size=16", "model=shallow"]
+    shown, interrupted = b"", False
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=slave,
+        stderr=slave,
+        # A shell's background jobs ignore SIGINT, and so would the processes of a test in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         os.close(slave)
-        shown = b""
         while chunk := _read(master):
             shown += chunk
+            if b"images/s" in shown.partition(b"epoch 2/500 ")[2] and not interrupted:
+                process.send_signal(signal.SIGINT)
+                interrupted = True
     os.close(master)
-    assert process.returncode == 0, shown
-    assert re.search(rb"epoch 2/2 .*\| .* loss \d\.\d{4} acc \d+\.\d+% [\d,]+ images/s", shown)
-    assert re.search(rb"epoch 2/2  train loss", shown)
+    assert process.returncode == 130, shown
+    assert re.search(rb"epoch 2/500 .*\| .* loss \d\.\d{4} acc \d+\.\d+% [\d,]+ images/s", shown)
+    assert re.search(rb"epoch +1/500  train loss", shown)
+    assert b"Traceback" not in shown
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "interrupted"
 
 
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)
-    except OSError:  # Linux says so when the last process has closed its end
+    except OSError:  # on Linux, after the last process has closed its end
         return b""
 
 
-def test_two_starts_at_once_have_two_directories(tmp_path: Path) -> None:
-    started = [
-        subprocess.Popen([*TRAIN, *QUICK], cwd=tmp_path, stdout=subprocess.DEVNULL)
-        for _ in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+def test_runs_started_at_once_have_two_directories(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        done = threads.map(lambda _: run_command(["train", *QUICK], tmp_path), range(2))
+        assert [run.returncode for run in done] == [0, 0]
     results = list(tmp_path.glob("outputs/*/*/result.json"))
     assert len(results) == 2
     assert all(json.loads(r.read_text())["status"] == "completed" for r in results)
-
-
-def test_an_occupied_directory_is_left_as_it_is(cnntrain: Run, tmp_path: Path) -> None:
-    directory = f"hydra.run.dir={tmp_path / 'my run'}"
-    assert cnntrain(*QUICK, directory).returncode == 0
-    before = {p: p.read_bytes() for p in (tmp_path / "my run").rglob("*") if p.is_file()}
-    done = cnntrain(*QUICK, "seed=1", directory)
-    assert done.returncode == 2
-    assert "hydra.run.dir=" in done.stderr
-    assert "holds another run already" in done.stderr
-    after = {p: p.read_bytes() for p in (tmp_path / "my run").rglob("*") if p.is_file()}
-    assert after == before
-
-
-def test_ctrl_c_is_recorded(tmp_path: Path) -> None:
-    command = [*TRAIN, "data=fashion_mnist_mini", "trainer.max_epochs=500", "hydra.run.dir=run"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background jobs ignore SIGINT, and so would what the tests start in one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/checkpoints/last.ckpt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in said
-    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "interrupted"
 
 
 def test_no_data_is_one_message(tmp_path: Path, cnntrain: Run) -> None:
@@ -127,24 +123,15 @@ def test_no_data_is_one_message(tmp_path: Path, cnntrain: Run) -> None:
     assert "data=fashion_mnist_mini" in done.stderr
 
 
-def test_a_backend_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "mypkg.py").write_text(
-        "from cnntrain.conv import NaiveConv2d\n\n\nclass MyConv2d(NaiveConv2d):\n    pass\n"
-    )
-    command = [sys.executable, "-m", "cnntrain", "train", *QUICK, "model=shallow"]
-    done = subprocess.run(
-        [*command, "backend._target_=mypkg.MyConv2d"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_user_backend_in_the_current_folder(cnntrain: Run, tmp_path: Path) -> None:
+    (tmp_path / "mypkg.py").write_text("from torch import nn\n\n\nclass My(nn.Conv2d): pass\n")
+    done = cnntrain(*QUICK[1:], "backend._target_=mypkg.My", "experiment=quick")
     assert done.returncode == 0, done.stderr
-    assert "MyConv2d" in done.stdout
+    assert "epoch 1/1" in done.stdout
+    assert " My " in done.stdout
 
 
-def test_a_config_folder_of_ones_own(cnntrain: Run, tmp_path: Path) -> None:
+def test_user_config_folder(cnntrain: Run, tmp_path: Path) -> None:
     experiment = tmp_path / "my conf/experiment/tiny.yaml"
     experiment.parent.mkdir(parents=True)
     experiment.write_text("# @package _global_\nseed: 7\nmodel:\n  hidden: 11\n")
@@ -157,17 +144,13 @@ def test_a_config_folder_of_ones_own(cnntrain: Run, tmp_path: Path) -> None:
     assert "did you mean 'tiny'" in done.stderr
 
 
-def test_tab_completion(tmp_path: Path) -> None:
-    environment = {**os.environ, "COMP_LINE": "train.py backend=im", "COMP_POINT": "19"}
-    done = subprocess.run(
-        [*TRAIN, "-sc", "query=bash"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+def test_tab_completion(cnntrain: Run) -> None:
+    done = cnntrain("-sc", "query=bash", COMP_LINE="train.py backend=im", COMP_POINT="19")
     assert done.stdout.split() == ["backend=im2col"]
-    install = subprocess.run([*TRAIN, "-sc", "install=bash"], capture_output=True, text=True)
-    assert "complete -o nospace" in install.stdout
+    assert "complete -o nospace" in cnntrain("-sc", "install=bash").stdout
 
 
-def test_commands_are_listed_and_a_wrong_one_refused(tmp_path: Path) -> None:
+def test_list_of_commands_and_a_wrong_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cnntrain"]
     listed = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert listed.returncode == 0
@@ -178,10 +161,9 @@ def test_commands_are_listed_and_a_wrong_one_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server(cnntrain: Run, tmp_path: Path) -> Iterator[str]:
+def server(finished: Finished) -> Iterator[str]:
     """TensorBoard over one run's folder; the address."""
-    assert cnntrain(*QUICK, "hydra.run.dir=outputs/first").returncode == 0
-    with Server(tmp_path / "outputs") as address:
+    with Server(finished[1] / "outputs") as address:
         yield address.rstrip("/")
 
 
@@ -192,10 +174,12 @@ def _ask(address: str, body: bytes | None = None) -> object:
         return json.load(answer)
 
 
-def test_tensorboard_shows_the_run(server: str, tmp_path: Path) -> None:
+def test_tensorboard_shows_the_run(server: str, finished: Finished) -> None:
+    (directory,) = finished[1].glob("outputs/*/*")
+    run = str(directory.relative_to(finished[1] / "outputs"))
     deadline = time.monotonic() + 60
     tags: dict = {}
-    while "first" not in tags:
+    while run not in tags:
         assert time.monotonic() < deadline
         time.sleep(0.5)
         try:
@@ -203,7 +187,7 @@ def test_tensorboard_shows_the_run(server: str, tmp_path: Path) -> None:
         except OSError:
             continue
     shown = {"train/loss", "train/acc", "val/loss", "test/acc", "wall_time/images_per_second"}
-    assert shown <= set(tags["first"])
+    assert shown <= set(tags[run])
     experiment = _ask(f"{server}/data/plugin/hparams/experiment", b"{}")
     names = {info["name"] for info in experiment["hparamInfos"]}  # type: ignore[index]
     assert {"optimizer.lr", "model._target_", "data.batch_size", "seed"} <= names
@@ -212,13 +196,6 @@ def test_tensorboard_shows_the_run(server: str, tmp_path: Path) -> None:
     groups = _ask(f"{server}/data/plugin/hparams/session_groups", json.dumps(asked).encode())
     (group,) = groups["sessionGroups"]  # type: ignore[index]
     assert group["hparams"]["optimizer.lr"] == 0.005
-    result = json.loads((tmp_path / "outputs/first/result.json").read_text())["metrics"]
+    result = json.loads((directory / "result.json").read_text())["metrics"]
     shown = {m["name"]["tag"]: m["value"] for m in group["metricValues"]}
     assert shown == pytest.approx(result)
-
-
-def test_the_folder_one_is_in_is_searched(cnntrain: Run, tmp_path: Path) -> None:
-    (tmp_path / "mypkg.py").write_text("from torch import nn\n\n\nclass My(nn.Conv2d): pass\n")
-    done = cnntrain(*QUICK[1:], "backend._target_=mypkg.My", "experiment=quick")
-    assert done.returncode == 0, done.stderr
-    assert "epoch 1/1" in done.stdout

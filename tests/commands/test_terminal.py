@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cnntrain import commands
+from cnntrain.commands.finished_run import prediction_line
 from cnntrain.commands.help import show_help
-from cnntrain.commands.predict import prediction_line
 from cnntrain.config import CONF, ConfigError, compose_all
 from cnntrain.conv import BACKENDS
 from cnntrain.inference.prediction import Prediction
@@ -30,8 +30,8 @@ WIDTHS = [40, 60, 80, 110, 200]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252", "cp949"])
-def test_a_stream_has_every_character(encoding: str) -> None:
-    """As it is where the encoding has it, else in ASCII."""
+def test_characters_that_an_encoding_lacks(encoding: str) -> None:
+    """They are replaced by ASCII."""
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb") as pipe:
         print(TEXT, file=output(writer, encoding), flush=True)
@@ -58,7 +58,7 @@ with safe_streams():
 
 
 @pytest.mark.parametrize(
-    ("streams", "code", "said"),
+    ("streams", "code", "expected"),
     [
         (">&- 2>&- <&-", 0, ""),
         ("2>&- >/dev/null </dev/null", 0, ""),
@@ -70,39 +70,46 @@ with safe_streams():
          "cnntrain: standard output: No space left on device"),
     ],
 )  # fmt: skip
-def test_streams_that_are_closed_or_full(
-    streams: str, code: int, said: str, tmp_path: Path
-) -> None:
-    """What is done is done to its end; only output that is lost to an error is one."""
+def test_closed_and_full_streams(streams: str, code: int, expected: str, tmp_path: Path) -> None:
+    """A command completes its work; the exit code is 1 only after an error of standard output."""
     command = f"'{sys.executable}' -c \"$SCRIPT\" '{tmp_path / 'done'}' {streams}"
     environment = {**os.environ, "SCRIPT": SCRIPT, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     done = subprocess.run(
         ["bash", "-c", command], env=environment, capture_output=True, encoding="utf-8", timeout=60
     )
     assert done.returncode == code
-    assert said in done.stdout
+    assert expected in done.stdout
     assert "Error" not in done.stdout + done.stderr
     assert (tmp_path / "done").read_text() == "completed"
 
 
-def test_a_sweep_in_another_encoding_without_stderr(tmp_path: Path) -> None:
-    options = "data=fashion_mnist_mini model=shallow tensorboard=scalars trainer.max_epochs=1"
-    options += " +trainer.limit_train_batches=2 seed=0 hydra.sweep.dir=sweep"
-    command = f"'{sys.executable}' -m cnntrain train -m {options} 2>&- | head -n 2"
+def test_paths_beyond_ascii_in_an_ascii_locale_without_stderr(tmp_path: Path) -> None:
+    """In --config-dir, hydra.sweep.dir and resume, in the C locale."""
+    (tmp_path / "ü/model").mkdir(parents=True)
+    (tmp_path / "ü/model/mine.yaml").write_text("_target_: cnntrain.models.Shallow\n")
+    options = "--config-dir ü model=mine data=fashion_mnist_mini tensorboard=scalars seed=0"
+    options += " trainer.max_epochs=1 +trainer.limit_train_batches=2 hydra.sweep.dir=läufe/日本"
+    command = f"'{sys.executable}' -m cnntrain train"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
-        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        [
+            "bash",
+            "-c",
+            f"{command} -m {options} 2>&- | head -n 2; echo ${{PIPESTATUS[0]}}; "
+            f"{command} resume=$(echo läufe/日本/+*)",
+        ],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    first, second = done.stdout.splitlines()
-    assert (done.returncode, first) == (0, "sweep: checking the config of every run")
-    assert second.startswith("sweep sweep: 1 members")
-    (file,) = tmp_path.glob("sweep/*/train.log")
+    first, second, code, resumed, *_ = done.stdout.splitlines()
+    assert (code, first) == ("0", "sweep: checking the config of every run"), done.stderr
+    assert second.startswith("sweep \\u65e5\\u672c: 1 members")
+    assert (done.returncode, resumed) == (0, "already completed"), done.stderr
+    (file,) = tmp_path.glob("läufe/日本/*/train.log")
     log = file.read_text(encoding="utf-8")
     assert re.search(r"device: cpu, 1 thread\n", log)
     assert "────" in log
@@ -111,7 +118,7 @@ def test_a_sweep_in_another_encoding_without_stderr(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [*WIDTHS, UNLIMITED])
 def test_lines_and_tables_fit(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part is shown, or named as left out."""
+    """Each part is shown, or listed as left out."""
     monkeypatch.setenv("COLUMNS", str(columns))
     table = layer_table(LeNet5(conv=BACKENDS["native"]), (1, 28, 28))
     text = table_text(table, ("output", "type", "parameters"), columns)
@@ -176,7 +183,7 @@ def test_version(
     assert capsys.readouterr().out == f"cnntrain {commands.cnntrain.__version__}\n"
 
 
-def test_the_device_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for cuda in (False, True):
         for mps in (False, True):
             monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
@@ -191,7 +198,7 @@ def test_the_device_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
                     choose_device("mps")
 
 
-def test_the_device_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
 

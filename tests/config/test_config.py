@@ -1,4 +1,4 @@
-"""Mistakes in a config: found all at once, named, with a way out, before anything is written."""
+"""Invalid configs: all problems are reported at once, before anything is written."""
 
 import itertools
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, Reject
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -38,8 +38,8 @@ MISTAKES = [
         ["trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1"],
         ["trainer.gradient_clip_val=1", "optimizer.fused=false"],
     ),
-    (["seed=-1"], ["seed=-1: must be a whole number from 0"]),
-    (["seed=true"], ["seed=true: must be a whole number"]),
+    (["seed=-1"], ["seed=-1: input should be greater than or equal to 0"]),
+    (["seed=true"], ["seed=true: input should be a valid integer"]),
     (["optimizer._target_=os.system"], ["os.system: must be a class derived from torch.optim"]),
     (["backend._target_=torch.nn.Linear"], ["must be a class derived from torch.nn.Conv2d"]),
     (["backend._target_=nowhere.Conv"], ["nowhere.Conv: cannot be imported"]),
@@ -51,27 +51,27 @@ MISTAKES = [
     (["scheduler=null"], ["scheduler=null: must name a choice of scheduler"]),
     (["backend=3"], ["backend=3: must name a choice of backend"]),
     (["+backend=naive"], ["+backend=naive: has a choice already; write backend=naive"]),
-    (["~seed"], ["seed=null: must be a whole number"]),
+    (["~seed"], ["seed: missing"]),
     (["seed=0,1"], ["seed=0,1: a sweep needs -m"]),
     (["hydra.rum.dir=x"], ["hydra.rum.dir=x: Hydra rejects it"]),
     (["+backend.kernel_size=3"], ["backend.kernel_size=3: is decided by the program"]),
     (["+trainer.max_steps=3"], ["trainer.max_steps=3: is decided by the program"]),
-    (["+trainer.limit_val_batches=0"], ["trainer.limit_val_batches=0: a run has to validate"]),
+    (["+trainer.limit_val_batches=0"], ["trainer.limit_val_batches=0: every run has a val pass"]),
     (["model.hidden=[1"], ["model.hidden=[1: cannot be read"]),
     (["experiment=strokes", "data.batch_size=0"], ["data.batch_size=0: input should be greater"]),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "said"), MISTAKES, ids=lambda value: " ".join(value))
-def test_mistake_is_named_with_a_way_out(overrides: list[str], said: list[str]) -> None:
+@pytest.mark.parametrize(("overrides", "expected"), MISTAKES, ids=lambda value: " ".join(value))
+def test_message_names_option_and_alternative(overrides: list[str], expected: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(overrides)
     assert len(caught.value.problems) == 1
-    assert all(part in caught.value.problems[0] for part in said), caught.value.problems
+    assert all(part in caught.value.problems[0] for part in expected), caught.value.problems
     assert "\n" not in caught.value.problems[0]
 
 
-def test_all_mistakes_at_once() -> None:
+def test_all_problems_at_once() -> None:
     overrides = [
         "backend=im2coll",
         "model.dropuot=0.1",
@@ -81,12 +81,12 @@ def test_all_mistakes_at_once() -> None:
     for given, found in ([*overrides, *types], overrides), (types, types):
         with pytest.raises(ConfigError) as caught:
             compose(given)
-        named = [problem.split(":")[0] for problem in caught.value.problems]
-        assert sorted(named) == sorted(o.lstrip("+") for o in found)
+        options = [problem.split(":")[0] for problem in caught.value.problems]
+        assert sorted(options) == sorted(o.lstrip("+") for o in found)
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "said"),
+    ("file", "old", "new", "expected"),
     [
         ("model/lenet5.yaml", "dropout:", "dropuot:", "model.dropuot=0.3: cnntrain.models.LeNet5"),
         ("data/fashion_mnist_mini.yaml", "\nbatch_size: ", "\nbatch_size: x", "data.batch_size=x"),
@@ -94,7 +94,7 @@ def test_all_mistakes_at_once() -> None:
         ("model/lenet5.yaml", "hidden: 84", "hidden: [84", "lenet5.yaml"),
     ],
 )
-def test_mistake_in_a_file(tmp_path: Path, file: str, old: str, new: str, said: str) -> None:
+def test_problem_in_a_file(tmp_path: Path, file: str, old: str, new: str, expected: str) -> None:
     for path in CONF.rglob("*.yaml"):
         copy = tmp_path / path.relative_to(CONF)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -106,11 +106,13 @@ def test_mistake_in_a_file(tmp_path: Path, file: str, old: str, new: str, said: 
     with pytest.raises(ConfigError) as caught:
         compose(["data=fashion_mnist_mini"], folder=tmp_path)
     assert len(caught.value.problems) == 1
-    assert said in caught.value.problems[0]
+    assert expected in caught.value.problems[0]
 
 
-def test_no_mistake_in_what_ships() -> None:
-    nodes = [n for n in NODES if n.partition(".")[0] not in ("search", "sweep")]  # tested elsewhere
+def test_shipped_choices_are_valid() -> None:
+    nodes = [
+        n for n in NODES if n.partition(".")[0] not in ("search", "sweep")
+    ]  # tested in tests/sweeps
     groups = {group: [f.stem for f in (CONF / group).glob("*.yaml")] for group in nodes}
     groups["experiment"] = [f.stem for f in (CONF / "experiment").glob("*.yaml")]
     groups.pop("loss")
@@ -136,70 +138,47 @@ def test_hash_is_of_the_content() -> None:
     assert config_hash(same[0]) != config_hash(compose(["seed=2", "model.dropout=0.1"]))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["model.dropuot=0.1"]])
-def test_answers_without_torch(tmp_path: Path, arguments: list[str]) -> None:
+def test_no_torch_is_imported(tmp_path: Path) -> None:
+    """By --help, by --cfg and for unknown options."""
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['train.py', *{arguments!r}]\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "try:\n"
-        f"    runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
-        "finally:\n"
-        "    print('torch imported:', 'torch' in sys.modules)\n"
+        "for arguments in (['--help'], ['--cfg', 'job'], ['model.dropuot=0.1']):\n"
+        "    sys.argv = ['train.py', *arguments]\n"
+        "    try:\n"
+        f"        runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        "    finally:\n"
+        "        print('torch imported:', 'torch' in sys.modules)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == (2 if "model.dropuot=0.1" in arguments else 0), done.stderr
-    assert "torch imported: False" in done.stdout
-    assert ("im2col" in done.stdout) or ("_target_" in done.stdout) or ("dropout" in done.stderr)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.count("torch imported: False") == 3
+    assert "im2col, naive, native" in done.stdout
+    assert "_target_: cnntrain.models.LeNet5" in done.stdout
+    assert "did you mean 'dropout'" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_line_refuses_with_exit_code_2(cnntrain: Run, tmp_path: Path) -> None:
-    done = cnntrain("backend=im2coll", "model.dropuot=0.1")
-    assert done.returncode == 2
-    lines = done.stderr.strip().splitlines()
-    assert lines[0] == "cnntrain: invalid configuration"
-    assert [line.split(":")[0].strip() for line in lines[1:]] == [
-        "backend=im2coll",
-        "model.dropuot=0.1",
-    ]
-    assert list(tmp_path.iterdir()) == []
+def test_command_line_with_two_problems(reject: Reject) -> None:
+    options = [line.split(":")[0].strip() for line in reject("backend=im2coll", "model.dropuot=0")]
+    assert options == ["backend=im2coll", "model.dropuot=0"]
 
 
-def test_a_model_has_to_take_what_the_program_gives(tmp_path: Path) -> None:
+def test_model_without_required_parameters(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/line.yaml").write_text("_target_: torch.nn.Linear\nbias: true\n")
     with pytest.raises(ConfigError, match=r"must take the parameters conv, in_shape, num_classes$"):
         compose(["model=line"], extra=tmp_path)
 
 
-def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+def test_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/odd.yaml").write_bytes(b"_target_: \xff\n")
     with pytest.raises(ConfigError, match=r"^model=odd: "):
         compose(["model=odd"], extra=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--config-dir", "nowhere"], "--config-dir=nowhere: is not a folder"),
-        (["--resolve"], "--resolve: requires --cfg"),
-        (["hydra.run.dir="], "hydra.run.dir=: must name a folder"),
-        (["hydra.run.dir=a file/run"], "a file is not a writable folder"),
-    ],
-)
-def test_hydra_s_own_arguments(
-    cnntrain: Run, tmp_path: Path, arguments: list[str], said: str
-) -> None:
-    (tmp_path / "a file").write_text("")
-    done = cnntrain(*arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_combinations_of_a_sweep() -> None:
@@ -215,15 +194,13 @@ def test_combinations_of_a_sweep() -> None:
     assert found[-1][:2] == ["backend=native", "seed=2"]
 
 
-def test_sweep_is_checked_before_it_starts(cnntrain: Run, tmp_path: Path) -> None:
-    done = cnntrain("backend=native,im2coll", "-m", "model.dropout=0.1,2")
-    assert done.returncode == 2
-    assert "backend=im2coll" in done.stderr
-    assert "model.dropout=2" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_sweep_is_checked_before_it_starts(reject: Reject) -> None:
+    problems = "\n".join(reject("backend=native,im2coll", "-m", "model.dropout=0.1,2"))
+    assert "backend=im2coll" in problems
+    assert "model.dropout=2" in problems
 
 
-def test_a_text_that_is_quoted_is_read_as_it_was() -> None:
+def test_quoted_text_is_parsed_unchanged() -> None:
     parser = OverridesParser.create()
     for parts in itertools.product(["", "a", "\\", "'", "${", '"'], repeat=4):
         text = "".join(parts) + "}"

@@ -19,7 +19,7 @@ from cnntrain.training.building import dry_run
 from cnntrain.training.checkpoint_file import read
 
 FILES = [OmegaConf.load(CONF / "trainer" / f"{name}.yaml") for name in ("auto", "ddp")]
-LET_THROUGH = {
+ACCEPTED = {
     "min_epochs",
     "limit_train_batches",
     "limit_val_batches",
@@ -102,12 +102,12 @@ def sizes(epochs: list[list[Tensor]]) -> list[list[int]]:
     return [[len(labels) for labels in epoch] for epoch in epochs]
 
 
-def test_every_argument_is_given_let_through_or_rejected() -> None:
+def test_every_argument_is_given_accepted_or_rejected() -> None:
     arguments = set(inspect.signature(lightning.Trainer).parameters)
     given = {str(key) for file in FILES for key in file} & arguments
     rejected = set(TRAINER_GIVEN) & arguments
-    assert given | LET_THROUGH | rejected == arguments
-    assert not given & LET_THROUGH | given & rejected | LET_THROUGH & rejected
+    assert given | ACCEPTED | rejected == arguments
+    assert not given & ACCEPTED | given & rejected | ACCEPTED & rejected
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_rejected_argument(name: str, problems: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ("trainer.fast_dev_run=true", "trainer.fast_dev_run=true: is decided by the program; "),
         (
@@ -144,12 +144,12 @@ def test_rejected_argument(name: str, problems: list[str]) -> None:
         ),
     ],
 )
-def test_rejected_value(options: str, said: str) -> None:
+def test_rejected_value(options: str, expected: str) -> None:
     try:
         problems = build_problems(compose([*RUN, *options.split()]), dry_run)
     except ConfigError as error:
         problems = error.problems
-    assert [said in problem for problem in problems] == [True], problems
+    assert [expected in problem for problem in problems] == [True], problems
 
 
 def test_limits(tmp_path: Path) -> None:
@@ -211,10 +211,10 @@ def test_other_arguments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "stop"),
     [
-        ["+trainer.overfit_batches=3", "+trainer.inference_mode=false"],
-        [
+        (["+trainer.overfit_batches=3", "+trainer.inference_mode=false"], 5),
+        ([
             "+trainer.limit_train_batches=3",
             "+trainer.limit_val_batches=1",
             "+trainer.limit_test_batches=1",
@@ -224,20 +224,18 @@ def test_other_arguments(tmp_path: Path) -> None:
             "trainer.early_stopping=1",
             "optimizer.lr=1e-30",
             "trainer.max_epochs=3",
-        ],
+        ], 2),
     ],
     ids=["overfit", "limits"],
-)
-def test_interrupted_and_resumed(tmp_path: Path, options: list[str]) -> None:
+)  # fmt: skip
+def test_interrupted_and_resumed(tmp_path: Path, options: list[str], stop: int) -> None:
     cfg = compose([*RUN, *options])
     train(cfg, tmp_path / "whole")
     whole = read(tmp_path / "whole/checkpoints/last.ckpt")
-    for stop in (2, 5):
-        directory = tmp_path / str(stop)
-        with pytest.raises(Interrupted):
-            train(cfg, directory, callbacks=[Seen(stop)])
-        train(cfg, directory, resume=True)
-        resumed = read(directory / "checkpoints/last.ckpt")
-        assert resumed["position"] == whole["position"]
-        for name, weight in whole["state_dict"].items():
-            assert torch.equal(weight, resumed["state_dict"][name]), (stop, name)
+    with pytest.raises(Interrupted):
+        train(cfg, tmp_path / "resumed", callbacks=[Seen(stop)])
+    train(cfg, tmp_path / "resumed", resume=True)
+    resumed = read(tmp_path / "resumed/checkpoints/last.ckpt")
+    assert resumed["position"] == whole["position"]
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(weight, resumed["state_dict"][name]), name

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cnntrain.config import ConfigError
-from cnntrain.config.choices import defaults
+from cnntrain.config.options import defaults
 from cnntrain.lab.benchmark.implementations import implementations
 from cnntrain.lab.benchmark.layers import layer, layer_sets, layers_of
 from cnntrain.models import LeNet5

@@ -9,7 +9,7 @@ from filelock import FileLock
 from run_folders import write_run, write_sweep
 
 from cnntrain.config import ConfigError
-from cnntrain.config.choices import choice, defaults
+from cnntrain.config.options import choice, defaults
 from cnntrain.config.resume import add_checksum
 from cnntrain.sweeps.records import collect
 from cnntrain.sweeps.tables import write_member_csv

@@ -177,7 +177,9 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(start: Start, tmp_path: Path
     assert process.stderr is not None
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "\n"
-    assert "SIGINT: saving a checkpoint; Ctrl-C again leaves at once" in process.stderr.readline()
+    assert (
+        "SIGINT: saving a checkpoint; interrupt again to stop at once" in process.stderr.readline()
+    )
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

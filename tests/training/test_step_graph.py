@@ -279,18 +279,18 @@ def test_step_that_synchronises_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["trainer=cpu"], "trainer.accelerator=cpu has none; take trainer=gpu, or"),
+        (["trainer=cpu"], "trainer.accelerator=cpu has none"),
         (
             ["trainer.accumulate_grad_batches=2", "trainer=auto"],
-            "needs a step for each batch; take trainer.accumulate_grad_batches=1 instead of 2, or",
+            "works with trainer.accumulate_grad_batches=1 only",
         ),
-        (["trainer=ddp"], "works with one process only; take trainer.devices=1, or"),
+        (["trainer=ddp"], "works with trainer.devices=1 only"),
     ],
 )
 def test_options_that_exclude_graphs(options: list[str], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(["trainer.cuda_graphs=true", *options])
-    line = f"trainer.cuda_graphs=true: {problem} leave it out: trainer.cuda_graphs=false"
+    line = f"trainer.cuda_graphs=true: {problem}; leave it out: trainer.cuda_graphs=false"
     assert line in caught.value.problems
 
 

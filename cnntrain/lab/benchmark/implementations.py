@@ -118,8 +118,8 @@ def _implementation(entry: Any) -> tuple[str, MakeConv]:
 
 def _build(node: Any) -> MakeConv:
     """The constructor of a config node, which is checked as `backend` is in every command."""
-    cfg = OmegaConf.create({"backend": node, "seed": 0})
-    if problems := check(cfg, Root(("backend",))):
+    cfg = OmegaConf.create({"backend": node})
+    if problems := check(cfg, Root(["backend"])):
         raise ConfigError([problem.replace("backend", "backends", 1) for problem in problems])
     with as_config_error("backends"):
         return build(cfg.backend)
