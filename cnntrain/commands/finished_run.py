@@ -235,8 +235,8 @@ def _predict(cfg: DictConfig, trained: "Trained", files: "list[ImageSource]") ->
         print("\n".join(short(file) for file in (lines, picture) if file.exists()))
     if 2 * light > count:
         _warn(
-            f"{light} of {count} images have a light border, but the network was trained with light "
-            "objects on a dark background: invert=true is probably missing"
+            f"{light} of {count} images have a light border, but the network was trained with "
+            "light objects on a dark background: invert=true is probably missing"
         )
     if failed:
         _warn(f"{failed} of {count} could not be read")
