@@ -213,7 +213,6 @@ def test_a_class_varies_under_the_name_of_its_node() -> None:
         "search/sampler/tpe",
         "train",
         "hydra/help/verify",
-        "hydra/job_logging/default",
     ],
 )
 def test_a_file_of_ones_own_with_a_shipped_name(tmp_path: Path, file: str, name: str) -> None:
