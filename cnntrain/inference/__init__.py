@@ -1,13 +1,7 @@
 """Inference with the trained network of a run: evaluate, predict, export."""
 
 from cnntrain.inference.evaluation import Evaluation, evaluate, evaluate_trained
-from cnntrain.inference.exporting import (
-    Exported,
-    ExportError,
-    MismatchError,
-    export,
-    export_trained,
-)
+from cnntrain.inference.exporting import Exported, ExportError, export, export_trained
 from cnntrain.inference.prediction import Prediction, predict
 from cnntrain.inference.trained import Trained, load_trained
 
@@ -15,7 +9,6 @@ __all__ = [
     "Evaluation",
     "ExportError",
     "Exported",
-    "MismatchError",
     "Prediction",
     "Trained",
     "evaluate",

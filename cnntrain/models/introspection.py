@@ -1,15 +1,17 @@
 """Layer table, layer graph, feature maps and penultimate features of a network."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx
 from rich import box
 from rich.table import Table
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from cnntrain.conv import Geometry
 
@@ -166,83 +168,55 @@ class GraphNode:
 def layer_graph(network: nn.Module, in_shape: Sequence[int]) -> list[GraphNode]:
     """Layers and functions in the order of execution, from `images` (C, H, W) to `logits`.
 
-    A module without children is one node, whatever it computes. The graph is traced with a black
-    image in evaluation mode.
+    A module without children is one node, whatever it computes. The graph is traced by torch.fx, in
+    evaluation mode.
+
+    Raises:
+        ValueError: The forward pass cannot be traced, as it branches on sizes or values of tensors.
     """
-    tracer = _Tracer(network)
-    images = black_image(network, in_shape)
-    tracer.add("images", "input", (), images)
-    handles = [
-        handle
-        for module in network.modules()
-        for handle in (
-            module.register_forward_pre_hook(tracer.enter),
-            module.register_forward_hook(tracer.leave, with_kwargs=True),
-        )
-    ]
-    try:
-        with evaluation_mode(network), tracer:
-            logits = network.forward(images)  # not the compiled version of the network
-    finally:
-        for handle in handles:
-            handle.remove()
-    tracer.add("logits", "output", (logits,), logits)
-    return tracer.nodes
+    with evaluation_mode(network):
+        try:
+            graph = _Tracer().trace(network)
+        except Exception as error:  # of many classes, as the network computes with proxies
+            raise ValueError(f"torch.fx cannot trace the network: {error}") from error
+        images = black_image(network, in_shape)
+        ShapeProp(torch.fx.GraphModule(network, graph)).propagate(images)
+    nodes: list[GraphNode] = []
+    names: dict[torch.fx.Node, str] = {}
+    calls = Counter[str]()
+    for node in graph.nodes:
+        shape = _shape(node.meta.get("tensor_meta"))
+        if shape is None or node.op == "get_attr":  # sizes and parameters
+            continue
+        name, kind = _name_and_kind(node, network)
+        calls[name] += 1
+        names[node] = name if calls[name] == 1 else f"{name}_{calls[name]}"
+        inputs = (names[i] for i in node.all_input_nodes if i in names)
+        nodes.append(GraphNode(names[node], kind, tuple(inputs), shape))
+    return nodes
 
 
-class _Tracer(TorchFunctionMode):
-    """Adds a node after each layer, and after each torch function outside of layers."""
+class _Tracer(torch.fx.Tracer):
+    """Does not trace into modules without children, such as convolutions of any backend."""
 
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.paths = {module: name.replace(".", "/") for name, module in network.named_modules()}
-        self.nodes: list[GraphNode] = []
-        self.sources: dict[int, str] = {}  # id of a tensor -> node that computed it
-        self.kept: list[Tensor] = []  # keeps the ids of tensors unique
-        self.scope: list[str] = [""]  # paths of the current containers
-        self.layer: nn.Module | None = None  # current layer
-        self.calls: dict[str, int] = {}
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        if self.layer is None and not list(module.children()):
-            self.layer = module
-        elif self.layer is None:
-            self.scope.append(self.paths[module])
-
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.layer is module:
-            self.layer, kind = None, type(module).__name__
-            self.add(f"{self.paths[module]}.{kind}", kind, (*args, *kwargs.values()), output)
-        elif self.layer is None:
-            self.scope.pop()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if self.layer is None and _tensors([output]):
-            kind = getattr(func, "__name__", "function")
-            name = f"{self.scope[-1]}/{kind}".strip("/")
-            self.add(name, kind, (*args, *(kwargs or {}).values()), output)
-        return output
-
-    def add(self, name: str, kind: str, inputs: Sequence[Any], output: Any) -> None:
-        names = [self.sources[id(t)] for t in _tensors(inputs) if id(t) in self.sources]
-        self.calls[name] = self.calls.get(name, 0) + 1
-        name = name if self.calls[name] == 1 else f"{name}_{self.calls[name]}"
-        outputs = _tensors([output])
-        shape = tuple(outputs[0].shape[1:]) if outputs else ()
-        self.nodes.append(GraphNode(name, kind, tuple(dict.fromkeys(names)), shape))
-        self.kept += outputs
-        self.sources |= {id(tensor): name for tensor in outputs}
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not list(m.children()) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
-    """Tensors in arguments, in nested lists and tuples as well."""
-    found = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            found.append(argument)
-        elif isinstance(argument, (list, tuple)):
-            found += _tensors(argument)
-    return found
+def _shape(meta: Any) -> tuple[int, ...] | None:
+    """Shape of the first tensor in a node's output, without the batch."""
+    if isinstance(meta, TensorMetadata):
+        return tuple(meta.shape[1:])
+    shapes = map(_shape, meta if isinstance(meta, (list, tuple)) else ())
+    return next((shape for shape in shapes if shape is not None), None)
+
+
+def _name_and_kind(node: torch.fx.Node, network: nn.Module) -> tuple[str, str]:
+    if node.op in ("placeholder", "output"):
+        return ("images", "input") if node.op == "placeholder" else ("logits", "output")
+    if node.op == "call_module":
+        kind = type(network.get_submodule(str(node.target))).__name__
+        return f"{str(node.target).replace('.', '/')}.{kind}", kind
+    kind = getattr(node.target, "__name__", str(node.target))
+    scope = next(reversed(node.meta.get("nn_module_stack", {})), "")
+    return f"{scope.replace('.', '/')}/{kind}".strip("/"), kind

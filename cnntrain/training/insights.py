@@ -104,7 +104,10 @@ class Insights(lightning.Callback):
         if self.charts and not before.get("charts"):
             writer.add_custom_scalars(CHARTS)
         if self.graph and not before.get("graph"):
-            self.board.graph(layer_graph(network, self.data.shape))
+            try:
+                self.board.graph(layer_graph(network, self.data.shape))
+            except ValueError as error:
+                log.warning(f"no graph in TensorBoard: {error}")
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int

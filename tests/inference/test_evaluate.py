@@ -129,7 +129,7 @@ def test_command(run: Path, tmp_path: Path) -> None:
 
 def test_invalid_options_are_reported_on_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for arguments, said in {
+    for arguments, message in {
         ("run=empty",): "run=empty: is not a run directory",
         (
             f"run={run}",
@@ -144,15 +144,15 @@ def test_invalid_options_are_reported_on_one_line(run: Path, tmp_path: Path) -> 
     }.items():
         done = command("evaluate", *arguments, cwd=tmp_path)
         assert done.returncode == 2, (arguments, done)
-        assert said in done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
     assert not list((tmp_path / "empty").iterdir())
-    for options, said in (
+    for options, message in (
         ({"checkpoint": "bst"}, "checkpoint=bst: no such file; use best, last, or a path"),
         ({"root": "/x"}, "root=/x: the data set of this run has no folder"),
         ({"precision": "16-mixed"}, "precision=16-mixed: the CPU has no fast float16"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             evaluate(run, **options)
 
 
@@ -170,7 +170,7 @@ def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"data": {"_target_": "shutil.copyfile", "src": "a", "dst": "b"}},
@@ -184,15 +184,15 @@ def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
         ({"trainer": None}, "trainer=null: must name a choice"),
     ],
 )
-def test_checkpoint_of_a_stranger_runs_no_code(
-    change: dict, said: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_checkpoint_runs_no_code(
+    change: dict, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").write_text("")
     content = checkpoint_file.read(run / "checkpoints/best.ckpt")
     content["config"] |= change
     checkpoint_file.write(tmp_path / "evil.ckpt", content)
-    with pytest.raises(CheckpointError, match=re.escape(said)):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         evaluate(run, checkpoint="evil.ckpt")
     assert not (tmp_path / "b").exists()
 

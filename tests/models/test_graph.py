@@ -29,9 +29,9 @@ def test_layers_in_their_order_on_every_backend(backend: str) -> None:
 def test_residual_connections() -> None:
     network = TorchVision(name="resnet18", small_images=True)
     nodes = {node.name: node for node in layer_graph(network, (1, 28, 28))}
-    added = nodes["network/layer1/0/add_"]
+    added = nodes["network/layer1/0/add"]
     assert set(added.inputs) == {"network/layer1/0/bn2.BatchNorm2d", "network/maxpool.Identity"}
-    assert set(nodes["network/layer2/0/add_"].inputs) == {
+    assert set(nodes["network/layer2/0/add"].inputs) == {
         "network/layer2/0/bn2.BatchNorm2d",
         "network/layer2/0/downsample/1.BatchNorm2d",
     }
@@ -67,6 +67,15 @@ def test_layer_called_twice_has_two_nodes() -> None:
         GraphNode("flatten", "flatten", ("cat",), (32,)),
         GraphNode("logits", "output", ("flatten",), (32,)),
     ]
+
+
+def test_network_that_branches_on_values_is_rejected() -> None:
+    class Branching(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1) if images.sum() > 0 else -images.flatten(1)
+
+    with pytest.raises(ValueError, match=r"torch\.fx cannot trace the network"):
+        layer_graph(Branching(), (1, 4, 4))
 
 
 def test_function_with_several_outputs() -> None:
