@@ -3,9 +3,8 @@
     python scripts/make_capabilities_table.py                         # rewrites the table
     python scripts/make_capabilities_table.py --print mypkg.MyConv2d  # prints it, with this class
 
-Each row is a probe: one use of a backend, whose numbers are compared with those of ``nn.Conv2d``. A
-wrong number ends the script with an AssertionError. Probes that `cnntrain verify` runs too are in
-`cnntrain.lab.verify.probes`.
+Each row is a use that `cnntrain verify` tries, with its numbers compared with those of
+``nn.Conv2d``. A wrong number ends the script with an AssertionError.
 """
 
 from __future__ import annotations
@@ -15,34 +14,18 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from hydra.utils import get_class
 
 from cnntrain.conv import BACKENDS
 from cnntrain.lab.verify import uses
-from cnntrain.lab.verify.probes import Backend, Probe, attempt, layers_and_input
+from cnntrain.lab.verify.reference import Backend, Use
 
 PAGE = Path(__file__).parents[1] / "docs/convolutions.md"
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->"
 
 
-def meta_and_fake(backend: Backend) -> None:
-    uses.meta(backend)
-    layer, reference, x = layers_and_input(backend)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        assert layer(torch.empty(x.shape, dtype=x.dtype)).shape == reference(x).shape
-
-
-# A row for the meta device and fake tensors, whose class torch does not export.
-PROBES: dict[str, Probe] = {
-    name if probe is not uses.meta else "`meta` and fake tensors": (
-        probe if probe is not uses.meta else meta_and_fake
-    )
-    for name, probe in uses.PROBES.items()
-}
-
 # Why the backends of cnntrain do not support a use, and what to do instead.
-LIMITS: dict[Probe, str] = {
+LIMITS: dict[Use, str] = {
     uses.batched_gradients: "passes by custom functions; use `torch.func.vjp` and `vmap`",
     uses.compile_transforms: "dynamo takes no custom function there; works uncompiled",
     uses.export_any_size: "a loop over output positions is part of the graph",
@@ -53,16 +36,16 @@ LIMITS: dict[Probe, str] = {
 }
 
 
-def table(backends: Mapping[str, Backend], probes: Mapping[str, Probe] = PROBES) -> str:
-    """A Markdown table: a row for each probe, a column for each backend.
+def table(backends: Mapping[str, Backend], tried: Mapping[str, Use] = uses.USES) -> str:
+    """A Markdown table: a row for each use, a column for each backend.
 
     Raises:
         AssertionError: a number is wrong.
     """
     rows = [["", *(f"`{name}`" for name in backends), "why not"], ["---"] * (len(backends) + 2)]
-    for name, probe in probes.items():
-        reasons = [attempt(probe, backend) for backend in backends.values()]
-        why = LIMITS.get(probe, max(reasons)) if any(reasons) else ""
+    for name, use in tried.items():
+        reasons = [use.attempt(backend) for backend in backends.values()]
+        why = LIMITS.get(use, max(reasons)) if any(reasons) else ""
         rows.append([name, *("no" if reason else "yes" for reason in reasons), why])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -1,23 +1,22 @@
-"""Capability table: docs/convolutions.md shows what the probes find, and the probes find faults."""
+"""Capability table of docs/convolutions.md, and faults in the uses that it lists."""
 
 import re
 
 import make_capabilities_table as capabilities
 import pytest
-import torch
-from make_capabilities_table import LIMITS, PROBES, meta_and_fake, table
+from make_capabilities_table import LIMITS, table
 from torch import nn
 
 from cnntrain.conv import BACKENDS, Conv2d, Im2colConv2d, NaiveConv2d
 from cnntrain.conv.naive import Naive
-from cnntrain.lab.verify import probes
-from cnntrain.lab.verify.probes import attempt, first_derivatives
-from cnntrain.lab.verify.uses import channels_last_output, second_derivatives
+from cnntrain.lab.verify import reference
+from cnntrain.lab.verify.reference import USES
+from cnntrain.lab.verify.uses import channels_last_output, hooks, meta
 
-SLOW = {"compile_layer", "compile_transforms", "export_any_size", "second_derivatives"}
+SLOW = {"compile_layer", "compile_transforms", "export_any_size"}
 
 
-def test_the_docs_show_what_the_probes_find():
+def test_the_table_of_the_docs():
     page = capabilities.PAGE.read_text(encoding="utf-8")
     shown = page.partition(capabilities.BEGIN)[2].partition(capabilities.END)[0]
     assert shown == table(BACKENDS), "outdated: run python scripts/make_capabilities_table.py"
@@ -34,10 +33,10 @@ SHAPES = {  # by which im2col chooses how to compute
 @pytest.mark.parametrize("shape", SHAPES)
 def test_im2col_supports_each_use_for_every_shape(shape, monkeypatch):
     for option, value in SHAPES[shape].items():
-        monkeypatch.setitem(probes.OPTIONS, option, value)
-    for name, probe in PROBES.items():
-        if probe not in LIMITS and probe.__name__ not in SLOW:
-            assert attempt(probe, Im2colConv2d) == "", name
+        monkeypatch.setitem(reference.OPTIONS, option, value)
+    for name, use in USES.items():
+        if use not in LIMITS and use.function.__name__ not in SLOW:
+            assert use.attempt(Im2colConv2d) == "", name
 
 
 class OffByATwentieth(nn.Conv2d):
@@ -50,12 +49,12 @@ class Unsupported(nn.Conv2d):
         raise NotImplementedError("not written\nyet")
 
 
-@pytest.mark.parametrize("probe", PROBES.values())
-def test_each_probe_tells_wrong_from_unsupported(probe):
-    if probe not in (second_derivatives, meta_and_fake):  # they compare no output
+@pytest.mark.parametrize("use", USES.values(), ids=lambda use: use.function.__name__)
+def test_each_use_distinguishes_wrong_from_unsupported(use):
+    if use is not meta:  # it compares no numbers
         with pytest.raises(AssertionError):
-            attempt(probe, OffByATwentieth)
-    reason = attempt(probe, Unsupported)
+            use.attempt(OffByATwentieth)
+    reason = use.attempt(Unsupported)
     assert "not written yet" in reason or reason.startswith("Unsupported: Observed exception")
 
 
@@ -67,11 +66,11 @@ def faulty(name, function):
 FAULTS = [
     (
         faulty("grad_input", lambda self, *args: -Naive.grad_input(self, *args)),
-        {"first_derivatives", "second_derivatives", "reverse_mode", "hooks", "repeatable"},
+        {"reverse_mode", "hooks", "repeatable", "complex_numbers"},
     ),
     (
         faulty("grad_weight", lambda self, g, x, *a: Naive.grad_weight(self, g[:1], x[:1], *a)),
-        {"first_derivatives", "vmap_of_grad", "checkpointing", "compile_layer", "half_precision"},
+        {"vmap_of_grad", "checkpointing", "compile_layer", "autocast"},
     ),
     (  # vmap folds models into groups
         faulty(
@@ -85,34 +84,20 @@ FAULTS = [
 
 @pytest.mark.parametrize(("backend", "seen_by"), FAULTS)
 def test_faults_are_found(backend, seen_by):
-    found = [probe for probe in PROBES.values() if probe.__name__ in seen_by]
+    found = [use for use in USES.values() if use.function.__name__ in seen_by]
     assert len(found) == len(seen_by)
-    for probe in found:
+    for use in found:
         with pytest.raises(AssertionError):
-            attempt(probe, backend)
-
-
-def test_wrong_second_derivatives_are_found():
-    class DetachedGradient(torch.autograd.Function):  # of the identity
-        forward = staticmethod(lambda ctx, y: y.clone())
-        backward = staticmethod(lambda ctx, g: g.detach())
-
-    class Faulty(nn.Conv2d):
-        def _conv_forward(self, *args):
-            return DetachedGradient.apply(super()._conv_forward(*args))
-
-    attempt(first_derivatives, Faulty)
-    with pytest.raises(AssertionError):
-        attempt(second_derivatives, Faulty)
+            use.attempt(backend)
 
 
 def test_the_table_of_another_backend(tmp_path):
-    few = {"gradients": first_derivatives, "layout": channels_last_output}
+    few = {"hooks": hooks, "layout": channels_last_output}
     text = table({"mine": NaiveConv2d, "none": Unsupported}, few)
     assert text.splitlines() == [
         "|  | `mine` | `none` | why not |",
         "| --- | --- | --- | --- |",
-        "| gradients | yes | no | NotImplementedError: not written yet |",
+        "| hooks | yes | no | NotImplementedError: not written yet |",
         f"| layout | no | no | {LIMITS[channels_last_output]} |",
     ]
     page = tmp_path / "page.md"

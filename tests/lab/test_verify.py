@@ -229,8 +229,8 @@ def test_the_report_as_json(tmp_path):
         ({"device": "tpu0"}, "device=tpu0: must be cpu, cuda"),
         ({"device": "meta"}, "device=meta: must be cpu, cuda"),
         ({"device": "cuda:99"}, "device=cuda:99: PyTorch finds"),
-        ({"json": Path("/nowhere/report.json")}, "json=/nowhere/report.json: there is no folder"),
-        ({"json": Path("/")}, "json=/: is a folder"),
+        ({"json": Path("/nowhere/a")}, "json=/nowhere/a: cannot be written: No such file"),
+        ({"json": Path("/")}, "json=/: cannot be written: Is a directory"),
     ],
 )
 def test_invalid_options(options, said):
@@ -338,7 +338,10 @@ def test_a_faulty_class_of_ones_own(command, tmp_path):
     ("arguments", "said"),
     [
         (["backend=im2coll", "sedd=1"], ["backend=im2coll: ", "sedd=1: "]),
-        (["json=nowhere/report.json"], ["json=nowhere/report.json: there is no folder nowhere"]),
+        (
+            ["json=nowhere/report.json"],
+            ["json=nowhere/report.json: cannot be written: No such file"],
+        ),
         (["backend=im2col,naive", "-m"], ["-m: verify takes one backend"]),
     ],
 )

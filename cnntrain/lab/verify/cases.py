@@ -260,17 +260,13 @@ class Problem:
     def wide(cls, case: Case, seed: int, factor: str) -> Problem:
         """Integers from -1 to 1; those of one factor, "x", "w" or "g", from -4095 to 4095."""
         values = getattr(cls.integers(case, seed, 4095), factor)
-        return cls.integers(case, seed, 1).with_(**{factor: values})
+        return replace(cls.integers(case, seed, 1), **{factor: values})
 
     @classmethod
     def _filled(cls, case: Case, draw: Callable[[Any], Array]) -> Problem:
         shapes = (case.input_shape, case.weight_shape, (case.out_channels,), case.output_shape)
         x, w, b, g = map(draw, shapes)
         return cls(case, x, w, b if case.bias else None, g)
-
-    def with_(self, **numbers: Any) -> Problem:
-        """With other numbers for some of x, w, b and g."""
-        return replace(self, **numbers)
 
     def map(self, function: Callable[[Array], Array]) -> Problem:
         """With a function applied to all numbers."""

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,7 @@ def copies(candidate: Candidate, case: Case, word: str) -> CaseErrors:
     yield from compare(results(again, x, g), expected(p))
     candidate.load(again, q)
     yield from compare(results(layer, x, g), expected(p))
+    yield from compare(results(again, x, g), expected(replace(p, w=q.w, b=q.b)))
 
 
 @check("empty batch", cases=lambda _: EMPTY_BATCHES, unit="relative")

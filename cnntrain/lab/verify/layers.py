@@ -12,10 +12,12 @@ from torch import Tensor
 
 from cnntrain.lab.verify.cases import INPUT, OUTPUT, QUANTITIES, Case, Problem
 from cnntrain.lab.verify.check import (
+    EXACT,
     Candidate,
     CaseErrors,
+    Check,
     Results,
-    collected,
+    check,
     compare,
     parameters,
     results,
@@ -57,10 +59,7 @@ NON_FINITE = [
     Case(4, 8, 3, (2, 9, 10), stride=(3, 2), padding=2, groups=4),
 ]
 EMPTY_BATCHES = [
-    Case(3, 2, 3, (0, 5, 6)),
-    Case(4, 6, (2, 3), (0, 5, 6), stride=2, padding=1, groups=2),
-    Case(4, 4, 1, (0, 5, 6), groups=4, bias=False),
-    Case(3, 2, 2, (0, 5, 6), padding="same", dilation=2),
+    *(replace(c, size=(0, *c.size[-2:])) for c in SMALL_LAYERS if c.padding_mode == "zeros"),
     *(Case(3, 2, 3, (0, 5, 6), padding=1, padding_mode=m) for m in ("replicate", "circular")),
 ]
 
@@ -72,6 +71,7 @@ def size_cases(short: bool) -> list[Case]:
     batches = [n + i for n in (16, 32, 64, 128) for i in (0, -1, 1)]
     sides = [n + i for n in (128, 64, 129, 256, 32) for i in (0, -1, 1)]
     channels = [n + i for n in (64, 128, 256, 32) for i in (0, -1, 1)]
+    between = [40, 70, 131, 300] if short else [40, 70, 131, 300, 513, 1025]
     cases = [
         *(Case(2, 3, 3, (n, 5, 6), padding=1) for n in batches),
         *(Case(3, 4, 1, (n, 3, 4)) for n in batches[::step]),
@@ -91,24 +91,18 @@ def size_cases(short: bool) -> list[Case]:
         *(Case(2 * n, 4 * n, 3, (2, 5, 5), padding=1, groups=n) for n in (6, 8, 12, 16)),
         *(Case(3 * n, 2 * n, (2, 3), (2, 5, 5), stride=2, groups=n) for n in (5, 7, 9, 16)),
         *(Case(n, m * n, 3, (3, 5, 6), padding=1, groups=n) for n in (3, 8, 32) for m in (2, 3)),
+        *(Case(2, 3, (3, 2), (n, 4, 5), padding=1) for n in between),
+        *(Case(n, 4, (3, 2), (2, 4, 5), padding=1) for n in between),
+        *(Case(4, n, 3, (2, 5, 6), stride=(2, 1)) for n in between),
+        *(Case(n, n // 2, 1, (2, 4, 5), stride=2) for n in between),
+        *(Case(n, 2 * n, 3, (2, 5, 4), groups=n, stride=2) for n in between),
+        *(Case(2, 3, 3, (1, n, 3), padding=1) for n in between),
+        *(Case(2, 3, 3, (1, 5, n), stride=(1, 2), dilation=2, padding=2) for n in between),
         Case(2, 2, 11, (3, 166, 165)),
-        Case(40, 36, 3, (2, 5, 6), padding=1),
-        Case(131, 130, 3, (1, 4, 4), padding=1),
-        Case(131, 66, 1, (2, 4, 5), stride=2),
         Case(130, 130, 3, (2, 5, 4), groups=130, padding=1),
-        Case(66, 132, 3, (2, 5, 4), groups=66, stride=2),
         Case(6, 6, 3, (70, 6, 7), groups=2, stride=2),
-        Case(3, 4, 3, (131, 6, 5), padding=1),
-        Case(2, 3, 3, (1, 300, 3), padding=1),
-        Case(2, 3, 3, (1, 3, 300), padding=1),
-        Case(70, 3, (3, 2), (2, 5, 6), stride=(1, 2)),
-        Case(3, 70, (2, 3), (2, 5, 6), stride=(2, 1)),
-        Case(300, 4, 3, (2, 4, 5), padding=1),
-        Case(4, 300, 3, (2, 4, 5), padding=1),
         Case(72, 48, 3, (2, 5, 5), groups=4, dilation=2, padding=2),
         Case(8, 8, 3, (66, 16, 16), padding=1),
-        Case(2, 3, (3, 2), (300, 4, 5)),
-        Case(2, 3, 3, (1, 5, 301), stride=(1, 2), dilation=2, padding=2),
         Case(1, 2, 5, (2, 67, 66), padding=2, stride=2),
         Case(1, 2, 3, (1, 40, 41), padding="same", padding_mode="circular"),
         Case(2, 2, 3, (1, 70, 9), padding=1, padding_mode="reflect"),
@@ -116,23 +110,12 @@ def size_cases(short: bool) -> list[Case]:
     ]
     if not short:
         cases += [
+            *network_layers(short),
             Case(16, 2, 3, (8, 124, 128)),
             Case(3, 8, 7, (2, 224, 225), stride=2, padding=3),
-            Case(64, 64, 3, (3, 33, 31), padding=1),
             Case(16, 24, 3, (260, 15, 16), padding=1, groups=4),
-            Case(2, 2, 3, (1, 225, 223), padding="same"),
-            Case(1025, 9, 3, (2, 5, 5), padding=1),
-            Case(9, 1025, 3, (2, 5, 5), padding=1),
-            Case(513, 513, 3, (2, 5, 4), groups=513, padding=1),
-            Case(3, 6, 5, (1025, 9, 8), stride=2, padding=1),
-            Case(1, 2, 3, (1, 1030, 6), padding=(1, 0)),
-            Case(1, 2, 3, (1, 6, 1030), dilation=(1, 3)),
-            Case(256, 64, 1, (5, 16, 16)),
-            Case(256, 256, 3, (2, 7, 7), padding=1),
-            Case(64, 64, 3, (32, 14, 14), padding=1),
             Case(3, 4, 7, (16, 112, 113), stride=2, padding=3),
             Case(8, 6, 5, (64, 40, 41), groups=2, padding=2),
-            Case(16, 16, 3, (128, 16, 16), padding=1, groups=16),
         ]
     return cases
 
@@ -196,9 +179,6 @@ class IntegerLayer:
         right = {q: t for q, t in expected(p).items() if not quantities or q in quantities}
         yield from compare(found, right, 1.0, self.dtype)
 
-    def after_backward(self, x: Tensor, y: Tensor, p: Problem) -> CaseErrors:
-        return self.compare(collected(self.layer, x, y), p)
-
     def differentiated(
         self, y: Tensor, inputs: Iterable[Tensor], p: Problem, **options: Any
     ) -> CaseErrors:
@@ -250,3 +230,23 @@ def small_layers(
 ) -> Callable[[Candidate], Iterable[Any]]:
     """Each small layer in each dtype with all words, thinned."""
     return lambda candidate: candidate.thinned(step, SMALL_LAYERS, DTYPES, *words, full=full)
+
+
+def layer_check(
+    line: str, cases: Callable[[Candidate], Iterable[Any]] | None = None, exact: bool = True
+) -> Callable[[Callable[..., CaseErrors]], Check]:
+    """Decorator: makes a Check of a function of an `IntegerLayer` and words.
+
+    Args:
+        cases: by default all small layers in all dtypes, without words.
+        exact: the errors are those of results, not 1 for a failure.
+    """
+
+    def enter(measure: Callable[..., CaseErrors]) -> Check:
+        def on_layer(candidate: Candidate, case: Case, dtype: str, *words: str) -> CaseErrors:
+            return measure(IntegerLayer(candidate, case, dtype), *words)
+
+        options = EXACT if exact else {}
+        return check(line, cases=cases or small_layers(), **options)(on_layer)
+
+    return enter

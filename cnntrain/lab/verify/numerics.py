@@ -247,7 +247,7 @@ def higher_derivatives(candidate: Candidate, case: Case, words: str) -> CaseErro
         directions = [d for d, name in ((h, "x"), (k, "w"), (m, "w")) if name in wanted]
         t = _along([d for d in directions if d is not None], first)
     h, k, m = h * ("x" in wanted), k * ("w" in wanted), m if "w" in wanted else None
-    of_h, of_k = expected(p.with_(x=h, b=None)), expected(p.with_(w=k, b=m))
+    of_h, of_k = expected(replace(p, x=h, b=None)), expected(replace(p, w=k, b=m))
     second = {OUTPUT: (g, of_h[OUTPUT] + of_k[OUTPUT])}
     if "w" in wanted and x.requires_grad:
         second[INPUT] = x, of_k[INPUT]
@@ -255,7 +255,7 @@ def higher_derivatives(candidate: Candidate, case: Case, words: str) -> CaseErro
         second[WEIGHT] = layer.weight, of_h[WEIGHT]
     found = yield from _derivatives(HIGHER[0], t, second)
     if words in FROZEN and len(second) == 3 and candidate.declared("third_derivatives"):
-        of_h, of_k = (expected(replace(r, b=None).with_(**kept)) for kept in ({"x": h}, {"w": k}))
+        of_h, of_k = expected(replace(r, x=h, b=None)), expected(replace(r, w=k, b=None))
         third = {
             OUTPUT: (g, of_h[OUTPUT] + of_k[OUTPUT]),
             INPUT: (x, of_k[INPUT]),

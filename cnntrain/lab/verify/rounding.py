@@ -140,7 +140,7 @@ def one_scaled(case: Case, seed: int, dtype: torch.dtype, factor: str, how: str)
     p, name = Problem.integers(replace(case, bias=False), seed, 2), FACTORS[factor]
     power = 6 if dtype == torch.float16 else 20
     scale = 2.0 ** (power if how == "large" else -power)
-    return p.with_(**{name: scale * getattr(p, name)})
+    return replace(p, **{name: scale * getattr(p, name)})
 
 
 small_integers = integer_check(
@@ -251,24 +251,24 @@ def non_finite(candidate: Candidate, case: Case, dtype: str, name: str) -> CaseE
     zeros = p.map(lambda t: np.full_like(t, -0.0))
     index = tuple(np.random.default_rng(candidate.seed).integers(0, getattr(p, factor).shape))
 
-    def with_(value: float, p: Problem) -> Problem:
+    def with_value(value: float, p: Problem) -> Problem:
         changed = getattr(p, factor).copy()
         changed[index] = value
-        return p.with_(**{factor: changed})
+        return replace(p, **{factor: changed})
 
     with np.errstate(invalid="ignore"):
-        of_inf_input = expected(with_(math.inf, p))  # NaN where it meets a zero of the padding
+        of_inf_input = expected(with_value(math.inf, p))  # NaN where it meets a zero of the padding
     spreads = candidate.declared("spreads_non_finite")
     bases = {
         "among positive numbers": p,
-        "among -0.0": p.with_(**{factor: getattr(zeros, factor)}),
-        "times -0.0": zeros.with_(**{factor: getattr(p, factor)}),
+        "among -0.0": replace(p, **{factor: getattr(zeros, factor)}),
+        "times -0.0": replace(zeros, **{factor: getattr(p, factor)}),
     }
     for words, base in bases.items():
         before = arrays(candidate.results(base, kind))
         of_inf = np.isnan if words == "times -0.0" else np.isposinf
         for value, right in (math.nan, np.isnan), (math.inf, of_inf), (1.0, np.isfinite):
-            for name, y in arrays(candidate.results(with_(value, base), kind)).items():
+            for name, y in arrays(candidate.results(with_value(value, base), kind)).items():
                 quantity = name.removesuffix(WITHOUT)
                 reference = of_inf_input[quantity]
                 hit, padding = np.isinf(reference), np.isnan(reference)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case
 from cnntrain.lab.verify.check import (
-    EXACT,
     Candidate,
     CaseError,
     CaseErrors,
     array,
     check,
+    collected,
     parameters,
     results,
 )
@@ -39,6 +39,7 @@ from cnntrain.lab.verify.layers import (
     UNFROZEN,
     WIDE_LAYERS,
     IntegerLayer,
+    layer_check,
     small_layers,
     without_gradients,
 )
@@ -91,14 +92,15 @@ def _layouts(candidate: Candidate) -> Iterator[tuple]:
             yield case, dtype, layout, tensor
 
 
-@check("memory formats and strides", cases=_layouts, **EXACT)
-def strides(candidate: Candidate, case: Case, dtype: str, layout: str, tensor: str) -> CaseErrors:
-    p = (t := IntegerLayer(candidate, case, dtype)).p
+@layer_check("memory formats and strides", _layouts)
+def strides(t: IntegerLayer, layout: str, tensor: str) -> CaseErrors:
+    p, candidate = t.p, t.candidate
     names = [name for name in "xwgb" if getattr(p, name) is not None]
     given = {name: candidate.tensor(getattr(p, name), t.dtype) for name in names}
     for name in TENSORS[tensor]:
         given[name] = LAYOUTS[layout](given[name])
-    p = p.with_(**{name: array(values) for name, values in given.items()})
+    values: dict[str, Any] = {name: array(tensor) for name, tensor in given.items()}
+    p = replace(p, **values)
     t.layer.weight = nn.Parameter(given["w"])
     if "b" in given:
         t.layer.bias = nn.Parameter(given["b"])
@@ -111,10 +113,9 @@ def strides(candidate: Candidate, case: Case, dtype: str, layout: str, tensor: s
         yield CaseError(float(not y.is_contiguous()), text)
 
 
-@check("inputs not modified", cases=small_layers())
-def in_place(candidate: Candidate, case: Case, dtype: str) -> CaseErrors:
-    layer = (t := IntegerLayer(candidate, case, dtype)).layer
-    x, g = t.inputs()
+@layer_check("inputs not modified", exact=False)
+def in_place(t: IntegerLayer) -> CaseErrors:
+    layer, (x, g) = t.layer, t.inputs()
     tensors = {"input": x, "output gradient": g, **dict(layer.named_parameters())}
     before = {name: values.detach().clone() for name, values in tensors.items()}
 
@@ -200,7 +201,7 @@ def _backward_in_thread(t: IntegerLayer) -> CaseErrors:
     y = t.layer(x)
     with ThreadPoolExecutor(1) as threads:
         threads.submit(y.backward, g).result()
-    yield from t.after_backward(x, y, t.p)
+    yield from t.compare(collected(t.layer, x, y), t.p)
 
 
 THREADS: dict[str, Callable[[IntegerLayer], CaseErrors]] = {
@@ -218,11 +219,11 @@ def _threaded(candidate: Candidate) -> Iterator[tuple]:
     yield from itertools.product(THREADED_LAYERS, ["float32"], THREADS)
 
 
-@check("threads", cases=_threaded, **EXACT)
-def threads(candidate: Candidate, case: Case, dtype: str, word: str) -> CaseErrors:
+@layer_check("threads", _threaded)
+def threads(t: IntegerLayer, word: str) -> CaseErrors:
     before = torch.get_num_threads()
     try:
-        yield from THREADS[word](IntegerLayer(candidate, case, dtype))
+        yield from THREADS[word](t)
     finally:
         torch.set_num_threads(before)
 

@@ -17,7 +17,6 @@ from torch.func import functional_call
 
 from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case, Problem
 from cnntrain.lab.verify.check import (
-    EXACT,
     Candidate,
     CaseError,
     CaseErrors,
@@ -28,15 +27,21 @@ from cnntrain.lab.verify.check import (
     parameters,
     results,
 )
-from cnntrain.lab.verify.layers import DTYPES, MODES, UNFROZEN, IntegerLayer, small_layers
+from cnntrain.lab.verify.layers import (
+    DTYPES,
+    MODES,
+    UNFROZEN,
+    IntegerLayer,
+    layer_check,
+    small_layers,
+)
 from cnntrain.lab.verify.numerics import expected
 
 
-@check("modes in any order", cases=small_layers(MODES, MODES, step=11), **EXACT)
-def modes(candidate: Candidate, case: Case, dtype: str, first: str, then: str) -> CaseErrors:
-    layer = IntegerLayer(candidate, case, dtype)
+@layer_check("modes in any order", small_layers(MODES, MODES, step=11))
+def modes(t: IntegerLayer, first: str, then: str) -> CaseErrors:
     for mode in (first, then, "train"):
-        yield from layer.one_pass(mode=mode)
+        yield from t.one_pass(mode=mode)
 
 
 def _set_data(t: Tensor, new: Tensor) -> None:
@@ -63,15 +68,11 @@ CHANGES: dict[str, Callable[[nn.Conv2d, dict[str, Tensor]], Any]] = {
 }
 
 
-@check(
+@layer_check(
     "parameters changed between calls",
-    cases=small_layers(CHANGES, UNFROZEN, UNFROZEN, step=31, full=5),
-    **EXACT,
+    small_layers(CHANGES, UNFROZEN, UNFROZEN, step=31, full=5),
 )
-def changed_parameters(
-    candidate: Candidate, case: Case, dtype: str, change: str, before: str, after: str
-) -> CaseErrors:
-    t = IntegerLayer(candidate, case, dtype)
+def changed_parameters(t: IntegerLayer, change: str, before: str, after: str) -> CaseErrors:
     yield from t.one_pass(mode=before)
     with torch.no_grad():
         CHANGES[change](t.layer, t.new_parameters(q := t.problem(weights=1)))
@@ -145,7 +146,7 @@ def _input_changed(t: IntegerLayer) -> CaseErrors:
     x.detach().zero_()  # changes the version of x, and no graph
     with contextlib.suppress(RuntimeError):
         y.backward(g)
-        yield from t.after_backward(leaf, y, t.p)
+        yield from t.compare(collected(t.layer, leaf, y), t.p)
 
 
 def _output_changed(t: IntegerLayer) -> CaseErrors:
@@ -220,20 +221,19 @@ HISTORIES: dict[str, Callable[[IntegerLayer], CaseErrors]] = {
 }
 
 
-@check("no state between calls", cases=small_layers(HISTORIES, step=3), **EXACT)
-def history(candidate: Candidate, case: Case, dtype: str, name: str) -> CaseErrors:
-    yield from HISTORIES[name](IntegerLayer(candidate, case, dtype))
+@layer_check("no state between calls", small_layers(HISTORIES, step=3))
+def history(t: IntegerLayer, name: str) -> CaseErrors:
+    return HISTORIES[name](t)
 
 
-@check("results share no memory", cases=small_layers())
-def shared(candidate: Candidate, case: Case, dtype: str) -> CaseErrors:
+@layer_check("results share no memory", exact=False)
+def shared(t: IntegerLayer) -> CaseErrors:
     """Activations and optimizers work in place on results, which may change no other tensor."""
-    layer = (t := IntegerLayer(candidate, case, dtype)).layer
     x, g = t.inputs()
-    inputs = {"input": x, **dict(layer.named_parameters())}
+    inputs = {"input": x, **dict(t.layer.named_parameters())}
     known: dict[str, Tensor] = {**inputs, "output gradient": g}
     for call in ("", " of the second call"):
-        y = layer(x)
+        y = t.layer(x)
         gradients = torch.autograd.grad(y, list(inputs.values()), g)
         made = {f"gradient of the {name}": d for name, d in zip(inputs, gradients, strict=True)}
         for name, values in {"output": y, **made}.items():
@@ -264,10 +264,9 @@ SUBSETS = [
 ]
 
 
-@check("only required gradients", cases=small_layers(SUBSETS, step=3), **EXACT)
-def required_gradients(candidate: Candidate, case: Case, dtype: str, needs: str) -> CaseErrors:
-    layer = (t := IntegerLayer(candidate, case, dtype)).layer
-    x, g = t.inputs()
+@layer_check("only required gradients", small_layers(SUBSETS, step=3))
+def required_gradients(t: IntegerLayer, needs: str) -> CaseErrors:
+    layer, (x, g) = t.layer, t.inputs()
     tensors = {INPUT: x, **dict(zip((WEIGHT, BIAS), parameters(layer), strict=False))}
     for quantity, values in tensors.items():
         values.requires_grad_(quantity in needs)

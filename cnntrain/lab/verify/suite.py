@@ -114,8 +114,11 @@ def verify(
     if not chosen:
         names = "; ".join(line for check in CHECKS for line in check.lines)
         raise ConfigError([f"only={only}: no check has this in its name; there is {names}"])
-    if json and (problem := _unwritable(Path(json))):
-        raise ConfigError([f"json={json}: {problem}"])
+    if json:
+        try:
+            Path(json).open("a").close()
+        except OSError as error:
+            raise ConfigError([f"json={json}: cannot be written: {error.strerror}"]) from None
     candidate = Candidate(backend, cases or (200 if short else 1000), seed, short, _device(device))
     start, lines = time.perf_counter(), []
     with settings_restored():
@@ -144,16 +147,6 @@ def rerun(backend: Callable[..., nn.Conv2d], line: str, *case: Any, seed: int = 
     for measured in check.measure(candidate, *case):
         if (measured.line or line) == line and measured.error > check.budget(candidate):
             print(measured.text)
-
-
-def _unwritable(path: Path) -> str | None:
-    if path.is_dir():
-        return "is a folder; name a file in it"
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        return "cannot be written"
-    return None
 
 
 def _device(name: str) -> torch.device:

@@ -1,203 +1,206 @@
-"""Uses of a layer that a backend need not support: transforms, compilation, export, other dtypes.
+"""Uses of a layer beside forward and backward: transforms, compilation, export, other dtypes.
 
-`cnntrain verify` tries these and the required ones. An unsupported use is a note of the report, a
-wrong number a failure.
+A wrong number is a failure; an unsupported use is one if any training program may need it, and else
+a note of the report.
 """
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, distributed, nn
-from torch.autograd import gradcheck, gradgradcheck
-from torch.autograd.functional import jacobian
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.nn.utils import parametrizations
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from cnntrain.lab.verify.check import Candidate, CaseError, CaseErrors, check
-from cnntrain.lab.verify.compilers import (
-    compile_layer,
-    compile_transforms,
-    cubic_loss,
-    export,
-    export_any_batch,
-    export_any_size,
-    symbolic_trace,
-    trace,
-)
-from cnntrain.lab.verify.interface import importable
-from cnntrain.lab.verify.probes import (
-    GRADCHECK_FAILED,
-    REQUIRED,
-    Backend,
+from cnntrain.lab.verify.reference import (
+    USES,
     Parameters,
-    Probe,
-    attempt,
-    checkpointing,
-    copies,
-    for_gradcheck,
+    Unsupported,
+    compiled,
+    exported,
     functional,
     gradients,
-    layers_and_input,
     parameters_of,
+    use,
 )
 
-
-class Unsupported(Exception):
-    """A result is right, and not of the kind that was asked for."""
-
-
-def ensemble(conv: nn.Conv2d) -> list[Parameters]:
-    return [{k: factor * v for k, v in parameters_of(conv).items()} for factor in (1.0, -0.5, 2.0)]
+# im2col computes a batch of 64 of this layer in parts.
+LARGE: dict[str, Any] = {"in_channels": 576, "kernel_size": 4, "stride": 4, "dilation": 1}
+LARGE["size"] = (8, 9)
 
 
-def stacked(models: list[Parameters]) -> Parameters:
-    return {name: torch.stack([model[name] for model in models]) for name in models[0]}
+def cubic_loss(conv: nn.Conv2d) -> Callable[[Parameters, Tensor], Tensor]:
+    """sum y^3 as a function of parameters and input: its second derivatives are not constant."""
+    return lambda parameters, x: functional(conv)(parameters, x).pow(3).sum()
 
 
-def second_derivatives(backend: Backend) -> None:
-    layer, _, x = layers_and_input(backend)
-    function, inputs = for_gradcheck(layer, x[:1])
-    assert gradgradcheck(function, inputs, raise_exception=False), GRADCHECK_FAILED
+def ensemble(conv: nn.Conv2d) -> Parameters:
+    """Parameters of three models, stacked."""
+    factors = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    stacked = parameters_of(conv).items()
+    return {name: torch.stack([factor * value for factor in factors]) for name, value in stacked}
 
 
-def forward_mode(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    assert_close(jacfwd(layer)(x), jacobian(reference, x))
-    point = parameters_of(reference), x
-    for model in ensemble(reference):
-        tangent = jvp(cubic_loss(layer), point, (model, 2 * x))[1]
-        dparameters, dx = grad(cubic_loss(reference), (0, 1))(*point)
-        slope = sum((dparameters[name] * model[name]).sum() for name in model)
-        assert_close(tangent, slope + (dx * 2 * x).sum())
+@use("`jvp`, `jacfwd`", slow=True)
+def forward_mode(conv: nn.Conv2d, x: Tensor) -> Any:
+    tangents = {name: 2 * value.cos() for name, value in parameters_of(conv).items()}
+    return jacfwd(conv)(x), jvp(cubic_loss(conv), (parameters_of(conv), x), (tangents, 2 * x))
 
 
-def reverse_mode(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    assert_close(jacrev(layer)(x), jacobian(reference, x))
-    expected = jacrev(jacrev(cubic_loss(reference)))(parameters_of(reference), x[:1])
-    assert_close(hessian(cubic_loss(layer))(parameters_of(layer), x[:1]), expected)
+@use("`jacrev`, `hessian`", slow=True)
+def reverse_mode(conv: nn.Conv2d, x: Tensor) -> Any:
+    return jacrev(conv)(x), hessian(cubic_loss(conv))(parameters_of(conv), x[:1])
 
 
-def batched_gradients(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    x.requires_grad_()
-    y, expected = layer(x), reference(x)
-    many = torch.stack([expected.detach(), expected.detach().cos()])
-    each = [torch.autograd.grad(expected, x, g, retain_graph=True)[0] for g in many]
-    (batched,) = torch.autograd.grad(y, x, many, is_grads_batched=True)
-    assert_close(batched, torch.stack(each))
+@use("`autograd.grad(is_grads_batched=True)`")
+def batched_gradients(conv: nn.Conv2d, x: Tensor) -> Any:
+    y = conv(x.requires_grad_())
+    many = torch.stack([y.detach(), y.detach().cos()])
+    return torch.autograd.grad(y, x, many, is_grads_batched=True)
 
 
-def vmap_inputs(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
+@use("`vmap` over inputs: any dimension, in chunks, nested")
+def vmap_inputs(conv: nn.Conv2d, x: Tensor) -> Any:
     many = torch.stack([x, -x, x + 1], dim=2)  # (3, 4, 3 inputs, 3, 7)
-    each = torch.stack([reference(many[:, :, i]) for i in range(3)], dim=1)
-    assert_close(vmap(layer, in_dims=2, out_dims=1)(many), each)
-    assert_close(vmap(layer, in_dims=2, out_dims=1, chunk_size=2)(many), each)
-    assert_close(vmap(vmap(layer, in_dims=1))(many), each)
+    chunks = vmap(conv, in_dims=2, out_dims=1, chunk_size=2)(many)
+    return vmap(conv, in_dims=2, out_dims=1)(many), chunks, vmap(vmap(conv, in_dims=1))(many)
 
 
-def vmap_weights(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    call, expected = functional(layer), functional(reference)
-    models, inputs = ensemble(reference), torch.stack([x, -x, x + 1], dim=1)
-    all_pairs = torch.stack(
-        [torch.stack([expected(model, inputs[:, i]) for i in range(3)]) for model in models]
-    )
-    stack = stacked(models)
-    assert_close(vmap(call, (0, None))(stack, x), all_pairs[:, 0])
-    pairs = vmap(call, (0, 1))(stack, inputs)
-    assert_close(pairs, torch.stack([all_pairs[i, i] for i in range(3)]))
-    assert_close(vmap(vmap(call, (None, 1)), (0, None))(stack, inputs), all_pairs)
-    for name, values in stack.items():  # the weight alone, the bias alone
-        one = parameters_of(reference)
-        each = torch.stack([expected(one | {name: value}, x) for value in values])
-        assert_close(vmap(lambda v, n=name, p=one: call(p | {n: v}, x))(values), each)
+@use("`vmap` over weights, biases, both, with inputs, nested")
+def vmap_weights(conv: nn.Conv2d, x: Tensor) -> Any:
+    call, models, inputs = functional(conv), ensemble(conv), torch.stack([x, -x, x + 1], dim=1)
+    one = parameters_of(conv)
+    alone = [vmap(lambda v, n=name: call(one | {n: v}, x))(models[name]) for name in models]
+    pairs = vmap(call, (0, 1))(models, inputs)
+    every = vmap(vmap(call, (None, 1)), (0, None))(models, inputs)
+    return vmap(call, (0, None))(models, x), pairs, every, alone
 
 
-def vmap_of_grad(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    models = ensemble(reference)
-    call, expected = (grad(cubic_loss(conv), argnums=(0, 1)) for conv in (layer, reference))
-    each_sample, dx = vmap(call, (None, 0))(models[0], x)
-    for n in range(3):
-        values = {name: g[n] for name, g in each_sample.items()}, dx[n]
-        assert_close(values, expected(models[0], x[n]))
-    each_model, dx = vmap(call, (0, None))(stacked(models), x)
-    for i, model in enumerate(models):
-        assert_close(({name: g[i] for name, g in each_model.items()}, dx[i]), expected(model, x))
+@use("`vmap` of `grad`: each sample's, each model's", slow=True)
+def vmap_of_grad(conv: nn.Conv2d, x: Tensor) -> Any:
+    call = grad(cubic_loss(conv), argnums=(0, 1))
+    return vmap(call, (None, 0))(parameters_of(conv), x), vmap(call, (0, None))(ensemble(conv), x)
 
 
-def complex_numbers(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend, torch.complex128)
-    expected = gradients(reference, x, *reference.parameters())
-    assert_close(gradients(layer, x, *layer.parameters()), expected)
-    function, inputs = for_gradcheck(layer, x[:1])
-    assert gradcheck(function, inputs, raise_exception=False), GRADCHECK_FAILED
+@use("`torch.compile(fullgraph=True)`, forward and backward", slow=True, **LARGE)
+def compile_layer(conv: nn.Conv2d, x: Tensor) -> Any:
+    function, results = compiled(conv, conv), []
+    for n in (3, 2, 64, 5):  # the second size is compiled for any size
+        x = x[torch.arange(n) % len(x)]
+        with torch.compiler.set_stance("default" if n < 4 else "fail_on_recompile"):
+            results.append(gradients(function, x, *conv.parameters()))
+    return results
 
 
-def integers(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    whole = {name: (9 * value).long() for name, value in parameters_of(reference).items()}
-    y, expected = (functional(conv)(whole, (9 * x).long()) for conv in (layer, reference))
-    assert_close(y, expected, rtol=0, atol=0)
+@use("`torch.compile` of `vmap`, of `jvp`", slow=True)
+def compile_transforms(conv: nn.Conv2d, x: Tensor) -> Any:
+    tangent = compiled(lambda x: jvp(conv, (x,), (2 * x,)), conv)(x)
+    each = vmap(grad(cubic_loss(conv)), (None, 0))
+    return tangent, compiled(each, conv)(parameters_of(conv), x)
 
 
-def channels_last_output(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    y = layer(x.contiguous(memory_format=torch.channels_last))
-    assert_close(y, reference(x))
+@use("`torch.export`", slow=True)
+def export(conv: nn.Conv2d, x: Tensor) -> Any:
+    return exported(conv, x)(x)
+
+
+@use("`torch.export` for batches of 1 to 64", slow=True, **LARGE)
+def export_any_batch(conv: nn.Conv2d, x: Tensor) -> Any:
+    program = exported(conv, x, {0: torch.export.Dim("batch", min=1, max=64)})
+    x = x.repeat(22, 1, 1, 1)
+    return [program(x[:n]) for n in (3, 1, 64)]
+
+
+@use("`torch.export` for any batch, height and width", slow=True, stride=2, size=(9, 21))
+def export_any_size(conv: nn.Conv2d, x: Tensor) -> Any:
+    names = {0: "batch", 2: "height", 3: "width"}
+    sizes = {i: torch.export.Dim(name, min=1 + 6 * (i > 0), max=64) for i, name in names.items()}
+    program = exported(conv, x, sizes)
+    return [program(x[:n, :, :h, :w]) for n, h, w in [(3, 9, 21), (1, 8, 7), (2, 7, 20)]]
+
+
+@use("`torch.jit.trace`, saved", slow=True)
+def trace(conv: nn.Conv2d, x: Tensor) -> Any:
+    traced = torch.jit.trace(conv, x)
+    torch.jit.save(traced, io.BytesIO())
+    return traced(x[:2])
+
+
+@use("`torch.fx.symbolic_trace`", slow=True)
+def symbolic_trace(conv: nn.Conv2d, x: Tensor) -> Any:
+    return torch.fx.symbolic_trace(nn.Sequential(conv))(x)
+
+
+@use("complex numbers", slow=True, dtype=torch.complex128)
+def complex_numbers(conv: nn.Conv2d, x: Tensor) -> Any:
+    return gradients(conv, x, *conv.parameters())
+
+
+@use("integers")
+def integers(conv: nn.Conv2d, x: Tensor) -> Any:
+    whole = {name: (9 * value).long() for name, value in parameters_of(conv).items()}
+    return functional(conv)(whole, (9 * x).long())
+
+
+@use("`channels_last` outputs for such inputs")
+def channels_last_output(conv: nn.Conv2d, x: Tensor) -> Any:
+    y = conv(x.contiguous(memory_format=torch.channels_last))
     if not y.is_contiguous(memory_format=torch.channels_last):
         raise Unsupported(f"strides {y.stride()} for size {list(y.shape)}")
+    return y
 
 
-def subclasses(backend: Backend) -> None:
+@use("tensor subclasses")
+def subclasses(conv: nn.Conv2d, x: Tensor) -> Any:
     class Image(Tensor):
         pass
 
-    layer, reference, x = layers_and_input(backend)
-    y = layer(x.as_subclass(Image))
-    assert_close(y.as_subclass(Tensor), reference(x))
+    y = conv(x.as_subclass(Image))
     if type(y) is not Image:
         raise Unsupported(f"a {type(y).__name__} from an Image")
+    return y.as_subclass(Tensor)
 
 
-def distributed_tensors(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    expected = reference(x)
+@use("`DTensor`", slow=True)
+def distributed_tensors(conv: nn.Conv2d, x: Tensor) -> Any:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        for name, value in list(layer.named_parameters()):
+        for name, value in list(conv.named_parameters()):
             replicated = distribute_tensor(value.detach(), mesh, [Replicate()])
-            layer.register_parameter(name, nn.Parameter(replicated))
-        y = layer(distribute_tensor(x, mesh, [Shard(0)]))
-        assert_close(y.full_tensor(), expected)
+            conv.register_parameter(name, nn.Parameter(replicated))
+        return conv(distribute_tensor(x, mesh, [Shard(0)])).full_tensor()
     finally:
         distributed.destroy_process_group()
 
 
-def meta(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
-    assert layer.to("meta")(x.to("meta")).shape == reference(x).shape
+@use("the meta device")
+def meta(conv: nn.Conv2d, x: Tensor) -> Any:
+    return list(conv.to("meta")(x.to("meta")).shape)
 
 
-def repeatable(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend)
+@use("`use_deterministic_algorithms`, bitwise the same each time", slow=True)
+def repeatable(conv: nn.Conv2d, x: Tensor) -> Any:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        once, *again = (gradients(layer, x, *layer.parameters()) for _ in range(4))
+        once, *again = (gradients(conv, x, *conv.parameters()) for _ in range(4))
     finally:
         torch.use_deterministic_algorithms(before)
-    assert_close(once, gradients(reference, x, *reference.parameters()))
     for other in again:
         assert_close(other, once, rtol=0, atol=0)
+    return once
 
 
-def saved_for_backward(backend: Backend) -> None:
-    layer, reference, x = layers_and_input(backend, padding=1)
+@use("saves input and weight for the backward, no more", padding=1)
+def saved_for_backward(conv: nn.Conv2d, x: Tensor) -> Any:
     saved: list[Tensor] = []
 
     def pack(t: Tensor) -> Tensor:
@@ -205,57 +208,76 @@ def saved_for_backward(backend: Backend) -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x.requires_grad_())
-    assert_close(y, reference(x))
-    known = [t.untyped_storage().data_ptr() for t in (x, *layer.parameters())]
+        y = conv(x.requires_grad_())
+    known = [t.untyped_storage().data_ptr() for t in (x, *conv.parameters())]
     more = [list(t.shape) for t in saved if t.untyped_storage().data_ptr() not in known]
     if more:
         raise Unsupported(f"tensors of these sizes are saved as well: {more}")
+    return y
 
 
-OPTIONAL: dict[str, Probe] = {
-    "second derivatives": second_derivatives,
-    "`jvp`, `jacfwd`": forward_mode,
-    "`jacrev`, `hessian`": reverse_mode,
-    "`autograd.grad(is_grads_batched=True)`": batched_gradients,
-    "`vmap` over inputs: any dimension, in chunks, nested": vmap_inputs,
-    "`vmap` over weights, biases, both, with inputs, nested": vmap_weights,
-    "`vmap` of `grad`: each sample's, each model's": vmap_of_grad,
-    "`torch.compile(fullgraph=True)`, forward and backward": compile_layer,
-    "`torch.compile` of `vmap`, of `jvp`": compile_transforms,
-    "`torch.export`": export,
-    "`torch.export` for batches of 1 to 64": export_any_batch,
-    "`torch.export` for any batch, height and width": export_any_size,
-    "`torch.jit.trace`, saved": trace,
-    "`torch.fx.symbolic_trace`": symbolic_trace,
-    "complex numbers": complex_numbers,
-    "integers": integers,
-    "`channels_last` outputs for such inputs": channels_last_output,
-    "tensor subclasses": subclasses,
-    "`DTensor`": distributed_tensors,
-    "the meta device": meta,
-    "`use_deterministic_algorithms`, bitwise the same each time": repeatable,
-    "saves input and weight for the backward, no more": saved_for_backward,
-}
-PROBES = OPTIONAL | REQUIRED
-SLOW = [  # not in the short form; most import PyTorch's compiler
-    *(second_derivatives, forward_mode, reverse_mode, vmap_of_grad, complex_numbers),
-    *(compile_layer, compile_transforms, export, export_any_batch, export_any_size, trace),
-    *(symbolic_trace, distributed_tensors, checkpointing, repeatable),
-]
+@use("`layer(input=x)`", required=True)
+def by_keyword(conv: nn.Conv2d, x: Tensor) -> Any:
+    return conv(input=x)
+
+
+@use("autocast to bfloat16 and float16", required=True, tolerance=2**-6, dtype=torch.float32)
+def autocast(conv: nn.Conv2d, x: Tensor) -> Any:
+    results: list[Tensor] = []
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):  # the backward too: it would cast a product in float32
+            results += gradients(conv, x, *conv.parameters())
+    return results
+
+
+@use("a part without autocast", required=True, tolerance=2**-16, dtype=torch.float32)
+def without_autocast(conv: nn.Conv2d, x: Tensor) -> Any:
+    with torch.autocast("cpu"), torch.autocast("cpu", enabled=False):
+        return gradients(conv, x, *conv.parameters())
+
+
+@use("`checkpoint`, saved-tensor hooks", required=True, slow=True)
+def checkpointing(conv: nn.Conv2d, x: Tensor) -> Any:
+    results: list[Any] = []
+    for reentrant in (True, False):
+        y = checkpoint(conv, x.requires_grad_(), use_reentrant=reentrant)
+        y.square().sum().backward()
+        results += [y, *(t.grad.clone() for t in (x, *conv.parameters()) if t.grad is not None)]
+    with torch.autograd.graph.save_on_cpu():
+        return results + gradients(conv, x, *conv.parameters())
+
+
+@use("hooks of modules and tensors", required=True)
+def hooks(conv: nn.Conv2d, x: Tensor) -> Any:
+    seen: list[Tensor | None] = []
+    conv.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
+    conv.register_full_backward_hook(lambda _module, dx, dy: seen.extend((*dx, *dy)))
+    conv.weight.register_hook(lambda g: 2 * g)
+    conv(x.requires_grad_()).square().sum().backward()
+    return [*seen, conv.weight.grad]
+
+
+@use("`weight_norm`", required=True)
+def weight_norm(conv: nn.Conv2d, x: Tensor) -> Any:
+    return gradients(parametrizations.weight_norm(conv), x, *conv.parameters())
+
+
+@use("`spectral_norm`", required=True)
+def spectral_norm(conv: nn.Conv2d, x: Tensor) -> Any:
+    torch.manual_seed(0)  # it starts from a random vector
+    return gradients(parametrizations.spectral_norm(conv), x, *conv.parameters())
 
 
 @check(
     "uses of nn.Conv2d",
-    cases=lambda c: [f"Conv2d, {u}" for u, p in PROBES.items() if not (c.short and p in SLOW)],
+    cases=lambda c: [f"Conv2d, {name}" for name, u in USES.items() if not (c.short and u.slow)],
 )
-def uses(candidate: Candidate, use: str) -> CaseErrors:
-    probe = PROBES[use := use.removeprefix("Conv2d, ")]
+def uses(candidate: Candidate, name: str) -> CaseErrors:
+    tried = USES[name := name.removeprefix("Conv2d, ")]
     try:
-        reason, counts = attempt(probe, candidate.backend), use in REQUIRED
+        reason, counts = tried.attempt(candidate.backend), tried.required
     except AssertionError as error:
         reason, counts = str(error).strip().split("\n")[0], True
-    # Rounded results are converted to integers as they are; pickle needs an importable class.
-    counts &= candidate.declared("exact_on_integers") or probe is not integers
-    counts &= importable(candidate) or probe is not copies
-    yield CaseError(float(bool(reason) and counts), reason, note=reason and f"{use}: {reason}")
+    # Rounded results are converted to integers as they are.
+    counts &= candidate.declared("exact_on_integers") or tried is not integers
+    yield CaseError(float(bool(reason) and counts), reason, note=reason and f"{name}: {reason}")
