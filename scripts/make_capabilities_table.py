@@ -18,7 +18,7 @@ from hydra.utils import get_class
 
 from cnntrain.conv import BACKENDS
 from cnntrain.lab.verify import uses
-from cnntrain.lab.verify.reference import Backend, Use
+from cnntrain.lab.verify.interface import Backend, Use
 
 PAGE = Path(__file__).parents[1] / "docs/convolutions.md"
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->"

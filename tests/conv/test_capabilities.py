@@ -9,8 +9,8 @@ from torch import nn
 
 from cnntrain.conv import BACKENDS, Conv2d, Im2colConv2d, NaiveConv2d
 from cnntrain.conv.naive import Naive
-from cnntrain.lab.verify import reference
-from cnntrain.lab.verify.reference import USES
+from cnntrain.lab.verify import interface
+from cnntrain.lab.verify.interface import USES
 from cnntrain.lab.verify.uses import channels_last_output, hooks, meta
 
 SLOW = {"compile_layer", "compile_transforms", "export_any_size"}
@@ -33,7 +33,7 @@ SHAPES = {  # by which im2col chooses how to compute
 @pytest.mark.parametrize("shape", SHAPES)
 def test_im2col_supports_each_use_for_every_shape(shape, monkeypatch):
     for option, value in SHAPES[shape].items():
-        monkeypatch.setitem(reference.OPTIONS, option, value)
+        monkeypatch.setitem(interface.OPTIONS, option, value)
     for name, use in USES.items():
         if use not in LIMITS and use.function.__name__ not in SLOW:
             assert use.attempt(Im2colConv2d) == "", name

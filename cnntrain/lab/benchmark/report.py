@@ -158,16 +158,13 @@ def describe_machine(device: str) -> dict[str, Any]:
     return {
         "processor": processor(),
         "gpu": gpu,
-        "cpus": known["machine"]["cpus"],
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cudnn": torch.backends.cudnn.version() if gpu else None,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32 if gpu else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "platform": known["machine"]["platform"],
-        "versions": known["versions"],
+        **{key: known[key] for key in ("machine", "versions", "command")},
         "git_revision": known["git"]["revision"],
-        "command": known["command"],
     }
 
 

@@ -12,9 +12,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 Pair = tuple[int, int]  # (height, width)
 OneOrTwo = int | Pair
@@ -121,6 +123,7 @@ DILATIONS: list[OneOrTwo] = [1, 2, (2, 1), (1, 3)]
 MODES = ["zeros", "reflect", "replicate", "circular"]
 CHANNELS = [(1, 3, 2), (2, 4, 6), (4, 4, 4), (2, 2, 6)]  # groups, in, out: the last two depthwise
 KERNELS: list[OneOrTwo] = [3, (2, 3), (3, 2), 1, (1, 3), 2, (3, 1)]
+LISTED = yaml.safe_load(Path(__file__).with_name("layers.yaml").read_text(encoding="utf-8"))
 SHORT_GRIDS = 0, 26  # first cases of two short grids that together have all pairs of values
 
 
@@ -146,40 +149,22 @@ def grid(short_from: int | None = None) -> list[Case]:
     return cases if short_from is None else cases[short_from::43]
 
 
+def listed(group: str) -> list[Case]:
+    """The cases of a group of layers.yaml."""
+    cases = []
+    for *arguments, options in ([*entry, {}][:5] for entry in LISTED[group]):
+        given = {key: _as_tuple(value) for key, value in options.items()}
+        cases.append(Case(*map(_as_tuple, arguments), **given))
+    return cases
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def corners() -> list[Case]:
     """Limits of the options, and combinations of them."""
-    cases = [
-        Case(1, 1, 1, (1, 1, 1)),
-        Case(3, 4, 1, (2, 5, 6)),
-        Case(3, 4, 1, (2, 5, 6), stride=2),
-        Case(4, 6, 1, (3, 5, 6), stride=(3, 2), groups=2),
-        Case(3, 4, 1, (2, 5, 6), padding=(1, 2), dilation=3),
-        Case(3, 2, (4, 5), (2, 4, 5)),  # the kernel is as large as the input
-        Case(3, 2, (4, 5), (4, 5), bias=False),
-        Case(3, 2, (5, 7), (2, 3, 4), padding=(1, 2)),  # larger than the unpadded input
-        Case(2, 3, 3, (2, 1, 1), padding=1),
-        Case(2, 3, 3, (2, 2, 1), padding=(2, 3), stride=2),
-        Case(2, 3, (1, 3), (2, 1, 9)),
-        Case(2, 3, (3, 1), (2, 9, 1)),
-        Case(2, 3, 2, (2, 8, 8), stride=3),  # rows and columns that no window covers
-        Case(2, 3, 2, (2, 9, 10), stride=(4, 5)),
-        Case(2, 3, 3, (2, 8, 9), stride=2),
-        Case(2, 3, 3, (2, 7, 10), stride=(4, 3), padding=1),
-        Case(2, 3, 3, (2, 4, 4), stride=9),
-        Case(2, 3, 3, (2, 3, 1), padding=(3, 4)),  # windows of padding only
-        Case(2, 3, 3, (1, 6, 6), padding=1),
-        Case(1, 5, 3, (3, 6, 6), padding=1),
-        Case(5, 1, 3, (3, 6, 6), padding=1),
-        Case(2, 2, (7, 6), (2, 5, 6), padding=3),
-        Case(1, 2, 11, (1, 6, 7), padding=5, bias=False),
-        Case(2, 3, (2, 3), (2, 9, 14), dilation=(7, 6)),
-        Case(2, 3, 5, (2, 6, 7), padding=2),
-        Case(6, 6, 3, (2, 6, 7), groups=3, padding=1),
-        Case(5, 15, 3, (2, 6, 7), groups=5, padding=1, stride=2),
-        Case(6, 4, (2, 3), (3, 6, 7), groups=2, dilation=(2, 1)),
-        Case(9, 3, (3, 2), (1, 6, 7), groups=3, stride=(1, 2)),
-        Case(7, 5, 3, (5, 6, 5)),
-    ]
+    cases = listed("corners")
     even: list[tuple[OneOrTwo, OneOrTwo]] = [
         (2, 1), (4, 1), ((2, 3), (3, 1)), ((3, 4), (1, 3)), ((4, 2), 1),
     ]  # fmt: skip

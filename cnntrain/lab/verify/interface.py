@@ -1,16 +1,23 @@
-"""Interface of a convolution: constructor, initial weights, copies, empty batches, errors."""
+"""Comparison of a layer's interface and uses with those of ``nn.Conv2d``."""
 
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import pickle
 import sys
+import textwrap
+import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.testing import assert_close
 
 from cnntrain.lab.verify.cases import OUTPUT, Case, Problem
 from cnntrain.lab.verify.check import (
@@ -51,20 +58,11 @@ def constructor(candidate: Candidate, case: Case, style: str) -> CaseErrors:
     for name in [*nn.Conv2d.__constants__, "training"]:
         wanted, value = getattr(right, name), getattr(found, name, None)
         yield CaseError(float(value != wanted), f"{name} is {value}, not {wanted}")
-    state, state_right = found.state_dict(), right.state_dict()
-    if list(state) != list(state_right):
-        raise CheckFailure(f"state_dict has {', '.join(state)}, not {', '.join(state_right)}")
-    for name, wanted in state_right.items():
-        for kind in ("shape", "dtype"):
-            value, other = getattr(state[name], kind), getattr(wanted, kind)
-            if value != other:
-                raise CheckFailure(f"{name} has {kind} {value}, not {other}")
-        equal = torch.equal(state[name], wanted)
-        text = f"the initial {name} is not nn.Conv2d's for the same seed"
-        yield CaseError(float(not equal), text)
-        learns = dict(found.named_parameters()).get(name)
-        trained = learns is not None and learns.requires_grad
-        yield CaseError(float(not trained), f"{name} is not trained")
+    other = "initial weights other than nn.Conv2d's for the same seed"
+    assert_close(found.state_dict(), right.state_dict(), rtol=0, atol=0,
+                 msg=lambda text: f"{other}: {' '.join(text.split())}")  # fmt: skip
+    for name, values in found.named_parameters():
+        yield CaseError(float(not values.requires_grad), f"{name} is not trained")
     found.load_state_dict(right.state_dict())
     right.load_state_dict(found.state_dict())
     text = "the random numbers after it are others than after nn.Conv2d"
@@ -105,41 +103,7 @@ def empty_batch(candidate: Candidate, case: Case) -> CaseErrors:
     yield from compare({OUTPUT: y}, {OUTPUT: p.g})
 
 
-X = "torch.zeros(2, 3, 6, 6)"
-SHAPES = (
-    "6, 6; 6; 1, 2, 3, 6, 6; 2, 4, 6, 6; 2, 1, 6, 6; 2, 0, 6, 6; 4, 6, 6; 2, 6, 6, 3; 2, 3, 0, 6; "
-    "2, 3, 6, 0; 2, 3, 2, 6; 2, 3, 6, 2; 3, 2, 2; 0, 3, 2, 6; 0, 4, 6, 6"
-)
-STEPS = ("0", "-1", "(1, 0)", "(0, 1)", "1.5", "(1, 1, 1)", "None")
-ARGUMENTS = [  # of the constructor, with brackets; or those after 3, 4, 3
-    *("()", "(3)", "(3, 4)", "(3, 4, 3, strides=2)", "(4, 6, 3, groups=4)"),
-    *(f"(4, 4, 3, groups={groups})" for groups in (0, -2, 3)),
-    *(f", padding={padding!r}" for padding in ("full", "SAME", "")),
-    *(f", padding='same', stride={stride}" for stride in ("2", "(1, 2)", "(3, 1)")),
-    *(f", padding_mode={mode!r}" for mode in ("wrap", "constant", "Reflect", None)),
-    *(f"(3, 4, {size})" for size in ("None", "'3'", "(3, -1)")),
-    *(f"(3, 4, {size})" for size in ("9", "(7, 1)", "(1, 7)", "0", "(3, 0)", "(3, 3, 3)")),
-    *(f", dilation={value}" for value in ("3", "(3, 1)", "(1, 3)", *STEPS)),
-    *(f"(3, 4, 9, padding={value})" for value in ("1", "(2, 1)", "(1, 2)")),
-    *(f", stride={value}" for value in STEPS),
-    *(f", padding={value}" for value in ("-1", "(0, -1)", "1.5", "(1, 1, 1)", "None")),
-    *(f", padding={value}, padding_mode='reflect'" for value in ("6", "(0, 6)")),
-    *(f", padding={value}, padding_mode='circular'" for value in ("7", "(7, 0)")),
-    "(3, 4, 12, padding=1, padding_mode='reflect')",
-    ", padding='same', dilation=7, padding_mode='reflect'",
-]
-INPUTS = [
-    *(f"torch.zeros({shape})" for shape in SHAPES.split("; ")),
-    *("", "None", "[1.0]", "torch.tensor(1.0)", f"{X}, {X}"),
-    *(f"{X}.to(torch.{d})" for d in ["float64", "bfloat16", "int64", "uint8", "bool", "complex64"]),
-]
-INVALID_CALLS = [
-    *(f"Conv2d(3, 4, 3)({x})" for x in INPUTS),
-    *(f"Conv2d{a if a.startswith('(') else f'(3, 4, 3{a})'}({X})" for a in ARGUMENTS),
-    *(f"Conv2d(4, 4, 3, groups=2)(torch.zeros(2, {c}, 6, 6))" for c in (2, 8)),
-    "Conv2d(4, 4, 3, groups=4)(torch.zeros(2, 1, 6, 6))",
-    f"Conv2d(1, 4, 3)({X})",
-]
+INVALID_CALLS = Path(__file__).with_name("invalid_calls.txt").read_text().splitlines()
 
 
 @check("errors that nn.Conv2d raises", cases=lambda _: INVALID_CALLS)
@@ -155,8 +119,144 @@ def errors(candidate: Candidate, call: str) -> CaseErrors:
         return None
 
     right, found = raised(nn.Conv2d), raised(candidate.backend)
-    same = (right, found) == (TypeError, AttributeError) or (
-        right is found or bool(right and found and issubclass(found, right))
-    )
+    allowed = (TypeError, AttributeError) if right is TypeError else right
+    same = issubclass(found, allowed) if found and allowed else found is right
     names = [kind.__name__ if kind else "nothing" for kind in (found, right)]
     yield CaseError(float(not same), "raises {}, not {}".format(*names))
+
+
+Backend = Callable[..., nn.Conv2d]
+Parameters = dict[str, Tensor]
+# Height and width, groups and dilation all differ. The output is 2 x 2, because compilers unroll a
+# loop over its positions.
+OPTIONS: dict[str, Any] = {"in_channels": 4, "out_channels": 6, "kernel_size": (2, 3)}
+OPTIONS |= {"stride": (1, 2), "dilation": (1, 2), "groups": 2}
+
+
+class Unsupported(Exception):
+    """A result is right, and not of the kind that was asked for."""
+
+
+class Reference(nn.Conv2d):
+    """``nn.Conv2d``, which no use compiles or exports."""
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A use of a layer.
+
+    Attributes:
+        function: takes a layer and its input, and returns the numbers to compare.
+        required: by any training program: unsupported counts as a failure.
+        slow: not in the short form; most import PyTorch's compiler.
+        tolerance: in units of a tensor's largest number; 0: ``torch.testing.assert_close``'s.
+        options: of the layer, other than OPTIONS, and `dtype` and `size` of the input.
+    """
+
+    function: Callable[[nn.Conv2d, Tensor], Any]
+    required: bool
+    slow: bool
+    tolerance: float
+    options: dict[str, Any]
+
+    def __call__(self, backend: Backend) -> None:
+        """Raises AssertionError for a wrong number, another exception if it is unsupported."""
+        layer, reference, x = layers_and_input(backend, **self.options)
+        found, right = (self.function(conv, x.clone()) for conv in (layer, reference))
+        if not self.tolerance:
+            return assert_close(found, right)
+        for tensor, wanted in zip(found, right, strict=True):
+            atol = self.tolerance * wanted.abs().max().item()
+            assert_close(tensor, wanted, rtol=self.tolerance, atol=atol)
+
+    def attempt(self, backend: Backend) -> str:
+        """'' if the backend supports the use, else the reason in one line.
+
+        Raises:
+            AssertionError: a number is wrong.
+        """
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")
+                self(backend)
+        except AssertionError:
+            raise
+        except Exception as error:
+            return textwrap.shorten(f"{type(error).__name__}: {error}", 100).replace("|", r"\|")
+        return ""
+
+
+USES: dict[str, Use] = {}
+
+
+def use(
+    name: str,
+    *,
+    required: bool = False,
+    slow: bool = False,
+    tolerance: float = 0,
+    **options: Any,
+) -> Callable[[Callable[[nn.Conv2d, Tensor], Any]], Use]:
+    """Decorator: enters a function into USES."""
+
+    def enter(function: Callable[[nn.Conv2d, Tensor], Any]) -> Use:
+        USES[name] = Use(function, required, slow, tolerance, options)
+        return USES[name]
+
+    return enter
+
+
+def layers_and_input(
+    backend: Backend,
+    dtype: torch.dtype = torch.float64,
+    size: tuple[int, int] = (3, 7),
+    **options: Any,
+) -> tuple[nn.Conv2d, nn.Conv2d, Tensor]:
+    """The backend's layer, an ``nn.Conv2d`` with equal weights, and an input (3, C, *size)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        values = torch.randn(size, generator=generator, dtype=torch.float64)
+        return (torch.complex(values, values.flip(0)) if dtype.is_complex else values).to(dtype)
+
+    layer, reference = (conv(**(OPTIONS | options)).to(dtype) for conv in (backend, Reference))
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(randn(*parameter.shape))
+    layer.load_state_dict(reference.state_dict())
+    return layer, reference, randn(3, reference.in_channels, *size)
+
+
+def gradients(function: Callable[[Tensor], Tensor], x: Tensor, *others: Tensor) -> list[Tensor]:
+    """The output y, and the gradients of sum |y|^2 with respect to x and `others`."""
+    x = x.detach().clone().requires_grad_()
+    y = function(x)
+    return [y, *torch.autograd.grad(y.abs().square().sum(), (x, *others))]
+
+
+def functional(conv: nn.Conv2d) -> Callable[[Parameters, Tensor], Tensor]:
+    """The layer as a function of its parameters and its input."""
+    return lambda parameters, x: functional_call(conv, parameters, (x,))
+
+
+def parameters_of(conv: nn.Conv2d) -> Parameters:
+    return {name: value.detach() for name, value in conv.named_parameters()}
+
+
+def compiled(function: Callable, conv: nn.Conv2d) -> Callable:
+    """In one graph; by a backend that needs no C++ compiler."""
+    if isinstance(conv, Reference):
+        return function
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def exported(conv: nn.Conv2d, x: Tensor, dynamic: dict[int, Any] | None = None) -> Callable:
+    """A saved and loaded program, whose dimensions `dynamic` may change."""
+    if isinstance(conv, Reference):
+        return conv
+    shapes = None if dynamic is None else (dynamic,)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(conv, (x,), dynamic_shapes=shapes), file)
+    file.seek(0)
+    return torch.export.load(file).module()

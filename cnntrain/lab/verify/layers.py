@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnntrain.lab.verify.cases import INPUT, OUTPUT, QUANTITIES, Case, Problem
+from cnntrain.lab.verify.cases import INPUT, OUTPUT, QUANTITIES, Case, Problem, listed
 from cnntrain.lab.verify.check import (
     EXACT,
     Candidate,
@@ -26,38 +26,8 @@ from cnntrain.lab.verify.numerics import expected
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
-SMALL_LAYERS = [
-    Case(4, 6, 3, (3, 4, 6)),
-    Case(4, 6, (2, 3), (3, 5, 6), stride=(2, 1), padding=1, groups=2),  # a row is left over
-    Case(4, 6, 1, (3, 4, 5)),
-    Case(3, 3, 3, (2, 4, 5), dilation=2, padding=2, groups=3),
-    Case(3, 2, (4, 5), (2, 4, 5)),
-    Case(4, 6, 1, (3, 5, 4), stride=2, bias=False),
-    Case(4, 4, 1, (2, 4, 5), groups=4),
-    Case(1, 2, 3, (3, 4, 5), padding=1),
-    Case(3, 2, (2, 3), (1, 4, 6)),
-    Case(3, 2, 3, (2, 4, 5), padding=1, padding_mode="reflect"),
-    Case(3, 2, 3, (5, 4), padding="same"),
-    Case(7, 9, 3, (2, 5, 4), padding=1),
-    Case(10, 6, (3, 2), (2, 5, 6), stride=2, groups=2),
-]
-WIDE_LAYERS = [
-    Case(32, 40, 1, (2, 4, 5)),
-    Case(64, 32, 3, (2, 5, 6), padding=1),
-    Case(40, 40, 3, (2, 6, 7), padding=1, groups=40),
-]
-THREADED_LAYERS = [
-    Case(3, 8, 3, (16, 20, 21), padding=1),
-    Case(8, 8, 3, (16, 12, 12), stride=2, groups=8),
-    Case(16, 16, 1, (16, 16, 16), bias=False),
-    Case(6, 4, 5, (6, 32, 33), padding=2),
-]
-NON_FINITE = [
-    *SMALL_LAYERS,
-    Case(32, 32, 3, (2, 6, 7), padding=1),
-    Case(4, 4, 3, (2, 9, 52), padding=1, groups=4),
-    Case(4, 8, 3, (2, 9, 10), stride=(3, 2), padding=2, groups=4),
-]
+SMALL_LAYERS, WIDE_LAYERS, THREADED_LAYERS = map(listed, ("small", "wide", "threaded"))
+NON_FINITE = SMALL_LAYERS + listed("non_finite")
 EMPTY_BATCHES = [
     *(replace(c, size=(0, *c.size[-2:])) for c in SMALL_LAYERS if c.padding_mode == "zeros"),
     *(Case(3, 2, 3, (0, 5, 6), padding=1, padding_mode=m) for m in ("replicate", "circular")),
@@ -98,55 +68,15 @@ def size_cases(short: bool) -> list[Case]:
         *(Case(n, 2 * n, 3, (2, 5, 4), groups=n, stride=2) for n in between),
         *(Case(2, 3, 3, (1, n, 3), padding=1) for n in between),
         *(Case(2, 3, 3, (1, 5, n), stride=(1, 2), dilation=2, padding=2) for n in between),
-        Case(2, 2, 11, (3, 166, 165)),
-        Case(130, 130, 3, (2, 5, 4), groups=130, padding=1),
-        Case(6, 6, 3, (70, 6, 7), groups=2, stride=2),
-        Case(72, 48, 3, (2, 5, 5), groups=4, dilation=2, padding=2),
-        Case(8, 8, 3, (66, 16, 16), padding=1),
-        Case(1, 2, 5, (2, 67, 66), padding=2, stride=2),
-        Case(1, 2, 3, (1, 40, 41), padding="same", padding_mode="circular"),
-        Case(2, 2, 3, (1, 70, 9), padding=1, padding_mode="reflect"),
-        Case(2, 2, (9, 31), (2, 40, 34)),
+        *listed("sizes"),
     ]
-    if not short:
-        cases += [
-            *network_layers(short),
-            Case(16, 2, 3, (8, 124, 128)),
-            Case(3, 8, 7, (2, 224, 225), stride=2, padding=3),
-            Case(16, 24, 3, (260, 15, 16), padding=1, groups=4),
-            Case(3, 4, 7, (16, 112, 113), stride=2, padding=3),
-            Case(8, 6, 5, (64, 40, 41), groups=2, padding=2),
-        ]
-    return cases
+    return cases if short else [*cases, *network_layers(short), *listed("large_sizes")]
 
 
 def network_layers(short: bool) -> list[Case]:
     """Layers for rounding errors: those of known networks, and sums long enough to show addition in
     a half type. Windows cover every pixel."""
-    cases = [
-        Case(1, 6, 5, (16, 28, 28), padding=2),  # lenet5
-        Case(6, 16, 5, (8, 14, 14)),
-        Case(16, 32, 3, (4, 9, 9), padding=1, bias=False),
-        Case(64, 64, 3, (2, 6, 6), padding=1),
-        Case(16, 12, 1, (1, 64, 64), bias=False),
-        Case(8, 8, 3, (24, 14, 14), padding=1, groups=8),
-        Case(32, 64, 3, (2, 9, 9), stride=2, padding=1, bias=False),
-        Case(256, 6, 3, (2, 6, 6), padding=1, bias=False),
-        Case(6, 256, 3, (2, 6, 6), padding=2, dilation=2, bias=False),
-        Case(96, 128, 3, (2, 6, 6), padding=1, groups=2, bias=False),
-        Case(3, 3, (12, 15), (2, 20, 24), padding=(0, 4), groups=3, bias=False),
-    ]
-    if not short:
-        cases += [
-            Case(1, 6, 5, (128, 28, 28), padding=2, bias=False),
-            Case(3, 64, 7, (2, 63, 63), stride=2, padding=3),
-            Case(32, 32, 3, (4, 32, 32), padding=1),
-            Case(512, 64, 3, (1, 7, 7), padding=1),
-            Case(16, 16, 3, (32, 28, 28), padding=1, groups=16, bias=False),
-            Case(48, 96, 7, (2, 14, 14), padding=3, groups=48),
-            Case(96, 192, 2, (2, 14, 14), stride=2),
-        ]
-    return cases
+    return listed("networks") + ([] if short else listed("large_networks"))
 
 
 class IntegerLayer:

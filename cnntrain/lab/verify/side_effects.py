@@ -48,14 +48,8 @@ from cnntrain.lab.verify.layers import (
 # reading there spoils the result. The expanded ones change the values.
 
 
-def _every_second(t: Tensor) -> Tensor:
-    wide = t.new_full([2 * size for size in t.shape], torch.nan)
-    return wide[(slice(1, None, 2),) * t.dim()].copy_(t)
-
-
-def _cut_out(t: Tensor) -> Tensor:
-    wide = t.new_full([size + 2 for size in t.shape], torch.nan)
-    return wide[(slice(1, -1),) * t.dim()].copy_(t)
+def _part_of(t: Tensor, size: list[int], part: slice) -> Tensor:
+    return t.new_full(size, torch.nan)[(part,) * t.dim()].copy_(t)
 
 
 def _with_offset(t: Tensor) -> Tensor:
@@ -69,8 +63,8 @@ def _reversed(t: Tensor) -> Tensor:
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "every second element": _every_second,
-    "cut out of a larger one": _cut_out,
+    "every second element": lambda t: _part_of(t, [2 * n for n in t.shape], slice(1, None, 2)),
+    "cut out of a larger one": lambda t: _part_of(t, [n + 2 for n in t.shape], slice(1, -1)),
     "with an offset": _with_offset,
     "expanded from the first": lambda t: t[:1].expand(t.shape),
     "channels_last": lambda t: t.movedim(-3, -1).contiguous().movedim(-1, -3),

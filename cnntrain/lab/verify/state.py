@@ -159,26 +159,20 @@ def _output_changed(t: IntegerLayer) -> CaseErrors:
     yield from compare(collected(t.layer, x, y), right, 1.0, t.dtype)
 
 
-def _many_calls(t: IntegerLayer) -> CaseErrors:
+def _many_calls(t: IntegerLayer, gradients: bool) -> CaseErrors:
     """Thirty calls, of which ten outputs are kept: none may reuse the memory of another, and an
     implementation that benchmarks several algorithms in its first calls has chosen one."""
     problems, made = [t.problem(i) for i in range(7)], []
     for number in range(30):
-        p = problems[number % 7]
-        x, g = t.inputs(p)
-        y = t.layer(x)
-        made.append((p, y, *torch.autograd.grad(y, [x, *parameters(t.layer)], g)))
+        x, g = t.inputs(p := problems[number % 7])
+        with torch.set_grad_enabled(gradients):
+            y = t.layer(x)
+        leaves = [x, *parameters(t.layer)]
+        made.append((p, y, *(torch.autograd.grad(y, leaves, g) if gradients else ())))
         del made[:-10]
     for p, *tensors in made:
-        yield from t.compare(dict(zip(expected(p), tensors, strict=True)), p)
-
-
-def _many_outputs(t: IntegerLayer) -> CaseErrors:
-    problems = [t.problem(i) for i in range(7)]
-    with torch.no_grad():
-        made = [(p, t.layer(t.inputs(p)[0])) for p in problems * 2]
-    for p, y in made:
-        yield from t.compare({OUTPUT: y}, p, OUTPUT)
+        found = dict(zip(expected(p), tensors, strict=gradients))
+        yield from t.compare({**found}, p, *found)
 
 
 def _other_options(t: IntegerLayer) -> CaseErrors:
@@ -215,8 +209,8 @@ HISTORIES: dict[str, Callable[[IntegerLayer], CaseErrors]] = {
     "gradients accumulated": _accumulated,
     "the input changed before the backward": _input_changed,
     "the output changed before the backward": _output_changed,
-    "thirty calls, ten outputs kept": _many_calls,
-    "fourteen outputs without gradients": _many_outputs,
+    "thirty calls, ten outputs kept": lambda t: _many_calls(t, gradients=True),
+    "thirty calls without gradients": lambda t: _many_calls(t, gradients=False),
     "options changed after the first call": _other_options,
 }
 

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from cnntrain.lab.verify.check import Candidate, CaseError, CaseErrors, check
-from cnntrain.lab.verify.reference import (
+from cnntrain.lab.verify.interface import (
     USES,
     Parameters,
     Unsupported,
