@@ -70,7 +70,7 @@ FAULTS = [
     ),
     (
         faulty("grad_weight", lambda self, g, x, *a: Naive.grad_weight(self, g[:1], x[:1], *a)),
-        {"vmap_of_grad", "checkpointing", "compile_layer", "autocast"},
+        {"vmap_of_grad", "checkpointing", "autocast", "repeatable"},
     ),
     (  # vmap folds models into groups
         faulty(

@@ -159,19 +159,19 @@ class Wrapper(nn.Conv2d):
 
 
 class Compiled(nn.Conv2d):
-    @torch.compile(backend="eager")  # which needs no compiler of C++
+    @torch.compile(backend="eager")  # which needs no C++ compiler
     def _conv_forward(self, input, weight, bias):
         return super()._conv_forward(input, weight, bias)
 
 
-def made(base):
+def subclass_of(base):
     class Made(base):
         pass
 
     return Made
 
 
-FromAFunction = made(nn.Conv2d)
+FromAFunction = subclass_of(nn.Conv2d)
 
 CORRECT = [
     *(nn.Conv2d, Correct, Unfolded, Winograd, FourierInFloat64, FourierInFloat32, ByComplexNumbers),
