@@ -29,13 +29,7 @@ IMAGES = {
         "ring": "....... ....... ..###.. ..#.#.. ..###.. ....... .......",
     }.items()
 }
-NOTE = """each kernel on
-each image
-
-the darkest red is 1 in
-images and kernels, and
-the largest number of
-its row in outputs"""
+NOTE = "each kernel on\neach image\n\none colour scale for\nthe outputs of a row"
 POINTS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
 
 
