@@ -29,10 +29,6 @@ DECLARED: dict[str, Any] = {
 }
 
 
-class CheckFailure(Exception):
-    """A fault that no error value can express, such as a missing bias."""
-
-
 @dataclass(frozen=True)
 class Candidate:
     """The backend under test and the options of the verification."""
@@ -85,7 +81,7 @@ class Candidate:
             layer.weight.copy_(self.tensor(p.w, layer.weight.dtype))
             if p.b is not None:
                 if layer.bias is None:
-                    raise CheckFailure("has no bias")
+                    raise TypeError("the layer has no bias")
                 layer.bias.copy_(self.tensor(p.b, layer.weight.dtype))
 
     def tensor(self, values: Array, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -272,9 +268,7 @@ class Check:
                     worst[name] = measured
         except (Exception, SystemExit) as error:
             text = str(error).strip().split("\n")[0]
-            if not isinstance(error, CheckFailure):
-                text = f"{type(error).__name__}: {text}"
-            raised = CaseError(math.inf, text)
+            raised = CaseError(math.inf, f"{type(error).__name__}: {text}")
             worst.update({n: raised for n in self.lines if n not in worst or len(self.lines) == 1})
         return worst
 

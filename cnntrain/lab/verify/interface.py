@@ -24,7 +24,6 @@ from cnntrain.lab.verify.check import (
     Candidate,
     CaseError,
     CaseErrors,
-    CheckFailure,
     check,
     compare,
     results,
@@ -54,7 +53,7 @@ def constructor(candidate: Candidate, case: Case, style: str) -> CaseErrors:
 
     (right, then), (found, found_then) = made(nn.Conv2d), made(candidate.backend)
     if not isinstance(found, nn.Conv2d):
-        raise CheckFailure(f"is {type(found).__name__}, not derived from nn.Conv2d")
+        raise TypeError(f"{type(found).__name__} is not derived from nn.Conv2d")
     for name in [*nn.Conv2d.__constants__, "training"]:
         wanted, value = getattr(right, name), getattr(found, name, None)
         yield CaseError(float(value != wanted), f"{name} is {value}, not {wanted}")

@@ -26,7 +26,6 @@ from cnntrain.lab.verify.check import (
     CaseError,
     CaseErrors,
     Check,
-    CheckFailure,
     Results,
     arrays,
     check,
@@ -214,7 +213,7 @@ def results_in(candidate: Candidate, p: Problem, kind: torch.dtype, dtype: torch
     with torch.autocast(candidate.device.type, dtype):
         y = layer(x.requires_grad_())
     if y.dtype != dtype:
-        raise CheckFailure(f"is {y.dtype} under autocast to {dtype}")
+        raise TypeError(f"the output is {y.dtype} under autocast to {dtype}")
     y.backward(g.to(y.dtype))
     return {q: None if t is None else t.float() for q, t in collected(layer, x, y).items()}
 
