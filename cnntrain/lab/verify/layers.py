@@ -109,6 +109,14 @@ class IntegerLayer:
         right = {q: t for q, t in expected(p).items() if not quantities or q in quantities}
         yield from compare(found, right, 1.0, self.dtype)
 
+    def call(self, x: Tensor, g: Tensor, gradients: bool = True) -> Results:
+        """Output, and if wanted the gradients of input and parameters."""
+        with torch.set_grad_enabled(gradients):
+            y = self.layer(x)
+        leaves = [x, *parameters(self.layer)]
+        found = (y, *(torch.autograd.grad(y, leaves, g) if gradients else ()))
+        return dict(zip(QUANTITIES, found, strict=False))
+
     def differentiated(
         self, y: Tensor, inputs: Iterable[Tensor], p: Problem, **options: Any
     ) -> CaseErrors:

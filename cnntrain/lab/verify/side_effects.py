@@ -14,13 +14,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case
+from cnntrain.lab.verify.cases import OUTPUT, Case
 from cnntrain.lab.verify.check import (
     Candidate,
     CaseError,
@@ -28,7 +29,6 @@ from cnntrain.lab.verify.check import (
     array,
     check,
     collected,
-    parameters,
     results,
 )
 from cnntrain.lab.verify.layers import (
@@ -45,7 +45,7 @@ from cnntrain.lab.verify.layers import (
 )
 
 # Layouts: each makes a tensor of the same shape and values, with NaN around it in memory, so that
-# reading there spoils the result. The expanded ones change the values.
+# reading there makes the result NaN. The expanded ones change the values.
 
 
 def _part_of(t: Tensor, size: list[int], part: slice) -> Tensor:
@@ -175,19 +175,10 @@ def _two_threads(t: IntegerLayer, calls: int = 4, gradients: bool = True) -> Cas
     """One layer called by two threads."""
     problems = [t.problem(1), t.p] * calls
     inputs = [t.inputs(q) for q in problems]
-
-    def call(x: Tensor, g: Tensor) -> dict[str, Tensor]:
-        if not gradients:
-            with torch.no_grad():
-                return {OUTPUT: t.layer(x)}
-        y = t.layer(x)
-        found = (y, *torch.autograd.grad(y, [x, *parameters(t.layer)], g))
-        return dict(zip((OUTPUT, INPUT, WEIGHT, BIAS), found, strict=False))
-
     with ThreadPoolExecutor(2) as threads:
-        outputs = list(threads.map(call, *zip(*inputs, strict=True)))
+        outputs = list(threads.map(lambda given: t.call(*given, gradients), inputs))
     for q, found in zip(problems, outputs, strict=True):
-        yield from t.compare({**found}, q, *found)
+        yield from t.compare(found, q, *found)
 
 
 def _backward_in_thread(t: IntegerLayer) -> CaseErrors:
@@ -202,9 +193,7 @@ THREADS: dict[str, Callable[[IntegerLayer], CaseErrors]] = {
     "in two threads": _two_threads,
     "in two threads without gradients": lambda t: _two_threads(t, 20, gradients=False),
     "backward in another thread": _backward_in_thread,
-    "with 1 intra-op thread": lambda t: _intra_op_threads(t, 1),
-    "with 2 intra-op threads": lambda t: _intra_op_threads(t, 2),
-    "with 3 intra-op threads": lambda t: _intra_op_threads(t, 3),
+    **{f"intra-op threads: {n}": partial(_intra_op_threads, count=n) for n in (1, 2, 3)},
 }
 
 
