@@ -15,7 +15,6 @@ from cnntrain.config.errors import (
     as_config_error,
     folder_problem,
     run_directory_problem,
-    writable,
 )
 from cnntrain.config.nodes import NODES, ROOTS, Root
 from cnntrain.config.options import (
@@ -52,5 +51,4 @@ __all__ = [
     "quoted",
     "run_directory_problem",
     "without_hydra",
-    "writable",
 ]
