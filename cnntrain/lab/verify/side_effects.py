@@ -176,7 +176,7 @@ def _two_threads(t: IntegerLayer, calls: int = 4, gradients: bool = True) -> Cas
     problems = [t.problem(1), t.p] * calls
     inputs = [t.inputs(q) for q in problems]
     with ThreadPoolExecutor(2) as threads:
-        outputs = list(threads.map(lambda given: t.call(*given, gradients), inputs))
+        outputs = list(threads.map(lambda given: t.call(*given, gradients=gradients), inputs))
     for q, found in zip(problems, outputs, strict=True):
         yield from t.compare(found, q, *found)
 
