@@ -1,11 +1,10 @@
-"""How much faster a sweep is side by side, and what it costs beside its members' own training.
+"""Speedup of a parallel sweep, and the overhead of a sweep per member.
 
     python scripts/benchmark_sweep.py --rounds 3 --members 16 --processes 2
 
-In turns, the same command is run one member after another and on joblib's processes. What counts
-is the wall time of the whole command, start-up included. What the sweep adds to a member is taken
-from the sequential ones: the time from the end of one member's training to the start of the next
-one's, as their result.json tells. Machines are shared and noisy: only the ratios mean something.
+The same command runs alternately on Hydra's basic launcher and on joblib's processes; the wall time
+of the whole command is measured. The overhead is the time from the end of one member's training to
+the start of the next one's in the sequential runs. Compare ratios only: machines differ.
 """
 
 import argparse
@@ -22,7 +21,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 
 
 def sweep(folder: Path, members: int, epochs: int, *options: str) -> float:
-    """Seconds that a sweep takes whose members differ in the seed; its folder is `folder`."""
+    """Seconds of a sweep over seeds, in `folder`."""
     command = [
         *(sys.executable, str(TRAIN), "-m", f"seed=range({members})", "data=fashion_mnist_mini"),
         *(f"trainer.max_epochs={epochs}", "trainer=cpu", f"hydra.sweep.dir={folder}", *options),
@@ -43,7 +42,7 @@ def gaps(folder: Path) -> list[float]:
 
 
 def own(folder: Path) -> list[float]:
-    """Seconds of each member's own training, as it has recorded them."""
+    """Seconds of each member's own training."""
     results = [json.loads(file.read_text()) for file in folder.glob("*/result.json")]
     return [result["timings"]["seconds"] for result in results]
 

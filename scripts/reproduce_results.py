@@ -21,8 +21,7 @@ import torch
 from cnntrain.inference import evaluate_trained
 from cnntrain.inference.trained import load_trained
 from cnntrain.sweeps.records import collect
-from cnntrain.sweeps.report import markdown_table
-from cnntrain.sweeps.tables import number
+from cnntrain.sweeps.tables import markdown_table, number
 from cnntrain.training.run_directory import versions
 
 TRAIN = Path(__file__).parents[1] / "train.py"

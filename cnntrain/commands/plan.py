@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pickle
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,9 +18,10 @@ from cnntrain.config import ConfigError
 from cnntrain.config.composition import as_if_running
 from cnntrain.config.errors import format_error
 from cnntrain.config.overrides import combinations, key_of, parsed, sweeps
-from cnntrain.config.resume import NOT_RUN_OPTIONS
-from cnntrain.sweeps.members import ComposedRun
+from cnntrain.config.resume import run_options
+from cnntrain.sweeps.members import ComposedRun, without_sweep_options
 
+PLAIN = (bool, int, float, str)
 MOST_RUNS = 10_000  # of a sweep: all configs are composed before the first run starts
 
 
@@ -75,9 +75,8 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
         if len(expanded) > MOST_RUNS:
             problems.append(f"-m: makes more than {MOST_RUNS:,} runs; sweep over fewer values")
         elif name == "train":
-            values = [key for key in varied if not key.endswith("_target_")]
-            values = [key for key in values if not cfgs or _is_plain(_select(cfgs, key))]
-            cfgs, runs = _compose_alike(expanded, values, where, problems)
+            plain = [k for k in varied if not cfgs or isinstance(_select(cfgs, k), PLAIN)]
+            cfgs, runs = _compose_sweep(expanded, plain, where, problems)
         else:
             cfgs = _compose(expanded, where, problems)
         empty = [o for o in overrides if sweeps(o) and not combinations([o], where["folder"], 1)]
@@ -130,7 +129,7 @@ def _compose(
     return cfgs
 
 
-def _compose_alike(
+def _compose_sweep(
     expanded: Sequence[Sequence[str]],
     plain: Collection[str],
     where: dict[str, Any],
@@ -142,21 +141,19 @@ def _compose_alike(
     it composes one; in copies of that config the values are replaced.
     """
     cfgs, runs, invalid = list[DictConfig](), list[ComposedRun](), set[tuple[str, ...]]()
-    alike: dict[tuple[str, ...], tuple[bytes, ComposedRun, Sequence[str]]] = {}
+    alike: dict[tuple[str, ...], tuple[DictConfig, ComposedRun]] = {}
     for overrides in expanded:
         values = {t: pair for t in overrides if (pair := _assigned(t)) and pair[0] in plain}
         kind = tuple(values[text][0] if text in values else text for text in overrides)
         if kind in alike:
-            content, like, before = alike[kind]
-            own = pickle.loads(content)
+            full, like = alike[kind]
+            full = full.copy()
             for key, value in values.values():
-                OmegaConf.update(own, key, value)
-            problems += config.config_problems(own, config.ROOTS["train"])
-            for key in NOT_RUN_OPTIONS:
-                own.pop(key, None)
-            typed = dict(zip(before, overrides, strict=True))
-            texts = [typed.get(text, text) for text in like.typed]
-            runs.append(ComposedRun(own, texts, like.choices))
+                OmegaConf.update(full, key, value)
+            problems += config.config_problems(full, config.ROOTS["train"])
+            typed = [text for text in overrides if not text.lstrip("+~").startswith("hydra")]
+            run = ComposedRun(run_options(full), without_sweep_options(typed), like.choices)
+            runs.append(run)
         elif kind not in invalid:
             composed = _compose([overrides], where, new := list[str]())
             if new and not set(new) - set(problems):
@@ -165,9 +162,9 @@ def _compose_alike(
             for cfg in composed:
                 cfgs.append(cfg)
                 runs.append(ComposedRun.of(cfg))
-                own = config.without_hydra(cfg)
-                if all(OmegaConf.select(own, key) == value for key, value in values.values()):
-                    alike[kind] = pickle.dumps(own), runs[-1], overrides
+                full = config.without_hydra(cfg)
+                if all(OmegaConf.select(full, key) == value for key, value in values.values()):
+                    alike[kind] = full, runs[-1]
     return cfgs, runs
 
 
@@ -175,16 +172,11 @@ def _compose_alike(
 def _assigned(text: str) -> tuple[str, Any] | None:
     """The option and the value of an override with a plain value."""
     try:
-        value = parsed(text).value()
+        key, value = text.partition("=")[0], parsed(text).value()
     except HydraException:
         return None
-    return (text.partition("=")[0], value) if _is_plain(value) else None
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float)) or (
-        isinstance(value, str) and "${" not in value and value != "???"
-    )
+    fixed = key.endswith("_target_") or not isinstance(value, PLAIN)
+    return None if fixed or "${" in str(value) or value == "???" else (key, value)
 
 
 def _select(cfgs: Sequence[DictConfig], option: str) -> Any:

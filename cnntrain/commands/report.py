@@ -7,7 +7,7 @@ from pathlib import Path
 from cnntrain.commands.app import exit_with_problems, short
 from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.errors import format_os_error, unknown
-from cnntrain.sweeps.records import METRICS, Collection, collect
+from cnntrain.sweeps.records import METRICS, collect
 
 OPTIONS = ("metric", "out")
 HELP = f"""\
@@ -36,27 +36,14 @@ def main() -> None:
     try:
         folder, options = _parse(sys.argv[1:])
         collection = collect(folder, options.get("metric"))
-        done = [member for member in collection.members if member.status == "completed"]
-        known = [m for m in METRICS if any(m in member.metrics for member in done)]
-        if done and collection.metric not in known:
-            problem = f"metric={collection.metric}: no run has it; there is {', '.join(known)}"
-            raise ConfigError([problem])
     except ConfigError as error:
         exit_with_problems(error)
-    except OSError as error:
-        print(f"cnntrain: {format_os_error(error)}", file=sys.stderr)
-        sys.exit(1)
-    _report(collection, Path(options.get("out", folder / "report")))
-
-
-def _report(collection: Collection, out: Path) -> None:
-    """Write the files, then print the table, in a pipe whose reader may stop early."""
     from cnntrain.sweeps.report import write_report
     from cnntrain.sweeps.tables import print_effects, print_ranked
 
     files, problem = [], None
     try:
-        files = write_report(collection, out)
+        files = write_report(collection, options.get("out", folder / "report"))
     except OSError as error:
         problem = f"cnntrain: {format_os_error(error)}; out=<folder> writes elsewhere"
     print_ranked(collection)
@@ -68,18 +55,16 @@ def _report(collection: Collection, out: Path) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[Path, dict[str, str]]:
-    """The folder and the options. ConfigError with all problems."""
+    """The folder and the options. Raises ConfigError."""
     folders, options, problems = [], {}, []
     for text in arguments:
         name, equals, value = text.partition("=")
-        if text.startswith("-") and not Path(text).is_dir():
-            problems.append(f"{text}: options have no dashes: metric=val/loss")
-        elif Path(text).is_dir() or not equals or "/" in name:  # a member's folder has = in it
+        if Path(text).is_dir() or not equals or "/" in name:  # a member's folder has = in it
             folders.append(text)
-        elif name not in OPTIONS:
-            problems.append(f"{text}: {unknown('report has', 'option', name, OPTIONS)}")
-        else:
+        elif name in OPTIONS:
             options[name] = value
+        else:
+            problems.append(f"{text}: {unknown('report has', 'option', name, OPTIONS)}")
     if len(folders) != 1:
         given = " ".join(folders) if folders else "no folder"
         problems.append(f"{given}: give one folder with runs below it")

@@ -32,18 +32,18 @@ from cnntrain.sweeps.processes import (
     sigint_blocked,
     start_server,
 )
-from cnntrain.sweeps.records import Collection, collect
+from cnntrain.sweeps.records import collect
 from cnntrain.sweeps.sweep import GridSweep, Launch, Sweep, SweepRunner
 from cnntrain.terminal import paragraph
 
 if TYPE_CHECKING:
-    from cnntrain.sweeps.search_sweep import SearchSweep
+    from cnntrain.sweeps.search import SearchSweep
 
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 
 
 class SweepCommand:
-    """The sweep of a command line: `plan` checks it and writes nothing, `run` runs it."""
+    """The sweep of a command line; implements `cnntrain.commands.app.Multirun`."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
@@ -83,7 +83,7 @@ class SweepCommand:
         each = f", {threads} thread{'s' * (threads > 1)} each" if threads else ""
         paragraph(f"sweep {path.name}: {self.sweep.size}{each}; {path}")
         try:
-            runner = self.sweep.run(_launch(self.arguments, path), paragraph)
+            runner = self.sweep.run(_launch(self.arguments, path))
         except Interrupted as error:
             named = "" if self.named else f" with sweep={path.name}"
             paragraph(f"\ninterrupted by {error}; the same command{named} resumes what is left")
@@ -105,23 +105,21 @@ class SweepCommand:
         if cfg.get("profile"):
             yield "profile=true: is for a single run; leave out -m"
         if not is_basic(cfg.hydra.sweeper):
-            yield (
-                f"hydra/sweeper: {cfg.hydra.sweeper._target_} is not supported; searches are "
-                "search=<choice>, by Optuna; leave the sweeper as it is"
-            )
+            yield "hydra/sweeper: is not supported; leave it out, and search with search=<choice>"
 
     def _search(self, cfg: DictConfig, folder: Path, options: Sweep) -> "SearchSweep":
-        from cnntrain.sweeps.search_sweep import SearchSweep, search_problems
+        from cnntrain.sweeps.search import SearchSweep, search_problems
 
         typed: Any = OmegaConf.to_container(cfg.hydra.overrides.task)  # not interpolated
         base = without_sweep_options(typed)
+        name = self.arguments.config_name or "train"
         searchpath = [t for t in self.arguments.overrides if t.startswith("hydra.searchpath=")]
 
-        def compose(overrides: Sequence[str]) -> DictConfig:
-            name = self.arguments.config_name or "train"
+        def compose(own: Sequence[str]) -> DictConfig:
+            overrides = [*base, *own]
             return compose_all(overrides, name=name, command="train", **places(self.arguments))
 
-        if found := search_problems(cfg.search, lambda more: compose([*base, *more]), base):
+        if found := search_problems(cfg.search, compose, base):
             raise ConfigError(found)
         options.metric = cfg.search.metric
         return SearchSweep(
@@ -129,8 +127,7 @@ class SweepCommand:
             options,
             cfg.search,
             seed=cfg.seed,
-            base=base,
-            command=lambda own: restart(self.arguments, [*searchpath, *own]),
+            command=lambda own: restart(self.arguments, [*searchpath, *base, *own]),
             compose=compose,
             at_once=cfg.search.at_once or _at_once(cfg.hydra.launcher),
         )
@@ -204,24 +201,16 @@ def _init_ray(launcher: Any) -> None:
 
 
 def _finish(runner: SweepRunner) -> None:
-    """Print the ranking, the findings of a search and the counts; write the report."""
+    """Print the ranking, the summary of a search and the counts; write the report.
+
+    An error in the report does not fail the sweep.
+    """
     from cnntrain.sweeps.tables import print_ranked
 
     collection = collect(runner.folder.path)
     print_ranked(collection)
-    for line in runner.findings:  # not wrapped: one is a command to be copied
+    for line in runner.summary:  # not wrapped: one is a command to be copied
         print(line)
-    _write_report(collection)
-    counts = {"failed": len(runner.failed), "unfinished": len(runner.unfinished)}
-    ended = runner.total - sum(counts.values())
-    parts = [f"{ended} {'ended' if runner.findings else 'completed'}"]
-    paragraph(", ".join([*parts, *(f"{n} {status}" for status, n in counts.items() if n)]))
-    if any(counts.values()):
-        sys.exit(1)
-
-
-def _write_report(collection: Collection) -> None:
-    """Write the report; an error there does not fail the sweep."""
     try:
         from cnntrain.sweeps.report import write_report
 
@@ -230,3 +219,9 @@ def _write_report(collection: Collection) -> None:
     except Exception as error:
         again = shlex.join(["cnntrain", "report", short(collection.folder)])
         print(f"\nreport       not written ({format_error(error)}); try again: {again}", flush=True)
+    counts = {"failed": len(runner.failed), "unfinished": len(runner.waiting)}
+    ended = runner.total - sum(counts.values())
+    parts = [f"{ended} {'ended' if runner.summary else 'completed'}"]
+    paragraph(", ".join([*parts, *(f"{n} {status}" for status, n in counts.items() if n)]))
+    if any(counts.values()):
+        sys.exit(1)

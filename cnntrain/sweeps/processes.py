@@ -50,21 +50,6 @@ PROCESSES: Any = multiprocessing.get_context(METHOD)
 
 
 @dataclass(frozen=True)
-class MemberJob:
-    """The arguments of a member's process."""
-
-    config: dict[str, Any]
-    directory: Path
-    overrides: list[str]
-    hparams: dict[str, Any]  # the varying options
-    logging: dict[str, Any]
-    threads: int | None
-    cwd: str
-    trial: int | None
-    environment: dict[str, str]
-
-
-@dataclass(frozen=True)
 class MemberTask:
     """Hydra task function that runs a member; picklable, for launchers with other processes.
 
@@ -91,12 +76,23 @@ class MemberTask:
         adapt_types(cfg, hydra)
         config: Any = OmegaConf.to_container(run_options(cfg), resolve=True)
         logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
-        hparams, trial = self.hparams.get(directory.name, {}), self.trials.get(directory.name)
-        facts = (logs, self.threads, self.cwd, trial, dict(os.environ))
-        _run(MemberJob(config, directory, [*hydra.overrides.task], hparams, *facts))
+        environment = dict(os.environ)
+        _run(MemberJob(self, config, directory, [*hydra.overrides.task], logs, environment))
         # Here and not in the sweep's process, which might only see it after the next has started.
         if self.fail_fast and (read_result(directory) or {}).get("status") == "failed":
             (directory.parent / STOP_FILE).touch()
+
+
+@dataclass(frozen=True)
+class MemberJob:
+    """The arguments of a member's process."""
+
+    task: MemberTask
+    config: dict[str, Any]
+    directory: Path
+    overrides: list[str]
+    logging: dict[str, Any]
+    environment: dict[str, str]  # that of the fork server may be another
 
 
 class InterruptibleJobs(list[list[str]]):
@@ -247,7 +243,7 @@ def _main(job: MemberJob, reason: Any) -> None:
     """The member's process; `reason` is a pipe for the message of an error."""
     os.environ.clear()
     os.environ.update(job.environment)
-    os.chdir(job.cwd)
+    os.chdir(job.task.cwd)
     log = os.open(job.directory / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for standard in (1, 2):  # what libraries print, and tracebacks
         os.dup2(log, standard)
@@ -276,16 +272,18 @@ def _train(job: MemberJob) -> None:
 
     from cnntrain.training.run import Pruned, run_training
 
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+    name, task = job.directory.name, job.task
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
     callbacks = []
-    if job.trial is not None:
-        from cnntrain.sweeps.pruning import pruning_callback
+    if name in task.trials:
+        from cnntrain.sweeps.study import pruning_callback
 
-        callbacks.append(pruning_callback(job.directory.parent, job.trial))
+        callbacks.append(pruning_callback(job.directory.parent, task.trials[name]))
     with contextlib.suppress(Pruned):  # recorded in result.json
         run_training(OmegaConf.create(job.config), job.directory, resume=True,
-                     overrides=job.overrides, labels=job.hparams, callbacks=callbacks)  # fmt: skip
+                     overrides=job.overrides, labels=task.hparams.get(name, {}),
+                     callbacks=callbacks)  # fmt: skip
 
 
 def _exit_with_parent() -> None:

@@ -1,63 +1,37 @@
 """Ranking of a sweep's runs: groups over seeds, Welch's t-test, effects of single options."""
 
-import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
 from scipy.stats import ttest_ind
 
-from cnntrain.sweeps.records import METRICS, Collection, Member, as_typed
+from cnntrain.sweeps.records import METRICS, Collection, Member, as_typed, text
 
-ALPHA = 0.05
-SINGLE_RUN = 0.05  # assumed relative standard deviation of the seconds of a single run
-RULE = (
-    "≈: not distinguished from the best by Welch's t-test (two-sided, p ≥ 0.05, not corrected for "
-    "the number of comparisons); with few seeds that test is weak, so ≈ does not mean equal."
-)
-BEST, NOISE, DIFFERS, TIE, UNKNOWN = "best", "≈", "differs", "tie", "n = 1: cannot tell"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Difference of two groups' means; `p` is None where no test is possible."""
-
-    difference: float
-    p: float | None
-    verdict: str  # NOISE, DIFFERS, TIE or UNKNOWN
+ALPHA = 0.05  # significance level
 
 
 @dataclass(frozen=True)
 class Group:
     """Members that differ only in the seed.
 
-    `samples` are the finite values of the ranking metric, one per seed with a completed member;
-    standard deviations are those of a sample (n - 1).
+    `samples` are the finite values of every metric and of `seconds`, one per seed with a completed
+    member. Repetitions of a seed are no independent samples and are averaged.
     """
 
     values: dict[str, Any]
     members: tuple[Member, ...]
-    samples: tuple[float, ...]
-    means: dict[str, float]  # of every metric
-    deviations: dict[str, float]  # of metrics with two seeds or more
-    seconds: float | None  # mean over completed members
-    seconds_deviation: float | None  # with two members or more
-    against: Comparison | None = field(default=None)  # to the best; None: is the best, or no value
+    metric: str  # for the ranking
+    samples: dict[str, list[float]]
+    difference: float | None = None  # of the means, to the best group
+    p: float | None = None  # of Welch's t-test against the best group
 
     @property
     def n(self) -> int:
-        return len(self.samples)
-
-    @property
-    def mean(self) -> float | None:
-        return fmean(self.samples) if self.samples else None
-
-    @property
-    def deviation(self) -> float | None:
-        return stdev(self.samples) if self.n > 1 else None
+        return len(self.samples[self.metric])
 
     @property
     def planned(self) -> int:
@@ -69,6 +43,15 @@ class Group:
         """`im2col, lenet5, lr=0.01`"""
         return label(self.values)
 
+    def mean(self, metric: str | None = None) -> float | None:
+        samples = self.samples[metric or self.metric]
+        return fmean(samples) if samples else None
+
+    def deviation(self, metric: str | None = None) -> float | None:
+        """Standard deviation of a sample (n - 1); None with fewer than two values."""
+        samples = self.samples[metric or self.metric]
+        return stdev(samples) if len(samples) > 1 else None
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -79,17 +62,12 @@ class Ranking:
 
     @property
     def best(self) -> Group | None:
-        return self.groups[0] if self.groups and self.groups[0].samples else None
+        return self.groups[0] if self.groups and self.groups[0].n else None
 
     @property
     def ranked(self) -> list[Group]:
         """The groups that have a value."""
-        return [group for group in self.groups if group.samples]
-
-    def pairs(self, most: int) -> list[list[Comparison | None]]:
-        """Differences (row less column) between the first `most` groups; diagonal None."""
-        groups = self.ranked[:most]
-        return [[None if a is b else compare(a.samples, b.samples) for b in groups] for a in groups]
+        return [group for group in self.groups if group.n]
 
 
 def rank(collection: Collection) -> Ranking:
@@ -98,35 +76,28 @@ def rank(collection: Collection) -> Ranking:
     for member in collection.members:
         if member.values or member.status != "damaged":  # else its options are unknown
             known = {o: member.values[o] for o in collection.options if o in member.values}
-            key = json.dumps(known, sort_keys=True, default=str)
-            together.setdefault(key, []).append(member)
+            together.setdefault(as_typed(sorted(known.items())), []).append(member)
     groups = [_group(members, collection) for members in together.values()]
     sign = -1 if collection.maximise else 1
-    groups.sort(key=lambda g: sign * g.mean if g.mean is not None else math.inf)
-    if groups and (best := groups[0]).samples:
-        groups[1:] = [
-            replace(g, against=compare(g.samples, best.samples)) if g.samples else g
-            for g in groups[1:]
-        ]
+    groups.sort(key=lambda g: math.inf if (mean := g.mean()) is None else sign * mean)
+    ranked = [group.samples[collection.metric] for group in groups if group.n]
+    groups[1:] = [
+        replace(g, difference=fmean(own) - fmean(ranked[0]), p=welch_p(own, ranked[0]))
+        if (own := g.samples[collection.metric])
+        else g
+        for g in groups[1:]
+    ]
     return Ranking(collection, tuple(groups))
 
 
-def compare(a: Sequence[float], b: Sequence[float]) -> Comparison:
-    """Welch's t-test for the difference of two means (Welch 1947, Biometrika 34).
-
-    It needs two samples of each. Samples without variance are compared by their values.
-    """
-    difference = fmean(a) - fmean(b)
+def welch_p(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """p-value of Welch's t-test (Welch 1947, Biometrika 34); None with fewer than two samples."""
     if len(a) < 2 or len(b) < 2:
-        return Comparison(difference, None, UNKNOWN)
-    if len({*a}) == len({*b}) == 1:
-        return Comparison(difference, None, TIE if a[0] == b[0] else DIFFERS)
+        return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # samples equal up to rounding
+        warnings.simplefilter("ignore", RuntimeWarning)  # samples without variance
         p = float(ttest_ind(a, b, equal_var=False).pvalue)
-    if sorted(a) == sorted(b):
-        return Comparison(difference, p, TIE)
-    return Comparison(difference, p, DIFFERS if p < ALPHA else NOISE)
+    return 1.0 if math.isnan(p) else p  # all are equal
 
 
 @dataclass(frozen=True)
@@ -153,8 +124,8 @@ def option_effects(ranking: Ranking) -> list[OptionEffect]:
     """
     if ranking.collection.search is not None:
         return []
-    found = [e for option in ranking.collection.options for e in _effect(ranking, option)]
-    return sorted(found, key=lambda effect: -effect.gain)
+    found = [_effect(ranking, option) for option in ranking.collection.options]
+    return sorted(filter(None, found), key=lambda effect: -effect.gain)
 
 
 def mean_curve(
@@ -168,39 +139,15 @@ def mean_curve(
     return [(e, fmean(v), stdev(v) if len(v) > 1 else 0.0) for e, v in sorted(epochs.items())]
 
 
-def cost_points(
-    groups: Mapping[int, Group], maximise: bool
-) -> tuple[dict[int, tuple[float, float]], list[int]]:
-    """Mean seconds and metric of groups, by their place, and the places on the Pareto front."""
-    points = {i: (g.seconds or 0.0, g.mean or 0.0) for i, g in groups.items()}
-    spreads = {}
-    for i, g in groups.items():
-        seconds = g.seconds_deviation
-        spreads[i] = (points[i][0] * SINGLE_RUN if seconds is None else seconds, g.deviation or 0.0)
-    return points, pareto_front(points, spreads, maximise)
-
-
-def pareto_front(
-    points: Mapping[int, tuple[float, float]],
-    spreads: Mapping[int, tuple[float, float]],
-    maximise: bool,
-) -> list[int]:
-    """The keys of (seconds, metric) that no other dominates, fastest first.
-
-    A dominates B if it is better in one coordinate and not worse in the other, each by more than
-    the root of the summed squares of both standard deviations.
-    """
-    signs = (1, -1 if maximise else 1)
-
-    def better(a: int, b: int, axis: int) -> bool:
-        spread = math.hypot(spreads[a][axis], spreads[b][axis])
-        return signs[axis] * (points[b][axis] - points[a][axis]) > spread
-
-    def dominates(a: int, b: int) -> bool:
-        return any(better(a, b, i) for i in (0, 1)) and not any(better(b, a, i) for i in (0, 1))
-
-    front = [i for i in points if not any(dominates(j, i) for j in points)]
-    return sorted(front or points, key=lambda i: points[i])
+def pareto_front(points: Mapping[int, tuple[float, float]], maximise: bool) -> list[int]:
+    """The keys of points (seconds, metric) than which none is both faster and better."""
+    sign, best = 1 if maximise else -1, -math.inf
+    front = []
+    for key, (_, value) in sorted(points.items(), key=lambda p: (p[1][0], -sign * p[1][1])):
+        if sign * value > best:
+            front.append(key)
+            best = sign * value
+    return front
 
 
 def means_by_value(points: Iterable[tuple[float, str, float]]) -> list[tuple[float, float]]:
@@ -238,12 +185,7 @@ def short(option: str) -> str:
     return option.removesuffix("._target_").rpartition(".")[2]
 
 
-def text(value: Any) -> str:
-    """A value for display: floats with four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else as_typed(value)
-
-
-def _effect(ranking: Ranking, option: str) -> Iterator[OptionEffect]:
+def _effect(ranking: Ranking, option: str) -> OptionEffect | None:
     metric = ranking.collection.metric
     scores: dict[str, dict[str, float]] = {}  # other options and seed -> value -> metric
     values: dict[str, Any] = {}
@@ -254,16 +196,15 @@ def _effect(ranking: Ranking, option: str) -> Iterator[OptionEffect]:
             values.setdefault(key, member.values[option])
             rest = as_typed({k: v for k, v in sorted(member.values.items()) if k != option})
             scores.setdefault(rest, {})[key] = score
-    if len(values) != 2:
-        return
+    pairs = [pair for pair in scores.values() if len(pair) == 2]
+    if len(values) != 2 or len(pairs) < 2:
+        return None
     one, other = values
     sign = 1 if ranking.collection.maximise else -1
-    gains = tuple(sign * (pair[one] - pair[other]) for pair in scores.values() if len(pair) == 2)
-    if len(gains) < 2:
-        return
+    gains = tuple(sign * (pair[one] - pair[other]) for pair in pairs)
     if fmean(gains) < 0:
         one, other, gains = other, one, tuple(-gain for gain in gains)
-    yield OptionEffect(option, values[one], values[other], gains)
+    return OptionEffect(option, values[one], values[other], gains)
 
 
 def _seed(member: Member) -> Any:
@@ -271,25 +212,16 @@ def _seed(member: Member) -> Any:
 
 
 def _group(members: Sequence[Member], collection: Collection) -> Group:
+    values = {o: members[0].values[o] for o in collection.options if o in members[0].values}
     done = [member for member in members if member.status == "completed"]
-    samples = {metric: _samples(done, metric) for metric in METRICS}
-    seconds = [member.seconds for member in done if member.seconds is not None]
-    return Group(
-        values={o: members[0].values[o] for o in collection.options if o in members[0].values},
-        members=tuple(members),
-        samples=tuple(samples[collection.metric]),
-        means={metric: fmean(found) for metric, found in samples.items() if found},
-        deviations={metric: stdev(found) for metric, found in samples.items() if len(found) > 1},
-        seconds=fmean(seconds) if seconds else None,
-        seconds_deviation=stdev(seconds) if len(seconds) > 1 else None,
-    )
+    samples = {name: _samples(done, name) for name in (*METRICS, "seconds")}
+    return Group(values, tuple(members), collection.metric, samples)
 
 
 def _samples(members: Sequence[Member], metric: str) -> list[float]:
-    """One value per seed: repetitions of a seed are no independent samples and are averaged."""
     by_seed: dict[Any, list[float]] = {}
     for member in members:
-        value = member.metrics.get(metric)
+        value = member.seconds if metric == "seconds" else member.metrics.get(metric)
         if value is not None and math.isfinite(value):
             by_seed.setdefault(_seed(member), []).append(value)
     return [fmean(values) for values in by_seed.values()]

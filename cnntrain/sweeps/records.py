@@ -3,6 +3,7 @@
 Imports no torch, so that a report does not wait for it.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -11,22 +12,50 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from pydantic import BaseModel, ValidationError
 
 from cnntrain.config import ConfigError, config_hash, flat, incidental, resume
-from cnntrain.config.options import choice, defaults
+from cnntrain.config.options import choice
 from cnntrain.config.resume import CONFIG, RESULT, has_run, is_running, read_config, read_sealed
 
-SWEEP_FILE = "sweep.yaml"
-METRICS = ("val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss")
+Metric = Literal["val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss"]
+
+SWEEP_FILE = "sweep.json"
+METRICS: tuple[str, ...] = get_args(Metric)
 STATUSES = ("completed", "running", "pending", "interrupted", "pruned", "failed", "damaged")
-INVALID = (OSError, YAMLError, ValueError, TypeError, LookupError, AttributeError)
 TARGET = "._target_"
-MISSING = object()
+
+
+class BaseConfig(BaseModel):
+    """What all members of a sweep have in common."""
+
+    options: dict[str, Any]
+    choices: dict[str, str]
+    typed: list[str]  # names of options and groups on the command line
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return self.choices | self.options
+
+
+class MemberEntry(BaseModel):
+    """A member in sweep.json; `identity` is equal for the same run under another name."""
+
+    values: dict[str, Any]  # of the varying options
+    identity: str
+
+
+class SweepRecord(BaseModel):
+    """The content of sweep.json. `over` maps each varying option to its values."""
+
+    name: str
+    metric: Metric = "val/acc"
+    over: dict[str, list[Any]] = {}
+    base: BaseConfig | None = None
+    members: dict[str, MemberEntry] = {}
+    search: dict[str, Any] | None = None  # settings of the search, if it is one
 
 
 @dataclass(frozen=True)
@@ -55,11 +84,14 @@ class Collection:
     name: str
     folder: Path
     metric: str  # for the ranking
-    maximise: bool
     over: dict[str, list[Any]]
     members: tuple[Member, ...]
     search: dict[str, Any] | None = None  # settings of the search, if it is one
     problems: tuple[str, ...] = ()  # of the folder as a whole, one line each
+
+    @property
+    def maximise(self) -> bool:
+        return self.metric.endswith("acc")
 
     @property
     def options(self) -> list[str]:
@@ -75,11 +107,11 @@ class Collection:
 
 
 def collect(folder: str | os.PathLike[str], metric: str | None = None) -> Collection:
-    """Read the members listed in sweep.yaml or, without that file, all runs below the folder.
+    """Read the members listed in sweep.json or, without that file, all runs below the folder.
 
     Args:
         folder: A sweep's folder, or any folder with runs below it.
-        metric: Metric for the ranking; default: the one in sweep.yaml, or the one monitored.
+        metric: Metric for the ranking; default: the one in sweep.json, or the one monitored.
 
     Raises:
         ConfigError: `metric` is unknown, `folder` is not a folder or contains no run.
@@ -91,34 +123,16 @@ def collect(folder: str | os.PathLike[str], metric: str | None = None) -> Collec
         raise ConfigError([f"{folder}: is not a folder; name one with runs below it"])
     if not (folder / SWEEP_FILE).exists():
         return _collect_directories(folder, metric)
-    if (sweep := read_sweep_file(folder / SWEEP_FILE)) is None:
+    try:
+        sweep = SweepRecord.model_validate_json((folder / SWEEP_FILE).read_bytes())
+    except ValidationError:
         problem = f"{folder / SWEEP_FILE}: is damaged; the runs below the folder are shown instead"
         return _collect_directories(folder, metric, (problem,))
     members = tuple(
-        read_member(name, folder / name, dict(planned["values"]))
-        for name, planned in sweep["members"].items()
+        read_member(name, folder / name, entry.values) for name, entry in sweep.members.items()
     )
-    over = {option: _values(members, option, known) for option, known in sweep["over"].items()}
-    metric = metric or str(sweep["metric"])
-    name, maximise = str(sweep["name"]), metric.endswith("acc")
-    return Collection(name, folder, metric, maximise, over, members, sweep.get("search"))
-
-
-def read_sweep_file(path: Path) -> dict[str, Any] | None:
-    """The content of sweep.yaml, but an incomplete last line; None if it is damaged."""
-    try:
-        text = path.read_text(encoding="utf-8").rpartition("\n")[0]
-        content: Any = OmegaConf.to_container(OmegaConf.create(text))
-        if (
-            {"name", "metric", "over", "members"} <= content.keys()
-            and content["metric"] in METRICS
-            and all(isinstance(values, list) for values in content["over"].values())
-            and all(isinstance(m["values"], dict) for m in content["members"].values())
-        ):
-            return {str(key): value for key, value in content.items()}
-    except (*INVALID, OmegaConfBaseException):
-        pass
-    return None
+    over = {option: _values(members, option, known) for option, known in sweep.over.items()}
+    return Collection(sweep.name, folder, metric or sweep.metric, over, members, sweep.search)
 
 
 def read_member(name: str, directory: Path, values: dict[str, Any]) -> Member:
@@ -148,15 +162,13 @@ def read_member(name: str, directory: Path, values: dict[str, Any]) -> Member:
 def history(directory: Path) -> list[dict[str, float]]:
     """The rows of metrics.csv, one per epoch: the cells that are numbers. Skips incomplete rows."""
     rows: list[dict[str, float]] = []
-    try:
-        with (directory / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            row: dict[Any, Any]
-            for row in csv.DictReader(file):
-                numbers = {k: n for k, v in row.items() if (n := _number(v)) is not None and k}
-                if "epoch" in numbers and None not in row.values():
-                    rows.append(numbers)
-    except (OSError, UnicodeDecodeError, csv.Error):
-        pass
+    with (
+        contextlib.suppress(OSError, UnicodeDecodeError, csv.Error),
+        (directory / "metrics.csv").open(newline="", encoding="utf-8") as file,
+    ):
+        for row in csv.DictReader(file):
+            with contextlib.suppress(TypeError, ValueError):  # an incomplete row
+                rows.append({name: float(cell) for name, cell in row.items() if cell != ""})
     return rows
 
 
@@ -167,6 +179,22 @@ def as_typed(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), default=str)
 
 
+def text(value: Any) -> str:
+    """A value for display: floats with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else as_typed(value)
+
+
+def unit(metric: str) -> str:
+    return " %" if metric.endswith("acc") else ""
+
+
+def number(metric: str, value: float | None) -> str:
+    """An accuracy in %, a loss with four decimals."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.2f}" if metric.endswith("acc") else f"{value:.4f}"
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -174,47 +202,35 @@ def is_number(value: Any) -> bool:
 def varying_options(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each flattened config the options that are not equal in all of them, then the seed.
 
-    A node with another class is named by its choice: `backend` is `im2col`. Options that follow
-    from a choice are left out as long as they have the value of the choice's own file.
+    A node with another class is named by its choice: `backend` is `im2col`. Its options are left
+    out if they have one value for each choice.
     """
     names = dict.fromkeys(name for config in configs for name in config)
-    differing = [
-        name
-        for name in names
-        if not (incidental(name) or name == "seed" or name.endswith("._partial_"))
-        and len({_key(config.get(name, MISSING)) for config in configs}) > 1
+    targets = [name for name in names if name.endswith(TARGET) and _differs(name, configs)]
+    groups = [name.removesuffix(TARGET) for name in targets]
+    named = [
+        {group: choice(group, _node(config, group)) for group in groups}
+        | {name: value for name, value in config.items() if name not in (*groups, *targets)}
+        for config in configs
     ]
-    groups = [name.removesuffix(TARGET) for name in differing if name.endswith(TARGET)]
-    chosen = {g: [choice(g, _node(config, g)) for config in configs] for g in groups}
-    found: list[dict[str, Any]] = [{} for _ in configs]
-    for name in differing:
-        if (group := name.removesuffix(TARGET)) in groups:  # the node itself if empty: `none`
-            for values, own in zip(found, chosen[group], strict=True):
-                values[group] = own
-            continue
-        group = next((g for g in groups if name.startswith(f"{g}.")), "")
-        if not (group and _follows(name, group, chosen[group], configs)):
-            for values, config in zip(found, configs, strict=True):
-                values |= {name: config[name]} if name in config else {}
-    for values, config in zip(found, configs, strict=True):
-        values |= {"seed": config["seed"]} if "seed" in config else {}
-    return found
+    varying = [
+        name
+        for name in dict.fromkeys(name for config in named for name in config)
+        if not (incidental(name) or name == "seed" or name.endswith("._partial_"))
+        and _differs(name, named)
+        and not any(name.startswith(f"{g}.") and _follows(name, g, named) for g in groups)
+    ]
+    return [{n: config[n] for n in (*varying, "seed") if n in config} for config in named]
 
 
-def _follows(
-    name: str, group: str, choices: Sequence[str], configs: Sequence[Mapping[str, Any]]
-) -> bool:
-    """Whether an option has in every config the value that its choice's file sets."""
-    for chosen in dict.fromkeys(choices):
-        values = [c.get(name, MISSING) for c, own in zip(configs, choices, strict=True)
-                  if own == chosen]  # fmt: skip
-        own = defaults(group, chosen)
-        default = own.get(name.removeprefix(f"{group}."), MISSING)
-        if len(set(map(_key, values))) > 1:
-            return False
-        if own and _key(default) != _key(values[0]) and "${" not in str(default):
-            return False
-    return True
+def _differs(name: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    return len({as_typed(config.get(name, "")) for config in configs}) > 1
+
+
+def _follows(name: str, group: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an option has the same value in all configs with the same choice of a group."""
+    alike = [[c for c in configs if c[group] == chosen] for chosen in {c[group] for c in configs}]
+    return not any(_differs(name, own) for own in alike)
 
 
 def _collect_directories(
@@ -225,8 +241,8 @@ def _collect_directories(
     if not directories:
         none = f"{folder}: holds no run, nor {SWEEP_FILE}; name a folder with runs below"
         raise ConfigError(problems or [none])
-    configs: list[Mapping[str, Any]] = []
     members: list[Member] = []
+    known: list[tuple[Member, dict[str, Any]]] = []  # those whose config can be read
     for directory in directories:
         name = directory.relative_to(folder).as_posix()
         member = read_member(name if name != "." else directory.absolute().name, directory, {})
@@ -234,11 +250,9 @@ def _collect_directories(
         if cfg is None or member.config_hash not in (None, config_hash(cfg)):
             error = f"{directory / CONFIG}: is damaged or not the run's"
             member = Member(member.name, directory, {}, "damaged", error=error)
-            configs.append({})
         else:
-            configs.append(flat(cfg))
+            known.append((member, flat(cfg)))
         members.append(member)
-    known = [(m, config) for m, config in zip(members, configs, strict=True) if config]
     for (member, _), values in zip(known, varying_options([c for _, c in known]), strict=True):
         member.values.update(values)
     over: dict[str, list[Any]] = {}
@@ -250,8 +264,8 @@ def _collect_directories(
     monitors = {config["trainer.monitor"] for _, config in known if "trainer.monitor" in config}
     monitor = monitors.pop() if len(monitors) == 1 else None
     metric = metric or (monitor if monitor in METRICS else METRICS[0])
-    facts = (metric, metric.endswith("acc"), over, tuple(members))
-    return Collection(folder.absolute().name or str(folder), folder, *facts, problems=problems)
+    name = folder.absolute().name or str(folder)
+    return Collection(name, folder, metric, over, tuple(members), problems=problems)
 
 
 def _runs(folder: Path) -> Iterator[Path]:
@@ -283,14 +297,3 @@ def _natural_order(path: Path) -> list[tuple[bool, int, str]]:
 def _node(config: Mapping[str, Any], group: str) -> dict[str, Any]:
     head = f"{group}."
     return {name.removeprefix(head): v for name, v in config.items() if name.startswith(head)}
-
-
-def _key(value: Any) -> str:
-    return "" if value is MISSING else json.dumps(value, sort_keys=True, default=str)
-
-
-def _number(text: Any) -> float | None:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return None

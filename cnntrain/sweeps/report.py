@@ -1,46 +1,61 @@
 """Report of a sweep as files: a self-contained HTML page with figures, Markdown, CSV."""
 
 import io
+import math
 import os
 import re
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 import cnntrain
 from cnntrain.atomic import replacing
-from cnntrain.sweeps import figures
-from cnntrain.sweeps.ranking import DIFFERS, NOISE, TIE, Ranking, option_effects, rank, text
-from cnntrain.sweeps.records import METRICS, Collection, Member, as_typed, is_number
-from cnntrain.sweeps.tables import (
-    EFFECT_COLUMNS,
-    columns,
-    csv_text,
-    difference,
-    duration,
-    effect_row,
-    effects_note,
-    failures,
-    headline,
-    note,
-    number,
-    p_value,
-    rows,
-    unit,
-    value,
+from cnntrain.sweeps import tables
+from cnntrain.sweeps.ranking import (
+    Ranking,
+    clipped,
+    mean_curve,
+    means_by_value,
+    option_effects,
+    pareto_front,
+    rank,
 )
+from cnntrain.sweeps.records import METRICS, Collection, Member, as_typed, history, is_number
+from cnntrain.sweeps.tables import duration, number, text, unit
 
-MOST_PAIRS = 16  # groups in the table of pairwise differences
+# The colour-blind safe palette of Okabe and Ito (2008); further groups are grey.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+INK, SOFT, GREY, GRID, PAPER = THEME = ("#111112", "#555556", "#a0a0a1", "#dedfe0", "#fdfdfe")
 # The style sheet has these colours for light and dark mode.
-CSS_VARIABLES = dict(zip(figures.THEME, ("ink", "soft", "grey", "grid", "paper"), strict=True))
-CSS_VARIABLES |= {colour: f"c{i}" for i, colour in enumerate(figures.COLOURS)}
+CSS_VARIABLES = dict(zip(THEME, ("ink", "soft", "grey", "grid", "paper"), strict=True))
+CSS_VARIABLES |= {colour: f"c{i}" for i, colour in enumerate(COLOURS)}
+RC: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a $ in a value is a $
+    "axes.edgecolor": GREY,
+    "grid.color": GRID,
+    **dict.fromkeys(("text.color", "axes.titlecolor"), INK),
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), SOFT),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    **dict.fromkeys(("font.size", "axes.titlesize"), 9),
+    "axes.titlelocation": "left",
+}
+LOG_FROM = 15  # ratio of the largest value to the smallest
+WIDE, SMALL = (5.4, 3.3), (3.3, 2.7)  # inches
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -49,14 +64,19 @@ TEMPLATES = Environment(
 )
 
 
+class ReportFigure(NamedTuple):
+    figure: Figure
+    caption: str
+
+
 def write_report(collection: Collection, folder: str | os.PathLike[str]) -> list[Path]:
     """Write report.html, report.md and report.csv; returns their paths. Raises OSError."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "report.html": html(collection, folder),
-        "report.md": markdown(collection),
-        "report.csv": group_csv(collection),
+        "report.md": tables.markdown(collection),
+        "report.csv": tables.group_csv(collection),
     }
     for name, content in contents.items():
         with replacing(folder / name) as file:
@@ -64,32 +84,27 @@ def write_report(collection: Collection, folder: str | os.PathLike[str]) -> list
     return [folder / name for name in contents]
 
 
-@rc_context(figures.RC)
+@rc_context(RC)
 def html(collection: Collection, folder: Path) -> str:
     """The page. Links to the runs are relative to `folder`."""
     ranking, metric = rank(collection), collection.metric
-    effects = option_effects(ranking)
     return TEMPLATES.get_template("report.html.j2").render(
         collection=collection,
         ranking=ranking,
         metric=metric,
         over={option: _values(values) for option, values in collection.over.items()},
-        result=_result(ranking),
-        columns=columns(ranking),
-        rows=rows(ranking),
-        note=note(ranking),
-        colour=lambda place: CSS_VARIABLES[figures.group_style(place)[0]],
-        dashed=lambda place: figures.group_style(place)[1] != "-",
-        curves=figures.learning_curves(ranking),
-        history=figures.search_history(ranking),
-        panels=figures.effect_panels(ranking),
-        coordinates=figures.parallel_coordinates(ranking),
-        cost=figures.cost(ranking),
+        headline=tables.headline(ranking),
+        columns=tables.columns(ranking),
+        rows=tables.rows(ranking),
+        note=tables.note(ranking),
+        colour=lambda place: CSS_VARIABLES[colour(place)],
+        curves=learning_curves(ranking),
+        panels=effect_panels(ranking),
+        cost=cost(ranking),
         svg=lambda figure: Markup(svg(figure)),
-        effect_columns=EFFECT_COLUMNS,
-        effects=[effect_row(effect, metric) for effect in effects],
-        effects_note=effects_note(metric),
-        pairs=_pairs(ranking),
+        effect_columns=tables.EFFECT_COLUMNS,
+        effects=[tables.effect_row(effect, metric) for effect in option_effects(ranking)],
+        effects_note=tables.effects_note(metric),
         failed=[m for m in collection.members if m.error or m.status == "failed"],
         link=lambda member: _link(member, folder),
         members=_members(collection),
@@ -99,10 +114,10 @@ def html(collection: Collection, folder: Path) -> str:
     )
 
 
-def svg(it: figures.ReportFigure) -> str:
+def svg(it: ReportFigure) -> str:
     """A figure as an SVG element whose colours are CSS variables, for light and dark mode."""
     out = io.StringIO()
-    with rc_context({**figures.RC, "svg.hashsalt": it.name}):  # ids are unique in the page
+    with rc_context({**RC, "svg.hashsalt": it.caption}):  # ids are unique in the page
         it.figure.savefig(out, format="svg", metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", out.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
@@ -112,76 +127,155 @@ def svg(it: figures.ReportFigure) -> str:
     return re.sub("|".join(CSS_VARIABLES), lambda found: f"var(--{CSS_VARIABLES[found[0]]})", text)
 
 
-def markdown(collection: Collection) -> str:
-    """The ranking and the effects of options as Markdown."""
-    ranking, metric = rank(collection), collection.metric
-    table = markdown_table(columns(ranking), rows(ranking))
-    parts = [f"# {collection.name}", _escaped(headline(ranking)), table, note(ranking)]
-    if failed := failures(collection):
-        parts.append("\n".join(f"- {_escaped(line)}" for line in failed))
-    parts += collection.problems
-    if effects := option_effects(ranking):
-        parts += ["## Effect of each option", effects_note(metric)]
-        parts.append(markdown_table(EFFECT_COLUMNS, [effect_row(e, metric) for e in effects]))
-    return "\n\n".join(parts) + "\n"
+def colour(place: int) -> str:
+    """The colour of the group at a place of the ranking."""
+    return COLOURS[place] if place < len(COLOURS) else GREY
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+def learning_curves(ranking: Ranking) -> list[ReportFigure]:
+    """Validation and training metric against the epoch: mean ± standard deviation by group."""
+    kind = ranking.collection.metric.partition("/")[2]
+    runs = [[history(m.directory) for m in group.members] for group in ranking.groups]
+    figures = [_curves(ranking, f"{stage}/{kind}", runs) for stage in ("val", "train")]
+    return [figure for figure in figures if figure]
 
 
-def group_csv(collection: Collection) -> str:
-    """A row per group: accuracies in [0, 1], losses in nats, seconds."""
-    ranking, options = rank(collection), collection.options
-    spread = [f"{metric} {kind}" for metric in METRICS for kind in ("mean", "std")]
-    test = ["difference", "p", "verdict"]
-    table: list[list[Any]] = [["rank", *options, "n", "members", *spread, "seconds", *test]]
-    for i, g in enumerate(ranking.groups, 1):
-        values = [as_typed(g.values[o]) if o in g.values else "" for o in options]
-        numbers = [d.get(m) for m in METRICS for d in (g.means, g.deviations)]
-        row = [i if g.samples else "", *values, g.n, len(g.members), *numbers, g.seconds]
-        best = ["", "", "best"] if g is ranking.best else ["", "", ""]
-        against = g.against
-        row += [against.difference, against.p, against.verdict] if against else best
-        table.append(row)
-    return csv_text(table)
+def _curves(ranking: Ranking, metric: str, runs: Sequence[Any]) -> ReportFigure | None:
+    curves = {i: c for i, rows in enumerate(runs) if (c := mean_curve(rows, metric))}
+    if not curves:
+        return None
+    figure, axes = _axes(WIDE, metric, title=metric, xlabel="epoch")
+    shown = [i for i in curves if i < len(COLOURS)]
+    for i in sorted(curves, reverse=True):
+        epochs, mean, deviation = np.array(curves[i]).T
+        if i in shown and deviation.any():
+            axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour(i),
+                              alpha=0.16, linewidth=0)  # fmt: skip
+        axes.plot(epochs, mean, color=colour(i), linewidth=1.8 if i in shown else 0.8,
+                  marker="o" if len(epochs) == 1 else None,
+                  label=f"{i + 1}  {clipped(ranking.groups[i].label, 24)}")  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    by_place = axes.get_legend_handles_labels()[0][::-1][: len(shown)]
+    figure.legend(handles=by_place, loc="outside right upper", fontsize=8, handlelength=1.5)
+    caption = f"{metric} after each epoch."
+    if grey := len(curves) - len(shown):
+        caption += f" In colour the best {len(shown)}, grey the other {grey}."
+    return ReportFigure(figure, caption)
 
 
-def _result(ranking: Ranking) -> str:
-    """The best group's metrics, and the groups that are not distinguished from it."""
-    metric, best = ranking.collection.metric, ranking.best
-    if best is None:
-        return f"No completed member has {metric} yet."
-    result = f"{metric} {value(metric, best)}{unit(metric)}"
-    result += f", n = {best.n}" if best.n > 1 else ""
-    if "test/acc" in best.means and metric != "test/acc":
-        result += f"; test/acc {number('test/acc', best.means['test/acc'])} %"
-    alike = [
-        f"{place} ({g.label})"
-        for place, g in enumerate(ranking.groups, 1)
-        if g.against and g.against.verdict in (NOISE, TIE)
-    ]
-    if alike:
-        result += f". Not distinguished from it: {'; '.join(alike[:3])}"
-        result += f" and {len(alike) - 3} more" if len(alike) > 3 else ""
-    return f"{result}."
-
-
-def _pairs(ranking: Ranking) -> list[list[tuple[str, str, bool]]]:
-    """Rows of pairwise differences: text, p-value, whether Welch's test distinguishes the two."""
-    if len(ranking.ranked) < 3 or all(group.n == 1 for group in ranking.ranked[:MOST_PAIRS]):
-        return []
+def effect_panels(ranking: Ranking) -> list[ReportFigure]:
+    """The ranking metric against each varying option, a point per completed member."""
     metric = ranking.collection.metric
-    return [
-        [
-            (difference(metric, pair.difference), p_value(pair), pair.verdict == DIFFERS)
-            if pair
-            else ("·", "", False)
-            for pair in line
-        ]
-        for line in ranking.pairs(MOST_PAIRS)
+    points = [
+        (i, member.values, member.metrics[metric])
+        for i, group in enumerate(ranking.groups)
+        for member in group.members
+        if member.status == "completed" and math.isfinite(member.metrics.get(metric, math.nan))
     ]
+    figures = [_effect_panel(ranking, option, points) for option in ranking.collection.options]
+    return [figure for figure in figures if figure]
+
+
+def _effect_panel(
+    ranking: Ranking, option: str, points: Sequence[tuple[int, dict[str, Any], float]]
+) -> ReportFigure | None:
+    collection, metric = ranking.collection, ranking.collection.metric
+    points = [point for point in points if option in point[1]]
+    names = list(dict.fromkeys(as_typed(values[option]) for _, values, _ in points))
+    if len(names) < 2:
+        return None
+    numeric = all(is_number(values[option]) for _, values, _ in points)
+    xs = [float(v[option]) if numeric else names.index(as_typed(v[option]))
+          for _, v, _ in points]  # fmt: skip
+    ys = [y for _, _, y in points]
+    ylim = visible_range(ys, collection.maximise)
+    figure, axes = _axes(SMALL, metric, title=clipped(option, 34), ylim=ylim)
+    axes.scatter(xs, ys, s=26, color=[colour(i) for i, _, _ in points],
+                 edgecolor=PAPER, linewidth=0.5, zorder=3)  # fmt: skip
+    others = [as_typed([v.get(o) for o in collection.options if o != option])
+              for _, v, _ in points]  # fmt: skip
+    means = means_by_value(zip(xs, others, ys, strict=True))
+    # In a search nearly every member has a value of its own: a mean would be that of one member.
+    averaged = collection.search is None and len(means) <= max(2, len(points) / 2)
+    if numeric and averaged:
+        axes.plot(*zip(*means, strict=True), color=INK, linewidth=1.4, zorder=4)
+    if numeric and _is_log(collection, option, xs):
+        _set_log(axes)
+    if not numeric:
+        for at, mean in means:
+            axes.hlines(mean, at - 0.28, at + 0.28, color=INK, linewidth=1.8, zorder=4)
+        short = [clipped(name, max(6, 40 // len(names))) for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=20 if len(names) > 3 else 0)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+    caption = f"{metric} of {len(points)} members against {option}."
+    return ReportFigure(figure, caption)
+
+
+def cost(ranking: Ranking) -> ReportFigure | None:
+    """The ranking metric against the seconds of a run, and the Pareto front of the means."""
+    metric, maximise, groups = (
+        ranking.collection.metric,
+        ranking.collection.maximise,
+        ranking.ranked,
+    )
+    points = {
+        i: (seconds, mean)
+        for i, group in enumerate(groups)
+        if (seconds := group.mean("seconds")) is not None and (mean := group.mean()) is not None
+    }
+    if len(points) < 2:
+        return None
+    ylim = visible_range([mean for _, mean in points.values()], maximise)
+    figure, axes = _axes(WIDE, metric, title=metric, xlabel="seconds", ylim=ylim)
+    front = pareto_front(points, maximise)
+    axes.step(*zip(*(points[i] for i in front), strict=True), where="post", color=SOFT,
+              linewidth=1, linestyle=":", zorder=1)  # fmt: skip
+    for i, (x, y) in points.items():
+        axes.errorbar(x, y, yerr=groups[i].deviation(), xerr=groups[i].deviation("seconds"),
+                      color=colour(i), marker="o")  # fmt: skip
+        if i < len(COLOURS):
+            axes.annotate(str(i + 1), (x, y), (7, 5), textcoords="offset points", clip_on=True)
+    if _is_log(ranking.collection, "seconds", [x for x, _ in points.values()]):
+        _set_log(axes)
+    best = "; ".join(f"{i + 1}: {groups[i].label}" for i in front)
+    caption = f"{metric} against seconds of {len(points)} groups. Pareto front: {best}."
+    return ReportFigure(figure, caption)
+
+
+def visible_range(values: Sequence[float], maximise: bool) -> tuple[float, float]:
+    """Axis limits that resolve the better half of the values; far worse ones lie outside."""
+    best, worst = (max, min) if maximise else (min, max)
+    edge, middle = best(values), median(values)
+    far = best(worst(values), edge - 4 * (edge - middle)) if edge != middle else worst(values)
+    margin = 0.08 * abs(edge - far) or 0.01 * abs(edge) or 0.01
+    return min(edge, far) - margin, max(edge, far) + margin
+
+
+def _axes(size: tuple[float, float], metric: str, **properties: Any) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set(**properties)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    if metric.endswith("acc"):
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure, axes
+
+
+def _set_log(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _is_log(collection: Collection, option: str, numbers: Sequence[float]) -> bool:
+    """As the search space declares it; else for numbers that spread widely."""
+    declared = ((collection.search or {}).get("space") or {}).get(option)
+    if min(numbers) <= 0:
+        return False
+    if isinstance(declared, dict):
+        return bool(declared.get("log", False))
+    return max(numbers) / min(numbers) >= LOG_FROM
 
 
 def _members(collection: Collection) -> dict[str, Any]:
@@ -204,12 +298,6 @@ def _link(member: Member, folder: Path) -> str:
 
 
 def _values(values: Sequence[Any]) -> str:
-    if len(values) <= 8:
-        return ", ".join(map(text, values))
-    if all(map(is_number, values)):
-        return f"{text(min(values))} to {text(max(values))} ({len(values)} values)"
-    return f"{', '.join(map(text, values[:8]))}, … ({len(values)} values)"
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    if len(values) > 8 and all(map(is_number, values)):
+        return f"{len(values)} values from {text(min(values))} to {text(max(values))}"
+    return ", ".join(map(text, values))

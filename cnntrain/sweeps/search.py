@@ -1,27 +1,28 @@
-"""Search settings and search space: options, their ranges, choices and conditions.
+"""Search: the search space, its validation, and trials run as members of a sweep."""
 
-Imports no Optuna, so that a config with a search is checked without it.
-"""
-
-import math
-import re
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import PositiveInt
 
-from cnntrain.config import ConfigError, quoted
-from cnntrain.config.errors import format_value, unknown
+from cnntrain.config import ConfigError, as_config_error, build
+from cnntrain.config.errors import format_error, format_value, unknown
+from cnntrain.config.overrides import parsed
+from cnntrain.config.resume import read_result, result_with_status
+from cnntrain.sweeps.members import ComposedRun, PlannedMember, SweepFolder, directory_name, typed
+from cnntrain.sweeps.records import is_number
+from cnntrain.sweeps.study import SearchStudy, no_warnings, replaced, suggest_trial, summary
+from cnntrain.sweeps.sweep import Launch, Sweep, SweepRunner, write_hparams_schema
 
-# test/ is accepted by the type check and rejected later, with the reason.
-Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss", "test/acc", "test/loss"]
+Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
+Compose = Callable[[Sequence[str]], DictConfig]  # from further overrides to a checked config
+
 WHERE = "search.space"
-KEYS = ("choices", "low", "high", "log", "step", "when")
-PLAIN = re.compile(r"[A-Za-z_][\w./-]*")  # a string that Hydra reads without quotes
-KEYWORDS = ("true", "false", "null", "nan", "inf")  # strings that need quotes
 
 
 class Search:
@@ -57,68 +58,42 @@ class Search:
 
 @dataclass(frozen=True)
 class Dimension:
-    """The values of an option: `choices`, or the range from `low` to `high`, both included.
+    """An option of the space. Choices are stored as typed on the command line.
 
-    `when` maps other options to choices, as typed, all of which the dimension requires.
+    `when` maps other options to choices, one of which each must have.
     """
 
     option: str
-    choices: list[Any] | None = None
-    low: float = 0
-    high: float = 0
-    log: bool = False
-    step: float | None = None
-    when: dict[str, list[str]] = field(default_factory=dict)
+    distribution: Any
+    when: dict[str, list[str]]
 
     @property
-    def integer(self) -> bool:
-        """Whether it is a range of integers."""
-        return all(isinstance(n, int) for n in (self.low, self.high, self.step or 0))
-
-    @property
-    def size(self) -> int | None:
-        """The number of values; None for a continuous range."""
-        if self.choices is not None:
-            return len(self.choices)
-        if self.low == self.high:
-            return 1
-        step = self.step or (1 if self.integer else None)
-        return step and 1 + round((self.high - self.low) / step)
+    def choices(self) -> list[str] | None:
+        categorical = isinstance(self.distribution, CategoricalDistribution)
+        return list(self.distribution.choices) if categorical else None
 
     @property
     def corners(self) -> list[Any]:
         """The choices, or the bounds of the range."""
-        return self.choices if self.choices is not None else [self.low, self.high]
+        return self.choices or [self.distribution.low, self.distribution.high]
 
     def suggest(self, trial: Any) -> None:
         """Have an Optuna trial suggest a value."""
-        if self.choices is not None:
-            trial.suggest_categorical(self.option, [stored(c) for c in self.choices])
-        elif self.integer:
-            trial.suggest_int(self.option, self.low, self.high, step=self.step or 1, log=self.log)
+        d = self.distribution
+        if self.choices:
+            trial.suggest_categorical(self.option, self.choices)
+        elif isinstance(d, IntDistribution):
+            trial.suggest_int(self.option, d.low, d.high, step=d.step, log=d.log)
         else:
-            trial.suggest_float(self.option, self.low, self.high, step=self.step, log=self.log)
+            trial.suggest_float(self.option, d.low, d.high, step=d.step, log=d.log)
 
-    def exact(self, suggested: Any) -> Any:
-        """A suggested value without rounding errors of the steps: 0.35, not 0.35000000000000003."""
-        if self.choices is not None or self.integer or not self.step:
-            return suggested
-        low, step = Decimal(str(self.low)), Decimal(str(self.step))
-        return float(low + round((suggested - self.low) / self.step) * step)
-
-    def value(self, param: Any) -> Any:
-        """The option's value for Optuna's parameter, which is text for a list."""
-        lists = [c for c in self.choices or [] if isinstance(c, list) and stored(c) == param]
-        return lists[0] if lists else param
-
-    def active(self, made: Mapping[str, Any]) -> bool:
+    def active(self, params: Mapping[str, Any]) -> bool:
         """Whether its conditions are met by these values of other options."""
-        as_text = {o: v if str(v).startswith("[") else typed(v) for o, v in made.items()}
-        return all(as_text.get(o) in values for o, values in self.when.items())
+        return all(params.get(option) in values for option, values in self.when.items())
 
 
 class Space:
-    """Dimensions in an order in which each comes after those that its conditions name.
+    """The dimensions, those with conditions last.
 
     `content` is the node `search.space`. Raises ConfigError with all problems.
     """
@@ -127,25 +102,14 @@ class Space:
         if OmegaConf.is_config(content):
             content = OmegaConf.to_container(content, resolve=True)  # type: ignore[assignment]
         problems = [] if content else [f"{WHERE}={{}}: has no option to search over"]
-        found = {str(o): _dimension(str(o), entry, problems) for o, entry in content.items()}
-        dimensions = {option: dimension for option, dimension in found.items() if dimension}
-        for dimension in dimensions.values():
-            problems += _condition_problems(dimension, dimensions, list(found))
-        self.dimensions: list[Dimension] = []
-        while not problems and dimensions:
-            placed = [d.option for d in self.dimensions]
-            ready = [o for o, d in dimensions.items() if all(other in placed for other in d.when)]
-            if not ready:
-                names = ", ".join(f"{WHERE}.{o}.when" for o in dimensions)
-                problems.append(f"{names}: conditions that depend on each other in a circle")
-            self.dimensions += [dimensions.pop(option) for option in ready]
-        if not problems:
-            problems = [
-                f"{WHERE}.{d.option}.when: can never be met, as its options exclude each other"
-                for d in self.dimensions
-                if not list(self.settings(d))
-            ]
-        if problems:
+        found = []
+        for option, entry in content.items():
+            try:
+                found.append(_dimension(str(option), entry))
+            except ConfigError as error:
+                problems += error.problems
+        self.dimensions = sorted(found, key=lambda dimension: bool(dimension.when))
+        if problems := problems or list(self._condition_problems()):
             raise ConfigError(problems)
 
     def suggest(self, trial: Any) -> None:
@@ -156,144 +120,178 @@ class Space:
 
     def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Option -> value, from the parameters of an Optuna trial."""
-        return {d.option: d.value(params[d.option]) for d in self.dimensions if d.option in params}
+        return {
+            o: parsed(f"{o}={v}").value() if isinstance(v, str) else v for o, v in params.items()
+        }
 
-    def exact(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Suggested parameters without rounding errors."""
-        return {d.option: d.exact(params[d.option]) for d in self.dimensions if d.option in params}
+    def completed(self, made: Mapping[str, Any]) -> dict[str, Any]:
+        """Some values with the first value of every other option that applies."""
+        found: dict[str, Any] = {}
+        for d in self.dimensions:
+            if d.active({**made, **found}):
+                found[d.option] = made.get(d.option, d.corners[0])
+        return found
+
+    def _condition_problems(self) -> Iterator[str]:
+        choices = {d.option: d.choices for d in self.dimensions if not d.when}
+        for dimension in self.dimensions:
+            for option, values in dimension.when.items():
+                where = f"{WHERE}.{dimension.option}.when.{option}"
+                if option not in choices:
+                    names = [name for name, known in choices.items() if known]
+                    what = "the space has, without a condition,"
+                    yield f"{where}: {unknown(what, 'option', option, names)}"
+                elif known := choices[option]:
+                    for value in (value for value in values if value not in known):
+                        yield f"{where}={value}: {unknown(f'{option} has', 'choice', value, known)}"
+                else:
+                    yield f"{where}: has a range, and a condition needs choices"
+
+
+class SearchSweep:
+    """The trials of a search as members of a sweep's folder.
+
+    Construction writes nothing.
+
+    Args:
+        folder: The sweep's folder.
+        options: Options of the sweep.
+        node: The checked config node `search`.
+        seed: Seed of the samplers.
+        command: Formats the command line of a trial with given overrides.
+        compose: Composes and checks a trial's config, with the node `hydra`.
+        at_once: Number of trials per round.
+
+    Raises ConfigError if the folder is damaged, or not that of a search.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: Sweep,
+        node: DictConfig,
+        *,
+        seed: int,
+        command: Callable[[Sequence[str]], str],
+        compose: Compose,
+        at_once: int,
+    ):
+        self.folder, self.options, self.node = SweepFolder(folder, search=True), options, node
+        self.seed, self.compose, self.command, self.at_once = seed, compose, command, at_once
 
     @property
-    def size(self) -> int | None:
-        """The number of combinations; None if a range is continuous."""
-        if any(d.size is None for d in self.dimensions):
-            return None
-        conditions = {option for d in self.dimensions for option in d.when}
+    def size(self) -> str:
+        return f"{self.node.trials} trials, {self.at_once} at once"
 
-        def count(dimensions: list[Dimension], made: dict[str, Any]) -> int:
-            if not dimensions:
-                return 1
-            first, *others = dimensions
-            if not first.active(made):
-                return count(others, made)
-            if first.option not in conditions:
-                return (first.size or 0) * count(others, made)
-            return sum(count(others, {**made, first.option: stored(c)}) for c in first.corners)
+    def run(self, launch: Launch) -> SweepRunner:
+        """Run rounds of trials until there are `trials` in all.
 
-        return count(self.dimensions, {})
+        Raises ConfigError if another process runs the same search or its settings have changed, and
+        Interrupted after a signal, when the running trials have saved.
+        """
+        with self.folder.locked():
+            study = SearchStudy(self.folder.path, self.node, seed=self.seed)
+            columns = {d.option: d.corners for d in study.search.space.dimensions}
+            write_hparams_schema(self.folder.path, columns)
+            done = sum(trial.state.is_finished() for trial in study.trials)
+            total = max(study.search.trials, len(study.trials) - len(replaced(study.trials)))
+            runner = SweepRunner(self.folder, self.options, columns, total, done)
+            settings: Any = OmegaConf.to_container(self.node, resolve=True)
+            while asked := study.ask(self.at_once):
+                trials = [
+                    PlannedMember(
+                        directory_name(trial.name),
+                        ComposedRun.of(self.compose(trial.overrides)),
+                        trial.values,
+                        trial.number,
+                    )
+                    for trial in asked
+                ]
+                members = self.folder.extend(trials, list(columns))
+                self.folder.write(self.options.metric, settings)
+                runner.csv_outdated = True
+                runner.run([m for m in members if not self._ended(m)], launch)
+                results = {m.trial: read_result(self.folder.directory(m.name)) for m in members}
+                study.tell({number: r for number, r in results.items() if number is not None})
+                if self.options.fail_fast and runner.failed:
+                    break
+            runner.write_csv()
+            runner.summary = summary(study, self.command)
+            return runner
 
-    def settings(self, dimension: Dimension) -> Iterator[dict[str, str]]:
-        """All choices of other options, as typed, that meet a dimension's conditions."""
-        made: list[dict[str, str]] = [{}]
-        for option, values in dimension.when.items():
-            (parent,) = (d for d in self.dimensions if d.option == option)
-            made = [
-                {**before, **above, option: value}
-                for before in made
-                for above in self.settings(parent)
-                for value in values
-                if all(before.get(o, v) == v for o, v in {**above, option: value}.items())
-            ]
-        yield from made
-
-
-def override(option: str, value: Any) -> str:
-    """An override from which Hydra reads exactly this value."""
-    return f"{option}={typed(value)}"
-
-
-def typed(value: Any) -> str:
-    """A plain value in the syntax of Hydra's command line."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(typed, value)) + "]"
-    if isinstance(value, str) and (not PLAIN.fullmatch(value) or value.lower() in KEYWORDS):
-        return quoted(value)
-    return str(value)
+    def _ended(self, member: PlannedMember) -> bool:
+        directory, ended = self.folder.directory(member.name), ("completed", "pruned")
+        return result_with_status(directory, member.config_hash, ended) is not None
 
 
-def stored(choice: Any) -> Any:
-    """A choice as Optuna can store it: a list as text."""
-    return typed(choice) if isinstance(choice, list) else choice
+def search_problems(node: DictConfig, compose: Compose, given: Sequence[str] = ()) -> list[str]:
+    """Problems of the config node `search`, whose keys and types are checked already.
+
+    Each bound and choice is composed with the first values of all other options. `given` are the
+    overrides common to all trials.
+    """
+    try:
+        with no_warnings(), as_config_error("search"):
+            search: Search = build(node)
+            suggest_trial(search, [], 0)
+    except ConfigError as error:
+        return error.problems
+    options = [d.option for d in search.space.dimensions]
+    if found := [
+        f"{text}: is searched over, see search.space; leave it out"
+        for text in given
+        if text.lstrip("+").partition("=")[0] in options
+    ]:
+        return found
+    problems: dict[str, str] = {}
+    for d in search.space.dimensions:
+        conditions = [[(o, value) for value in values] for o, values in d.when.items()]
+        for corner, *setting in itertools.product(d.corners, *conditions):
+            made = {**dict(setting), d.option: corner}
+            params = search.space.completed(made)
+            try:
+                compose([f"{o}={v}" for o, v in params.items()])
+            except ConfigError as error:
+                for problem in error.problems:
+                    option = problem.lstrip("+~").partition("=")[0]
+                    others = " ".join(f"{o}={v}" for o, v in made.items() if o != option)
+                    # An unknown option is reported once, not for each of its values.
+                    key = problem.replace(f"{option}={params.get(option)}", option)
+                    context = f" (with {others})" if others else ""
+                    problems.setdefault(key, f"{WHERE}: {problem}{context}")
+    return list(problems.values())
 
 
-def _dimension(option: str, entry: Any, problems: list[str]) -> Dimension | None:
-    """The dimension that an entry describes; None after adding to `problems`."""
-    where, before = f"{WHERE}.{option}", len(problems)
+def _dimension(option: str, entry: Any) -> Dimension:
+    """The dimension that an entry describes. Raises ConfigError."""
+    where = f"{WHERE}.{option}"
     given = {"choices": entry} if isinstance(entry, list) else entry
-    if not isinstance(given, dict):
-        problems.append(
-            f"{where}={format_value(entry)}: must be choices [a, b], or {{low: 1, high: 2}}"
+    if not (
+        isinstance(given, dict)
+        and isinstance(choices := given.get("choices", []), list)
+        and isinstance(when := given.get("when", {}), dict)
+    ):
+        text = "must be choices [a, b], or {low: 1, high: 2}; with when: {option: choice}"
+        raise ConfigError([f"{where}={format_value(entry)}: {text}"])
+    known = ("choices", "when") if "choices" in given else ("low", "high", "log", "step", "when")
+    if wrong := [str(key) for key in given if key not in known]:
+        text = "an option with choices has" if "choices" in given else "a range has"
+        raise ConfigError([f"{where}.{k}: {unknown(text, 'option', k, known)}" for k in wrong])
+    bounds = {key: value for key, value in given.items() if key not in ("choices", "when")}
+    if wrong := [key for key, v in bounds.items() if key != "log" and not is_number(v)]:
+        raise ConfigError(
+            [f"{where}.{key}={format_value(bounds[key])}: must be a number" for key in wrong]
         )
-        return None
-    for key in (key for key in given if key not in KEYS):
-        problems.append(f"{where}.{key}: {unknown('a range has', 'option', str(key), KEYS)}")
-    when = given.get("when") or {}
-    if not isinstance(when, dict):
-        problems.append(f"{where}.when={format_value(when)}: must be {{option: choice}}")
-    if len(problems) == before:
-        check = _choice_problems if "choices" in given else _range_problems
-        problems += check(where, given)
-    if len(problems) > before:
-        return None
+    integers = all(isinstance(v, int) for k, v in bounds.items() if k != "log")
+    try:
+        if "choices" in given:
+            distribution: Any = CategoricalDistribution([typed(choice) for choice in choices])
+        else:
+            distribution = (IntDistribution if integers else FloatDistribution)(**bounds)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"{where}: {format_error(error)}"]) from None
     conditions = {
-        str(o): [typed(v) for v in (values if isinstance(values, list) else [values])]
+        str(o): [typed(value) for value in (values if isinstance(values, list) else [values])]
         for o, values in when.items()
     }
-    return Dimension(option, **{k: v for k, v in given.items() if k != "when"}, when=conditions)
-
-
-def _choice_problems(where: str, given: dict[str, Any]) -> Iterator[str]:
-    choices, others = given["choices"], [k for k in given if k not in ("choices", "when")]
-    if others:
-        yield f"{where}.{others[0]}: belongs to a range, and choices are given"
-    if not isinstance(choices, list) or not choices:
-        yield f"{where}={format_value(choices)}: must be choices, at least one, such as [a, b]"
-        return
-    if any(isinstance(leaf, dict) for c in choices for leaf in (c if isinstance(c, list) else [c])):
-        yield f"{where}={format_value(choices)}: a choice must be a value or a list of values"
-        return
-    texts = [typed(choice) for choice in choices]
-    if twice := sorted({text for text in texts if texts.count(text) > 1}):
-        yield f"{where}={format_value(choices)}: has {', '.join(twice)} twice"
-
-
-def _range_problems(where: str, given: dict[str, Any]) -> Iterator[str]:
-    numbers = {key: given.get(key) for key in ("low", "high", *({"step"} & given.keys()))}
-    wrong = {k: v for k, v in numbers.items()
-             if type(v) not in (int, float) or not math.isfinite(v)}  # type: ignore[arg-type]  # fmt: skip
-    for key, value in wrong.items():
-        yield f"{where}.{key}={format_value(value)}: must be a number"
-    if not isinstance(log := given.get("log", False), bool):
-        yield f"{where}.log={format_value(log)}: must be true or false"
-    if wrong:
-        return
-    low, high, step = (Decimal(str(numbers.get(key, 1))) for key in ("low", "high", "step"))
-    if low > high:
-        yield f"{where}.low={low}: is more than high={high}"
-    if log is True and low <= 0:
-        yield f"{where}.low={low}: must be more than 0 with log=true"
-    if "step" not in given:
-        return
-    if log is True:
-        yield f"{where}.step={step}: cannot be combined with log=true; leave out one of the two"
-    elif step <= 0:
-        yield f"{where}.step={step}: must be more than 0"
-    elif low < high and (rest := (high - low) % step):
-        yield f"{where}.step={step}: does not lead to high={high}; take high={high - rest}"
-
-
-def _condition_problems(
-    dimension: Dimension, dimensions: Mapping[str, Dimension], options: Sequence[str]
-) -> Iterator[str]:
-    for option, values in dimension.when.items():
-        where = f"{WHERE}.{dimension.option}.when.{option}"
-        parent = dimensions.get(option)
-        if option not in options:
-            yield f"{where}: {unknown('the space has', 'option', option, options)}"
-        elif parent and parent.choices is None:
-            yield f"{where}: has a range, and a condition needs choices"
-        elif parent:
-            choices = [typed(choice) for choice in parent.choices or []]
-            for value in (value for value in values if value not in choices):
-                yield f"{where}={value}: {unknown(f'{option} has', 'choice', value, choices)}"
+    return Dimension(option, distribution, conditions)

@@ -8,29 +8,35 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from optuna.pruners import NopPruner
-from optuna.samplers import RandomSampler
-from optuna.storages import JournalStorage
+from optuna.samplers import BruteForceSampler, RandomSampler
+from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from cnntrain.config import ConfigError, as_config_error, build
+from cnntrain.config import ConfigError, as_config_error, build, flat
 from cnntrain.config.errors import format_error
-from cnntrain.sweeps.search import Search, override, typed
+from cnntrain.sweeps.members import OTHER_NAME, differences
+from cnntrain.sweeps.records import number, text, unit
+
+if TYPE_CHECKING:
+    import lightning.pytorch as lightning
+
+    from cnntrain.sweeps.search import Search
 
 STUDY = "study.journal"
-# System attributes of Optuna's RetryFailedTrialCallback: a trial that replaces a failed one.
+# System attributes that RetryHeartbeatStaleTrialCallback gives a trial in place of a failed one.
 FIRST, HISTORY = "failed_trial", "retry_history"
-ERROR, DIVERGED = "error", "diverged"  # user attributes of a failed trial
+DIVERGED = "diverged"  # user attribute of a failed trial
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -69,22 +75,52 @@ def open_storage(folder: Path) -> JournalStorage:
         json.loads(complete.rpartition(b"\n")[2] or "null")
         return storage
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        problem = f"{file}: is damaged ({format_error(error)}); set another sweep=<name>"
+        problem = f"{file}: is damaged ({format_error(error)}); {OTHER_NAME}"
         raise ConfigError([problem]) from None
 
 
-def load_study(folder: Path) -> optuna.Study:
-    """The study in a folder, without its sampler and pruner."""
-    return _load(open_storage(folder))
+def load_study(storage: JournalStorage) -> optuna.Study:
+    """The study in a storage, without the search's sampler and pruner."""
+    passive: Any = {"sampler": RandomSampler(), "pruner": NopPruner()}
+    return optuna.load_study(study_name=None, storage=storage, **passive)
 
 
 def open_trial(folder: Path, number: int) -> optuna.trial.Trial:
     """A running trial, to report intermediate values and attributes to."""
     storage = open_storage(folder)
-    study = _load(storage)
+    study = load_study(storage)
     study_id = storage.get_study_id_from_name(study.study_name)
     trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
     return optuna.trial.Trial(study, trial_id)
+
+
+def pruning_callback(folder: Path, number: int) -> "lightning.Callback":
+    """A Lightning callback that reports a trial's metric and raises Pruned if the pruner says so.
+
+    Args:
+        folder: The folder of the study.
+        number: The trial's number in it.
+    """
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from cnntrain.training import Pruned
+
+    trial = open_trial(folder, number)
+    settings, metric = trial.study.user_attrs, trial.study.user_attrs["settings"]["search.metric"]
+    stage = metric.partition("/")[0]
+    with no_warnings():
+        trial.study.pruner = build(OmegaConf.create(settings["pruner"]))
+
+    def report(trainer: "lightning.Trainer", module: Any) -> None:
+        epoch = trainer.current_epoch + 1
+        with no_warnings():
+            # Of an epoch that is repeated after an interruption, Optuna keeps the first report.
+            trial.report(module.totals[stage].metrics(stage)[metric], epoch)
+            pruned = trial.should_prune()
+        if pruned and epoch != trainer.max_epochs:
+            raise Pruned(f"the pruner stopped the trial in epoch {epoch}")
+
+    return LambdaCallback(on_train_epoch_end=report)
 
 
 @contextlib.contextmanager
@@ -121,23 +157,23 @@ class SearchStudy:
             self.search: Search = build(node)
         self.folder, self.seed = folder, seed
         self.asked: set[int] = set()  # numbers, by this process
-        content: Any = OmegaConf.to_container(node, resolve=True)
-        fixed = {"space": content["space"], "metric": self.search.metric, "seed": seed}
-        if study := _existing_study(folder):
-            before = {key: study.user_attrs.get(key) for key in fixed}
-            if problems := _differences(before, fixed):
-                raise ConfigError([f"{text} (says {folder})" for text in problems])
-        self.study = study or optuna.create_study(
-            study_name=folder.absolute().name,
+        fixed = OmegaConf.masked_copy(node, ["space", "metric"])
+        settings = flat(OmegaConf.create({"search": fixed, "seed": seed}))
+        self.study = optuna.create_study(
+            study_name="search",
             storage=open_storage(folder),
             direction=self.search.direction,
             sampler=RandomSampler(),
             pruner=NopPruner(),
+            load_if_exists=True,
         )
-        # Members read the pruner from here; it and the sampler may change.
-        attributes = {**fixed, "sampler": content["sampler"], "pruner": content["pruner"]}
-        for key, value in attributes.items():
-            if self.study.user_attrs.get(key) != value:
+        attributes = self.study.user_attrs
+        if problems := differences(attributes.get("settings", settings), settings):
+            raise ConfigError(problems)
+        # Members read the pruner from here; it may change.
+        pruner = OmegaConf.to_container(node.pruner, resolve=True)
+        for key, value in {"settings": settings, "pruner": pruner}.items():
+            if attributes.get(key) != value:
                 self.study.set_user_attr(key, value)
         self._retry_failed()
 
@@ -156,9 +192,11 @@ class SearchStudy:
         number = len(trials) - len(replaced(trials))
         # A round cut short by a kill is completed: its trials did not know each other's results.
         while number < self.search.trials and len(left) < most and (not left or number % most):
-            if (trial := self._new()) is None:
+            trial = suggest_trial(self.search, self.trials, self.seed)
+            if trial is None:
                 break
-            left.append(trial)
+            self.study.add_trial(trial)
+            left.append(self.trials[-1])
             number += 1
         self.asked |= {trial.number for trial in left[:most]}
         return [self.planned(trial) for trial in left[:most]]
@@ -170,83 +208,64 @@ class SearchStudy:
         is started again, unless it diverged, which depends on its parameters alone.
         """
         trials = self.trials
-        for number, result in results.items():
+        for n, result in results.items():
             status = result["status"] if result else None
-            if trials[number].state.is_finished() or result is None:
+            if trials[n].state.is_finished() or result is None:
                 continue
             if status == "completed":
                 value = result["metrics"][self.search.metric]
-                self.study.tell(number, value, TrialState.COMPLETE)
+                self.study.tell(n, value, TrialState.COMPLETE)
             elif status == "pruned":
-                self.study.tell(number, state=TrialState.PRUNED)
+                self.study.tell(n, state=TrialState.PRUNED)
             elif status == "failed":
-                trial = open_trial(self.folder, number)
-                trial.set_user_attr(ERROR, result.get("error"))
-                trial.set_user_attr(DIVERGED, "not_finite" in result)
-                self.study.tell(number, state=TrialState.FAIL)
+                open_trial(self.folder, n).set_user_attr(DIVERGED, "not_finite" in result)
+                self.study.tell(n, state=TrialState.FAIL)
 
     def planned(self, trial: FrozenTrial) -> PlannedTrial:
-        values = self.search.space.values(trial.params)
         number = trial.system_attrs.get(FIRST, trial.number)  # of the directory
-        rounded = {
-            o: f"{value:.4g}" if isinstance(value, float) else typed(value)
-            for o, value in sorted(values.items())
-        }
-        name = ",".join([f"trial={number:03}", *(f"{o}={text}" for o, text in rounded.items())])
-        return PlannedTrial(trial.number, name, [override(o, v) for o, v in values.items()], values)
-
-    def _new(self) -> FrozenTrial | None:
-        """A new trial, stored; None if every combination has been tried."""
-        trials, size = self.trials, self.search.space.size
-        if size is not None and len({json.dumps(t.params, sort_keys=True) for t in trials}) >= size:
-            return None
-        trial = suggest_trial(self.search, trials, self.seed, self.study.study_name)
-        self.study.add_trial(trial)
-        return self.trials[-1]
+        values = [f"{o}={text(v)}" for o, v in sorted(trial.params.items())]
+        return PlannedTrial(
+            trial.number,
+            ",".join([f"trial={number:03}", *values]),
+            [f"{option}={value}" for option, value in trial.params.items()],
+            self.search.space.values(trial.params),
+        )
 
     def _retry_failed(self) -> None:
         """Add a trial in place of each failed one, as finished trials cannot be changed."""
-        trials = self.trials
-        for trial in trials:
-            retry = trial.state == TrialState.FAIL and not trial.user_attrs.get(DIVERGED)
-            if not retry or trial.number in replaced(trials):
-                continue
-            history = [*trial.system_attrs.get(HISTORY, []), trial.number]
-            attributes = {k: v for k, v in trial.user_attrs.items() if k not in (ERROR, DIVERGED)}
-            self.study.add_trial(
-                create_trial(
-                    state=TrialState.RUNNING,
-                    params=trial.params,
-                    distributions=trial.distributions,
-                    intermediate_values=trial.intermediate_values,  # its run is resumed
-                    user_attrs=attributes,
-                    system_attrs={**trial.system_attrs, FIRST: history[0], HISTORY: history},
-                )
-            )
+        trials, done = self.study.trials, replaced(self.trials)
+        with no_warnings():
+            retry = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
+            for trial in trials:
+                diverged = trial.user_attrs.get(DIVERGED)
+                if trial.state == TrialState.FAIL and not diverged and trial.number not in done:
+                    retry(self.study, trial)
+            for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                self.study.ask()  # sets it to running
 
 
-def suggest_trial(
-    search: Search, trials: Sequence[FrozenTrial], seed: int, name: str
-) -> FrozenTrial:
+def suggest_trial(search: "Search", trials: Sequence[FrozenTrial], seed: int) -> FrozenTrial | None:
     """The trial that the sampler suggests after these, with all its parameters.
 
     A pure function: the sampler is created anew, with a seed from `seed` and the number of trials,
-    and works on a copy of the study.
+    and works on a copy of the study. None if a grid search has tried every combination.
     """
     with no_warnings():
         own_seed = np.random.SeedSequence([seed, len(trials)]).generate_state(1)
+        sampler = search.sampler(seed=int(own_seed[0]))
         study = optuna.create_study(
-            study_name=name,
-            direction=search.direction,
-            sampler=search.sampler(seed=int(own_seed[0])),
-            pruner=search.pruner,
+            direction=search.direction, sampler=sampler, pruner=search.pruner
         )
         study.add_trials(trials)
         search.space.suggest(study.ask())
         found = study.get_trials(deepcopy=False)[-1]
+    # 0.35, not 0.35000000000000003
+    params = {k: float(f"{v:.12g}") if isinstance(v, float) else v for k, v in found.params.items()}
+    if isinstance(sampler, BruteForceSampler) and any(t.params == params for t in trials):
+        return None
     return create_trial(
         state=TrialState.RUNNING,
-        params=search.space.exact(found.params),
+        params=params,
         distributions=found.distributions,
         user_attrs=found.user_attrs,
         system_attrs=found.system_attrs,
@@ -258,34 +277,20 @@ def replaced(trials: Sequence[FrozenTrial]) -> set[int]:
     return {number for trial in trials for number in trial.system_attrs.get(HISTORY, [])}
 
 
-def _load(storage: JournalStorage) -> optuna.Study:
-    passive: Any = {"sampler": RandomSampler(), "pruner": NopPruner()}
-    return optuna.load_study(study_name=None, storage=storage, **passive)
+def summary(study: SearchStudy, command: Callable[[Sequence[str]], str]) -> list[str]:
+    """Lines for the end of a search: counts, the best trial and its command.
 
-
-def _existing_study(folder: Path) -> optuna.Study | None:
-    """The study in a folder if it has trials; one without is deleted."""
-    storage = open_storage(folder)
-    names = optuna.get_all_study_names(storage)
-    if names and (study := _load(storage)).get_trials(deepcopy=False):
-        return study
-    for name in names:
-        optuna.delete_study(study_name=name, storage=storage)
-    return None
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    def flat(name: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {name: value}
-        inner = [flat(f"{name}.{key}", inner) for key, inner in value.items()]
-        return {key: value for table in inner for key, value in table.items()}
-
-    tables = [flat("search", settings) for settings in (before, now)]
-    old, new = ({"seed": table.pop("search.seed"), **table} for table in tables)
-    return [
-        f"{key}={typed(new[key]) if key in new else '(left out)'}: the search was begun with "
-        f"{typed(old[key]) if key in old else 'no such option'}; start another with sweep=<name>"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, ...) != new.get(key, ...)
-    ]
+    `command` formats the command line of a trial with given overrides.
+    """
+    trials = [trial for trial in study.trials if trial.number not in replaced(study.trials)]
+    states = [trial.state for trial in trials]
+    counts = f"{states.count(TrialState.COMPLETE)} completed, "
+    counts += f"{states.count(TrialState.PRUNED)} pruned, {states.count(TrialState.FAIL)} failed"
+    lines = [f"search       {len(trials)} of {study.search.trials} trials: {counts}"]
+    if TrialState.COMPLETE in states:
+        best = study.study.best_trial
+        name = study.planned(best).name.partition(",")[0]
+        metric = study.search.metric
+        lines.append(f"best trial   {name}, {metric} {number(metric, best.value)}{unit(metric)}")
+        lines.append(f"             {command(study.planned(best).overrides)}")
+    return lines

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import PositiveInt
 
@@ -25,15 +25,13 @@ from cnntrain.sweeps.processes import (
     record_failure,
     result_version,
 )
-from cnntrain.sweeps.records import collect
-from cnntrain.sweeps.tables import hparam_value, write_hparams_schema, write_member_csv
+from cnntrain.sweeps.records import METRICS, Metric, as_typed, collect, is_number, number, unit
+from cnntrain.terminal import paragraph
 
-Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss", "test/acc", "test/loss"]
 Launch = Callable[[list[list[str]], MemberTask], None]  # a launcher, called with overrides
-Print = Callable[[str], None]
 
 CSV = "sweep.csv"
-CSV_INTERVAL = 50  # seconds between two writes of sweep.csv, per second that one takes
+CSV_INTERVAL = 5  # seconds between two writes of sweep.csv
 
 
 class Sweep:
@@ -57,12 +55,6 @@ class Sweep:
     ):
         self.name, self.metric, self.threads, self.fail_fast = name, metric, threads, fail_fast
 
-    @property
-    def facts(self) -> dict[str, str]:
-        """The entries in sweep.yaml."""
-        mode = "max" if self.metric.endswith("acc") else "min"
-        return {"metric": self.metric, "mode": mode}
-
 
 class GridSweep:
     """The sweep over given runs.
@@ -75,7 +67,7 @@ class GridSweep:
         self, folder: Path, options: Sweep, runs: Sequence[ComposedRun], varied: Iterable[str]
     ):
         self.folder, self.options = SweepFolder(folder), options
-        keys = list(dict.fromkeys([*self.folder.sheet["over"], *varied]))
+        keys = list(dict.fromkeys([*self.folder.record.over, *varied]))
         self.members = self.folder.extend(plan_members(runs, keys), keys)
         self.pending = [
             m
@@ -88,18 +80,18 @@ class GridSweep:
         done = len(self.members) - len(self.pending)
         return f"{len(self.members)} members" + (f", {done} completed before" if done else "")
 
-    def run(self, launch: Launch, write: Print) -> "SweepRunner":
+    def run(self, launch: Launch) -> "SweepRunner":
         """Run the members that are not completed; their errors are not raised.
 
         Raises ConfigError if another process runs the same sweep, and Interrupted after a signal,
         when the members have saved.
         """
         with self.folder.locked():
-            self.folder.write(**self.options.facts)
-            over = self.folder.sheet["over"]
+            self.folder.write(self.options.metric)
+            over = self.folder.record.over
             write_hparams_schema(self.folder.path, over)
             total, done = len(self.members), len(self.members) - len(self.pending)
-            runner = SweepRunner(self.folder, self.options, over, total, done, write)
+            runner = SweepRunner(self.folder, self.options, over, total, done)
             runner.write_csv()
             if self.pending:
                 runner.run(self.pending, launch)
@@ -116,7 +108,6 @@ class SweepRunner:
     Args:
         columns: The varying options and their values.
         total: Number of members in all, of which `done` are completed.
-        write: Prints a line.
     """
 
     def __init__(
@@ -126,13 +117,13 @@ class SweepRunner:
         columns: Mapping[str, Sequence[Any]],
         total: int,
         done: int,
-        write: Print,
     ):
-        self.folder, self.options, self.columns, self.write = folder, options, columns, write
+        self.folder, self.options, self.columns = folder, options, columns
         self.total, self.done = total, done
-        self.waiting: dict[str, tuple[int, int] | None] = {}  # version of the earlier result.json
+        # Members not finished or not started, with the version of an earlier result.json.
+        self.waiting: dict[str, tuple[int, int] | None] = {}
         self.results: dict[str, dict[str, Any]] = {}  # the last of each member
-        self.findings: list[str] = []  # of a search
+        self.summary: list[str] = []  # lines, of a search
         self.started = time.monotonic()
         self.stop = folder.path / STOP_FILE
         self.stop_requested = False
@@ -143,11 +134,6 @@ class SweepRunner:
         """Errors of the failed members, by name."""
         found = self.results.items()
         return {name: str(r.get("error")) for name, r in found if r["status"] == "failed"}
-
-    @property
-    def unfinished(self) -> list[str]:
-        """Members that were interrupted or have not started."""
-        return [*self.waiting]
 
     def run(self, members: Sequence[PlannedMember], launch: Launch) -> None:
         """Run members until each has a result.json or the launcher has ended."""
@@ -177,7 +163,7 @@ class SweepRunner:
                     launch(jobs, task)
                 except Exception as error:  # of the launcher; MemberTask raises none
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
-                    self.write(f"the launcher failed: {reason}")
+                    paragraph(f"the launcher failed: {reason}")
                 while self._running():  # of a launcher that has given up
                     time.sleep(POLL_INTERVAL)
             if not self.stop.exists() and interruption.received is None:
@@ -202,16 +188,17 @@ class SweepRunner:
             else:
                 del self.waiting[name]
                 self.done += 1
-            self.write(self._line(name, result))
+            paragraph(self._line(name, result))
 
     def write_csv(self) -> None:
         """Write sweep.csv, with a row per member that the folder has ever had."""
-        started, self.csv_outdated = time.monotonic(), False
+        self.csv_outdated, self.next_csv = False, time.monotonic() + CSV_INTERVAL
+        from cnntrain.sweeps.tables import write_member_csv
+
         try:
             write_member_csv(collect(self.folder.path), self.folder.path / CSV)
         except OSError as error:  # the members' own records are complete
-            self.write(f"{CSV}: {error.strerror}")
-        self.next_csv = time.monotonic() + CSV_INTERVAL * (time.monotonic() - started)
+            paragraph(f"{CSV}: {error.strerror}")
 
     @contextlib.contextmanager
     def _watching(self, names: list[str]) -> Iterator[None]:
@@ -241,7 +228,7 @@ class SweepRunner:
             self.stop.write_text(SAVE_AND_EXIT, encoding="utf-8")
             self.stop_requested, interruption.quiet = True, False
             if self._running():
-                self.write("\nrunning members save a checkpoint; Ctrl-C again leaves at once")
+                paragraph("\nrunning members save a checkpoint; Ctrl-C again leaves at once")
 
     def _running(self) -> bool:
         return any(is_running(self.folder.directory(name)) for name in [*self.waiting])
@@ -257,7 +244,7 @@ class SweepRunner:
     def _line(self, name: str, result: dict[str, Any]) -> str:
         status, metric = result["status"], self.options.metric
         if status == "completed":
-            ending = f"{metric} {format_metric(metric, result['metrics'].get(metric))}"
+            ending = f"{metric} {number(metric, result['metrics'].get(metric))}{unit(metric)}"
             ending += f", {result['timings']['seconds']:.0f} s"
         elif status == "failed":
             log, here = self.folder.directory(name) / LOG, Path.cwd()
@@ -274,8 +261,31 @@ class SweepRunner:
         return f"[{self.done:>{width}}/{self.total}] {name}: {ending}"
 
 
-def format_metric(metric: str, value: float | None) -> str:
-    """91.20% for an accuracy, 0.2345 for a loss."""
-    if value is None:
-        return "none"
-    return f"{value:.2%}" if metric.endswith("acc") else f"{value:.4f}"
+def write_hparams_schema(folder: Path, over: Mapping[str, Sequence[Any]]) -> None:
+    """Write the schema of TensorBoard's HParams tab: the varying options, and the metrics.
+
+    The values are in the members' own event files. Without a schema TensorBoard would show every
+    option of every member, and every scalar as a metric.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams import summary_v2 as hp
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    hparams = []
+    for option, values in over.items():
+        domain = hp.Discrete([hparam_value(value, values) for value in values])
+        if all(map(is_number, values)) and values:
+            domain = hp.RealInterval(float(min(values)), float(max(values)))
+        hparams.append(hp.HParam(option, domain))
+    schema = hp.hparams_config_pb(hparams, [hp.Metric(metric) for metric in METRICS])
+    old = list(folder.glob("events.out.tfevents.*"))
+    writer = EventFileWriter(str(folder), filename_suffix=".hparams")
+    writer.add_event(Event(summary=schema))
+    writer.close()
+    for file in old:  # of a schema with fewer options or values
+        file.unlink()
+
+
+def hparam_value(value: Any, values: Sequence[Any]) -> Any:
+    """A value in a column of `values`, which has one type: number or text."""
+    return value if all(map(is_number, values)) else as_typed(value)

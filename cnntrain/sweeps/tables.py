@@ -1,9 +1,8 @@
-"""Tables of a sweep: the ranking on the terminal, sweep.csv, TensorBoard's HParams schema."""
+"""Tables of a sweep: the ranking on the terminal, as Markdown and CSV; sweep.csv."""
 
 import csv
 import io
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -15,20 +14,15 @@ from rich.text import Text
 from cnntrain import terminal
 from cnntrain.atomic import replacing
 from cnntrain.sweeps.ranking import (
-    DIFFERS,
-    NOISE,
-    RULE,
-    TIE,
-    Comparison,
+    ALPHA,
     Group,
     OptionEffect,
     Ranking,
     option_effects,
     rank,
     short,
-    text,
 )
-from cnntrain.sweeps.records import METRICS, Collection, as_typed, is_number
+from cnntrain.sweeps.records import METRICS, Collection, as_typed, number, text, unit
 
 MOST_ROWS = 30  # on the terminal
 # Columns left out on a narrow terminal, in this order; then options from the last one on.
@@ -38,6 +32,10 @@ OPTIONAL = (
 )
 SHOWN = ("val/acc", "test/acc", "train/acc", "val/loss")  # besides the ranking metric
 EFFECT_COLUMNS = ("option", "instead of", "effect", "pairs", "better in")
+RULE = (
+    "≈: not distinguished from the best by Welch's t-test (two-sided, p ≥ 0.05, not corrected for "
+    "the number of comparisons); with few seeds that test is weak, so ≈ does not mean equal."
+)
 FEW_SEEDS = (
     "n = 1 in every row: differences cannot be distinguished from noise; add seeds (seed=0,1,2)."
 )
@@ -90,13 +88,12 @@ def headline(ranking: Ranking) -> str:
         return f"{collection.name}: no completed member has {collection.metric} yet ({counts})"
     metric = collection.metric
     named = f"best by {metric} is {best.label}" if len(ranking.groups) > 1 else metric
-    sentence = f"{collection.name}: {named}, {value(metric, best)}"
+    sentence = f"{collection.name}: {named}, {value(best)}"
     sentence += unit(metric) + (f" (n = {best.n})" if best.n > 1 else "")
-    verdicts = Counter(g.against.verdict for g in ranking.groups if g.against)
-    alike = verdicts[NOISE] + verdicts[TIE]
+    alike = sum(group.p is not None and group.p >= ALPHA for group in ranking.groups)
     if alike:
         sentence += f"; {alike} other{'s are' if alike > 1 else ' is'} within noise of it"
-    elif verdicts[DIFFERS] == len(ranking.ranked) - 1 > 0:
+    elif len(ranking.ranked) > 1 and all(group.p is not None for group in ranking.ranked[1:]):
         sentence += "; every other differs from it by more than noise"
     members = len(collection.members)
     return f"{sentence}. {members} member{'s' if members > 1 else ''}: {counts}."
@@ -123,12 +120,12 @@ def rows(ranking: Ranking) -> list[list[str]]:
     metric = ranking.collection.metric
     return [
         [
-            str(i) if g.samples else "–",
+            str(i) if g.n else "–",
             *(text(g.values[o]) if o in g.values else "–" for o in ranking.collection.options),
-            value(metric, g),
-            *(number(name, g.means.get(name)) for name in _others(ranking)),
-            duration(g.seconds, g.seconds_deviation),
-            difference(metric, g.against.difference) if g.against else "",
+            value(g),
+            *(number(name, g.mean(name)) for name in _others(ranking)),
+            duration(g.mean("seconds"), g.deviation("seconds")),
+            "" if g.difference is None else difference(metric, g.difference),
             str(g.n) if g.n == g.planned else f"{g.n} of {g.planned}",
             *([_verdict(ranking, g)] if _verdicts(ranking) else []),
         ]
@@ -173,55 +170,46 @@ def write_member_csv(collection: Collection, path: Path) -> None:
         metrics = [m.metrics.get(name, "") for name in METRICS]
         table.append([m.status, *values, *metrics, m.seconds, m.epochs, m.name, m.error])
     with replacing(path) as file:
-        file.write(csv_text(table).encode())
+        file.write(_csv(table).encode())
 
 
-def write_hparams_schema(folder: Path, over: Mapping[str, Sequence[Any]]) -> None:
-    """Write the schema of TensorBoard's HParams tab: the varying options, and the metrics.
-
-    The values are in the members' own event files. Without a schema TensorBoard would show every
-    option of every member, and every scalar as a metric.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.plugins.hparams import summary_v2 as hp
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    hparams = []
-    for option, values in over.items():
-        domain = hp.Discrete([hparam_value(value, values) for value in values])
-        if all(map(is_number, values)) and values:
-            domain = hp.RealInterval(float(min(values)), float(max(values)))
-        hparams.append(hp.HParam(option, domain))
-    schema = hp.hparams_config_pb(hparams, [hp.Metric(metric) for metric in METRICS])
-    old = list(folder.glob("events.out.tfevents.*"))
-    writer = EventFileWriter(str(folder), filename_suffix=".hparams")
-    writer.add_event(Event(summary=schema))
-    writer.close()
-    for file in old:  # of a schema with fewer options or values
-        file.unlink()
+def markdown(collection: Collection) -> str:
+    """The ranking and the effects of options as Markdown."""
+    ranking, metric = rank(collection), collection.metric
+    table = markdown_table(columns(ranking), rows(ranking))
+    parts = [f"# {collection.name}", _escaped(headline(ranking)), table, note(ranking)]
+    if failed := failures(collection):
+        parts.append("\n".join(f"- {_escaped(line)}" for line in failed))
+    parts += collection.problems
+    if effects := option_effects(ranking):
+        parts += ["## Effect of each option", effects_note(metric)]
+        parts.append(markdown_table(EFFECT_COLUMNS, [effect_row(e, metric) for e in effects]))
+    return "\n\n".join(parts) + "\n"
 
 
-def hparam_value(value: Any, values: Sequence[Any]) -> Any:
-    """A value in a column of `values`, which has one type: number or text."""
-    return value if all(map(is_number, values)) else as_typed(value)
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
 
 
-def unit(metric: str) -> str:
-    return " %" if metric.endswith("acc") else ""
+def group_csv(collection: Collection) -> str:
+    """A row per group: accuracies in [0, 1], losses in nats, seconds."""
+    ranking, options = rank(collection), collection.options
+    spread = [f"{metric} {kind}" for metric in METRICS for kind in ("mean", "std")]
+    test = ["difference", "p"]  # to the best group
+    table: list[list[Any]] = [["rank", *options, "n", "members", *spread, "seconds", *test]]
+    for i, g in enumerate(ranking.groups, 1):
+        values = [as_typed(g.values[o]) if o in g.values else "" for o in options]
+        numbers = [n for metric in METRICS for n in (g.mean(metric), g.deviation(metric))]
+        row = [i if g.n else "", *values, g.n, len(g.members), *numbers, g.mean("seconds")]
+        table.append([*row, g.difference, g.p])
+    return _csv(table)
 
 
-def number(metric: str, mean: float | None, digits: int = 2) -> str:
-    """An accuracy in %, a loss with four decimals."""
-    if mean is None:
-        return "–"
-    return f"{100 * mean:.{digits}f}" if metric.endswith("acc") else f"{mean:.4f}"
-
-
-def value(metric: str, group: Group) -> str:
-    """`91.90 ± 0.12`"""
-    if group.deviation is None:
-        return number(metric, group.mean)
-    return f"{number(metric, group.mean)} ± {number(metric, group.deviation)}"
+def value(group: Group) -> str:
+    """`91.90 ± 0.12`, of the ranking metric."""
+    mean, deviation = number(group.metric, group.mean()), group.deviation()
+    return mean if deviation is None else f"{mean} ± {number(group.metric, deviation)}"
 
 
 def duration(seconds: float | None, deviation: float | None = None) -> str:
@@ -237,24 +225,16 @@ def difference(metric: str, amount: float) -> str:
     return ("−" if amount < 0 else "+") + number(metric, abs(amount))
 
 
-def p_value(comparison: Comparison) -> str:
-    if comparison.p is None:
-        return "no test"
-    return "p < 0.001" if comparison.p < 0.001 else f"p = {comparison.p:.2g}"
-
-
 def _verdict(ranking: Ranking, group: Group) -> str:
     """`best`, `≈ p = 0.32`, `n = 1: cannot tell`."""
-    against = group.against
     if group is ranking.best:
         return "best"
-    if against is None:
+    if not group.n:
         return ", ".join(dict.fromkeys(m.status for m in group.members))
-    if not _tested(ranking):
-        return ""  # n = 1 in every row: stated in the note
-    if against.p is None or against.verdict == TIE:
-        return against.verdict
-    return f"{against.verdict} {p_value(against)}"
+    if group.p is None:  # if n = 1 in every row, that is stated in the note
+        return "n = 1: cannot tell" if _tested(ranking) else ""
+    p = "p < 0.001" if group.p < 0.001 else f"p = {group.p:.2g}"
+    return f"{'differs' if group.p < ALPHA else '≈'} {p}"
 
 
 def _tested(ranking: Ranking) -> bool:
@@ -268,8 +248,8 @@ def _verdicts(ranking: Ranking) -> bool:
 
 
 def _others(ranking: Ranking) -> list[str]:
-    known = {metric for group in ranking.groups for metric in group.means}
-    return [m for m in SHOWN if m in known and m != ranking.collection.metric]
+    known = [m for m in SHOWN if any(group.samples[m] for group in ranking.groups)]
+    return [metric for metric in known if metric != ranking.collection.metric]
 
 
 def _titles(options: list[str]) -> list[str]:
@@ -278,7 +258,11 @@ def _titles(options: list[str]) -> list[str]:
     return [last if names.count(last) == 1 else o for last, o in zip(names, options, strict=True)]
 
 
-def csv_text(table: Iterable[Sequence[Any]]) -> str:
+def _csv(table: Sequence[Sequence[Any]]) -> str:
     out = io.StringIO(newline="")
     csv.writer(out).writerows(table)
     return out.getvalue()
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Run directories made by writing their files, as fast as a test needs them."""
+"""Run directories and sweep folders made by writing their files."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def write_run(
     seconds: float = 10.0,
     error: str | None = None,
 ) -> None:
-    """A run with the validation accuracies `val`, an epoch each, the last one chosen."""
+    """A run with the validation accuracies `val`, one per epoch, the last one selected."""
     cfg = composed(tuple(overrides)).copy()
     cfg.seed = seed
     (directory / ".hydra").mkdir(parents=True)
@@ -61,18 +61,16 @@ def write_sweep(
     metric: str = "val/acc",
     search: Any = None,
 ) -> None:
-    """sweep.yaml, as a sweep writes it before its first member starts."""
-    sheet = {
+    """sweep.json, as a sweep writes it before its first member starts."""
+    content = {
         "name": folder.name,
         "metric": metric,
-        "mode": "max" if metric.endswith("acc") else "min",
         "over": dict(over),
-        "base": {},
-        "members": {n: {"values": dict(v), "config_hash": "0"} for n, v in members.items()},
+        "members": {n: {"values": dict(v), "identity": "0"} for n, v in members.items()},
+        "search": search,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    content = {**sheet, "search": search} if search is not None else sheet
-    (folder / "sweep.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
+    (folder / "sweep.json").write_text(json.dumps(content))
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -1,4 +1,4 @@
-"""Searches for tests: configs with a search in them, trained by an objective that is known."""
+"""Searches for tests, with a known objective."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ def completed(metric: float) -> dict[str, Any]:
 
 
 def run_all(study: Any, at_once: int = 1) -> Iterator[Sequence[Any]]:
-    """Each round of a search as it is asked for; told when the next one is."""
+    """Yield each round of a search, and record its results."""
     while asked := study.ask(at_once):
         yield asked
         study.tell({trial.number: completed(value(trial.values)) for trial in asked})

@@ -1,4 +1,4 @@
-"""Sweeps for tests: started as a user does, in a process group of their own, and read back."""
+"""Sweeps for tests as processes, in their own process group, and their records."""
 
 import csv
 import os
@@ -40,22 +40,22 @@ def start(folder: Path, *typed: str, **environment: str) -> subprocess.Popen[str
 
 
 def end(process: subprocess.Popen[str], code: int = 0) -> list[str]:
-    """The lines that it printed until it ended, with this exit code and without a traceback; but
-    the first, which it prints while it checks what was typed."""
+    """Wait for the end, with this exit code and no traceback; returns the printed lines but the
+    first."""
     try:
-        said, wrong = process.communicate(timeout=400)
+        printed, errors = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == code, said + wrong
-    assert "Traceback" not in said + wrong
-    first, *lines = said.splitlines()
+    assert process.returncode == code, printed + errors
+    assert "Traceback" not in printed + errors
+    first, *lines = printed.splitlines()
     assert first == "sweep: checking the config of every run"
     return lines
 
 
 def wait_until(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
-    """Look time and again; what has waited in vain ends the sweep."""
+    """Poll; ends the sweep at the timeout."""
     deadline = time.monotonic() + 200
     while not true():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -72,12 +72,12 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def numbers(folder: Path) -> dict[str, dict[str, str]]:
-    """What sweep.csv says but for the time that it took."""
+    """sweep.csv without the seconds."""
     return {name: {**row, "seconds": ""} for name, row in rows(folder).items()}
 
 
 def completed(folder: Path) -> dict[str, tuple[int, int]]:
-    """The result.json of each completed member: which file, written when."""
+    """Inode and modification time of the result.json of each completed member."""
     return {
         file.parent.name: (file.stat().st_ino, file.stat().st_mtime_ns)
         for file in folder.glob("*/result.json")
@@ -86,8 +86,7 @@ def completed(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def hparams(folder: Path) -> tuple[dict[str, int], list[str], dict[str, dict[str, Any]]]:
-    """The HParams tab as TensorBoard makes it: columns and their types, metrics, and each member
-    with its values under both."""
+    """TensorBoard's HParams tab: the columns' types, metrics, and the values of each member."""
     events = plugin_event_multiplexer.EventMultiplexer()
     events.AddRunsFromDirectory(str(folder))
     events.Reload()

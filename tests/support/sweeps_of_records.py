@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from omegaconf import OmegaConf
 from run_folders import write_run
 
 from cnntrain.commands.app import command_line
@@ -43,9 +42,9 @@ class Launcher:
             assert called is not None
             self.launched.append(called[1])
             if not self.silent:
-                self.record(self.members[called[1]])
+                self.write(self.members[called[1]])
 
-    def record(self, member: PlannedMember) -> None:
+    def write(self, member: PlannedMember) -> None:
         directory = self.of.folder.directory(member.name)
         failed = member.name in self.failing
         typed = [text for text in member.run.typed if not text.startswith("seed=")]
@@ -61,10 +60,11 @@ class Launcher:
 
 
 def run(folder: Path, *typed: str, **how: Any) -> tuple[SweepRunner, Launcher, list[str]]:
-    """Run the sweep on a Launcher; returns what it printed, too."""
+    """Run the sweep on a Launcher; returns the printed lines as well."""
     sweep = sweeping(folder, *typed)
     launcher, printed = Launcher(sweep, **how), list[str]()
-    return sweep.run(launcher, printed.append), launcher, printed
+    with patch("cnntrain.sweeps.sweep.paragraph", printed.append):
+        return sweep.run(launcher), launcher, printed
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -72,5 +72,5 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def sheet(folder: Path) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(folder / "sweep.yaml"))
+def record(folder: Path) -> Any:
+    return json.loads((folder / "sweep.json").read_text())

@@ -37,9 +37,9 @@ def folder(tmp_path: Path) -> Path:
     return sweep
 
 
-def test_only_pairs_count(folder: Path) -> None:
+def test_effects_are_means_over_pairs(folder: Path) -> None:
     norm, backend = option_effects(rank(collect(folder)))
-    gains = [0.90 - 0.80, 0.91 - 0.84, 0.905 - 0.81]  # im2col, seed 1 has no partner
+    gains = [0.90 - 0.80, 0.91 - 0.84, 0.905 - 0.81]  # im2col, seed 1 is in no pair
     assert (norm.option, norm.value, norm.instead) == ("model.norm", True, False)
     assert sorted(norm.gains) == pytest.approx(sorted(gains))
     assert effect_row(norm, "val/acc") == [
@@ -55,13 +55,13 @@ def test_only_pairs_count(folder: Path) -> None:
     assert effect_row(backend, "val/acc")[-1] == "2"
 
 
-def test_lower_is_better_for_a_loss(folder: Path) -> None:
+def test_effects_on_a_loss(folder: Path) -> None:
     norm, _ = option_effects(rank(collect(folder, "val/loss")))
     assert norm.value is True  # run_folders makes the loss 1.1 less the accuracy
     assert norm.gain == pytest.approx(fmean([0.10, 0.07, 0.095]))
 
 
-def test_report_has_the_table(folder: Path) -> None:
+def test_effects_in_the_report(folder: Path) -> None:
     write_report(collect(folder), folder / "report")
     text = (folder / "report/report.md").read_text()
     assert "| model.norm=true | false | +8.83 ± 1.61 | 3 | 3 |" in text

@@ -1,4 +1,4 @@
-"""What a folder of runs holds: statuses, what varies, and what is damaged."""
+"""Records of a folder of runs: statuses, varying options, damaged files."""
 
 import csv
 import json
@@ -15,8 +15,8 @@ from cnntrain.sweeps.records import collect
 from cnntrain.sweeps.tables import write_member_csv
 
 
-def test_choices_as_one_types_them(tmp_path: Path) -> None:
-    """What only one of the choices has, or has as its default, is no option that varies."""
+def test_varying_options(tmp_path: Path) -> None:
+    """Without options that have one value for each choice."""
     write_run(tmp_path / "a", ["model=lenet5", "optimizer=adam", "scheduler=none"])
     write_run(tmp_path / "b", ["model=shallow", "optimizer=sgd"])
     write_run(tmp_path / "c", ["model=shallow", "optimizer=sgd", "optimizer.lr=0.3"])
@@ -73,45 +73,43 @@ def test_statuses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "sheet",
-    ["", "[]", "name: a", "name: a\nmetric: val/lss\nover: {}\nmembers: {}",
-     "name: a\nmetric: val/acc\nover: {seed: 1}\nmembers: {}",
-     "name: a\nmetric: val/acc\nover: {}\nmembers: {m: {values: 3}}", "\x00"],
-)  # fmt: skip
-def test_a_damaged_sheet_hides_no_run(tmp_path: Path, sheet: str) -> None:
+    "content",
+    ["", "[]", "{}", '{"name": "a", "metric": "val/lss"}', '{"name": "a", "over": 3}', "\x00"],
+)
+def test_runs_of_a_damaged_sweep_are_shown(tmp_path: Path, content: str) -> None:
     write_run(tmp_path / "run")
-    (tmp_path / "sweep.yaml").write_text(sheet)
+    (tmp_path / "sweep.json").write_text(content)
     collection = collect(tmp_path)
     assert [member.status for member in collection.members] == ["completed"]
-    assert collection.problems[0].startswith(f"{tmp_path / 'sweep.yaml'}: is damaged")
+    assert collection.problems[0].startswith(f"{tmp_path / 'sweep.json'}: is damaged")
 
 
-def test_folders_that_are_refused(tmp_path: Path) -> None:
+def test_invalid_folders(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for folder, said in {
+    for folder, problem in {
         tmp_path / "nowhere": "is not a folder",
         tmp_path / "file": "is not a folder",
         tmp_path: "holds no run",
     }.items():
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=problem):
             collect(folder)
     with pytest.raises(ConfigError, match="metric=acc: is no metric; there is val/acc, val/loss"):
         collect(tmp_path, "acc")
 
 
-def test_a_run_itself(tmp_path: Path) -> None:
+def test_folder_of_one_run(tmp_path: Path) -> None:
     write_run(tmp_path / "run", seed=3)
     (member,) = collect(tmp_path / "run").members
     assert (member.name, member.values, member.seconds) == ("run", {"seed": 3}, 10.0)
 
 
-def test_values_each_once_in_their_order(tmp_path: Path) -> None:
+def test_values_without_repetitions(tmp_path: Path) -> None:
     members = {f"m{i}": {"x": x} for i, x in enumerate([3, 1, True, "1", None, 3])}
     write_sweep(tmp_path, {"x": [3, 0]}, members)
     assert [repr(x) for x in collect(tmp_path).over["x"]] == ["3", "0", "1", "True", "None"]
 
 
-def test_a_row_for_each_member(tmp_path: Path) -> None:
+def test_member_csv(tmp_path: Path) -> None:
     names = [f"backend={b},seed={s}" for b in ("native", "im2col") for s in (0, 1)]
     members = {n: dict(part.split("=") for part in n.split(",")) for n in names}
     write_sweep(tmp_path, {"backend": ["native", "im2col"], "seed": ["0", "1"]}, members)
@@ -127,8 +125,7 @@ def test_a_row_for_each_member(tmp_path: Path) -> None:
     assert rows[3]["val/acc"] == rows[3]["seconds"] == ""
 
 
-def test_a_forged_seal(tmp_path: Path) -> None:
-    """Whatever is in a result, it is the run's only with its checksum."""
+def test_checksum_of_a_result(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     content = json.loads((tmp_path / "a/result.json").read_text())
     content["status"] = "failed"

@@ -1,4 +1,4 @@
-"""A sweep's folder: its sheet, what is run in it, what extends it; nothing is trained."""
+"""A sweep's folder: its record, the members run in it, its extension; nothing is trained."""
 
 import json
 import re
@@ -8,27 +8,27 @@ from typing import Any
 
 import pytest
 from run_folders import tree, write_run
-from sweeps_of_records import COMPARE, asked, rows, run, sheet, sweeping
+from sweeps_of_records import COMPARE, asked, record, rows, run, sweeping
 
 from cnntrain.config import ConfigError
 from cnntrain.config.resume import add_checksum
 from cnntrain.sweeps.members import PlannedMember, SweepFolder
 from cnntrain.sweeps.records import collect
-from cnntrain.sweeps.sweep import Sweep, SweepRunner, format_metric
+from cnntrain.sweeps.sweep import Sweep, SweepRunner
 
 
-def test_the_sheet(tmp_path: Path) -> None:
-    """sweep.yaml says what is compared before the first member starts."""
+def test_record_of_a_sweep(tmp_path: Path) -> None:
+    """sweep.json lists all members before the first one starts."""
     under_way = sweeping(tmp_path / "s", *COMPARE, metric="test/loss")
     assert list(tmp_path.iterdir()) == []  # nothing before it runs
     seen: list[Any] = []
-    under_way.run(lambda *_: seen.append(sheet(tmp_path / "s")), lambda _: None)
+    under_way.run(lambda *_: seen.append(record(tmp_path / "s")))
     (content,) = seen
-    assert (content["name"], content["metric"], content["mode"]) == ("s", "test/loss", "min")
+    assert (content["name"], content["metric"]) == ("s", "test/loss")
     assert content["over"] == {"model": ["shallow", "lenet5"], "seed": [0, 1]}
     members = content["members"]
     assert members["model=lenet5,seed=1"]["values"] == {"model": "lenet5", "seed": 1}
-    assert len({member["config_hash"] for member in members.values()}) == 4
+    assert len({member["identity"] for member in members.values()}) == 4
     assert [row["status"] for row in rows(tmp_path / "s")] == ["pending"] * 4
 
 
@@ -59,17 +59,17 @@ def test_only_what_is_missing_is_run(tmp_path: Path) -> None:
 def test_nothing_left_starts_no_launcher(tmp_path: Path) -> None:
     run(tmp_path / "s", *COMPARE)
     (tmp_path / "s/sweep.csv").unlink()
-    outcome, launcher, said = run(tmp_path / "s", *COMPARE)
-    assert (launcher.launched, said, outcome.failed, outcome.unfinished) == ([], [], {}, [])
+    outcome, launcher, printed = run(tmp_path / "s", *COMPARE)
+    assert (launcher.launched, printed, outcome.failed, outcome.waiting) == ([], [], {}, {})
     assert [row["status"] for row in rows(tmp_path / "s")] == ["completed"] * 4
 
 
 def test_more_values_extend_it(tmp_path: Path) -> None:
     run(tmp_path / "s", *COMPARE)
-    _, launcher, said = run(tmp_path / "s", "model=shallow,lenet5", "seed=2,1,0")
+    _, launcher, printed = run(tmp_path / "s", "model=shallow,lenet5", "seed=2,1,0")
     assert launcher.launched == ["model=shallow,seed=2", "model=lenet5,seed=2"]
-    assert [line[:6] for line in said] == ["[5/6] ", "[6/6] "]
-    assert sheet(tmp_path / "s")["over"] == {"model": ["shallow", "lenet5"], "seed": [0, 1, 2]}
+    assert [line[:6] for line in printed] == ["[5/6] ", "[6/6] "]
+    assert record(tmp_path / "s")["over"] == {"model": ["shallow", "lenet5"], "seed": [0, 1, 2]}
     # Fewer values are a part of it: the others stay in the record.
     _, launcher, _ = run(tmp_path / "s", "model=shallow", "seed=3,0")
     assert launcher.launched == ["model=shallow,seed=3"]
@@ -96,8 +96,8 @@ def test_another_axis_extends_it(tmp_path: Path) -> None:
     assert launcher.launched == []
 
 
-def test_a_launcher_that_breaks(tmp_path: Path) -> None:
-    """What has begun and said nothing is recorded; what has not begun is unfinished."""
+def test_launcher_that_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Members that had started have failed; the others are unfinished."""
     under_way = sweeping(tmp_path / "s", *COMPARE)
     begun = tmp_path / "s/model=shallow,seed=0"
 
@@ -105,19 +105,19 @@ def test_a_launcher_that_breaks(tmp_path: Path) -> None:
         begun.mkdir()
         raise RuntimeError("the cluster\nis gone")
 
-    said: list[str] = []
-    outcome = under_way.run(launch, said.append)
+    outcome = under_way.run(launch)
     reason = "RuntimeError: the cluster is gone"
-    assert said[0] == f"the launcher failed: {reason}"
+    assert f"\nthe launcher failed: {reason}\n" in capsys.readouterr().out
     assert outcome.failed == {begun.name: reason}
-    assert len(outcome.unfinished) == 3
+    assert len(outcome.waiting) == 3
     assert [row["status"] for row in rows(tmp_path / "s")] == ["failed", *["pending"] * 3]
 
 
-def test_a_line_for_each_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+def test_progress_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[str] = []
+    monkeypatch.setattr("cnntrain.sweeps.sweep.paragraph", printed.append)
     clock = iter([0.0, 40.0, 50.0, 60.0])
-    runner = SweepRunner(SweepFolder(tmp_path), Sweep(metric="val/loss"), {}, 12, 3, said.append)
+    runner = SweepRunner(SweepFolder(tmp_path), Sweep(metric="val/loss"), {}, 12, 3)
     runner.started = next(clock)
     monkeypatch.setattr("cnntrain.sweeps.sweep.time.monotonic", lambda: next(clock))
     runner.waiting |= dict.fromkeys("abcd")
@@ -125,38 +125,29 @@ def test_a_line_for_each_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         write_run(tmp_path / called, status=status, error="OSError: no room", seconds=7.4)
         runner.check_results()
         runner.check_results()  # once each
-    assert said[0] == "[ 4/12] a: val/loss 0.2000, 7 s; 0:05:20 left"
+    assert printed[0] == "[ 4/12] a: val/loss 0.2000, 7 s; 0:05:20 left"
     assert re.fullmatch(
-        r"\[ 5/12\] b: failed: OSError: no room \(.*b/train\.log\); 0:02:55 left", said[1]
+        r"\[ 5/12\] b: failed: OSError: no room \(.*b/train\.log\); 0:02:55 left", printed[1]
     )
-    assert said[2:] == ["[ 5/12] c: interrupted after 3 epochs"]
+    assert printed[2:] == ["[ 5/12] c: interrupted after 3 epochs"]
     assert list(runner.waiting) == ["c", "d"]
     shutil.rmtree(tmp_path / "c")
     write_run(tmp_path / "c", seconds=7.4)  # started again, as by a cluster that had preempted it
     runner.check_results()
-    assert said[3] == "[ 6/12] c: val/loss 0.2000, 7 s; 0:02:00 left"
+    assert printed[3] == "[ 6/12] c: val/loss 0.2000, 7 s; 0:02:00 left"
     assert list(runner.waiting) == ["d"]
-    assert format_metric("val/acc", 0.912) == "91.20%"
 
 
-def test_the_trials_of_a_search_are_appended(tmp_path: Path) -> None:
-    """A round costs what its own trials cost; a line that was cut off by a kill is left out."""
-    folder, sizes = SweepFolder(tmp_path, search=True), list[int]()
+def test_rounds_of_a_search(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path, search=True)
     for number, lr in enumerate((0.001, 1e-5, 0.5)):
         (run,) = asked("data=fashion_mnist_mini", f"optimizer.lr={lr}").runs
-        folder.extend(
-            [PlannedMember(f"trial={number:03},a: b", run, {"optimizer.lr": lr}, number)],
-            ["optimizer.lr"],
-        )
-        folder.write(metric="val/acc", search={"trials": 3})
-        text = (tmp_path / "sweep.yaml").read_bytes()
-        sizes.append(len(text))
-    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], abs=9)
-    members = sheet(tmp_path)["members"]
-    assert [m["values"]["optimizer.lr"] for m in members.values()] == [0.001, 1e-5, 0.5]
-    (tmp_path / "sweep.yaml").write_bytes(text[:-7])
-    assert list(SweepFolder(tmp_path, search=True).sheet["members"]) == list(members)[:2]
-    assert len(collect(tmp_path).members) == 2
+        trial = PlannedMember(f"trial={number:03},a: b", run, {"optimizer.lr": lr}, number)
+        folder.extend([trial], ["optimizer.lr"])
+        folder.write("val/acc", {"trials": 3})
+    members = SweepFolder(tmp_path, search=True).record.members
+    assert [member.values["optimizer.lr"] for member in members.values()] == [0.001, 1e-5, 0.5]
+    assert len(collect(tmp_path).members) == 3
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

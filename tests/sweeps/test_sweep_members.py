@@ -1,7 +1,6 @@
-"""The members that a command line asks for, and what they are called."""
+"""Members of a sweep's command line and their names."""
 
 import re
-from itertools import permutations
 
 import pytest
 from omegaconf import OmegaConf
@@ -9,7 +8,7 @@ from sweeps_of_records import asked
 
 from cnntrain.config import ConfigError, compose, config_hash
 from cnntrain.config.resume import run_options
-from cnntrain.sweeps.members import directory_name, member_name, plan_members, value_name
+from cnntrain.sweeps.members import directory_name, member_name, plan_members
 
 
 def names(typed: list[str]) -> list[str]:
@@ -17,9 +16,9 @@ def names(typed: list[str]) -> list[str]:
     return [member.name for member in plan_members(found.runs, found.varied)]
 
 
-def test_names_whatever_the_order() -> None:
+def test_names_do_not_depend_on_the_order() -> None:
     typed = ["seed=1,0", "model=shallow,lenet5", "optimizer.lr=0.01"]
-    found = {frozenset(names([*order])) for order in list(permutations(typed))[::3]}
+    found = {frozenset(names(order)) for order in (typed, typed[::-1])}
     assert found == {
         frozenset(
             f"model={model},seed={seed}" for model in ("shallow", "lenet5") for seed in (0, 1)
@@ -28,7 +27,7 @@ def test_names_whatever_the_order() -> None:
 
 
 def test_names_of_values() -> None:
-    """As they are typed; one that means the same is the same member."""
+    """As typed; equal values are the same member."""
     assert names(["optimizer.lr=1e-2,0.1"]) == ["optimizer.lr=0.01", "optimizer.lr=0.1"]
     assert names(["model.norm=true,false,True"]) == ["model.norm=true", "model.norm=false"]
     assert names(["trainer.gradient_clip_val=null,1.0"]) == [
@@ -39,24 +38,22 @@ def test_names_of_values() -> None:
     assert names(["optimizer.betas=[0.9,0.99],[0.8,0.9]"])[1] == "optimizer.betas=[0.8,0.9]"
     assert names(["seed=3"]) == ["seed=3"]
     assert names([]) == ["defaults"]
-    assert value_name({"a": [True, None], "b": "x"}) == "{a:[true,null],b:x}"
 
 
 @pytest.mark.parametrize("value", ["a/b", "../up", "a b", "ä", "x" * 300, "a:b", "$HOME", "a'b\n"])
-def test_odd_and_long_names_get_a_hash(value: str) -> None:
+def test_special_and_long_names_get_a_hash(value: str) -> None:
     called, other = directory_name(f"data.root={value}"), directory_name(f"data.root={value}_")
     assert re.fullmatch(r"data\.root=[A-Za-z0-9_.=-]*-[0-9a-f]{8}", called)
     assert len(called) <= 120
     assert called != other
-    assert called == directory_name(f"data.root={value}")  # the same tomorrow
+    assert called == directory_name(f"data.root={value}")
     values = {"data.root": value, "seed": 0}
     assert member_name(values) == member_name(dict(reversed(values.items())))
 
 
-def test_members_that_are_the_same_run_are_one() -> None:
+def test_equal_runs_are_one_member() -> None:
     assert names(["optimizer.lr=0.005,0.005,5e-3"]) == ["optimizer.lr=0.005"]
-    asked_for = ["trainer.checkpoint_every_n_steps=5,7"]  # numbers no different, and yet both
-    assert len(names(asked_for)) == 2
+    assert len(names(["trainer.checkpoint_every_n_steps=5,7"])) == 2  # results are the same
 
 
 @pytest.mark.parametrize(
@@ -69,8 +66,8 @@ def test_members_that_are_the_same_run_are_one() -> None:
         (["data.val_size='${data.batch_size}',50", "data.batch_size=20,40"], 2),
     ],
 )
-def test_runs_are_what_each_composes_alone(typed: list[str], composed: int) -> None:
-    """Whether composed by Hydra, or made from one that differs in plain values only."""
+def test_runs_equal_those_composed_alone(typed: list[str], composed: int) -> None:
+    """Whether composed by Hydra, or copied from one that differs in plain values only."""
     found = asked("data=fashion_mnist_mini", *typed)
     assert len(found.cfgs) == composed
     for run in found.runs:
@@ -86,5 +83,5 @@ def test_every_value_is_checked() -> None:
     assert len(error.value.problems) == 3
     for text in ("seed=-1: must be a whole number", "seed=x: must be", "optimizer.lr=[1]: "):
         assert any(problem.startswith(text) for problem in error.value.problems)
-    with pytest.raises(ConfigError, match="did you mean 'lr'"):  # told once, and not 90 times
+    with pytest.raises(ConfigError, match="did you mean 'lr'"):  # reported once
         asked("data=fashion_mnist_mini", "seed=range(90)", "optimizer.lrr=1")

@@ -21,7 +21,7 @@ from sweep_commands import completed, end, hparams, numbers, rows, start, wait_u
 from cnntrain.config.resume import read_result
 from cnntrain.sweeps.records import METRICS, history
 
-pytestmark = pytest.mark.xdist_group("sweep processes")  # one undisturbed sweep for all
+pytestmark = pytest.mark.xdist_group("sweep processes")  # share one uninterrupted sweep
 
 TINY = ["data=fashion_mnist_mini", "trainer=cpu", "data.batch_size=32"]
 TINY += ["+trainer.limit_train_batches=4", "tensorboard=scalars", "trainer.max_epochs=6"]
@@ -93,7 +93,7 @@ def test_killed_interrupted_and_resumed(
     assert member is not None
     assert os.getsid(member) == process.pid
     os.kill(member, signal.SIGKILL)
-    wait_until(process, lambda: training(folder / MEMBERS[1]))  # the sweep goes on
+    wait_until(process, lambda: training(folder / MEMBERS[1]))  # the sweep continues
     error = "its process was ended by SIGKILL (by the system, if memory ran out)"
     killed = read_result(folder / MEMBERS[0])
     assert killed is not None

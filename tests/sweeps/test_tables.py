@@ -8,10 +8,10 @@ from cnntrain.sweeps.records import Collection, Member
 from cnntrain.sweeps.tables import print_ranked
 
 
-def test_a_failure_is_one_line_however_long(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     error = "OSError: no space left for " + "word " * 40
     member = Member("seed=0", Path("s/seed=0"), {"seed": 0}, "failed", error=error)
-    collection = Collection("s", Path("s"), "val/acc", True, {"seed": [0]}, (member,))
+    collection = Collection("s", Path("s"), "val/acc", {"seed": [0]}, (member,))
     print_ranked(collection)
     assert f"failed: seed=0: {error}".strip() in [
         line.strip() for line in capsys.readouterr().out.splitlines()
@@ -19,10 +19,10 @@ def test_a_failure_is_one_line_however_long(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 110, 200, None])
-def test_the_table_fits_the_width_and_names_the_columns_left_out(
+def test_columns_are_left_out_of_a_narrow_terminal(
     width: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Metrics are left out before options, in a fixed order; in a file nothing is."""
+    """Metrics before options, in a fixed order; none in a file."""
     if width:
         monkeypatch.setenv("COLUMNS", str(width))
     else:
@@ -31,13 +31,13 @@ def test_the_table_fits_the_width_and_names_the_columns_left_out(
     metrics = {"val/acc": 0.5, "test/acc": 0.4, "val/loss": 1.25, "train/acc": 0.75}
     member = Member("a", Path("s/a"), values, "completed", metrics, seconds=9.5)
     over = {option: [value, 1.0] for option, value in values.items()}
-    print_ranked(Collection("s", Path("s"), "val/acc", True, over, (member,)))
+    print_ranked(Collection("s", Path("s"), "val/acc", over, (member,)))
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= (width or 200)
     numbers = ["0.1235", *(f"{i}.123" for i in range(1, 8))]
     row = next(line.split() for line in text.splitlines() if line.startswith("1 "))
-    said = " ".join(text.split()).partition("No room for ")[2].partition(": a wider")[0]
-    left_out = said.split(", ") if said else []
+    line = " ".join(text.split()).partition("No room for ")[2].partition(": a wider")[0]
+    left_out = line.split(", ") if line else []
     metrics_first = ["train/acc", "val/loss", "seconds", "test/acc", "n", "− best"]
     options_last = [f"option_{i}" for i in range(7, 0, -1)]
     wanted = {40: 11, 60: 9, 80: 7, 110: 4, 200: 0, None: 0}[width]

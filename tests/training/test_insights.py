@@ -24,7 +24,7 @@ from cnntrain.config.resume import read_result
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.pictures import GAP, LINE
 from cnntrain.sweeps.records import METRICS
-from cnntrain.sweeps.tables import write_hparams_schema
+from cnntrain.sweeps.sweep import write_hparams_schema
 from cnntrain.training import insights, train
 from cnntrain.training.checkpoints import Checkpoints
 from cnntrain.training.tensorboard import TensorBoard
