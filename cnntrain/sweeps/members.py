@@ -170,9 +170,6 @@ class SweepFolder:
             busy = "another process is running this sweep; wait for it or end it"
             raise ConfigError([f"sweep.name={self.path.name}: {busy}"]) from None
 
-    def directory(self, member: str) -> Path:
-        return self.path / member
-
     def extend(
         self, members: Sequence[PlannedMember], varied: Iterable[str]
     ) -> list[PlannedMember]:
@@ -197,7 +194,7 @@ class SweepFolder:
         found = []
         for member in members:
             name = self.names.setdefault(member.identity, member.name)
-            if holds_another_run(directory := self.directory(name), member.config_hash):
+            if holds_another_run(directory := self.path / name, member.config_hash):
                 cfg = read_config(directory / CONFIG)
                 changed = differences(flat(cfg), member.run.options) if cfg is not None else []
                 changed = changed or ["holds another run; move it out of the sweep"]

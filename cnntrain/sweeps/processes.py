@@ -36,7 +36,6 @@ from cnntrain.config.resume import (
     run_options,
 )
 from cnntrain.interruption import Interrupted, interruption, watching
-from cnntrain.sweeps.records import METRICS, history
 from cnntrain.terminal import output
 
 STOP_FILE = ".stop"  # in the sweep's folder: no further members are started,
@@ -161,11 +160,8 @@ def record_failure(directory: Path, config: Any, reason: str) -> None:
     """Write the result.json of a run that could not write it itself."""
     cfg = OmegaConf.create(config)
     facts = {"status": "failed", "config_hash": config_hash(cfg), "seed": cfg.seed}
-    rows = history(directory)
-    metrics = {k: v for k, v in rows[-1].items() if k in METRICS} if rows else {}
     directory.mkdir(parents=True, exist_ok=True)
-    result = {**facts, "metrics": metrics, "epochs": len(rows), "error": reason}
-    write_json(directory / RESULT, add_checksum(result))
+    write_json(directory / RESULT, add_checksum({**facts, "error": reason}))
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -148,23 +148,6 @@ def pareto_front(points: Mapping[int, tuple[float, float]], maximise: bool) -> l
             front.append(key)
             best = sign * value
     return front
-
-
-def means_by_value(points: Iterable[tuple[float, str, float]]) -> list[tuple[float, float]]:
-    """The mean metric at each x, of points (x, other options, metric).
-
-    Averages over the other options that all x have in common, if there are any, so that a missing
-    member does not bias the comparison.
-    """
-    cells: dict[float, dict[str, list[float]]] = {}
-    for x, others, value in points:
-        cells.setdefault(x, {}).setdefault(others, []).append(value)
-    common = set.intersection(*(set(found) for found in cells.values()))
-    means = []
-    for x, found in sorted(cells.items()):
-        alike = [fmean(found[others]) for others in sorted(common)]
-        means.append((x, fmean(alike or [v for values in found.values() for v in values])))
-    return means
 
 
 def label(values: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import csv
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,7 +236,7 @@ def _collect_directories(
     folder: Path, metric: str | None, problems: tuple[str, ...] = ()
 ) -> Collection:
     """All runs below a folder, with the options in which their configs differ."""
-    directories = sorted(_runs(folder), key=_natural_order)
+    directories = sorted(_runs(folder))
     if not directories:
         none = f"{folder}: holds no run, nor {SWEEP_FILE}; name a folder with runs below"
         raise ConfigError(problems or [none])
@@ -287,11 +286,6 @@ def distinct(values: Iterable[Any]) -> list[Any]:
     for value in values:
         found.setdefault(as_typed(value), value)
     return list(found.values())
-
-
-def _natural_order(path: Path) -> list[tuple[bool, int, str]]:
-    parts = re.split(r"(\d+)", str(path))  # 2_seed=1 comes before 10_seed=0
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def _node(config: Mapping[str, Any], group: str) -> dict[str, Any]:

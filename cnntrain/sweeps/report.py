@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -27,7 +27,6 @@ from cnntrain.sweeps.ranking import (
     Ranking,
     clipped,
     mean_curve,
-    means_by_value,
     option_effects,
     pareto_front,
     rank,
@@ -93,18 +92,15 @@ def html(collection: Collection, folder: Path) -> str:
         ranking=ranking,
         metric=metric,
         over={option: _values(values) for option, values in collection.over.items()},
-        headline=tables.headline(ranking),
+        tables=tables,
         columns=tables.columns(ranking),
         rows=tables.rows(ranking),
-        note=tables.note(ranking),
         colour=lambda place: CSS_VARIABLES[colour(place)],
         curves=learning_curves(ranking),
         panels=effect_panels(ranking),
         cost=cost(ranking),
         svg=lambda figure: Markup(svg(figure)),
-        effect_columns=tables.EFFECT_COLUMNS,
         effects=[tables.effect_row(effect, metric) for effect in option_effects(ranking)],
-        effects_note=tables.effects_note(metric),
         failed=[m for m in collection.members if m.error or m.status == "failed"],
         link=lambda member: _link(member, folder),
         members=_members(collection),
@@ -136,8 +132,7 @@ def learning_curves(ranking: Ranking) -> list[ReportFigure]:
     """Validation and training metric against the epoch: mean ± standard deviation by group."""
     kind = ranking.collection.metric.partition("/")[2]
     runs = [[history(m.directory) for m in group.members] for group in ranking.groups]
-    figures = [_curves(ranking, f"{stage}/{kind}", runs) for stage in ("val", "train")]
-    return [figure for figure in figures if figure]
+    return [it for s in ("val", "train") if (it := _curves(ranking, f"{s}/{kind}", runs))]
 
 
 def _curves(ranking: Ranking, metric: str, runs: Sequence[Any]) -> ReportFigure | None:
@@ -172,8 +167,7 @@ def effect_panels(ranking: Ranking) -> list[ReportFigure]:
         for member in group.members
         if member.status == "completed" and math.isfinite(member.metrics.get(metric, math.nan))
     ]
-    figures = [_effect_panel(ranking, option, points) for option in ranking.collection.options]
-    return [figure for figure in figures if figure]
+    return [it for o in ranking.collection.options if (it := _effect_panel(ranking, o, points))]
 
 
 def _effect_panel(
@@ -192,14 +186,12 @@ def _effect_panel(
     figure, axes = _axes(SMALL, metric, title=clipped(option, 34), ylim=ylim)
     axes.scatter(xs, ys, s=26, color=[colour(i) for i, _, _ in points],
                  edgecolor=PAPER, linewidth=0.5, zorder=3)  # fmt: skip
-    others = [as_typed([v.get(o) for o in collection.options if o != option])
-              for _, v, _ in points]  # fmt: skip
-    means = means_by_value(zip(xs, others, ys, strict=True))
+    means = [(x, fmean(y for at, y in zip(xs, ys, strict=True) if at == x)) for x in sorted({*xs})]
     # In a search nearly every member has a value of its own: a mean would be that of one member.
     averaged = collection.search is None and len(means) <= max(2, len(points) / 2)
     if numeric and averaged:
         axes.plot(*zip(*means, strict=True), color=INK, linewidth=1.4, zorder=4)
-    if numeric and _is_log(collection, option, xs):
+    if numeric and _is_log(xs):
         _set_log(axes)
     if not numeric:
         for at, mean in means:
@@ -235,7 +227,7 @@ def cost(ranking: Ranking) -> ReportFigure | None:
                       color=colour(i), marker="o")  # fmt: skip
         if i < len(COLOURS):
             axes.annotate(str(i + 1), (x, y), (7, 5), textcoords="offset points", clip_on=True)
-    if _is_log(ranking.collection, "seconds", [x for x, _ in points.values()]):
+    if _is_log([x for x, _ in points.values()]):
         _set_log(axes)
     best = "; ".join(f"{i + 1}: {groups[i].label}" for i in front)
     caption = f"{metric} against seconds of {len(points)} groups. Pareto front: {best}."
@@ -268,14 +260,9 @@ def _set_log(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _is_log(collection: Collection, option: str, numbers: Sequence[float]) -> bool:
-    """As the search space declares it; else for numbers that spread widely."""
-    declared = ((collection.search or {}).get("space") or {}).get(option)
-    if min(numbers) <= 0:
-        return False
-    if isinstance(declared, dict):
-        return bool(declared.get("log", False))
-    return max(numbers) / min(numbers) >= LOG_FROM
+def _is_log(numbers: Sequence[float]) -> bool:
+    """Whether numbers spread so widely that a logarithmic axis shows them better."""
+    return min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_FROM
 
 
 def _members(collection: Collection) -> dict[str, Any]:

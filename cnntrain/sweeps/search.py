@@ -189,10 +189,11 @@ class SearchSweep:
         Raises ConfigError if another process runs the same search or its settings have changed, and
         Interrupted after a signal, when the running trials have saved.
         """
+        path = self.folder.path
         with self.folder.locked():
-            study = SearchStudy(self.folder.path, self.node, seed=self.seed)
+            study = SearchStudy(path, self.node, seed=self.seed)
             columns = {d.option: d.corners for d in study.search.space.dimensions}
-            write_hparams_schema(self.folder.path, columns)
+            write_hparams_schema(path, columns)
             done = sum(trial.state.is_finished() for trial in study.trials)
             total = max(study.search.trials, len(study.trials) - len(replaced(study.trials)))
             runner = SweepRunner(self.folder, self.options, columns, total, done)
@@ -209,19 +210,18 @@ class SearchSweep:
                 ]
                 members = self.folder.extend(trials, list(columns))
                 self.folder.write(self.options.metric, settings)
-                runner.csv_outdated = True
-                runner.run([m for m in members if not self._ended(m)], launch)
-                results = {m.trial: read_result(self.folder.directory(m.name)) for m in members}
+                runner.write_csv()
+                ended = ("completed", "pruned")
+                left = [m for m in members
+                        if not result_with_status(path / m.name, m.config_hash, ended)]  # fmt: skip
+                runner.run(left, launch)
+                results = {m.trial: read_result(path / m.name) for m in members}
                 study.tell({number: r for number, r in results.items() if number is not None})
                 if self.options.fail_fast and runner.failed:
                     break
             runner.write_csv()
             runner.summary = summary(study, self.command)
             return runner
-
-    def _ended(self, member: PlannedMember) -> bool:
-        directory, ended = self.folder.directory(member.name), ("completed", "pruned")
-        return result_with_status(directory, member.config_hash, ended) is not None
 
 
 def search_problems(node: DictConfig, compose: Compose, given: Sequence[str] = ()) -> list[str]:

@@ -29,8 +29,6 @@ from cnntrain.sweeps.members import OTHER_NAME, differences
 from cnntrain.sweeps.records import number, text, unit
 
 if TYPE_CHECKING:
-    import lightning.pytorch as lightning
-
     from cnntrain.sweeps.search import Search
 
 STUDY = "study.journal"
@@ -94,7 +92,7 @@ def open_trial(folder: Path, number: int) -> optuna.trial.Trial:
     return optuna.trial.Trial(study, trial_id)
 
 
-def pruning_callback(folder: Path, number: int) -> "lightning.Callback":
+def pruning_callback(folder: Path, number: int) -> Any:
     """A Lightning callback that reports a trial's metric and raises Pruned if the pruner says so.
 
     Args:
@@ -111,7 +109,7 @@ def pruning_callback(folder: Path, number: int) -> "lightning.Callback":
     with no_warnings():
         trial.study.pruner = build(OmegaConf.create(settings["pruner"]))
 
-    def report(trainer: "lightning.Trainer", module: Any) -> None:
+    def report(trainer: Any, module: Any) -> None:
         epoch = trainer.current_epoch + 1
         with no_warnings():
             # Of an epoch that is repeated after an interruption, Optuna keeps the first report.
@@ -157,8 +155,9 @@ class SearchStudy:
             self.search: Search = build(node)
         self.folder, self.seed = folder, seed
         self.asked: set[int] = set()  # numbers, by this process
-        fixed = OmegaConf.masked_copy(node, ["space", "metric"])
-        settings = flat(OmegaConf.create({"search": fixed, "seed": seed}))
+        space = OmegaConf.to_container(node.space, resolve=True)
+        fixed = {"search": {"space": space, "metric": self.search.metric}, "seed": seed}
+        settings = flat(OmegaConf.create(fixed))
         self.study = optuna.create_study(
             study_name="search",
             storage=open_storage(folder),

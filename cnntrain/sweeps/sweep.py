@@ -31,7 +31,6 @@ from cnntrain.terminal import paragraph
 Launch = Callable[[list[list[str]], MemberTask], None]  # a launcher, called with overrides
 
 CSV = "sweep.csv"
-CSV_INTERVAL = 5  # seconds between two writes of sweep.csv
 
 
 class Sweep:
@@ -72,7 +71,7 @@ class GridSweep:
         self.pending = [
             m
             for m in self.members
-            if not result_with_status(self.folder.directory(m.name), m.config_hash)
+            if not result_with_status(self.folder.path / m.name, m.config_hash)
         ]
 
     @property
@@ -127,7 +126,6 @@ class SweepRunner:
         self.started = time.monotonic()
         self.stop = folder.path / STOP_FILE
         self.stop_requested = False
-        self.csv_outdated, self.next_csv = False, 0.0
 
     @property
     def failed(self) -> dict[str, str]:
@@ -175,24 +173,26 @@ class SweepRunner:
             interruption.check()
 
     def check_results(self) -> None:
-        """Print a line for each member that has ended since the last call."""
+        """Print a line for each member that has ended since the last call; update sweep.csv."""
+        ended = False
         for name, before in list(self.waiting.items()):
-            directory = self.folder.directory(name)
+            directory = self.folder.path / name
             version = result_version(directory)
             result = read_result(directory) if version != before else None
             if result is None or result["status"] not in FINISHED:
                 continue
-            self.results[name], self.csv_outdated = result, True
+            self.results[name], ended = result, True
             if result["status"] == "interrupted":  # a cluster may start it again
                 self.waiting[name] = version
             else:
                 del self.waiting[name]
                 self.done += 1
             paragraph(self._line(name, result))
+        if ended:
+            self.write_csv()
 
     def write_csv(self) -> None:
         """Write sweep.csv, with a row per member that the folder has ever had."""
-        self.csv_outdated, self.next_csv = False, time.monotonic() + CSV_INTERVAL
         from cnntrain.sweeps.tables import write_member_csv
 
         try:
@@ -203,7 +203,7 @@ class SweepRunner:
     @contextlib.contextmanager
     def _watching(self, names: list[str]) -> Iterator[None]:
         """Poll these members in a thread, and once more at the end."""
-        self.waiting |= {name: result_version(self.folder.directory(name)) for name in names}
+        self.waiting |= {name: result_version(self.folder.path / name) for name in names}
         over = Event()
 
         def watch() -> None:
@@ -220,10 +220,8 @@ class SweepRunner:
             self.check_results()
 
     def _poll(self) -> None:
-        """Report results, write sweep.csv, pass a signal on to the members through a file."""
+        """Report results; pass a signal on to the members through a file."""
         self.check_results()
-        if self.csv_outdated and time.monotonic() >= self.next_csv:
-            self.write_csv()
         if interruption.received is not None and not self.stop_requested:
             self.stop.write_text(SAVE_AND_EXIT, encoding="utf-8")
             self.stop_requested, interruption.quiet = True, False
@@ -231,12 +229,12 @@ class SweepRunner:
                 paragraph("\nrunning members save a checkpoint; Ctrl-C again leaves at once")
 
     def _running(self) -> bool:
-        return any(is_running(self.folder.directory(name)) for name in [*self.waiting])
+        return any(is_running(self.folder.path / name) for name in [*self.waiting])
 
     def _record_failures(self, members: Sequence[PlannedMember], reason: str) -> None:
         """Record members whose machine or launcher ended without a result."""
         for member in members:
-            directory, name = self.folder.directory(member.name), member.name
+            directory, name = self.folder.path / member.name, member.name
             if name in self.waiting and name not in self.results and directory.exists():
                 record_failure(directory, member.run.config, reason)
         self.check_results()
@@ -247,8 +245,7 @@ class SweepRunner:
             ending = f"{metric} {number(metric, result['metrics'].get(metric))}{unit(metric)}"
             ending += f", {result['timings']['seconds']:.0f} s"
         elif status == "failed":
-            log, here = self.folder.directory(name) / LOG, Path.cwd()
-            log = log.relative_to(here) if log.is_relative_to(here) else log
+            log = self.folder.path / name / LOG
             ending = f"failed: {result.get('error')} ({log})"
         else:
             epochs = result.get("epochs", 0)

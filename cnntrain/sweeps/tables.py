@@ -44,20 +44,12 @@ TEST_SET = "Ranked on the test set: the test accuracy of a run selected by it is
 
 def print_ranked(collection: Collection) -> None:
     """Print the ranked groups, the rule of the comparison, and the failed members."""
-    ranking = rank(collection)
-    needed = [collection.metric, *_titles(collection.options)]
+    ranking, titles = rank(collection), _titles(collection.options)
+    needed = [collection.metric, *titles]
     optional = [name for name in OPTIONAL if name not in needed] + needed[:1:-1]
     terminal.paragraph(f"{headline(ranking)}\n\n")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for title in columns(ranking):
-        name = title.removesuffix(" %")
-        left = name in (*_titles(collection.options), "n", "verdict")
-        head = f"{name}\n{'%' if name != title else ''}"
-        table.add_column(terminal.encodable(head), justify="left" if left else "right")
-    for group, row in zip(ranking.groups, rows(ranking)[:MOST_ROWS], strict=False):
-        cells = [Text(terminal.encodable(cell)) for cell in row]
-        table.add_row(*cells, style="bold" if group is ranking.best else "")
-    terminal.print_table(table, optional, " or the report")
+    shown = rows(ranking)[:MOST_ROWS]
+    _print_table(columns(ranking), shown, [*titles, "n", "verdict"], optional)
     if (more := len(ranking.groups) - MOST_ROWS) > 0:
         print(f"and {more} more")
     terminal.paragraph(f"\n{note(ranking)}")
@@ -67,17 +59,28 @@ def print_ranked(collection: Collection) -> None:
 
 def print_effects(collection: Collection) -> None:
     """Print the effects of options with two values, if there are any."""
-    metric = collection.metric
-    if not (found := option_effects(rank(collection))):
-        return
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for i, title in enumerate(EFFECT_COLUMNS):
-        table.add_column(title, justify="right" if i > 1 else "left")
-    for effect in found:
-        table.add_row(*(Text(terminal.encodable(cell)) for cell in effect_row(effect, metric)))
-    print("\nEffect of each option\n")
-    terminal.print_table(table, ("better in", "pairs"), " or the report")
-    terminal.paragraph(f"\n{effects_note(metric)}")
+    if effects := option_effects(rank(collection)):
+        print("\nEffect of each option\n")
+        shown = [effect_row(effect, collection.metric) for effect in effects]
+        _print_table(EFFECT_COLUMNS, shown, EFFECT_COLUMNS[:2], ("better in", "pairs"))
+        terminal.paragraph(f"\n{effects_note(collection.metric)}")
+
+
+def _print_table(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Sequence[str],
+    optional: Sequence[str],
+) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for title in titles:
+        name = title.removesuffix(" %")
+        head = f"{name}\n%" if name != title else name
+        table.add_column(terminal.encodable(head), justify="left" if name in left else "right")
+    for row in rows:
+        cells = [Text(terminal.encodable(cell)) for cell in row]
+        table.add_row(*cells, style="bold" if row[-1] == "best" else "")
+    terminal.print_table(table, optional, " or the report")
 
 
 def headline(ranking: Ranking) -> str:
@@ -111,8 +114,8 @@ def note(ranking: Ranking) -> str:
 def columns(ranking: Ranking) -> list[str]:
     """The titles of `rows`."""
     metrics = [f"{name}{unit(name)}" for name in [ranking.collection.metric, *_others(ranking)]]
-    verdict = ["verdict"] if _verdicts(ranking) else []
-    return ["#", *_titles(ranking.collection.options), *metrics, "seconds", "− best", "n", *verdict]
+    options = _titles(ranking.collection.options)
+    return ["#", *options, *metrics, "seconds", "− best", "n", "verdict"]
 
 
 def rows(ranking: Ranking) -> list[list[str]]:
@@ -127,7 +130,7 @@ def rows(ranking: Ranking) -> list[list[str]]:
             duration(g.mean("seconds"), g.deviation("seconds")),
             "" if g.difference is None else difference(metric, g.difference),
             str(g.n) if g.n == g.planned else f"{g.n} of {g.planned}",
-            *([_verdict(ranking, g)] if _verdicts(ranking) else []),
+            _verdict(ranking, g),
         ]
         for i, g in enumerate(ranking.groups, 1)
     ]
@@ -240,11 +243,6 @@ def _verdict(ranking: Ranking, group: Group) -> str:
 def _tested(ranking: Ranking) -> bool:
     """Whether any two groups have seeds enough for a test."""
     return sum(group.n > 1 for group in ranking.ranked) > 1
-
-
-def _verdicts(ranking: Ranking) -> bool:
-    """Whether the column of verdicts has any."""
-    return _tested(ranking) or len(ranking.ranked) < len(ranking.groups)
 
 
 def _others(ranking: Ranking) -> list[str]:

@@ -45,7 +45,7 @@ class Launcher:
                 self.write(self.members[called[1]])
 
     def write(self, member: PlannedMember) -> None:
-        directory = self.of.folder.directory(member.name)
+        directory = self.of.folder.path / member.name
         failed = member.name in self.failing
         typed = [text for text in member.run.typed if not text.startswith("seed=")]
         write_run(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from run_folders import write_run
 
-from cnntrain.sweeps.ranking import means_by_value, pareto_front, rank
+from cnntrain.sweeps.ranking import pareto_front, rank
 from cnntrain.sweeps.records import collect
 from cnntrain.sweeps.report import cost, learning_curves, svg, visible_range
 from cnntrain.sweeps.tables import rows
@@ -30,17 +30,7 @@ def test_learning_curves_against_numpy(tmp_path: Path) -> None:
     assert np.ptp(band.vertices[band.vertices[:, 0] == 1, 1]) == pytest.approx(2 * width)
 
 
-def test_means_are_over_the_options_in_common() -> None:
-    """A missing member must not bias the mean of its value."""
-    points = [(0.0, "good", 0.9), (0.0, "bad", 0.5), (1.0, "good", 0.88)]
-    assert means_by_value(points) == [(0.0, 0.9), (1.0, 0.88)]
-    assert means_by_value([(0.0, "a", 0.9), (0.0, "a", 0.7), (0.0, "b", 0.1), (1.0, "c", 0.5)]) == [
-        (0.0, pytest.approx((0.9 + 0.7 + 0.1) / 3)),
-        (1.0, 0.5),
-    ]
-
-
-def test_the_pareto_front_by_brute_force() -> None:
+def test_pareto_front_by_brute_force() -> None:
     random = np.random.default_rng(0)
     for sign in (1, -1):
         points = {i: (float(x), float(y)) for i, (x, y) in enumerate(random.random((30, 2)))}
@@ -90,7 +80,7 @@ def test_learning_curves_show_every_epoch(metric: str, tmp_path: Path) -> None:
         assert np.ptp(points[:, 1]) > 0.8 * (high - low)
 
 
-def test_a_diverged_member_does_not_set_the_scale() -> None:
+def test_visible_range() -> None:
     low, high = visible_range([0.1, 0.90, 0.91, 0.92, 0.93], maximise=True)
     assert 0.8 < low < 0.90
     assert 0.93 < high < 0.95
