@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -23,14 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 import cnntrain
 from cnntrain.atomic import replacing
 from cnntrain.sweeps import tables
-from cnntrain.sweeps.ranking import (
-    Ranking,
-    clipped,
-    mean_curve,
-    option_effects,
-    pareto_front,
-    rank,
-)
+from cnntrain.sweeps.ranking import Ranking, clipped, mean_curve, option_effects, pareto_front, rank
 from cnntrain.sweeps.records import METRICS, Collection, Member, as_typed, history, is_number
 from cnntrain.sweeps.tables import duration, number, text, unit
 
@@ -61,11 +54,6 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-
-
-class ReportFigure(NamedTuple):
-    figure: Figure
-    caption: str
 
 
 def write_report(collection: Collection, folder: str | os.PathLike[str]) -> list[Path]:
@@ -110,15 +98,17 @@ def html(collection: Collection, folder: Path) -> str:
     )
 
 
-def svg(it: ReportFigure) -> str:
+def svg(figure: Figure) -> str:
     """A figure as an SVG element whose colours are CSS variables, for light and dark mode."""
     out = io.StringIO()
-    with rc_context({**RC, "svg.hashsalt": it.caption}):  # ids are unique in the page
-        it.figure.savefig(out, format="svg", metadata={"Date": None})
+    with rc_context({**RC, "svg.hashsalt": figure.get_label()}):  # ids are unique in the page
+        figure.savefig(out, format="svg", metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", out.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     (box,) = re.findall(r'viewBox="[^"]*"', text)
-    text = f'<svg role="img" aria-label="{escape(it.caption)}" {box}{text[text.index(">") :]}'
+    text = (
+        f'<svg role="img" aria-label="{escape(figure.get_label())}" {box}{text[text.index(">") :]}'
+    )
     text = text.replace("xlink:href", "href")
     return re.sub("|".join(CSS_VARIABLES), lambda found: f"var(--{CSS_VARIABLES[found[0]]})", text)
 
@@ -128,14 +118,17 @@ def colour(place: int) -> str:
     return COLOURS[place] if place < len(COLOURS) else GREY
 
 
-def learning_curves(ranking: Ranking) -> list[ReportFigure]:
-    """Validation and training metric against the epoch: mean ± standard deviation by group."""
+def learning_curves(ranking: Ranking) -> list[Figure]:
+    """Validation and training metric against the epoch: mean ± standard deviation by group.
+
+    The label of a figure is its caption.
+    """
     kind = ranking.collection.metric.partition("/")[2]
     runs = [[history(m.directory) for m in group.members] for group in ranking.groups]
     return [it for s in ("val", "train") if (it := _curves(ranking, f"{s}/{kind}", runs))]
 
 
-def _curves(ranking: Ranking, metric: str, runs: Sequence[Any]) -> ReportFigure | None:
+def _curves(ranking: Ranking, metric: str, runs: Sequence[Any]) -> Figure | None:
     curves = {i: c for i, rows in enumerate(runs) if (c := mean_curve(rows, metric))}
     if not curves:
         return None
@@ -155,10 +148,11 @@ def _curves(ranking: Ranking, metric: str, runs: Sequence[Any]) -> ReportFigure 
     caption = f"{metric} after each epoch."
     if grey := len(curves) - len(shown):
         caption += f" In colour the best {len(shown)}, grey the other {grey}."
-    return ReportFigure(figure, caption)
+    figure.set_label(caption)
+    return figure
 
 
-def effect_panels(ranking: Ranking) -> list[ReportFigure]:
+def effect_panels(ranking: Ranking) -> list[Figure]:
     """The ranking metric against each varying option, a point per completed member."""
     metric = ranking.collection.metric
     points = [
@@ -172,7 +166,7 @@ def effect_panels(ranking: Ranking) -> list[ReportFigure]:
 
 def _effect_panel(
     ranking: Ranking, option: str, points: Sequence[tuple[int, dict[str, Any], float]]
-) -> ReportFigure | None:
+) -> Figure | None:
     collection, metric = ranking.collection, ranking.collection.metric
     points = [point for point in points if option in point[1]]
     names = list(dict.fromkeys(as_typed(values[option]) for _, values, _ in points))
@@ -199,11 +193,11 @@ def _effect_panel(
         short = [clipped(name, max(6, 40 // len(names))) for name in names]
         axes.set_xticks(range(len(names)), short, rotation=20 if len(names) > 3 else 0)
         axes.set_xlim(-0.5, len(names) - 0.5)
-    caption = f"{metric} of {len(points)} members against {option}."
-    return ReportFigure(figure, caption)
+    figure.set_label(f"{metric} of {len(points)} members against {option}.")
+    return figure
 
 
-def cost(ranking: Ranking) -> ReportFigure | None:
+def cost(ranking: Ranking) -> Figure | None:
     """The ranking metric against the seconds of a run, and the Pareto front of the means."""
     metric, maximise, groups = (
         ranking.collection.metric,
@@ -230,8 +224,8 @@ def cost(ranking: Ranking) -> ReportFigure | None:
     if _is_log([x for x, _ in points.values()]):
         _set_log(axes)
     best = "; ".join(f"{i + 1}: {groups[i].label}" for i in front)
-    caption = f"{metric} against seconds of {len(points)} groups. Pareto front: {best}."
-    return ReportFigure(figure, caption)
+    figure.set_label(f"{metric} against seconds of {len(points)} groups. Pareto front: {best}.")
+    return figure
 
 
 def visible_range(values: Sequence[float], maximise: bool) -> tuple[float, float]:
@@ -255,7 +249,7 @@ def _axes(size: tuple[float, float], metric: str, **properties: Any) -> tuple[Fi
 
 def _set_log(axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -166,14 +166,12 @@ class SearchStudy:
             pruner=NopPruner(),
             load_if_exists=True,
         )
-        attributes = self.study.user_attrs
-        if problems := differences(attributes.get("settings", settings), settings):
+        if problems := differences(self.study.user_attrs.get("settings", settings), settings):
             raise ConfigError(problems)
         # Members read the pruner from here; it may change.
         pruner = OmegaConf.to_container(node.pruner, resolve=True)
-        for key, value in {"settings": settings, "pruner": pruner}.items():
-            if attributes.get(key) != value:
-                self.study.set_user_attr(key, value)
+        self.study.set_user_attr("settings", settings)
+        self.study.set_user_attr("pruner", pruner)
         self._retry_failed()
 
     @property
@@ -191,8 +189,7 @@ class SearchStudy:
         number = len(trials) - len(replaced(trials))
         # A round cut short by a kill is completed: its trials did not know each other's results.
         while number < self.search.trials and len(left) < most and (not left or number % most):
-            trial = suggest_trial(self.search, self.trials, self.seed)
-            if trial is None:
+            if (trial := suggest_trial(self.search, self.trials, self.seed)) is None:
                 break
             self.study.add_trial(trial)
             left.append(self.trials[-1])

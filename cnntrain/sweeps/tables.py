@@ -13,15 +13,7 @@ from rich.text import Text
 
 from cnntrain import terminal
 from cnntrain.atomic import replacing
-from cnntrain.sweeps.ranking import (
-    ALPHA,
-    Group,
-    OptionEffect,
-    Ranking,
-    option_effects,
-    rank,
-    short,
-)
+from cnntrain.sweeps.ranking import ALPHA, Group, OptionEffect, Ranking, option_effects, rank, short
 from cnntrain.sweeps.records import METRICS, Collection, as_typed, number, text, unit
 
 MOST_ROWS = 30  # on the terminal
@@ -199,8 +191,8 @@ def group_csv(collection: Collection) -> str:
     """A row per group: accuracies in [0, 1], losses in nats, seconds."""
     ranking, options = rank(collection), collection.options
     spread = [f"{metric} {kind}" for metric in METRICS for kind in ("mean", "std")]
-    test = ["difference", "p"]  # to the best group
-    table: list[list[Any]] = [["rank", *options, "n", "members", *spread, "seconds", *test]]
+    head = ["rank", *options, "n", "members", *spread, "seconds", "difference", "p"]
+    table: list[list[Any]] = [head]
     for i, g in enumerate(ranking.groups, 1):
         values = [as_typed(g.values[o]) if o in g.values else "" for o in options]
         numbers = [n for metric in METRICS for n in (g.mean(metric), g.deviation(metric))]

@@ -20,7 +20,7 @@ def test_learning_curves_against_numpy(tmp_path: Path) -> None:
     write_run(tmp_path / "b", ["backend=naive"], val=[0.62, 0.7, 0.9])
     ranking = rank(collect(tmp_path))
     assert [group.label for group in ranking.groups] == ["naive", "native"]
-    (axes,) = learning_curves(ranking)[0].figure.axes
+    (axes,) = learning_curves(ranking)[0].axes
     native, naive = (line.get_ydata() for line in axes.lines)  # the best is drawn last
     assert naive == pytest.approx([0.62, 0.7, 0.9])
     assert native == pytest.approx([np.mean([0.6, 0.68]), np.mean([0.62, 0.7]), 0.64])
@@ -69,7 +69,7 @@ def test_learning_curves_show_every_epoch(metric: str, tmp_path: Path) -> None:
             write_run(tmp_path / f"{backend}{seed}", [f"backend={backend}"], seed=seed, val=val)
     for found in learning_curves(rank(collect(tmp_path, metric))):
         svg(found)
-        (axes,) = found.figure.axes
+        (axes,) = found.axes
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
         drawn = [np.asarray(line.get_xydata()) for line in axes.lines]
         drawn += [path.vertices for band in axes.collections for path in band.get_paths()]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forked import run_command
 from sweep_commands import completed, end, hparams, numbers, rows, start, wait_until
 
 from cnntrain.config.resume import read_result
@@ -71,9 +72,9 @@ def test_lines_and_records(undisturbed: tuple[Path, list[str]]) -> None:
 
 
 def test_a_member_is_the_run_alone(undisturbed: tuple[Path, list[str]], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "model.dropout=0.1", "seed=1"]
-    command += ["hydra.run.dir=run"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    typed = [*TINY, "model.dropout=0.1", "seed=1", "hydra.run.dir=run"]
+    done = run_command(["train", *typed], tmp_path)
+    assert done.returncode == 0, done.stderr
     alone = json.loads((tmp_path / "run/result.json").read_text())
     member = read_result(undisturbed[0] / MEMBERS[3])
     assert member is not None
@@ -178,12 +179,12 @@ def test_a_running_member_is_waited_for(tmp_path: Path) -> None:
     )
     wait_until(alone, (folder / "seed=1/metrics.csv").exists)
     alone.send_signal(signal.SIGSTOP)  # however long the sweep takes to start
-    sweep = start(tmp_path, *TINY, "seed=0,1", "sweep=s")
+    sweep = start(tmp_path, *TINY, "seed=1", "sweep=s")
     wait_until(sweep, (folder / "sweep.csv").exists)
     status = rows(folder)["seed=1"]["status"]
     alone.send_signal(signal.SIGCONT)
     assert status == "running"
-    assert end(sweep)[-1] == "2 completed"
+    assert end(sweep)[-1] == "1 completed"
     assert alone.wait() == 0
     assert (folder / "seed=1/train.log").read_text().count("epoch 1/6 ") == 1
 
