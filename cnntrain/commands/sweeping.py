@@ -55,12 +55,12 @@ class SweepCommand:
         if options:
             raise ConfigError([f"{text}: is an option of a sweep; add -m" for text in options])
 
-    def plan(self, asked: Plan) -> list[DictConfig]:
+    def plan(self, planned: Plan) -> list[DictConfig]:
         """The configs still to be run. Raises ConfigError."""
-        cfg = asked.cfgs[0]
+        cfg = planned.cfgs[0]
         if not cfg.get("sweep"):
             raise ConfigError(["~sweep: has the options of the sweep; leave it in"])
-        if problems := list(self._problems(cfg, asked.varied)):
+        if problems := list(self._problems(cfg, planned.varied)):
             raise ConfigError(problems)
         # multiprocessing's resource tracker warns of what killed processes leave behind.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
@@ -73,7 +73,7 @@ class SweepCommand:
         if cfg.get("search"):
             self.sweep = self._search(cfg, folder, options)
             return [run_options(cfg)]
-        self.sweep = GridSweep(folder, options, asked.runs, asked.varied)
+        self.sweep = GridSweep(folder, options, planned.runs, planned.varied)
         pending = {member.config_hash for member in self.sweep.pending}
         return [m.run.config for m in self.sweep.members if m.config_hash in pending]
 

@@ -30,7 +30,6 @@ LONGEST = 120  # characters of a directory name, so that paths stay below 255 by
 UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+@\[\]-]")
 PLAIN = re.compile(r"[A-Za-z_][\w./-]*")  # a string that Hydra reads without quotes
 KEYWORDS = ("true", "false", "null", "nan", "inf")  # strings that need quotes
-MOST_SHOWN = 8  # differences
 OTHER_NAME = "set another name, sweep=<name>"
 
 
@@ -129,7 +128,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             value = f"{key}={as_typed(now[key])}" if key in now else f"{key} (left out)"
             begun = f"with {as_typed(before[key])}" if key in before else "without it"
             problems.append(f"{value}: the sweep was begun {begun}; {OTHER_NAME}")
-    return problems[:MOST_SHOWN]
+    return problems
 
 
 class SweepFolder:

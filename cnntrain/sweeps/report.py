@@ -46,7 +46,6 @@ RC: Any = {
     **dict.fromkeys(("font.size", "axes.titlesize"), 9),
     "axes.titlelocation": "left",
 }
-LOG_FROM = 15  # ratio of the largest value to the smallest
 WIDE, SMALL = (5.4, 3.3), (3.3, 2.7)  # inches
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -256,7 +255,7 @@ def _set_log(axes: Axes) -> None:
 
 def _is_log(numbers: Sequence[float]) -> bool:
     """Whether numbers spread so widely that a logarithmic axis shows them better."""
-    return min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_FROM
+    return min(numbers) > 0 and max(numbers) / min(numbers) >= 15
 
 
 def _members(collection: Collection) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from cnntrain.sweeps.sweep import GridSweep, Sweep, SweepRunner
 COMPARE = ["model=shallow,lenet5", "seed=0,1"]
 
 
-def asked(*typed: str) -> Any:
+def planned(*typed: str) -> Any:
     """The plan of a command line with -m."""
     with patch.object(sys, "argv", ["cnntrain train", "-m", *typed]):
         return plan(command_line(), "train")
 
 
 def sweeping(folder: Path, *typed: str, **options: Any) -> GridSweep:
-    found = asked(*typed)
+    found = planned(*typed)
     return GridSweep(folder, Sweep(**options), found.runs, found.varied)
 
 

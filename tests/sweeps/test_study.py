@@ -214,10 +214,10 @@ def test_killed_at_any_moment(tmp_path: Path, at_once: int) -> None:
     from omegaconf import OmegaConf
 
     node = search("search.trials=12")
-    for name in ("undisturbed", "killed"):
+    for name in ("uninterrupted", "killed"):
         (tmp_path / name).mkdir()
         OmegaConf.save(node, tmp_path / name / "search.yaml")
-    search_all(tmp_path / "undisturbed", node, at_once)
+    search_all(tmp_path / "uninterrupted", node, at_once)
     places = [str(ROOT), str(ROOT / "tests"), *sys.path[1:]]
     sweep, moments, kills = tmp_path / "killed", random.Random(at_once), 0
     while True:
@@ -238,7 +238,7 @@ def test_killed_at_any_moment(tmp_path: Path, at_once: int) -> None:
             kills += 1
     assert process.returncode == 0
     assert kills >= 3
-    assert known(sweep) == known(tmp_path / "undisturbed")
+    assert known(sweep) == known(tmp_path / "uninterrupted")
     trained = (sweep / "trained").read_text().splitlines()
     assert len(set(trained)) == len([p for p in sweep.iterdir() if p.is_dir()]) == 12
 

@@ -98,7 +98,7 @@ def test_typed_options_are_compared_where_experiments_vary(tmp_path: Path) -> No
         assert len(launcher.launched) == 1
     assert [row["experiment"] for row in rows(tmp_path / "s")] == ["plain"] * 2 + ["light", "heavy"]
     folder, another, typed = mine[:2], ["experiment=light", "seed=7"], mine[2:]
-    for changed, said in {
+    for changed, error in {
         ("data=fashion_mnist", typed[1]): "data=fashion_mnist: {} with fashion_mnist_mini",
         (typed[0], "loss.label_smoothing=0.2"): "loss.label_smoothing=0.2: {} with 0.1",
         (typed[0],): "loss.label_smoothing=0.0: {} with 0.1",
@@ -107,7 +107,7 @@ def test_typed_options_are_compared_where_experiments_vary(tmp_path: Path) -> No
         with pytest.raises(ConfigError) as caught:
             sweeping(tmp_path / "s", *folder, *another, *changed)
         (problem,) = caught.value.problems
-        assert problem.startswith(said.format("the sweep was begun") + "; ")
+        assert problem.startswith(error.format("the sweep was begun") + "; ")
     assert len(sweeping(tmp_path / "s", *mine, *another, "optimizer=adam").pending) == 1
 
 

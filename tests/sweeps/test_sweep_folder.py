@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from run_folders import tree, write_run
-from sweeps_of_records import COMPARE, asked, record, rows, run, sweeping
+from sweeps_of_records import COMPARE, planned, record, rows, run, sweeping
 
 from cnntrain.config import ConfigError
 from cnntrain.config.resume import add_checksum
@@ -32,7 +32,7 @@ def test_record_of_a_sweep(tmp_path: Path) -> None:
     assert [row["status"] for row in rows(tmp_path / "s")] == ["pending"] * 4
 
 
-def test_only_what_is_missing_is_run(tmp_path: Path) -> None:
+def test_only_missing_members_are_run(tmp_path: Path) -> None:
     first, second = "model=shallow,seed=0", "model=shallow,seed=1"
     outcome, launcher, _ = run(tmp_path / "s", *COMPARE, failing=(second,))
     assert len(launcher.launched) == 4
@@ -56,7 +56,7 @@ def test_only_what_is_missing_is_run(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-def test_nothing_left_starts_no_launcher(tmp_path: Path) -> None:
+def test_completed_sweep_starts_no_launcher(tmp_path: Path) -> None:
     run(tmp_path / "s", *COMPARE)
     (tmp_path / "s/sweep.csv").unlink()
     outcome, launcher, printed = run(tmp_path / "s", *COMPARE)
@@ -64,7 +64,7 @@ def test_nothing_left_starts_no_launcher(tmp_path: Path) -> None:
     assert [row["status"] for row in rows(tmp_path / "s")] == ["completed"] * 4
 
 
-def test_more_values_extend_it(tmp_path: Path) -> None:
+def test_more_values_extend_a_sweep(tmp_path: Path) -> None:
     run(tmp_path / "s", *COMPARE)
     _, launcher, printed = run(tmp_path / "s", "model=shallow,lenet5", "seed=2,1,0")
     assert launcher.launched == ["model=shallow,seed=2", "model=lenet5,seed=2"]
@@ -76,8 +76,8 @@ def test_more_values_extend_it(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "s")) == 7
 
 
-def test_another_axis_extends_it(tmp_path: Path) -> None:
-    """Those that are completed keep their directories, and get the value that all had."""
+def test_another_option_extends_a_sweep(tmp_path: Path) -> None:
+    """Completed members keep their directories, and get the value that all had."""
     run(tmp_path / "s", *COMPARE)
     run(tmp_path / "s", "model=shallow", "seed=0", "backend=native,im2col")
     assert [row["backend"] for row in rows(tmp_path / "s")] == [*["native"] * 4, "im2col"]
@@ -141,7 +141,7 @@ def test_progress_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_rounds_of_a_search(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path, search=True)
     for number, lr in enumerate((0.001, 1e-5, 0.5)):
-        (run,) = asked("data=fashion_mnist_mini", f"optimizer.lr={lr}").runs
+        (run,) = planned("data=fashion_mnist_mini", f"optimizer.lr={lr}").runs
         trial = PlannedMember(f"trial={number:03},a: b", run, {"optimizer.lr": lr}, number)
         folder.extend([trial], ["optimizer.lr"])
         folder.write("val/acc", {"trials": 3})

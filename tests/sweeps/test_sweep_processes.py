@@ -1,6 +1,6 @@
 """Sweeps as real processes: killed, interrupted, extended, failing, in parallel.
 
-What a sweep trains after any interruption is compared with an undisturbed one. More moments and
+Results after any interruption are compared with those of an uninterrupted sweep. More moments and
 launchers: scripts/torture.py --sweep-kills.
 """
 
@@ -46,15 +46,15 @@ def lock_holder(member: Path) -> int | None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of an undisturbed sweep of four, and the lines it printed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of an uninterrupted sweep of four, and the lines it printed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     lines = end(start(folder, *FOUR))
     return folder / "outputs/sweeps/s", lines
 
 
-def test_lines_and_records(undisturbed: tuple[Path, list[str]]) -> None:
-    folder, lines = undisturbed
+def test_lines_and_records(uninterrupted: tuple[Path, list[str]]) -> None:
+    folder, lines = uninterrupted
     assert lines[0] == "sweep s: 4 members, 1 thread each; outputs/sweeps/s"
     for i, line in enumerate(lines[1:5], 1):
         assert line.startswith(f"[{i}/4] model.dropout=")
@@ -71,12 +71,12 @@ def test_lines_and_records(undisturbed: tuple[Path, list[str]]) -> None:
     assert (folder / "report/report.html").exists()
 
 
-def test_a_member_is_the_run_alone(undisturbed: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_member_is_the_run_alone(uninterrupted: tuple[Path, list[str]], tmp_path: Path) -> None:
     typed = [*TINY, "model.dropout=0.1", "seed=1", "hydra.run.dir=run"]
     done = run_command(["train", *typed], tmp_path)
     assert done.returncode == 0, done.stderr
     alone = json.loads((tmp_path / "run/result.json").read_text())
-    member = read_result(undisturbed[0] / MEMBERS[3])
+    member = read_result(uninterrupted[0] / MEMBERS[3])
     assert member is not None
     assert alone["metrics"] == member["metrics"]
     assert alone["config_hash"] == member["config_hash"]
@@ -84,7 +84,7 @@ def test_a_member_is_the_run_alone(undisturbed: tuple[Path, list[str]], tmp_path
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 def test_killed_interrupted_and_resumed(
-    undisturbed: tuple[Path, list[str]], tmp_path: Path
+    uninterrupted: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     """A member is killed, then sweep and members, then Ctrl-C; always in a training."""
     folder = tmp_path / "outputs/sweeps/s"
@@ -119,7 +119,7 @@ def test_killed_interrupted_and_resumed(
     assert done.items() <= completed(folder).items()
     for name in MEMBERS[:3]:  # resumed, not started again
         assert (folder / name / "train.log").read_text().count("epoch 1/6 ") == 1
-    assert numbers(folder) == {m: numbers(undisturbed[0])[m] for m in numbers(folder)}
+    assert numbers(folder) == {m: numbers(uninterrupted[0])[m] for m in numbers(folder)}
     assert set(numbers(folder)) == set(MEMBERS)
 
 
@@ -149,9 +149,11 @@ def test_ctrl_c_while_the_members_server_imports(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("metrics.csv"))
 
 
-def test_hparams_of_an_extended_sweep(undisturbed: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_hparams_of_an_extended_sweep(
+    uninterrupted: tuple[Path, list[str]], tmp_path: Path
+) -> None:
     """Members completed before an option varied have its value, under one schema."""
-    folder = Path(shutil.copytree(undisturbed[0], tmp_path / "outputs/sweeps/s"))
+    folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "outputs/sweeps/s"))
     more = ["model.dropout=0.1", "seed=1", "trainer.gradient_clip_val=null,1.0", "sweep=s"]
     lines = end(start(tmp_path, *TINY, *more))
     assert lines[0].startswith("sweep s: 2 members, 1 completed before")
@@ -170,7 +172,7 @@ def test_hparams_of_an_extended_sweep(undisturbed: tuple[Path, list[str]], tmp_p
         assert {k: values[k] for k in METRICS} == pytest.approx({k: last[k] for k in METRICS})
 
 
-def test_a_running_member_is_waited_for(tmp_path: Path) -> None:
+def test_waits_for_a_running_member(tmp_path: Path) -> None:
     """It may belong to a cluster's job of a sweep that was killed."""
     folder = tmp_path / "outputs/sweeps/s"
     command = [*TINY, "seed=1", f"hydra.run.dir='{folder / 'seed=1'}'"]
