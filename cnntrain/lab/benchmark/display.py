@@ -84,12 +84,11 @@ def _rows_table(rows: Sequence[Row], meta: dict[str, Any]) -> Table:
     for _, group in groupby(rows, lambda row: (row["layer"], row["shape"])):
         for i, row in enumerate(group):
             if i == 0:
+                first, *others = dict.fromkeys([row["layer"], row["shape"]])
                 count = f"{row['count']} x " if row["count"] > 1 else ""
-                for line in dict.fromkeys([count + row["layer"], row["shape"]]):
+                for line in (count + first, *others):
                     table.add_row(Text(terminal.encodable(line), style="bold"))
-            errors = [
-                row[key] for key in ("output_error", "gradient_error") if row[key] is not None
-            ]
+            errors = [e for e in (row["output_error"], row["gradient_error"]) if e is not None]
             cells = [
                 *(_ms(row, f"{span}_ms") for span in spans),
                 _ratio(row),
