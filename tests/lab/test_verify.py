@@ -243,7 +243,7 @@ def test_invalid_options(options, message):
         (["cases=many"], "cases=many: input should be a valid integer"),
         (["short=maybe"], "short=maybe: input should be a valid boolean"),
         (["shrot=true"], "shrot=true: there is no option 'shrot'; did you mean 'short'?"),
-        (["seed=-1"], "seed=-1: must be a whole number"),
+        (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
         (["+report=3"], "report=3: input should be callable"),
         (["model=lenet5"], "model=lenet5: there is no option 'model'"),
     ],
