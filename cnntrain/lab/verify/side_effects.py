@@ -176,8 +176,8 @@ def _two_threads(t: IntegerLayer, calls: int = 4, gradients: bool = True) -> Cas
     problems = [t.problem(1), t.p] * calls
     inputs = [t.inputs(q) for q in problems]
     with ThreadPoolExecutor(2) as threads:
-        calls = [threads.submit(t.call, x, g, gradients) for x, g in inputs]
-        outputs = [call.result() for call in calls]
+        futures = [threads.submit(t.call, x, g, gradients) for x, g in inputs]
+        outputs = [future.result() for future in futures]
     for q, found in zip(problems, outputs, strict=True):
         yield from t.compare(found, q, *found)
 
