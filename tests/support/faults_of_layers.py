@@ -17,7 +17,7 @@ faults = Faults()
 
 
 def in_one_piece(t: torch.Tensor) -> torch.Tensor:
-    """As whoever ignores strides reads it."""
+    """The elements of the storage in order, ignoring the strides."""
     size, strides = t.shape, torch.empty(t.shape, device="meta").stride()
     last = sum((n - 1) * s for n, s in zip(size, strides, strict=True)) if t.numel() else -1
     room = t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
@@ -50,7 +50,7 @@ class StorageOffsetIgnored(KernelPositions):
 
 @faults.caught_by("memory formats and strides")
 class ExpandedGradientIsANumber(KernelPositions):
-    """What .sum().backward() gives, summed up as one number too few times."""
+    """The gradient of .sum(), expanded from one number, is added only once."""
 
     def grad_input(self, g, w, input_size, geometry):
         if g.stride() == (0, 0, 0, 0):
@@ -76,7 +76,7 @@ class GradientChanged(KernelPositions):
 
 @faults.caught_by("inputs not modified")
 class WeightFlippedInPlace(KernelPositions):
-    """And not back: right the first time."""
+    """The weight stays flipped after the first backward."""
 
     def grad_input(self, g, w, input_size, geometry):
         dx = super().grad_input(g, w, input_size, geometry)
@@ -128,7 +128,7 @@ class InputRememberedByItsPlaceInMemory(Remembering):
 
 @faults.caught_by("no state between calls")
 class WeightRemembered(Remembering):
-    """As an unrolled filter matrix, made at the first call."""
+    """The weight of the first call is used in all later ones."""
 
     def _conv_forward(self, input, weight, bias):
         values = self.memory.setdefault("weight", weight.detach().clone())
@@ -145,7 +145,7 @@ class WeightRememberedByItsVersion(Remembering):
 
 @faults.caught_by("no state between calls")
 class LastInputKept(KernelPositions):
-    """For the backward, whichever output's it is."""
+    """The backward uses the input of the last call."""
 
     def forward(self, x, w, geometry):
         self.x = x
@@ -180,7 +180,7 @@ class GradientsPileUp(KernelPositions):
 
 
 class Unsaved(torch.autograd.Function):
-    """Keeps its input beside autograd, which so cannot see that it was changed."""
+    """Saves its input without autograd, which cannot detect that it was changed."""
 
     @staticmethod
     def forward(ctx, x, w, geometry):
@@ -239,7 +239,7 @@ class TurnsGradientsOff(Correct):
         return y
 
 
-# Gradients that somebody asked for, or nobody.
+# Gradients that are required, or not.
 
 
 @faults.caught_by("only required gradients")
@@ -288,7 +288,7 @@ class OtherInitialisation(Correct):
 
 @faults.caught_by("constructor and initial weights")
 class InitialisedTwice(Correct):
-    """The same weights, and later layers get others."""
+    """Draws random numbers twice: later layers have other weights."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

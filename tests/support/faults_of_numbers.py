@@ -302,7 +302,7 @@ class NoBFloat16(KernelPositions):
 
 @faults.caught_by("weight gradient, float16")
 class OverflowsInFloat16(KernelPositions):
-    """Scaled up for the sake of small numbers."""
+    """Scaled up against underflow; large sums overflow."""
 
     def grad_weight(self, g, x, kernel_size, geometry):
         return super().grad_weight(g * 1024, x, kernel_size, geometry) / 1024
@@ -432,7 +432,7 @@ class BiasDoesNotLearn(Correct):
 
 
 class Pads(Correct):
-    """Pads by itself, in a way that `padding` says."""
+    """Pads by its method `padding_of`."""
 
     def _conv_forward(self, input, weight, bias):
         x = self.padding_of(input)
@@ -501,7 +501,7 @@ class ReplicatesByWrapping(PadsInNumpy):
 
 @faults.caught_by("input gradient, random layers")
 class GradientNotFoldedBack(Correct):
-    """The copies that circular padding makes pass on no gradient."""
+    """The copies made by circular padding have no gradient."""
 
     def _conv_forward(self, input, weight, bias):
         if self.padding_mode != "circular":
@@ -543,8 +543,8 @@ class OutputSizeRoundedUp(Correct):
 
 
 @faults.caught_by("output, random layers")
-class SmallInputsRefused(Correct):
-    """Though the padding makes the kernel fit."""
+class SmallInputsRejected(Correct):
+    """Ignores the padding, with which the kernel fits."""
 
     def _conv_forward(self, input, weight, bias):
         if input.shape[-1] < self.kernel_size[1]:

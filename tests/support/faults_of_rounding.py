@@ -170,13 +170,13 @@ class AddsTorchsConvolutions(nn.Conv2d):
 
 
 def everything_times_zero(y, t):
-    """Adds what is 0 for finite numbers: as whoever multiplies zeros of a matrix does."""
+    """Adds 0 times the whole input: 0 unless it has NaN or Inf."""
     return y + 0 * t.sum((1, 2, 3), keepdim=True)
 
 
 @faults.caught_by("output, NaN, Inf and -0.0")
 class WholeImageTimesZero(KernelPositions):
-    """As products of spectra do, or a Toeplitz matrix."""
+    """As a product of spectra or with a Toeplitz matrix."""
 
     def forward(self, x, w, geometry):
         return everything_times_zero(super().forward(x, w, geometry), x)

@@ -101,7 +101,7 @@ for (when, keeps), (until, key) in itertools.product(KEEPS.items(), KEYS.items()
 
 @faults.caught_by("no state between calls")
 class KeptForOtherParameters(Kept):
-    """As functional_call gives them."""
+    """Parameters that functional_call passes."""
 
     def keeps(self, w):
         return w is not self._parameters["weight"]
@@ -214,7 +214,7 @@ class KeepsItsOutput(torch.autograd.Function):
 
 @faults.caught_by("no state between calls")
 class NeedsItsOutput(nn.Conv2d):
-    """An output of 0 has no gradient; and ReLU in place makes it 0."""
+    """The backward reads the output, which an in-place ReLU sets to 0."""
 
     def _conv_forward(self, input, weight, bias):
         y = super()._conv_forward(input, weight, bias)
@@ -281,7 +281,7 @@ class BackwardInItsThread(nn.Conv2d):
 
 @faults.caught_by("threads")
 class OneBuffer(nn.Conv2d):
-    """The input is copied into one buffer, whoever calls."""
+    """The input is copied into one buffer that all threads share."""
 
     def _conv_forward(self, input, weight, bias):
         if threading.current_thread() is threading.main_thread():

@@ -839,7 +839,7 @@ class TrialDataFromGlobalGenerator(_Base):
 
 @fault(11)
 class GradModeLostOnError(_Base):
-    """A call refused for its shape leaves gradients switched off."""
+    """A call rejected for its shape leaves gradients switched off."""
 
     def forward(self, input):
         before = torch.is_grad_enabled()
