@@ -11,7 +11,7 @@ from cnntrain.sweeps.records import METRICS, collect
 
 OPTIONS = ("metric", "out")
 HELP = f"""\
-Rank the runs of a sweep, or all runs below a folder: a table, and a page with pictures.
+Rank the runs of a sweep, or all runs below a folder: a table, and a page with figures.
 
 cnntrain report FOLDER [option=value ...]
 

@@ -181,12 +181,12 @@ def test_waits_for_a_running_member(tmp_path: Path) -> None:
     )
     wait_until(alone, (folder / "seed=1/metrics.csv").exists)
     alone.send_signal(signal.SIGSTOP)  # however long the sweep takes to start
-    sweep = start(tmp_path, *TINY, "seed=1", "sweep=s")
+    sweep = start(tmp_path, *TINY, "seed=0,1", "sweep=s")
     wait_until(sweep, (folder / "sweep.csv").exists)
     status = rows(folder)["seed=1"]["status"]
     alone.send_signal(signal.SIGCONT)
     assert status == "running"
-    assert end(sweep)[-1] == "1 completed"
+    assert end(sweep)[-1] == "2 completed"
     assert alone.wait() == 0
     assert (folder / "seed=1/train.log").read_text().count("epoch 1/6 ") == 1
 
