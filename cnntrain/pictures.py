@@ -3,7 +3,7 @@
 import io
 import textwrap
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -82,41 +82,37 @@ def captioned(
 
     Long lines are wrapped.
     """
-    tiles = enlarged(tiles, size).cpu()
+    tiles, font = enlarged(tiles, size).cpu(), _font(FONT_SIZE)
     height, width = tiles.shape[-2:]
-    texts = [_render_lines(text, MAX_CHARACTERS) for text in captions]
+    texts = [_wrapped(text, MAX_CHARACTERS) for text in captions]
     lines = max((len(text) for text in texts), default=0)
-    cell_w = max([width, *(line.width for text in texts for line in text)]) + 3 * GAP
+    cell_w = max([width, *(_length(line) for text in texts for line in text)]) + 3 * GAP
     cell_h = height + lines * LINE + 3 * GAP
     across, rows = min(columns, len(tiles)) * cell_w, -(-len(tiles) // columns)
-    head = _render_lines(heading, max(40, across // 7))
+    head = _wrapped(heading, max(40, across // 7))
     top = len(head) * LINE + GAP if heading else 0
-    across = max([across, *(line.width + 2 * GAP for line in head)])
+    across = max([across, *(_length(line) + 2 * GAP for line in head)])
     sheet = Image.new("RGB", (across, top + rows * cell_h), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(head):
-        sheet.paste(line, (GAP, GAP + i * LINE))
+        draw.text((GAP, GAP + i * LINE), line, INK, font)
     for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
         x, y = number % columns * cell_w, top + number // columns * cell_h
         image = Image.fromarray(tile.movedim(0, -1).contiguous().numpy())
         sheet.paste(image, (x + (cell_w - width) // 2, y + GAP))
         for i, line in enumerate(text):
-            sheet.paste(line, (x + (cell_w - line.width) // 2, y + height + 2 * GAP + i * LINE))
+            bottom = y + height + 2 * GAP + i * LINE
+            draw.text((x + cell_w // 2, bottom), line, INK, font, anchor="ma")
     return np.asarray(sheet)
 
 
-def _render_lines(text: str, width: int) -> list[Image.Image]:
-    """Lines of text, wrapped to `width` characters."""
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width)]
-    return [_render(line) for line in lines]
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters."""
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, width)]
 
 
-@lru_cache(maxsize=1000)
-def _render(text: str) -> Image.Image:
-    """A line of text; cached, as captions repeat and rendering dominates the time of a picture."""
-    font = _font(FONT_SIZE)
-    strip = Image.new("RGB", (int(font.getlength(text)) + 1, LINE), BACKGROUND)
-    ImageDraw.Draw(strip).text((0, 0), text, fill=INK, font=font)
-    return strip
+def _length(line: str) -> int:
+    return int(_font(FONT_SIZE).getlength(line)) + 1
 
 
 def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:

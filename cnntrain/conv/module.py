@@ -96,15 +96,20 @@ class Conv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not isinstance(input, Tensor):
             raise TypeError(f"the input must be a Tensor, not {type(input).__name__}")
+        given = input, weight, bias
         if autocasts(input.device.type):
             input, weight = _autocast(input), _autocast(weight)
             bias = None if bias is None else _autocast(bias)
         geometry = Geometry.of(self)
-        _check_parameters(weight, bias, geometry)
         amounts = padding_amounts(self.padding, self.kernel_size, geometry.dilation)
         if self.padding_mode != "zeros":  # as in nn.Conv2d, where F.pad's errors come first
             input, amounts = pad(input, amounts, self.padding_mode), NONE
-        _check_input(input, weight, geometry, amounts)
+        if not _is_valid(input, weight, bias, geometry, amounts):
+            super()._conv_forward(*given)  # raises nn.Conv2d's error
+            raise RuntimeError(
+                f"input of size {list(input.shape)} and weight of size {list(weight.shape)} should "
+                "have no dimension of zero"
+            )
         unbatched = input.dim() == 3
         x = input.unsqueeze(0) if unbatched else input
         algorithm = self.algorithm
@@ -130,57 +135,25 @@ def _autocast(t: Tensor) -> Tensor:
     return t.to(torch.get_autocast_dtype(t.device.type))
 
 
-# Errors of the same types as nn.Conv2d's, all raised before the algorithm is called.
-
-
-def _check_parameters(w: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+def _is_valid(
+    x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, amounts: Amounts
+) -> bool:
+    """Whether there is such a convolution."""
     numbers = *geometry.stride, *geometry.dilation, geometry.groups
-    given = f"stride={geometry.stride}, dilation={geometry.dilation} and groups={geometry.groups}"
-    if not all(hasattr(number, "__index__") for number in numbers):
-        raise TypeError(f"{given} should be whole numbers")
-    if min(numbers) < 1:
-        raise RuntimeError(f"{given} should be greater than zero")
+    if not all(hasattr(number, "__index__") for number in (*numbers, *amounts)):
+        return False
+    if min(numbers) < 1 or min(amounts) < 0:
+        return False
     if w.dim() != 4 or min(w.shape) < 1 or w.shape[0] % geometry.groups:
-        raise RuntimeError(
-            f"weight of size {list(w.shape)} (out_channels, in_channels / groups, height, width) "
-            f"should have two kernel sizes, no dimension of zero, and out_channels that "
-            f"groups={geometry.groups} divides"
-        )
-    if bias is not None:
-        if bias.shape != w.shape[:1]:
-            raise RuntimeError(f"bias of size {list(bias.shape)} should have size {[len(w)]}")
-        _check_same("bias", bias, w)
-
-
-def _check_input(x: Tensor, w: Tensor, geometry: Geometry, amounts: Amounts) -> None:
-    size = list(x.shape)
-    if x.dim() not in (3, 4):
-        raise RuntimeError(f"expected 3D (unbatched) or 4D (batched) input, got size {size}")
-    channels = w.shape[1] * geometry.groups
-    if x.shape[-3] != channels:
-        raise RuntimeError(
-            f"weight of size {list(w.shape)} with groups={geometry.groups} expects input of size "
-            f"{size} to have {channels} channels, but it has {x.shape[-3]}"
-        )
-    _check_same("input", x, w)
-    given = f"padding {amounts} (left, right, top, bottom)"
-    if not all(hasattr(amount, "__index__") for amount in amounts):
-        raise TypeError(f"{given} should be whole numbers")
-    if min(amounts) < 0:
-        raise RuntimeError(f"negative padding is not supported: {given}")
-    if min(x.shape[-2:]) < 1:
-        raise RuntimeError(f"height and width of an input of size {size} should not be zero")
+        return False
+    if bias is not None and (bias.shape != w.shape[:1] or not _are_alike(bias, w)):
+        return False
+    if x.dim() not in (3, 4) or x.shape[-3] != w.shape[1] * geometry.groups:
+        return False
     height, width = padded(x.shape[-2:], amounts)
     kh, kw = (d * (k - 1) + 1 for d, k in zip(geometry.dilation, w.shape[2:], strict=True))
-    if height < kh or width < kw:
-        raise RuntimeError(
-            f"kernel size can't be greater than input size: the padded input is {height} x {width},"
-            f" the kernel (dilation included) {kh} x {kw}"
-        )
+    return _are_alike(x, w) and min(x.shape[-2:]) >= 1 and height >= kh and width >= kw
 
 
-def _check_same(name: str, t: Tensor, w: Tensor) -> None:
-    for kind in ("dtype", "device", "layout"):
-        ours, weights = getattr(t, kind), getattr(w, kind)
-        if ours != weights:
-            raise RuntimeError(f"{name} {kind} {ours} and weight {kind} {weights} should be equal")
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.layout == b.layout

@@ -35,18 +35,12 @@ class Normalise:
     def __init__(
         self, mean: float | Sequence[float], std: float | Sequence[float], device: torch.device
     ) -> None:
-        # (x / 255 - mean) / std = scale * x + shift
         m = torch.tensor(mean, dtype=torch.float64).reshape(-1, 1, 1)
         s = torch.tensor(std, dtype=torch.float64).reshape(-1, 1, 1)
-        scale = 1 / (255 * s)
-        self.scale = scale.to(device, torch.float32)  # (1 or C, 1, 1)
+        self.scale = (1 / (255 * s)).to(device, torch.float32)  # (1 or C, 1, 1)
         self.shift = (-m / s).to(device, torch.float32)
-        self.same_scale = scale.item() if scale.numel() == 1 else None
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self.same_scale is not None:
-            # One pass over the memory.
-            return torch.add(self.shift, images, alpha=self.same_scale)
         return images.to(torch.float32).mul_(self.scale).add_(self.shift)
 
 
@@ -95,14 +89,6 @@ class Loader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(
-                f"images must be uint8 (N, C, H, W), not {images.dtype} {tuple(images.shape)}"
-            )
-        if labels.shape != (count := images.shape[:1] if rows is None else rows.shape):
-            raise ValueError(f"{count[0]} images but labels of shape {tuple(labels.shape)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.batch_size = batch_size
         self.rank, self.world = rank, world
         self.shuffle = shuffle

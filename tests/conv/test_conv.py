@@ -86,7 +86,7 @@ def test_small_integers_are_exact(backend, dtype):
 
 
 @our_backend
-def test_bfloat16_is_as_near_as_its_precision(backend):
+def test_precision_of_bfloat16(backend):
     reference, x = nn.Conv2d(16, 8, 3, dtype=torch.float64), randn(4, 16, 9, 9)
     ours = backend(16, 8, 3).to(torch.bfloat16)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_im2col_makes_its_output_with_one_product():
     assert products.count == 1
 
 
-def test_a_new_backend_is_three_functions():
+def test_new_backend_is_three_functions():
     class Native(Algorithm):
         def forward(self, x, w, geometry):
             return nn.functional.conv2d(

@@ -51,7 +51,7 @@ def test_autocast_on_a_gpu(backend, dtype):
 
 @pytest.mark.parametrize("alias", [lambda x: x, lambda x: x[:], lambda x: x[:1].expand(x.shape)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_output_that_is_the_input_is_not_written_to(alias, bias):
+def test_output_that_is_the_input_is_copied(alias, bias):
     class Identity(Naive):  # one way to compute a 1 x 1 convolution with the unit matrix
         def forward(self, x, w, geometry):
             return alias(x)
@@ -75,7 +75,7 @@ def compiled(conv, compiler="aot_eager"):
 
 @every_backend
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_behind_may_write_in_place(backend, bias):
+def test_next_layer_may_write_in_place(backend, bias):
     reference, x = nn.Conv2d(2, 3, 2, bias=bias, dtype=torch.float64), randn(2, 2, 3, 3)
     ours = layer_like(backend, reference, 2, 3, 2, bias=bias)
     given = []

@@ -178,7 +178,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_an_exported_program_computes_the_same_for_any_size(layer):
+def test_exported_program_takes_any_size(layer):
     """For sizes that the algorithm cuts into parts and for sizes that it does not."""
     conv = Im2colConv2d(*layer, max_column_mib=1).eval()
     channels = layer[0]
@@ -192,7 +192,7 @@ def test_an_exported_program_computes_the_same_for_any_size(layer):
 
 
 @pytest.mark.parametrize("layer", [(64, 64, 3, 1, 1, 1, 1), (16, 16, 3, 1, 1, 1, 16)])
-def test_one_compiled_graph_holds_for_every_batch(layer):
+def test_one_compiled_graph_takes_every_batch_size(layer):
     graphs = []
 
     def count(graph, inputs):

@@ -89,13 +89,13 @@ def test_errors_in_parameters_are_nn_conv2ds(backend, case):
 
 
 @every_backend
-def test_groups_that_do_not_divide_a_new_weight_are_an_error(backend):
+def test_groups_that_do_not_divide_the_weight_are_rejected(backend):
     weight = {"weight": torch.zeros(3, 2, 3, 3)}
     with pytest.raises(RuntimeError, match=r"divisible by 2|groups=2 divides"):
         functional_call(backend(4, 4, 3, groups=2, bias=False), weight, (torch.zeros(2, 4, 6, 6),))
 
 
-def test_no_input_channels_are_an_error():  # nn.Conv2d gives an output of no channels, (2, 0, 4, 4)
+def test_zero_input_channels_are_rejected():  # nn.Conv2d gives an output of size (2, 0, 4, 4)
     for backend in (Im2colConv2d, NaiveConv2d):
         with pytest.warns(UserWarning, match="zero-element"):
             conv = backend(0, 4, 3)
@@ -105,14 +105,14 @@ def test_no_input_channels_are_an_error():  # nn.Conv2d gives an output of no ch
 
 @every_backend
 @pytest.mark.parametrize("steps", [{"stride": (2,)}, {"dilation": (2,)}, {"padding": (2,)}])
-def test_one_number_in_a_tuple_is_for_both(backend, steps):
+def test_one_number_in_a_tuple_is_for_both_axes(backend, steps):
     reference, x = nn.Conv2d(3, 4, 3, **steps, dtype=torch.float64), randn(2, 3, 7, 8)
     torch.testing.assert_close(layer_like(backend, reference, 3, 4, 3, **steps)(x), reference(x))
 
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
-def test_unequal_dtypes_are_an_error(backend, dtype):
+def test_unequal_dtypes_are_rejected(backend, dtype):
     x = torch.zeros(2, 3, 6, 6)
     with pytest.raises(RuntimeError, match="type"):
         backend(3, 4, 3)(x.to(dtype))
@@ -124,7 +124,7 @@ def test_unequal_dtypes_are_an_error(backend, dtype):
 
 
 @every_backend
-def test_a_sparse_input_is_an_error(backend):
+def test_sparse_input_is_rejected(backend):
     with pytest.raises(RuntimeError, match=r"layout torch\.sparse_coo|torch\.sparse\.FloatTensor"):
         backend(3, 4, 3)(torch.zeros(2, 3, 6, 6).to_sparse())
 
@@ -132,14 +132,14 @@ def test_a_sparse_input_is_an_error(backend):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @every_backend
-def test_two_devices_are_an_error(backend):
+def test_two_devices_are_rejected(backend):
     with pytest.raises(RuntimeError, match=r"cuda"):
         backend(3, 4, 3)(torch.zeros(2, 3, 6, 6, device="cuda"))
 
 
 @every_backend
 @pytest.mark.parametrize("no_tensor", [[1.0], None, np.zeros((2, 3, 6, 6))], ids=type)
-def test_no_tensor_is_a_type_error(backend, no_tensor):
+def test_input_that_is_no_tensor_is_a_type_error(backend, no_tensor):
     with pytest.raises(TypeError):
         backend(3, 4, 3)(no_tensor)
 
@@ -177,6 +177,6 @@ def test_copies_and_pickles(backend):
 
 
 @every_backend
-def test_meta_device_tells_the_shape(backend):
+def test_meta_device_gives_the_shape(backend):
     conv = backend(3, 2, 3, stride=2, device="meta")
     assert conv(torch.empty(4, 3, 9, 8, device="meta")).shape == (4, 2, 4, 3)

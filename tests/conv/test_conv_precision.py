@@ -13,7 +13,7 @@ HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # unit roundoff
 
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_long_sum_of_ones_is_exact(backend, dtype):
+def test_long_sum_of_ones_is_exact(backend, dtype):
     conv = backend(1, 1, 1, bias=False).to(dtype)
     conv(torch.ones(1, 1, 64, 64, dtype=dtype)).sum().backward()
     assert conv.weight.grad.item() == 4096
@@ -78,7 +78,7 @@ WINDOWS = {
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("backend", OURS)
-def test_a_value_that_is_not_finite_reaches_its_windows_only(backend, name, value):
+def test_non_finite_value_affects_only_its_windows(backend, name, value):
     """The oracle: where a convolution of a mark with ones is not zero."""
     conv, ones = backend(*WINDOWS[name]).double(), nn.Conv2d(*WINDOWS[name], bias=False).double()
     nn.init.ones_(ones.weight)
@@ -102,7 +102,7 @@ def test_a_value_that_is_not_finite_reaches_its_windows_only(backend, name, valu
 
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("backend", OURS)
-def test_an_infinite_weight_reaches_no_pixel_that_it_is_not_multiplied_for(backend, name):
+def test_infinite_weight_affects_only_its_pixels(backend, name):
     conv, native = backend(*WINDOWS[name]).double(), nn.Conv2d(*WINDOWS[name]).double()
     with torch.no_grad():
         conv.weight.abs_()[0, 0, 0, 0] = float("inf")

@@ -315,7 +315,7 @@ def test_debian_package(root, tmp_path, debian):
         assert not folder.exists()
 
 
-def test_failed_apt_update_does_not_matter_but_a_failed_download_does(root, debian):
+def test_failed_apt_update_is_ignored_and_failed_download_reported(root, debian):
     failing = 'case "$*" in *update) echo "E: dead entry"; echo "N: a note"; exit 100;; esac'
     apt = (debian / "apt-get").read_text().partition("\n")[2]
     program(debian, "apt-get", f"{failing}\n{apt}")

@@ -162,7 +162,7 @@ def test_log_is_not_written_to_a_file(run: Path, tmp_path: Path) -> None:
     assert "FileHandler" not in shown
 
 
-def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+def test_run_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/result.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"best\.ckpt is missing; there is none: the run has"):

@@ -44,7 +44,7 @@ def test_resnet18_has_the_parameters_of_torchvision() -> None:
     assert count(small) == RESNET18 - head - 64 * (3 * 49 - 5 * 9)
 
 
-def test_the_stem_of_a_resnet() -> None:
+def test_stem_of_a_resnet() -> None:
     images = torch.zeros(1, 1, 28, 28)
     usual, small = TorchVision().network, TorchVision(small_images=True).network
     assert plane(usual, usual.layer1, images) == (7, 7)
@@ -53,7 +53,7 @@ def test_the_stem_of_a_resnet() -> None:
     assert isinstance(small.maxpool, nn.Identity)
 
 
-def test_the_adapted_stem_keeps_the_scale_of_its_outputs() -> None:
+def test_adapted_stem_keeps_the_scale_of_its_outputs() -> None:
     torch.manual_seed(0)
     for shape, small, fan_in in [((1, 28, 28), False, 49), ((8, 32, 32), True, 72)]:
         weight = TorchVision(shape, small_images=small).network.conv1.weight

@@ -104,7 +104,6 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         draw(self, place, words, *args, **options)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
-    pictures._render.cache_clear()
     return lines
 
 
