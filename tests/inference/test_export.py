@@ -103,7 +103,7 @@ class Doubled(nn.Conv2d):
 
 def test_mismatch_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     few = ["backend._target_=test_export.Doubled", "+trainer.limit_train_batches=2"]
-    run = finished(tmp_path / "run", *few, "model.norm=false")
+    run = finished(tmp_path / "run", *few, "model=shallow")
     for format in ("onnx", "torch"):
         with pytest.raises(
             ExportError, match=r"logits of 1 images differ by [\d.e-]+ from those of"
@@ -122,7 +122,7 @@ def test_mismatch_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
 
 
 class Scaled(nn.Conv2d):
-    """With a parameter that nn.Conv2d has not."""
+    """With a parameter that nn.Conv2d does not have."""
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
@@ -144,15 +144,14 @@ class Branching(nn.Conv2d):
 
 
 def test_backend_with_other_parameters(tmp_path: Path) -> None:
-    few = ["+trainer.limit_train_batches=2", "trainer.max_epochs=1"]
+    few = ["model=shallow", "+trainer.limit_train_batches=2", "trainer.max_epochs=1"]
     run = finished(tmp_path / "run", "backend._target_=test_export.Scaled", *few)
     for format in ("onnx", "torch"):
         assert export(run, format).same == 256
     run = finished(tmp_path / "branching", "backend._target_=test_export.Branching", *few)
     for format in ("onnx", "torch"):
-        with pytest.raises(
-            ExportError, match=f"format={format}: PyTorch cannot export this net"
-        ) as e:
+        message = f"format={format}: PyTorch cannot export this net"
+        with pytest.raises(ExportError, match=message) as e:
             export(run, format)
         assert "\n" not in str(e.value)
     assert not list((run / "export").iterdir())
