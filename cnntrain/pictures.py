@@ -63,13 +63,6 @@ def enlarged(tiles: Tensor, size: int) -> Tensor:
     return repeated.flatten(-4, -3).flatten(-2)
 
 
-def grid(tiles: Tensor, columns: int) -> Picture:
-    """Tiles, uint8 (N, 3, H, W), in rows of `columns`, without gaps."""
-    missing = tiles.new_full((-len(tiles) % columns, *tiles.shape[1:]), 255)
-    sheet = torch.cat([tiles, missing]).unflatten(0, (-1, columns))  # (R, C, 3, H, W)
-    return sheet.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy()
-
-
 def captioned(
     tiles: Tensor,
     captions: Sequence[str],

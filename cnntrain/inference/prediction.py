@@ -51,8 +51,8 @@ class Prediction:
     def _repr_html_(self) -> str:
         image = ""
         if self.pixels is not None:
-            tile = torch.tensor(self.pixels[None])
-            image = png_html(pictures.png(pictures.grid(pictures.in_colour(tile), 1)))
+            tile = pictures.in_colour(torch.tensor(self.pixels[None]))[0]
+            image = png_html(pictures.png(tile.movedim(0, -1).numpy()))
         rows = ((name, f"{p:.1%}") for name, p in self.classes)
         text = f"<br>{html.escape(self.error)}" if self.error else table_html([], rows)
         return f"<div>{html.escape(self.name)}<br>{image}{text}</div>"

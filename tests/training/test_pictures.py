@@ -26,16 +26,6 @@ def test_zeros_are_white() -> None:
     assert (pictures.signed(torch.zeros(4, 3, 3)) == 255).all()
 
 
-def test_grid_is_in_reading_order() -> None:
-    tiles = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 2, 2)
-    picture = pictures.grid(tiles, columns=3)
-    assert picture.shape == (4, 6, 3)
-    for i in range(5):
-        y, x = i // 3 * 2, i % 3 * 2
-        assert (picture[y : y + 2, x : x + 2] == i).all()
-    assert (picture[2:, 4:] == 255).all()  # where there is none
-
-
 def test_normalisation_is_inverted() -> None:
     raw = torch.randint(0, 256, (4, 1, 5, 5), generator=torch.Generator().manual_seed(0))
     normalised = (raw / 255 - 0.3) / 0.7
