@@ -1,7 +1,7 @@
 """TensorBoard content besides the epoch metrics: images, feature maps, histograms, PR curves."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -85,25 +85,17 @@ class Insights(lightning.Callback):
         off = {name: False for name, default in defaults.items() if default is True}
         return cls(**off, board=board, data=data)
 
-    def begin(
-        self, cfg: DictConfig, network: nn.Module, before: Mapping[str, Any] | None = None
-    ) -> None:
-        """Log what is known before training: config, environment, charts, graph.
-
-        Args:
-            cfg: Config of the run.
-            network: The network.
-            before: Options of this class before the run was resumed; what they logged is skipped.
-        """
-        before, writer = before or {}, self.board.experiment
-        if self.text and not before.get("text"):
+    def begin(self, cfg: DictConfig, network: nn.Module) -> None:
+        """Log what is known before training: config, environment, charts, graph."""
+        writer = self.board.experiment
+        if self.text:
             facts = environment()
             facts["git"].pop("diff")  # may be long, and is in environment.json
             writer.add_text("config", _code_block(OmegaConf.to_yaml(cfg, resolve=True)), 0)
             writer.add_text("environment", _code_block(OmegaConf.to_yaml(facts)), 0)
-        if self.charts and not before.get("charts"):
+        if self.charts:
             writer.add_custom_scalars(CHARTS)
-        if self.graph and not before.get("graph"):
+        if self.graph:
             try:
                 self.board.graph(layer_graph(network, self.data.shape))
             except ValueError as error:
@@ -116,7 +108,7 @@ class Insights(lightning.Callback):
             images, labels = (part[:BATCH].cpu() for part in batch)
             names = [self.data.classes[label] for label in labels]
             shown = pictures.pixels(images, self.data.mean, self.data.std)
-            self._image("train/batch", pictures.captioned(shown, names), self._epoch(trainer))
+            self._image("train/batch", pictures.captioned(shown, names), trainer.current_epoch + 1)
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         # Not at the end of the epoch: a run resumed there has no gradients.
@@ -126,13 +118,13 @@ class Insights(lightning.Callback):
             for name, parameter in module.network.named_parameters():
                 if parameter.grad is not None:
                     gradient = parameter.grad / scale
-                    self.board.histogram(f"gradients/{name}", gradient, self._epoch(trainer))
+                    self.board.histogram(f"gradients/{name}", gradient, trainer.current_epoch + 1)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
         # A moving average of the weights is swapped in only during validation.
         if not self._due(trainer):
             return
-        epoch, network = self._epoch(trainer), module.network
+        epoch, network = trainer.current_epoch + 1, module.network
         if self.histograms:
             for name, parameter in network.named_parameters():
                 self.board.histogram(f"weights/{name}", parameter, epoch)
@@ -147,7 +139,7 @@ class Insights(lightning.Callback):
                 self._image(f"features/{name}", _maps(maps, inputs), epoch)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        epoch, found, writer = self._epoch(trainer), module.predictions, self.board.experiment
+        epoch, found, writer = trainer.current_epoch + 1, module.predictions, self.board.experiment
         names = self.data.classes if len(self.data.classes) <= CURVES else []
         for k, name in enumerate(names if self.classes else ()):
             if found.support[k]:
@@ -161,20 +153,13 @@ class Insights(lightning.Callback):
             writer.add_pr_curve(f"pr/{name}", found.labels == k, scores, epoch)
 
     def on_test_end(self, trainer: Any, module: Any) -> None:
-        # `current_epoch` now is the number of completed epochs.
-        last, loader = (
-            self.board.numbered(max(trainer.current_epoch - 1, 0)),
-            trainer.test_dataloaders,
-        )
+        last, loader = trainer.current_epoch, trainer.test_dataloaders
         self._show(module.predictions, loader, "test", last)
         if self.embedding:
             self._embed(module.network, loader, module.predictions, last)
 
     def _image(self, tag: str, picture: pictures.Picture, epoch: int) -> None:
         self.board.experiment.add_image(tag, picture, epoch, dataformats="HWC")
-
-    def _epoch(self, trainer: Any) -> int:
-        return self.board.numbered(trainer.current_epoch)
 
     def _due(self, trainer: Any) -> bool:
         done, every = trainer.current_epoch + 1, self.every_n_epochs

@@ -40,7 +40,7 @@ def test_output_in_a_pipe(finished: Finished) -> None:
     number = r"[\d.,]+"
     epoch = (
         rf"epoch \d/2  train loss {number} acc +{number}%  val loss {number} acc +{number}%"
-        rf"  {number} images/s  {number} s"
+        rf"  {number} s"
     )
     assert sum(re.fullmatch(epoch, line) is not None for line in lines) == 2, done.stdout
     accuracy, directory, tensorboard = lines[-3:]
@@ -89,7 +89,7 @@ def test_progress_bar_and_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
                 interrupted = True
     os.close(master)
     assert process.returncode == 130, shown
-    assert re.search(rb"epoch 2/500 .*\| .* loss \d\.\d{4} acc \d+\.\d+% [\d,]+ images/s", shown)
+    assert re.search(rb"epoch 2/500 .*\| .* loss \d\.\d{4} acc \d+\.\d+% [\d.]+ images/s", shown)
     assert re.search(rb"epoch +1/500  train loss", shown)
     assert b"Traceback" not in shown
     assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "interrupted"

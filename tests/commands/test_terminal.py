@@ -20,8 +20,7 @@ from cnntrain.conv import BACKENDS
 from cnntrain.inference.prediction import Prediction
 from cnntrain.inference.trained import choose_device
 from cnntrain.models import LeNet5, layer_table
-from cnntrain.terminal import UNLIMITED, fit_lines, output, table_text
-from cnntrain.training.epoch_log import OPTIONAL, _line
+from cnntrain.terminal import UNLIMITED, output, table_text
 from cnntrain.training.trainer import device_text
 
 ROOT = Path(__file__).parents[2]
@@ -126,18 +125,6 @@ def test_lines_and_tables_fit(columns: int, monkeypatch: pytest.MonkeyPatch) -> 
     for title in ("output", "type", "parameters", "MACs / image"):
         assert title in " ".join(text.split())
     assert ("No room for" in text) == (columns < 80)
-
-    row = {"train/loss": 0.5, "train/acc": 0.75, "val/loss": 0.625, "val/acc": 1.0}
-    parts = {"images/s": "1,234 images/s", "seconds": "5.6 s", "train loss": "train loss 0.5000"}
-    parts |= {"train acc": " 75.00%", "val loss": "loss 0.6250"}
-    line, left_out = fit_lines(
-        lambda left: _line("epoch 10/10", row, 1234, 5.6, left), OPTIONAL, columns
-    )
-    assert len(line) <= columns
-    assert line.startswith("epoch 10/10")
-    assert "acc 100.00%" in line
-    assert [name for name in OPTIONAL if parts[name] not in line] == left_out
-    assert len(left_out) == {40: 4, 60: 3, 80: 1}.get(columns, 0)
 
     found = Prediction("photo.png", [("T-shirt/top", 0.9), ("Shirt", 0.08), ("Coat", 0.02)])
     lines = prediction_line(found).splitlines()
