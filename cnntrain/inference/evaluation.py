@@ -20,7 +20,7 @@ from cnntrain.interruption import interruptible
 from cnntrain.terminal import png_html, table_html
 from cnntrain.training.checkpoint_file import CheckpointError
 from cnntrain.training.insights import worst
-from cnntrain.training.metrics import Predictions, kept
+from cnntrain.training.metrics import Predictions
 from cnntrain.training.trainer import Precision
 
 MAX_MISTAKES = 40  # reported and drawn
@@ -182,13 +182,13 @@ def evaluate_trained(
             logits = network(images)
             loss += float(criterion(logits, labels)) * len(labels)
             correct += int((logits.argmax(1) == labels).sum())
-            answers.append((kept(logits), labels))
+            answers.append((logits, labels))
     count = len(loader.labels)
     if not math.isfinite(loss):
         raise CheckpointError(
             f"{trained.checkpoint}: with these weights, on {trained.backend}, the loss is {loss}"
         )
-    outcome = Predictions.of(answers, data.num_classes)
+    outcome = Predictions.of(answers)
     positions = torch.arange(count) if split == "test" else torch.from_numpy(data.split()[1])
     stored = loader.stored().cpu()
     return Evaluation(

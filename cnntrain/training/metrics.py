@@ -15,8 +15,6 @@ from cnntrain.training.distributed import all_gather, all_sum, is_single_process
 
 Stage = Literal["train", "val", "test"]
 
-MAX_DENSE = 1000  # classes above which only the largest probability of an image is kept
-
 
 class RunningMetrics:
     """Sum of losses and number of correct predictions, added up without synchronisation."""
@@ -39,7 +37,7 @@ class RunningMetrics:
         self.images = 0
 
     def state(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {"loss": self.loss.cpu(), "correct": self.correct.cpu(), "images": self.images}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.loss.copy_(state["loss"])
@@ -63,16 +61,7 @@ class RunningMetrics:
         return {f"{stage}/loss": loss / self.images, f"{stage}/acc": correct / self.images}
 
 
-# Per batch: logits (B, classes) as returned by `kept`, and labels (B,).
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def kept(logits: Tensor) -> Tensor:
-    """What an evaluation keeps of logits (B, classes): all, or for more than MAX_DENSE classes the
-    largest probability and its class (B, 2), since all would take more memory than the network."""
-    if logits.shape[1] <= MAX_DENSE:
-        return logits
-    return torch.stack(logits.float().softmax(1).max(1), 1)
+Batches = list[tuple[Tensor, Tensor]]  # logits (B, classes) and labels (B,)
 
 
 @dataclass(frozen=True)
@@ -80,8 +69,7 @@ class Predictions:
     """Predicted probabilities of a data set and the metrics computed from them.
 
     Attributes:
-        probabilities: (N, classes), float32, on the CPU. For more than MAX_DENSE classes a sparse
-            tensor of the largest probability of each image.
+        probabilities: (N, classes), float32, on the CPU.
         labels: (N,).
     """
 
@@ -89,27 +77,15 @@ class Predictions:
     labels: Tensor
 
     @classmethod
-    def of(cls, batches: Batches, classes: int = 0) -> "Predictions":
-        """Concatenate batches; in a distributed run, those of all processes in their first order.
-
-        Args:
-            batches: Those of this process, which has every `world`-th image of each batch.
-            classes: Number of classes; required above MAX_DENSE.
-        """
-        if is_single_process():
-            rows, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
-            rows = rows.float()
-        else:
-            own = [(rows.float().cpu(), labels.cpu()) for rows, labels in batches]
-            whole = [
-                _interleaved([part for part in parts if part is not None])
-                for parts in zip_longest(*all_gather(own))  # the last batch may have fewer parts
-            ]
-            rows, labels = (torch.cat(parts) for parts in zip(*whole, strict=True))
-        if classes <= MAX_DENSE:
-            return cls(rows.softmax(1), labels)
-        indices = torch.stack([torch.arange(len(rows)), rows[:, 1].long()])
-        return cls(sparse(indices, rows[:, 0], (len(rows), classes)), labels)
+    def of(cls, batches: Batches) -> "Predictions":
+        """Concatenate the batches of this process; in a distributed run, where it has every
+        `world`-th image of each batch, those of all processes in their original order."""
+        if not is_single_process():
+            gathered = all_gather([(logits.cpu(), labels.cpu()) for logits, labels in batches])
+            # The last batch may have fewer parts.
+            batches = [_interleaved([*filter(None, parts)]) for parts in zip_longest(*gathered)]
+        logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+        return cls(logits.float().softmax(1), labels)
 
     @property
     def classes(self) -> int:
@@ -118,14 +94,12 @@ class Predictions:
     @cached_property
     def confidence(self) -> Tensor:
         """The largest probability of each image (N,)."""
-        p = self.probabilities
-        return p.values() if p.is_sparse else p.amax(1)
+        return self.probabilities.amax(1)
 
     @cached_property
     def predicted(self) -> Tensor:
         """The predicted class of each image (N,)."""
-        p = self.probabilities
-        return p.indices()[1] if p.is_sparse else p.argmax(1)
+        return self.probabilities.argmax(1)
 
     @cached_property
     def confusion(self) -> Tensor:
@@ -167,10 +141,7 @@ class Predictions:
 
 def _interleaved(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """A batch from the parts of all ranks; rank r has its images r, r + world, r + 2 world, ..."""
-    whole = []
-    for pieces in zip(*parts, strict=True):
-        joined = pieces[0].new_empty(sum(map(len, pieces)), *pieces[0].shape[1:])
-        for rank, piece in enumerate(pieces):
-            joined[rank :: len(pieces)] = piece
-        whole.append(joined)
-    return whole[0], whole[1]
+    logits, labels = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    count, world = len(labels), len(parts)
+    order = torch.cat([torch.arange(rank, count, world) for rank in range(world)]).argsort()
+    return logits[order], labels[order]
