@@ -2,7 +2,6 @@
 
 import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ from cnntrain.models.introspection import leaf_modules
 log = logging.getLogger(__name__)
 
 WAIT, WARMUP, STEPS = 3, 2, 5  # batches to skip, to warm up, to record
-ROWS = 12  # operators in the logged table
 
 
 class Profile(lightning.Callback):
     """Records five training batches of this process, or all batches of a shorter epoch.
 
     Writes trace.json (for https://ui.perfetto.dev or chrome://tracing), with each layer's forward
-    under its name, and operators.txt, whose head is logged, to `directory`/profile. Results of the
-    training are bitwise the same.
+    under its name, and operators.txt to `directory`/profile. Results of the training are bitwise
+    the same.
 
     Args:
         directory: The run directory.
@@ -40,21 +38,17 @@ class Profile(lightning.Callback):
             return
         # All within one epoch: a validation is no part of a training step.
         batches = int(trainer.num_training_batches)
-        self.steps = min(STEPS, batches)
-        warmup = min(WARMUP, batches - self.steps)
-        wait = min(WAIT, batches - self.steps - warmup)
-        self.left = wait + warmup + self.steps
-        cold = wait == 0 and trainer.current_epoch == 0 and trainer.max_epochs != 1
-        if cold or batches - batch_idx < self.left:
+        steps = min(STEPS, batches)
+        warmup = min(WARMUP, batches - steps)
+        first = min(WAIT, batches - steps - warmup)
+        cold = first == 0 and trainer.current_epoch == 0 and trainer.max_epochs != 1
+        if cold or batch_idx != first:
             return
-        cuda = module.device.type == "cuda"
+        self.left, cuda = warmup + steps, module.device.type == "cuda"
         self.time = "self_device_time_total" if cuda else "self_cpu_time_total"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Profiler won't be using warmup")
-            plan = schedule(wait=wait, warmup=warmup, active=self.steps, repeat=1)
         self.profiler = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
-            schedule=plan,
+            schedule=schedule(wait=0, warmup=warmup, active=steps, repeat=1),
             on_trace_ready=self._write,
         )
         self.hooks = _record_layers(module.network)
@@ -88,27 +82,9 @@ class Profile(lightning.Callback):
         self.done = True
         self.folder.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / "trace.json"))
-        averages = profiler.key_averages()
-        table = averages.table(sort_by=self.time, row_limit=100)
+        table = profiler.key_averages().table(sort_by=self.time, row_limit=100)
         (self.folder / "operators.txt").write_text(table, encoding="utf-8")
-        batches = "1 batch" if self.steps == 1 else f"{self.steps} batches"
-        log.info(
-            f"profile of {batches} in {os.path.relpath(self.folder)}: trace.json, operators.txt"
-        )
-        log.info(self._table(averages))
-
-    def _table(self, averages: Any) -> str:
-        """The operators with most own time: their share, and time and calls per batch."""
-        outer = ("ProfilerStep", "Optimizer.step#")  # these contain operators
-        times = {row: getattr(row, self.time) for row in averages if not row.key.startswith(outer)}
-        total, lines = (
-            sum(times.values()) or 1,
-            [f"  {'share':>6} {'ms':>8} {'calls':>6}   operator"],
-        )
-        for row in sorted(times, key=times.__getitem__, reverse=True)[:ROWS]:
-            time, calls = times[row] / 1000 / self.steps, row.count / self.steps
-            lines.append(f"  {times[row] / total:6.1%} {time:8.3f} {calls:6.1f}   {row.key}")
-        return "\n".join(lines)
+        log.info(f"profile in {os.path.relpath(self.folder)}: trace.json, operators.txt")
 
 
 def _record_layers(network: nn.Module) -> list[Any]:

@@ -40,7 +40,7 @@ def test_results_are_unchanged(tmp_path: Path) -> None:
     assert all((states[0][name] == states[1][name]).all() for name in states[0])
 
 
-@pytest.mark.parametrize(("batches", "steps"), [(1, 1), (4, 4), (6, 5), (9, 5)])
+@pytest.mark.parametrize(("batches", "steps"), [(1, 1), (6, 5)])
 def test_short_epochs(batches: int, steps: int, tmp_path: Path) -> None:
     """The second one is recorded, as the first batches of a run are slow."""
     few = ["trainer.max_epochs=2", f"+trainer.limit_train_batches={batches}"]
@@ -78,7 +78,7 @@ def test_command(cnntrain, tmp_path: Path) -> None:
     done = cnntrain(*OPTIONS[:3], *few, "profile=true", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    assert "profile of 5 batches in run/profile: trace.json, operators.txt" in done.stdout
+    assert "profile in run/profile: trace.json, operators.txt" in done.stdout
     assert "profile" not in (tmp_path / "run/.hydra/config.yaml").read_text()
     assert "profile" not in (tmp_path / "run/.hydra/overrides.yaml").read_text()
     done = cnntrain("-m", "profile=true", "seed=0,1")
