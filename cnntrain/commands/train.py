@@ -75,7 +75,7 @@ def main() -> None:
             _leave(error)
         finally:
             if info:
-                from cnntrain.training.workers import dismiss
+                from cnntrain.training.distributed import dismiss
 
                 dismiss(info)
 
@@ -84,7 +84,7 @@ def _train_rank(info: ProcessInfo) -> NoReturn:
     """Ranks 1 and up of torchrun or srun: rank 0 alone reads the command line and prints."""
     sys.path.insert(1, os.getcwd())  # as `command_line` does
     from cnntrain.training import NonFiniteError
-    from cnntrain.training.fit import train_rank
+    from cnntrain.training.building import train_rank
 
     try:
         train_rank(info)

@@ -1,23 +1,35 @@
-"""The objects of a run, built from its config."""
+"""The objects of a run, built from its config, and how each rank fits and tests."""
 
+import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as lightning
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from cnntrain.config import as_config_error, build
 from cnntrain.data import ImageData
-from cnntrain.process_info import ProcessInfo
+from cnntrain.interruption import Interrupted, interruption, watching
+from cnntrain.process_info import TIMEOUT, ProcessInfo
 from cnntrain.training.classifier import Classifier
-from cnntrain.training.distributed import ProcessEnvironment
+from cnntrain.training.distributed import (
+    ProcessEnvironment,
+    connect,
+    connection_errors,
+    detach_worker,
+    process_group,
+    receive_work,
+    share_cores,
+)
 from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.insights import Insights
-from cnntrain.training.nan_guard import NaNGuard
+from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
 from cnntrain.training.step_graph import CUDAGraphs
 from cnntrain.training.tensorboard import TensorBoard
 from cnntrain.training.trainer import Trainer
@@ -77,7 +89,7 @@ def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
 def build_record(cfg: DictConfig, directory: Path, data: ImageData) -> EpochLog:
     """The metrics.csv and TensorBoard logger of rank 0."""
     board = TensorBoard(directory)
-    if "tensorboard" not in cfg:  # ~tensorboard, or a run of an earlier version
+    if "tensorboard" not in cfg:  # ~tensorboard
         return EpochLog(directory, board, Insights.none(board=board, data=data))
     with as_config_error("tensorboard"):
         return EpochLog(directory, board, build(cfg.tensorboard, board=board, data=data))
@@ -122,7 +134,67 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
     warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", "Profiler won't be using warmup")
     warnings.filterwarnings("ignore", ".*`srun` command is available .* but is not used.*")
     # Metrics are summed over the ranks already, and each image is tested once.
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
     warnings.filterwarnings("ignore", ".*it is recommended to use `Trainer.devices=1.*")
+
+
+def process_info(cfg: DictConfig, launched: ProcessInfo | None) -> ProcessInfo:
+    """This process among those that train the run together: rank 0, or as a launcher says."""
+    nodes = cfg.trainer.get("num_nodes", 1)
+    first = ProcessInfo(world_size=cfg.trainer.get("devices", 1) * nodes, nodes=nodes)
+    return replace(launched or first, timeout=cfg.trainer.get("timeout", TIMEOUT))
+
+
+def fit_and_test(
+    trainer: Trainer, data: ImageData, module: Classifier, checkpoint: Path | None
+) -> None:
+    """Train on this rank's share of every batch, then test the chosen weights once."""
+    device, share = trainer.strategy.root_device, {"rank": trainer.info.rank}
+    share["world"] = trainer.info.world_size
+    loaders = data.train_loader(module.seed, device, **share), data.val_loader(device, **share)
+    # Lightning's rule for overfit_batches, which it applies to PyTorch's DataLoader alone.
+    loaders[0].shuffle = not trainer.overfit_batches  # type: ignore[attr-defined]
+    with interruption.answering("note"):
+        trainer.fit(module, *loaders, ckpt_path=checkpoint, weights_only=True)
+    interruption.check()
+    module.load_state_dict(trainer.chosen_weights)
+    with interruption.answering("raise"):  # only the test is lost, which is repeated on resume
+        trainer.test(module, data.test_loader(device, **share), verbose=False)
+    interruption.check()
+
+
+def spawned_rank(index: int, info: ProcessInfo) -> None:
+    """Entry of a worker process that rank 0 has started."""
+    detach_worker()
+    with contextlib.suppress(NonFiniteError):  # rank 0 raises it as well
+        train_rank(replace(info, rank=index + 1, local_rank=index + 1))
+
+
+def train_rank(info: ProcessInfo) -> None:
+    """On ranks 1 and up: receive the work of rank 0 and train, without output.
+
+    Raises ProcessLost, NonFiniteError or what training raises. After a signal the process exits
+    with 128 + signal.
+    """
+    logging.disable()
+    interruption.quiet = True
+    try:
+        with watching("leave"), connection_errors(info):
+            store = connect(info)
+            if (work := receive_work(info, store)) is None:
+                return
+            cfg, directory = OmegaConf.create(work["config"]), Path(work["directory"])
+            info = process_info(cfg, info)
+            checkpoint = Path(work["checkpoint"]) if work["checkpoint"] else None
+            with share_cores(info):
+                data, module = build_run(cfg)
+                data.prepare()
+                trainer = build_trainer(cfg, info, directory, data, module)
+                store.set(f"ready/{info.rank}", "")
+                with process_group(info, store, trainer.strategy.root_device):
+                    fit_and_test(trainer, data, module, checkpoint)
+    except Interrupted as error:
+        os._exit(error.exit_code)

@@ -1,13 +1,10 @@
 """Checkpoint callback for bitwise resume, and the moving average of the weights."""
 
-import random
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-import numpy as np
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
@@ -75,7 +72,6 @@ class Checkpoints(Checkpoint):
             if self.batch < trainer.num_training_batches:  # else only the validation is left
                 trainer.train_dataloader.start_at(self.batch)
             trainer.should_stop = self.resumed["should_stop"]  # by early stopping
-            restore_generators(self.resumed["generators"])
             self.resumed = None
 
     def on_train_batch_end(
@@ -124,7 +120,6 @@ class Checkpoints(Checkpoint):
             self.facts,
             position={"epoch": self.epoch, "batch": self.batch},
             should_stop=trainer.should_stop,
-            generators=generators(),
             best=self.best,
             conditions=conditions(),
         )
@@ -193,18 +188,16 @@ class EMA(lightning.Callback):
         self.step, self.current = trainer.global_step, module.state_dict()
         before = self.average or self.current
         self.average = {n: before[n].to(t.device, copy=True) for n, t in self.current.items()}
+        self.floats = [n for n, t in self.current.items() if t.is_floating_point()]
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
             return  # gradients are being accumulated
-        pairs = [(self.average[name], t) for name, t in self.current.items()]
-        if self.step:
-            floats = [(a, t) for a, t in pairs if a.is_floating_point() or a.is_complex()]
-            self.update([a for a, _ in floats], [t for _, t in floats], self.step)
-            pairs = [(a, t) for a, t in pairs if not (a.is_floating_point() or a.is_complex())]
-        for average, current in pairs:
-            average.copy_(current)
-        self.step = trainer.global_step
+        first, self.step = self.step == 0, trainer.global_step
+        for name in self.current if first else self.current.keys() - self.floats:
+            self.average[name].copy_(self.current[name])
+        averages, values = ([t[n] for n in self.floats] for t in (self.average, self.current))
+        self.update(averages, values, self.step)
 
     def on_validation_epoch_start(self, trainer: Any, module: Any) -> None:
         """Swap weights and average."""
@@ -218,28 +211,6 @@ class EMA(lightning.Callback):
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
         checkpoint["current_model_state"] = checkpoint["state_dict"]
         checkpoint["state_dict"] = self.average
-
-
-def generators() -> Content:
-    """The states of Python's, NumPy's and PyTorch's generators, as `weights_only` loads them."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return {
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def restore_generators(states: Content) -> None:
-    """Restore all generators; those of CUDA only if the number of devices is the same."""
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def shape_differences(saved: Content, wanted: Content) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import inspect
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cnntrain.config import as_config_error
 from cnntrain.training.distributed import all_gather, all_sum, is_single_process
-from cnntrain.training.metrics import Batches, Predictions, RunningMetrics, Stage, kept
+from cnntrain.training.metrics import Batches, Predictions, RunningMetrics, Stage
 from cnntrain.training.step_graph import Recorder, StepGraph, is_fused
 
 
@@ -39,7 +40,7 @@ class Classifier(lightning.LightningModule):
         predictions: Those of the last evaluation.
         last_loss: Loss of this process's part of the last batch.
         step_loss, grad_norm: Loss of a whole batch and norm of its gradients before clipping, of
-            the last step that was logged.
+            the last step to be logged.
         recorder: Records CUDA graphs of the steps, if set.
     """
 
@@ -59,7 +60,6 @@ class Classifier(lightning.LightningModule):
         self.running: dict[Stage, RunningMetrics] = {}
         self.totals = self.running
         self.batches: Batches = []  # of the current evaluation
-        self.classes = 0
         self.predictions: Predictions | None = None
         self.last_loss: Tensor | None = None
         self.step_loss: Tensor | None = None
@@ -95,10 +95,7 @@ class Classifier(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = self.running["train"].state()
-        checkpoint["epoch_so_far"] = {"train": state, "grad_norm": self.grad_norm}
-        if not is_single_process():
-            on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
-            checkpoint["epoch_so_far"]["of_all"] = all_gather(on_cpu)
+        checkpoint["epoch_so_far"] = {"train": all_gather(state), "grad_norm": self.grad_norm}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.resumed = checkpoint["epoch_so_far"]
@@ -108,17 +105,13 @@ class Classifier(lightning.LightningModule):
             keep_freed_memory()
         self.running["train"] = RunningMetrics(self.device)
         if self.resumed:  # within an epoch, whose start hook is not called again
-            of_all = self.resumed.get("of_all")
-            state = of_all[self.global_rank] if of_all else self.resumed["train"]
-            self.running["train"].load_state(state)
+            self.running["train"].load_state(self.resumed["train"][self.global_rank])
             self.grad_norm = self.resumed["grad_norm"]
             self.resumed = None
         if self.recorder:
-            optimizer, updates = self.trainer.optimizers[0], self._scaler is None
+            optimizer, step = self.trainer.optimizers[0], (self._train, self._backward)
             # A GradScaler changes its scale on the host, which a recorded update would not see.
-            self.graph = StepGraph(
-                self._train, self._backward, optimizer, self.recorder, updates=updates
-            )
+            self.graph = StepGraph(*step, optimizer, self.recorder, updates=not self._scaler)
 
     def on_train_epoch_start(self) -> None:
         self.running["train"].clear()
@@ -133,12 +126,14 @@ class Classifier(lightning.LightningModule):
         self.reseed(self.current_epoch, batch_idx)
 
     def reseed(self, epoch: int, batch: int, rank: int | None = None) -> None:
-        """Seed PyTorch's generators from (seed, epoch, batch, rank); default: this process's rank.
+        """Seed all generators from (seed, epoch, batch, rank); default: this process's rank.
 
         Dropout then depends on nothing that was drawn before, as bitwise resume requires.
         """
         key = [self.seed, epoch, batch, self.global_rank if rank is None else rank]
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+        random.seed(seed)
+        np.random.seed(seed >> 32)  # noqa: NPY002
         # torch.manual_seed would queue a call, with its stack trace, for each kind of accelerator
         # that is not initialised: memory that grows with every step.
         torch.default_generator.manual_seed(seed)
@@ -191,13 +186,11 @@ class Classifier(lightning.LightningModule):
             logits = self.network(images)
             self.running[stage].add(self.loss(logits, labels), logits, labels)
             self.running[stage].images += len(labels)
-            self.batches.append((kept(logits), labels))
-            self.classes = logits.shape[1]
+            self.batches.append((logits, labels))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Before clipping, and only for steps that are logged.
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.global_step + 1) % every == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             self.grad_norm = norm / self.gradient_scale(optimizer)
@@ -223,7 +216,7 @@ class Classifier(lightning.LightningModule):
         self._end_evaluation("test")
 
     def _end_evaluation(self, stage: Stage) -> None:
-        self.predictions, self.batches = Predictions.of(self.batches, self.classes), []
+        self.predictions, self.batches = Predictions.of(self.batches), []
         if not is_single_process():
             self.totals = {stage: metrics.total() for stage, metrics in self.running.items()}
         self._log(stage)

@@ -1,4 +1,8 @@
-"""Distributed training: the process group, and collectives for metrics, stops and signals.
+"""Distributed training: processes, process group, and collectives for metrics, stops and signals.
+
+Rank 0 is the run: it alone has the run directory and the terminal. The other ranks receive its
+config and train on their shares of every batch. On one machine rank 0 starts them by
+torch.multiprocessing; otherwise torchrun or srun has started them.
 
 DDP synchronises gradients; everything else that the ranks must agree on is exchanged over a
 separate gloo group on the CPU, which avoids GPU synchronisation. In a single-process run every
@@ -6,22 +10,35 @@ collective returns its argument unchanged.
 """
 
 import contextlib
+import json
+import multiprocessing
 import os
+import sys
+import tempfile
 import threading
+import time
+import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as torch_mp
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from cnntrain.interruption import interruption
 from cnntrain.process_info import ProcessInfo
-from cnntrain.terminal import NoTraceback
+from cnntrain.terminal import NoTraceback, write_stderr
+
+SETUP_TIMEOUT = timedelta(minutes=30)  # for the other ranks to start and to prepare their data
+SHUTDOWN_TIMEOUT = 30  # seconds for rank 0 to raise by itself after a worker process has died
 
 _cpu_group: Any = None  # gloo group of the run, for the collectives below
 _store: Any = None  # where processes started by a launcher have met
+_work_sent = False
 
 
 class ProcessLost(NoTraceback, Exception):
@@ -106,15 +123,17 @@ def connect(info: ProcessInfo) -> Any:
         os.environ.setdefault("MASTER_ADDR", slurm.main_address)
         # Steps of a job may run side by side: each has a port of its own.
         os.environ.setdefault("MASTER_PORT", str(slurm.main_port + 97 * step % 10_000))
-    timeout = timedelta(seconds=info.timeout)
 
     def rendezvous() -> Any:
+        timeout = timedelta(seconds=info.timeout)
         found = dist.rendezvous(info.rendezvous, info.rank, info.world_size, timeout=timeout)
         return dist.PrefixStore("cnntrain", next(found)[0])
 
     try:
-        store = _within(info.timeout + 1, rendezvous)
-    except (dist.DistError, TimeoutError) as error:
+        # In a thread, as TCPStore has no timeout where another program answers at its port.
+        with ThreadPool(1) as pool:
+            store = pool.apply_async(rendezvous).get(info.timeout + 1)
+    except (dist.DistError, multiprocessing.TimeoutError) as error:
         address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if "EADDRINUSE" in str(error):
             raise ProcessLost(f"MASTER_PORT={port}: the port is in use; set a free one") from error
@@ -124,29 +143,6 @@ def connect(info: ProcessInfo) -> Any:
         ) from error
     _store = store if info.launcher else None
     return store
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of a call; TimeoutError after `seconds`.
-
-    TCPStore has no timeout where another program answers at its port.
-    """
-    results: list[Any] = []
-
-    def target() -> None:
-        try:
-            results.append(call())
-        except Exception as error:
-            results.append(error)
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not results:
-        raise TimeoutError
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return results[0]
 
 
 @contextlib.contextmanager
@@ -166,3 +162,157 @@ def process_group(info: ProcessInfo, store: Any, device: torch.device) -> Iterat
     finally:
         _cpu_group = None
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def connection_errors(info: ProcessInfo, workers: "Workers | None" = None) -> Iterator[None]:
+    """Turn errors of gloo and NCCL into a ProcessLost that says which process is lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text:
+            raise ProcessLost((workers and workers.failure(wait=2)) or _no_answer(info)) from error
+        raise
+
+
+def _no_answer(info: ProcessInfo) -> str:
+    text = "another process of the run has ended, or not answered for"
+    return f"{text} {info.timeout:g} s (trainer.timeout)"
+
+
+@contextlib.contextmanager
+def all_ranks(
+    info: ProcessInfo,
+    device: torch.device,
+    work: dict[str, Any],
+    worker: Callable[[int, ProcessInfo], None],
+    on_worker_lost: Callable[[str], None],
+) -> Iterator[None]:
+    """On rank 0: the other ranks receive `work` and train within.
+
+    Args:
+        worker: Entry of the processes that are started here, called with its index and `info`.
+        on_worker_lost: Called with the reason before this process exits with code 1, as rank 0 is
+            blocked by a worker that has ended. Where it is not blocked, ProcessLost is raised.
+    """
+    if info.world_size == 1:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        workers = None
+        if info.launcher is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            info = replace(info, rendezvous=f"file://{folder}/store")
+            workers = stack.enter_context(Workers(info, worker, on_worker_lost))
+        stack.enter_context(connection_errors(info, workers))
+        store = connect(info)
+        _send_work(store, work)
+        keys = [f"ready/{rank}" for rank in range(1, info.world_size)]
+        deadline = time.monotonic() + SETUP_TIMEOUT.total_seconds()
+        while not store.check(keys):
+            if time.monotonic() > deadline or (workers and workers.error):
+                raise ProcessLost((workers and workers.error) or _no_answer(info))
+            time.sleep(0.05)
+        with process_group(info, store, device):
+            yield
+        if workers:
+            workers.thread.join(SHUTDOWN_TIMEOUT)
+
+
+def _send_work(store: Any, work: dict[str, Any] | None) -> None:
+    global _work_sent
+    store.set("work", json.dumps(work))
+    _work_sent = True
+
+
+def receive_work(info: ProcessInfo, store: Any) -> dict[str, Any] | None:
+    """What rank 0 has sent; None if there is nothing to do."""
+    store.wait(["work"], SETUP_TIMEOUT)
+    if (work := json.loads(store.get("work"))) is None:
+        store.set(f"dismissed/{info.rank}", "")
+    return work
+
+
+def dismiss(info: ProcessInfo) -> None:
+    """At the end of rank 0: end the processes of a launcher that have not received any work."""
+    if _work_sent:
+        return
+    store = connect(info)
+    _send_work(store, None)
+    # srun's store is in this process. A rank that does not answer has ended.
+    with contextlib.suppress(dist.DistError):
+        keys = [f"dismissed/{rank}" for rank in range(1, info.world_size)]
+        store.wait(keys, timedelta(seconds=SHUTDOWN_TIMEOUT))
+
+
+class Workers:
+    """Ranks 1 and up on this machine, started and watched by torch.multiprocessing."""
+
+    def __init__(
+        self,
+        info: ProcessInfo,
+        worker: Callable[[int, ProcessInfo], None],
+        on_worker_lost: Callable[[str], None],
+    ):
+        self.info, self.worker, self.on_worker_lost = info, worker, on_worker_lost
+        self.error, self.closed = "", threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Workers":
+        # A worker imports nothing of the user's script, which need not be guarded by __name__.
+        main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+        try:
+            self.context = torch_mp.start_processes(
+                self.worker, (self.info,), self.info.world_size - 1, join=False, daemon=True
+            )
+        finally:
+            sys.modules["__main__"] = main
+        interruption.children += self.context.processes
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        try:
+            while not self.context.join():
+                pass
+        except (torch_mp.ProcessExitedException, torch_mp.ProcessRaisedException) as error:
+            how = f"has ended: {str(error).strip().splitlines()[-1]}"
+            if isinstance(error, torch_mp.ProcessExitedException):
+                how = f"has ended with exit code {error.exit_code}"
+                how = f"was killed by {error.signal_name}" if error.signal_name else how
+            self.error = f"process {error.error_index + 2} of {self.info.world_size} {how}"
+        # Rank 0 may be blocked in a collective, as on a GPU.
+        if self.error and not self.closed.wait(SHUTDOWN_TIMEOUT):
+            with contextlib.suppress(Exception):
+                self.on_worker_lost(self.error)
+            write_stderr(f"\ncnntrain: {self.error}")
+            os._exit(1)
+
+    def failure(self, wait: float = 0) -> str:
+        """How the first worker that failed has ended; empty if none has within `wait` seconds."""
+        self.thread.join(wait)
+        return self.error
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.set()
+        for process in self.context.processes:
+            process.kill()
+            process.join()
+            interruption.children.remove(process)
+
+
+def detach_worker() -> None:
+    """In a worker process: end with rank 0, without output and without the terminal's signals."""
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.setsid()
+    with open(os.devnull, "w") as null:
+        for stream in (1, 2):
+            os.dup2(null.fileno(), stream)

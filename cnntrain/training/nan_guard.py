@@ -1,21 +1,27 @@
-"""NaN/Inf guard: stops training before a non-finite loss or gradient reaches the weights."""
+"""NaN/Inf guard: stops training before a non-finite loss or gradient reaches the weights.
 
+The batch is then repeated with forward hooks to find the layer.
+"""
+
+import copy
 import math
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as lightning
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from cnntrain.atomic import replacing
 from cnntrain.terminal import NoTraceback
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import all_gather, any_rank, is_single_process
 from cnntrain.training.metrics import Stage
-from cnntrain.training.nan_cause import BatchRecord, cause_of, finite, save
 from cnntrain.training.step_graph import is_fused
 
 FILE = "not_finite.pt"
@@ -25,9 +31,7 @@ class NonFiniteError(NoTraceback, Exception):
     """A loss, gradient or weight is NaN or Inf; the message names the batch and the layer.
 
     Attributes:
-        details: The same for result.json, as {"not_finite": {...}}. Epoch and batch count from 1;
-            `step` is the number of optimizer steps before; `indices` are the positions of the
-            images in the files of the data set.
+        details: The same for result.json, as {"not_finite": {...}}. Epoch and batch count from 1.
     """
 
     def __init__(self, message: str, details: dict[str, Any]):
@@ -35,19 +39,56 @@ class NonFiniteError(NoTraceback, Exception):
         self.details = details
 
 
+@dataclass(frozen=True)
+class BatchRecord:
+    """A batch with its loss and, once it was repeated, the cause of the non-finite number."""
+
+    stage: Stage
+    epoch: int  # from 0, as `batch`
+    batch: int
+    step: int  # optimizer steps before
+    lr: float | None  # None in the test stage
+    loss: Tensor | float
+    rank: int = 0
+    tensors: tuple[Tensor, Tensor] | None = None  # images (N, C, H, W), labels (N,)
+    indices: Sequence[int] = ()  # positions of the images in the files of the data set
+    cause: str = ""
+    layer: str | None = None
+    parameter: str | None = None
+
+    @property
+    def certain(self) -> bool:
+        """Whether this rank's images are the cause: a non-finite gradient alone may come from
+        another rank, as DDP averages gradients."""
+        return self.layer is not None or not math.isfinite(self.loss)
+
+    def text(self, epochs: int | None) -> str:
+        epoch = f"epoch {self.epoch + 1}/{epochs}"
+        stage = {"train": epoch, "val": f"validation of {epoch}", "test": "test"}[self.stage]
+        lr = "" if self.lr is None else f", lr {self.lr:.3g}"
+        loss = f"the loss of {len(self.indices)} images is {float(self.loss):.4g}"
+        return f"{stage}, batch {self.batch + 1}, step {self.step}{lr}: {loss}; {self.cause}"
+
+    def facts(self) -> dict[str, Any]:
+        """What result.json and not_finite.pt record; a loss that JSON does not have as text."""
+        loss = float(self.loss) if math.isfinite(self.loss) else str(float(self.loss))
+        counted = {"epoch": self.epoch + 1, "batch": self.batch + 1, "loss": loss}
+        names = "stage", "step", "lr", "layer", "parameter"
+        return counted | {name: getattr(self, name) for name in names}
+
+
 class NaNGuard(lightning.Callback):
     """Raises NonFiniteError before the optimizer step that would use a non-finite gradient.
 
     Must be the first callback, so that nothing is logged or saved before the check. Writes the
-    batch, and the weights that it was computed with, to `directory`/not_finite.pt.
+    batch, and the weights that it was computed with, to `directory`/not_finite.pt. In a distributed
+    run all ranks stop together, and the first bad batch is reported.
 
     On CUDA the check is asynchronous: a device-side flag makes fused optimizers and Muon skip this
     and all later updates (their `found_inf`, as `GradScaler` uses it), and the host reads it only
-    every `log_every_n_steps` steps, at the end of an epoch, before a checkpoint and in `check_now`.
-    With other optimizers, and on other devices, the host checks every batch. An overflow of float16
-    gradients is left to the `GradScaler` until its scale is down to 1.
-
-    In a distributed run all ranks stop together, and the first bad batch is reported.
+    every `log_every_n_steps` steps, at the end of an epoch and before a checkpoint. With other
+    optimizers, and on other devices, the host checks every batch. An overflow of float16 gradients
+    is left to the `GradScaler` until its scale is down to 1.
 
     Args:
         directory: The run directory.
@@ -104,8 +145,7 @@ class NaNGuard(lightning.Callback):
             self._stop(trainer, module, self.unchecked[-1])
 
     def check_now(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Synchronise, and raise NonFiniteError if a weight, or a batch since the last check, is
-        not finite. To be called before weights are saved or shown."""
+        """Synchronise, and raise if a weight, or a batch since the last check, is not finite."""
         if not self.unchecked:
             return
         bad_batches = int(self.bad_batches) if self.deferred else 0
@@ -124,31 +164,24 @@ class NaNGuard(lightning.Callback):
 
     on_train_epoch_end = on_save_checkpoint = on_validation_start  # type: ignore[assignment]
 
-    def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
-        self._check_evaluation(trainer, module, "val")
-
-    def on_test_epoch_end(self, trainer: Any, module: Any) -> None:
-        self._check_evaluation(trainer, module, "test")
-
-    @torch.inference_mode(False)
-    def _check_evaluation(self, trainer: lightning.Trainer, module: Any, stage: Stage) -> None:
+    def on_validation_epoch_end(self, trainer: Any, module: Any, stage: Stage = "val") -> None:
         bad = None
         if not math.isfinite(module.running[stage].loss):
-            for index, (logits, labels) in enumerate(module.batches):
-                whole = logits.shape[1] == module.classes  # else the largest probabilities
-                loss = module.loss(logits.float(), labels) if whole else logits.sum()
-                if not math.isfinite(loss):
-                    bad = self._record(trainer, stage, index, float(loss))
-                    break
+            losses = (float(module.loss(x.float(), labels)) for x, labels in module.batches)
+            found = [(i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)]
+            bad = self._record(trainer, stage, *found[0]) if found else None
         if any_rank(bad is not None):
             self._stop(trainer, module, bad)
+
+    def on_test_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.on_validation_epoch_end(trainer, module, "test")
 
     @torch.inference_mode(False)  # on_validation_start is called in inference mode
     def _stop(
         self, trainer: Any, module: Classifier, record: BatchRecord | None, updated: bool = False
     ) -> NoReturn:
-        """Raise NonFiniteError for the first bad batch of all ranks, which call this together, each
-        with its own; `updated` if the update after the batch has made a weight non-finite."""
+        """Raise NonFiniteError, on all ranks, for the first bad batch of any; `updated` if the
+        update after the batch has made a weight non-finite."""
         own = record and self._diagnosed(trainer, module, record, updated)
         found = [bad for bad in all_gather(own) if bad]
         first = min(found, key=lambda bad: (not bad.certain, bad.epoch, bad.batch))
@@ -158,36 +191,108 @@ class NaNGuard(lightning.Callback):
                 save(self.file, module, first)
                 saved = str(self.file)
                 message += f"; to reproduce it: {saved}"
-            except Exception as failure:  # such as a full disk
-                reason = getattr(failure, "strerror", None) or str(failure).partition("\n")[0]
-                message += f"; {self.file} could not be written: {reason}"
-        details = {
-            name: str(v) if isinstance(v, float) and not math.isfinite(v) else v  # for JSON
-            for name, v in first.facts().items()
-        }
-        details |= {"reason": first.cause, "indices": [*first.indices], "saved": saved}
-        raise NonFiniteError(message, {"not_finite": details})
+            except OSError as failure:
+                message += f"; {self.file} could not be written: {failure.strerror}"
+        details = {"reason": first.cause, "indices": [*first.indices], "saved": saved}
+        raise NonFiniteError(message, {"not_finite": first.facts() | details})
 
     def _diagnosed(
         self, trainer: Any, module: Classifier, record: BatchRecord, updated: bool
     ) -> BatchRecord:
         """The record with its images, moved to the CPU, and the cause."""
-        tensors, indices = self.batch if record.stage == "train" else None, []
+        loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
+        loader = loaders.get(record.stage, trainer.test_dataloaders)
+        rows = loader.indices(record.epoch, record.batch).numpy()
+        positions = self.positions.get(record.stage)
+        indices = (rows if positions is None else positions[rows]).tolist()
+        batch = self.batch if record.stage == "train" else None
+        images, labels = batch or loader.batch(record.epoch, record.batch)
+        known = {"rank": module.global_rank, "indices": indices, "loss": float(record.loss)}
+        record = replace(record, tensors=(images, labels), **known)
         try:
-            name = {"train": "train_dataloader"}.get(record.stage, f"{record.stage}_dataloaders")
-            loader = getattr(trainer, name)
-            rows = loader.indices(record.epoch, record.batch).numpy()
-            positions = self.positions.get(record.stage)
-            indices = (rows if positions is None else positions[rows]).tolist()
-            tensors = tensors or loader.batch(record.epoch, record.batch)
-            cause = cause_of(trainer, module, replace(record, tensors=tensors), updated)
+            record = with_cause(trainer, module, record, updated)
         except Exception as failure:  # must not hide what is already known
-            reason = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-            cause = {"cause": f"looking for the layer failed: {reason}"}
-        if tensors:
-            tensors = tensors[0].detach().cpu().clone(), tensors[1].cpu().clone()  # no views
-        known = {"rank": module.global_rank, "tensors": tensors, "indices": indices}
-        return replace(record, loss=float(record.loss), **known, **cause)  # type: ignore[arg-type]
+            reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+            record = replace(record, cause=f"looking for the layer failed: {reason}")
+        # No views of larger tensors.
+        return replace(record, tensors=(images.detach().cpu().clone(), labels.cpu().clone()))
+
+
+def finite(tensors: Iterable[Any]) -> bool:
+    """Whether all numbers in the tensors among `tensors` are finite. Synchronises."""
+    all_finite = [t.isfinite().all() for t in tensors if isinstance(t, Tensor)]
+    return not all_finite or bool(torch.stack(all_finite).all())
+
+
+def with_cause(
+    trainer: lightning.Trainer, module: Classifier, record: BatchRecord, updated: bool
+) -> BatchRecord:
+    """Repeat a batch, with the same random numbers, on a copy of the network with hooks."""
+    assert record.tensors
+    training, (images, labels) = record.stage == "train", record.tensors
+    network, criterion = copy.deepcopy((module.network, module.loss))  # a copy is not compiled
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+    def with_parameter(name: str, text: str) -> BatchRecord:
+        layer = name.rpartition(".")[0]
+        cause = f"{text} {name} ({type(network.get_submodule(layer)).__name__})"
+        return replace(record, cause=cause, layer=layer, parameter=name)
+
+    if updated:
+        name = next(name for name, p in parameters.items() if not finite([p]))
+        return with_parameter(name, "its gradient is finite, but not the updated")
+
+    first: list[tuple[str, nn.Module]] = []
+
+    def check(name: str, layer: nn.Module, _: Any, output: Any) -> None:
+        if not first and not finite(output if isinstance(output, (tuple, list)) else [output]):
+            first.append((name, layer))
+
+    for name, layer in network.named_modules():
+        layer.register_forward_hook(partial(check, name))
+    network.train(training)
+    criterion.train(training)
+    module.reseed(record.epoch, record.batch)
+    with trainer.precision_plugin.forward_context(), torch.set_grad_enabled(training):
+        loss = criterion(network(images), labels)
+    if first:
+        name, layer = first[0]
+        kind = type(layer).__name__
+        text = f"the first layer with a non-finite output is {f'{name} ({kind})' if name else kind}"
+        own = [*layer.named_parameters(), *([] if training else layer.named_buffers())]
+        bad = next((f"{name}.{n}".strip(".") for n, t in own if not finite([t])), None)
+        if not finite([images]):
+            text += ", and the images are not finite"
+        elif bad:
+            text += f", whose {bad.rpartition('.')[2]} is not finite"
+        return replace(record, cause=text, layer=name, parameter=bad)
+    if not loss.isfinite():
+        kind = type(criterion).__name__
+        return replace(record, cause=f"every output is finite, but the loss of {kind} is not")
+    if training:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        loss = scaler.scale(loss) if scaler else loss
+        found = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
+        if bad_gradients := [n for n, g in zip(parameters, found, strict=True) if not finite([g])]:
+            last = bad_gradients[-1].rpartition(".")[0]  # the first one in backward order
+            name = next(n for n in bad_gradients if n.rpartition(".")[0] == last)
+            return with_parameter(name, "every output is finite, but not the gradient of")
+    return replace(record, cause="when the batch is repeated, all numbers are finite")
+
+
+def save(file: Path, module: Classifier, record: BatchRecord) -> None:
+    """Write what reproduces a batch, to be read by `torch.load(weights_only=True)`."""
+    assert record.tensors
+    module.reseed(record.epoch, record.batch, record.rank)
+    content = record.facts() | {
+        "torch_seed": torch.initial_seed(),
+        "indices": torch.tensor(record.indices),
+        "images": record.tensors[0],
+        "labels": record.tensors[1],
+        "state_dict": {name: t.cpu() for name, t in module.network.state_dict().items()},
+    }
+    with replacing(file) as to:
+        torch.save(content, to)
 
 
 def learning_rate(trainer: lightning.Trainer) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib import figure
 from matplotlib.ticker import MaxNLocator
+from rich.logging import RichHandler
 from torch import nn
 
 from cnntrain.terminal import TerminalHandler, png_html, table_html
@@ -120,22 +121,18 @@ class Result:
 def logged(directory: Path, record: bool) -> Iterator[None]:
     """Print log lines to stdout and, with `record`, append them to train.log, as commands do.
 
-    Nothing is printed twice: if the caller's handlers write such lines to stdout or stderr, they
-    are left to do so. A level that the caller has set on the logger `cnntrain` is kept.
+    They are not printed where a handler of the caller's prints already. A level that the caller has
+    set on the logger `cnntrain` is kept.
     """
     logger = logging.getLogger("cnntrain")
-    callers = [*_handlers(logger)]
-    level = logger.level
+    level, added = logger.level, list[logging.Handler]()
     if level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    file = logging.FileHandler(directory / "train.log", encoding="utf-8", delay=True)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    written = any(getattr(handler, "baseFilename", "") == file.baseFilename for handler in callers)
-    added: list[logging.Handler] = [file] if record and not written else []
-    printed = min((handler.level for handler in callers if _on_terminal(handler)), default=100)
-    if printed > logging.INFO:
+    if record:
+        added.append(logging.FileHandler(directory / "train.log", encoding="utf-8", delay=True))
+        added[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    if not any(map(_prints, [*logger.handlers, *logging.getLogger().handlers])):
         added.append(TerminalHandler(sys.stdout))
-        added[-1].addFilter(lambda record: record.levelno < printed)
     for handler in added:
         logger.addHandler(handler)
     try:
@@ -147,16 +144,7 @@ def logged(directory: Path, record: bool) -> Iterator[None]:
             handler.close()
 
 
-def _handlers(logger: logging.Logger | None) -> Iterator[logging.Handler]:
-    """All handlers that a record of this logger reaches."""
-    while logger:
-        yield from logger.handlers
-        logger = logger.parent if logger.propagate else None
-
-
-def _on_terminal(handler: logging.Handler) -> bool:
+def _prints(handler: logging.Handler) -> bool:
     """Whether a handler, of logging or rich, writes to the terminal or the notebook."""
-    stream = getattr(handler, "stream", None)
-    stream = stream or getattr(getattr(handler, "console", None), "file", None)
     standard = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-    return stream is not None and stream in standard
+    return isinstance(handler, RichHandler) or getattr(handler, "stream", None) in standard

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ import lightning.pytorch as lightning
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from cnntrain.config import (
-    ConfigError,
-    config_hash,
-    folder_problem,
-    run_directory_problem,
-)
+from cnntrain.config import ConfigError, config_hash, folder_problem, run_directory_problem
 from cnntrain.config.resume import (
     CHECKPOINTS,
     CONFIG,
@@ -35,21 +29,26 @@ from cnntrain.config.resume import (
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
 from cnntrain.models import layer_table
-from cnntrain.process_info import TIMEOUT, ProcessInfo, launched
+from cnntrain.process_info import ProcessInfo, launched
 from cnntrain.terminal import UNLIMITED, NoTraceback, table_text, width
-from cnntrain.training.building import build_record, build_run, build_trainer
+from cnntrain.training.building import (
+    build_record,
+    build_run,
+    build_trainer,
+    fit_and_test,
+    process_info,
+    spawned_rank,
+)
 from cnntrain.training.checkpoint_file import BEST, LAST, CheckpointError, Content, newest, read
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
-from cnntrain.training.distributed import share_cores
+from cnntrain.training.distributed import all_ranks, share_cores
 from cnntrain.training.epoch_log import EpochLog
-from cnntrain.training.fit import fit_and_test, spawned_rank
 from cnntrain.training.profile import Profile
 from cnntrain.training.result import Result, logged
 from cnntrain.training.run_directory import RunDirectory, conditions
 from cnntrain.training.tensorboard import METRICS
-from cnntrain.training.trainer import device_text
-from cnntrain.training.workers import all_ranks
+from cnntrain.training.trainer import Trainer, device_text
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +102,15 @@ def train(
     writes_log = True  # a completed run is not changed, train.log included
     with contextlib.suppress(OSError, DamagedRecord):
         writes_log = read_sealed(path / RESULT)["status"] != "completed"
-    console = logged(path, writes_log)
     try:
         with interruptible(f"; resume with train(cfg, {str(path)!r}, resume=True)"):
             result = run_training(
-                cfg, path, resume=resume, callbacks=callbacks, option="directory", console=console
+                cfg,
+                path,
+                resume=resume,
+                callbacks=callbacks,
+                option="directory",
+                console=logged(path, writes_log),
             )
             with logged(path, writes_log):
                 log.info(result.text())
@@ -149,26 +152,30 @@ def run_training(
     """
     cfg = run_options(cfg)
     data, module = build_run(cfg)
-    info = process_info(cfg)
+    info = process_info(cfg, launched())
     locked = RunDirectory(directory, resume=resume, option=option)
     with watching(), share_cores(info), locked as run, console or contextlib.nullcontext():
-        if resume and (result := completed(directory, cfg)):
+        if resume and (recorded := completed(directory, cfg)):
             log.info("already completed")
-            return Result.of(result, directory, lambda: _tested_network(directory, cfg, module))
+            return Result.of(recorded, directory, lambda: _tested_network(directory, cfg, module))
         saved = _checkpoint_to_resume(directory, cfg, module) if resume else None
         run.begin(cfg, overrides)
         record = build_record(cfg, directory, data)
         with _final_status(run, record):
-            content = _fit(cfg, info, run, data, module, record, saved, labels, callbacks)
+            started = time.perf_counter()
+            with interruption.answering("raise"):  # a partial download is removed
+                data.prepare()
+            trainer = build_trainer(cfg, info, directory, data, module, record, callbacks)
+            _begin_logs(cfg, trainer, data, module, record, saved, labels)
+            checkpoint = saved[0] if saved else None
+            with _all_ranks(cfg, info, trainer, run, record, checkpoint):
+                fit_and_test(trainer, data, module, checkpoint)
+            content = _final_metrics(cfg, trainer, module, record)
+            seconds = record.seconds_before + time.perf_counter() - started
+            speed = record.images / record.seconds
+            content["timings"] = {"seconds": seconds, "images_per_second": speed}
             run.write_result("completed", **content)
         return Result.of(content, directory, module.network.cpu().eval)
-
-
-def process_info(cfg: DictConfig) -> ProcessInfo:
-    """This process among those that train the run together."""
-    nodes = cfg.trainer.get("num_nodes", 1)
-    single = ProcessInfo(world_size=cfg.trainer.get("devices", 1) * nodes, nodes=nodes)
-    return replace(launched() or single, timeout=cfg.trainer.get("timeout", TIMEOUT))
 
 
 def _tested_network(directory: Path, cfg: DictConfig, module: Classifier) -> nn.Module:
@@ -200,7 +207,7 @@ def _checkpoint_to_resume(
     for what, now in conditions().items():
         if (before := content["conditions"].get(what)) != now:
             log.warning(f"{what}: {now}, before {before}: results may differ in their last bits")
-    return saved
+    return path.absolute(), content
 
 
 def _reject(problems: Sequence[str], path: Path) -> None:
@@ -228,70 +235,63 @@ def _final_status(run: RunDirectory, record: EpochLog) -> Iterator[None]:
         interruption.before_leaving = None
 
 
-def _fit(
+def _begin_logs(
     cfg: DictConfig,
-    info: ProcessInfo,
-    run: RunDirectory,
+    trainer: Trainer,
     data: ImageData,
     module: Classifier,
     record: EpochLog,
     saved: tuple[Path, Content] | None,
     labels: Mapping[str, Any] | None,
-    callbacks: Sequence[lightning.Callback],
-) -> dict[str, Any]:
-    """Train and test on all ranks. Returns the content of result.json."""
-    started = time.perf_counter()
-    with interruption.answering("raise"):  # a partial download is removed
-        data.prepare()
-    trainer = build_trainer(cfg, info, run.path, data, module, record, callbacks)
+) -> None:
+    """Print the device and the layers, and begin or continue the TensorBoard files."""
     log.info(f"device: {device_text(trainer)}")
     table, optional = layer_table(module.network, data.shape), ("output", "type", "parameters")
     whole, fitted = (table_text(table, optional, columns) for columns in (UNLIMITED, width()))
     log.info(whole, extra={"terminal": fitted})
+    if saved:
+        path, content = saved
+        epoch, batch = content["position"]["epoch"] + 1, content["position"]["batch"] + 1
+        log.info(f"resuming from {path.name} at epoch {epoch}, batch {batch}")
+        record.tensorboard.resume(content["callbacks"]["EpochLog"]["event_files"])
+    else:
+        record.tensorboard.begin(cfg, labels)
+        record.insights.begin(cfg, module.network)
 
-    seconds_before = _begin_logs(record, cfg, module.network, saved, labels)
+
+def _all_ranks(
+    cfg: DictConfig,
+    info: ProcessInfo,
+    trainer: Trainer,
+    run: RunDirectory,
+    record: EpochLog,
+    checkpoint: Path | None,
+) -> AbstractContextManager[None]:
+    """Within, the other ranks fit and test as well."""
     config = OmegaConf.to_container(cfg, resolve=True)
     trainer.checkpoints.facts = {"config": config, "config_hash": config_hash(cfg)}
-    checkpoint = saved[0].absolute() if saved else None
-    work = {"config": config, "directory": str(run.path.absolute())}
-    work["checkpoint"] = str(checkpoint) if checkpoint else None
+    work = {
+        "config": config,
+        "directory": str(run.path.absolute()),
+        "checkpoint": str(checkpoint) if checkpoint else None,
+    }
 
     def on_worker_lost(reason: str) -> None:
         run.write_result("failed", **record.so_far(), error=f"ProcessLost: {reason}")
 
-    with all_ranks(info, trainer.strategy.root_device, work, spawned_rank, on_worker_lost):
-        fit_and_test(trainer, info, cfg, data, module, checkpoint)
+    return all_ranks(info, trainer.strategy.root_device, work, spawned_rank, on_worker_lost)
+
+
+def _final_metrics(
+    cfg: DictConfig, trainer: Trainer, module: Classifier, record: EpochLog
+) -> dict[str, Any]:
+    """Log the metrics of the test; the content of result.json without timings."""
     test = module.totals["test"].metrics("test")
     record.tensorboard.log_metrics(test, record.epochs[-1]["epoch"])
     record.tensorboard.end(cfg)
-    chosen = record.chosen(trainer)
+    tested = record.tested(trainer)
     return {
-        "metrics": {name: chosen[name] for name in METRICS if name in chosen} | test,
+        "metrics": {name: tested[name] for name in METRICS if name in tested} | test,
         "epochs": len(record.epochs),
-        "tested_epoch": chosen["epoch"],
-        "timings": {
-            "seconds": seconds_before + time.perf_counter() - started,
-            "images_per_second": record.images / record.seconds,
-        },
+        "tested_epoch": tested["epoch"],
     }
-
-
-def _begin_logs(
-    record: EpochLog,
-    cfg: DictConfig,
-    network: nn.Module,
-    saved: tuple[Path, Content] | None,
-    labels: Mapping[str, Any] | None,
-) -> float:
-    """Open or continue the TensorBoard file. Returns the seconds that the run took before."""
-    if saved is None:
-        record.tensorboard.begin(cfg, labels)
-        record.insights.begin(cfg, network)
-        return 0.0
-    path, content = saved
-    epoch, batch = content["position"]["epoch"] + 1, content["position"]["batch"] + 1
-    log.info(f"resuming from {path.name} at epoch {epoch}, batch {batch}")
-    state = content["callbacks"]["Record"]
-    record.tensorboard.resume(state["tensorboard"])
-    record.insights.begin(cfg, network, content["config"].get("tensorboard") or {})
-    return state["seconds"][0]

@@ -16,11 +16,12 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+import cnntrain
 from cnntrain.atomic import replacing, write_json
 from cnntrain.config import ConfigError, config_hash, run_directory_problem
 from cnntrain.config.resume import CONFIG, LOCK, OVERRIDES, RESULT, add_checksum, in_use
 
-PACKAGES = ["cnntrain", "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
+PACKAGES = ["torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 
 
 class RunDirectory:
@@ -33,8 +34,6 @@ class RunDirectory:
     def __init__(self, path: Path, *, resume: bool = False, option: str = "hydra.run.dir"):
         self.path, self.result = path, path / RESULT
         self.facts: dict[str, Any] = {}
-        if not resume and (problem := run_directory_problem(str(path), option)):
-            raise ConfigError([problem])  # before the lock is written there
         path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(path / LOCK)
         try:
@@ -102,13 +101,8 @@ def environment() -> dict[str, Any]:
 @functools.cache  # written to every checkpoint
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    found = {"python": platform.python_version(), "cnntrain": cnntrain.__version__}
+    return found | {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def conditions() -> dict[str, str]:

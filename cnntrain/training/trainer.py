@@ -80,7 +80,7 @@ class Trainer(lightning.Trainer):
         )
         info = ProcessInfo(world_size=devices * num_nodes, nodes=num_nodes)
         processes = processes or ProcessEnvironment(info)
-        info = processes.info
+        self.info = info = processes.info
         own: list[lightning.Callback] = [ProgressBar()] if progress_bar and info.rank == 0 else []
         own.extend(callbacks or [])
         own.extend([self.average] if self.average else [])

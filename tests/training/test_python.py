@@ -109,7 +109,7 @@ def test_script(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
 
     def comparable(text: str) -> str:
-        text = re.sub(r"[\d,]+ images/s +[\d.]+ s|\d+ s in all", "", text)
+        text = re.sub(r"[\d.]+ s$|\d+ s in all", "", text, flags=re.MULTILINE)
         return text.replace("outputs/command", "outputs/mine").strip()
 
     assert comparable(shown) == comparable(done.stdout)
@@ -146,7 +146,7 @@ def test_two_runs_at_a_time_are_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "cnntrain"])
-@pytest.mark.parametrize("how", ["stdout", "warnings", "rich", "file"])
+@pytest.mark.parametrize("how", ["stdout", "rich", "file"])
 def test_lines_with_logging_configured(
     how: str,
     name: str,
@@ -161,8 +161,6 @@ def test_lines_with_logging_configured(
         handler = RichHandler(console=Console(width=300))
     elif how == "file":
         handler = logging.FileHandler(tmp_path / "application.log", encoding="utf-8")
-    elif how == "warnings":
-        handler.setLevel(logging.WARNING)
     logger.setLevel(logging.WARNING)
     logging.getLogger(name).addHandler(handler)
     try:

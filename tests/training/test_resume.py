@@ -1,15 +1,16 @@
 """Bitwise resume: an interrupted and resumed run equals one that was not interrupted."""
 
-import csv
 import json
 import logging
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torturing.runs import differences, record
 
@@ -45,7 +46,7 @@ STEPS = 4  # optimizer steps in an epoch: of 2, 2, 2 and 1 batches
 
 
 class Stops:
-    """Lets SIGTERM seem to come at given moments: (`train`, step), (`val`, validation batch)."""
+    """Simulates SIGTERM at given moments: (`train`, step), (`val`, validation batch)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.wanted: list[tuple[str, int]] = []
@@ -53,18 +54,18 @@ class Stops:
         train_hook, val_hook = Checkpoints.on_train_batch_end, Checkpoints.on_validation_batch_end
 
         def on_train_batch_end(own: Any, trainer: Any, module: Any, *rest: Any) -> None:
-            self._come("train", trainer.global_step)
+            self._signal("train", trainer.global_step)
             train_hook(own, trainer, module, *rest)
 
         def on_validation_batch_end(own: Any, trainer: Any, module: Any, *rest: Any) -> None:
             self.validated += 1
-            self._come("val", self.validated)
+            self._signal("val", self.validated)
             val_hook(own, trainer, module, *rest)
 
         monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
         monkeypatch.setattr(Checkpoints, "on_validation_batch_end", on_validation_batch_end)
 
-    def _come(self, stage: str, count: int) -> None:
+    def _signal(self, stage: str, count: int) -> None:
         if (stage, count) in self.wanted:
             self.wanted.remove((stage, count))
             interruption.received = 15
@@ -75,11 +76,11 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
     return Stops(monkeypatch)
 
 
-def go(directory: Path, *options: str, **how: Any) -> int:
-    """Train, again after every interruption; how often that was."""
+def train_until_completed(directory: Path, *options: str, **how: Any) -> int:
+    """Train, resuming after each interruption. Returns the number of interruptions."""
     interruptions = 0
     while True:
-        random.seed(interruptions)  # what is drawn before a resume has no say in it
+        random.seed(interruptions)  # numbers drawn before a resume have no effect
         np.random.seed(interruptions)  # noqa: NPY002
         try:
             train(compose([*EVERYTHING, *options]), directory, resume=True, **how)
@@ -91,8 +92,8 @@ def go(directory: Path, *options: str, **how: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
     train(compose(EVERYTHING), directory)
     return directory
 
@@ -100,59 +101,64 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "moments",
     [
-        *([("train", step)] for step in (3, STEPS, 3 * STEPS)),
-        [("val", 1)],
-        [("val", 10)],
+        [("train", 3)],
+        [("val", 1), ("val", 11)],
         [("train", step) for step in range(1, 3 * STEPS + 1)],
         [("train", 2), ("val", 2), ("train", 5), ("val", 8)],
     ],
     ids=str,
 )
 def test_interrupted_anywhere(
-    undisturbed: Path, stops: Stops, tmp_path: Path, moments: list[tuple[str, int]]
+    uninterrupted: Path, stops: Stops, tmp_path: Path, moments: list[tuple[str, int]]
 ) -> None:
     stops.wanted = list(moments)
-    assert go(tmp_path / "run") == len(moments)
-    assert not list(differences(record(undisturbed), record(tmp_path / "run")))
+    assert train_until_completed(tmp_path / "run") == len(moments)
+    assert not list(differences(record(uninterrupted), record(tmp_path / "run")))
+    for stage in ("train", "val"):
+        curves = [
+            EventAccumulator(str(run / "curves" / stage)).Reload().Scalars("loss")
+            for run in (uninterrupted, tmp_path / "run")
+        ]
+        assert len({tuple((e.step, e.value) for e in curve) for curve in curves}) == 1
 
 
 @pytest.mark.parametrize(
-    "options",
+    "chosen",
     [
-        ["backend=im2col", "optimizer=sgd", "scheduler=cosine"],
-        ["backend=naive", "model=shallow", "optimizer=adamw", "trainer.precision=bf16-mixed"],
-        ["scheduler=none", "trainer.monitor=val/loss", "trainer.test_checkpoint=last"],
-        ["scheduler._target_=torch.optim.lr_scheduler.StepLR", "+scheduler.step_size=1"],
-        ["trainer.accumulate_grad_batches=1", "optimizer.fused=true", "trainer.ema=null"],
-        ["trainer.accumulate_grad_batches=3", "trainer.checkpoint_every_n_epochs=2"],
-        ["trainer.early_stopping=1", "optimizer.lr=0", "trainer.ema=null", "model.norm=false"],
-        ["trainer.checkpoint_every_n_steps=1", "trainer.checkpoint_every_n_minutes=1e-4"],
+        "backend=im2col optimizer=sgd scheduler=cosine",
+        "backend=naive model=shallow optimizer=adamw trainer.precision=bf16-mixed",
+        "scheduler=none trainer.monitor=val/loss trainer.test_checkpoint=last "
+        "trainer.checkpoint_every_n_steps=1 trainer.checkpoint_every_n_minutes=1e-4",
+        "scheduler._target_=torch.optim.lr_scheduler.StepLR +scheduler.step_size=1 "
+        "trainer.accumulate_grad_batches=3 trainer.checkpoint_every_n_epochs=2",
+        "trainer.accumulate_grad_batches=1 optimizer.fused=true trainer.ema=null",
+        "trainer.early_stopping=1 optimizer.lr=0 trainer.ema=null model.norm=false",
     ],
-    ids=" ".join,
 )
-def test_whatever_is_chosen(stops: Stops, tmp_path: Path, options: list[str]) -> None:
+def test_options_resume_bitwise(stops: Stops, tmp_path: Path, chosen: str) -> None:
+    options = [*chosen.split(), "trainer.max_epochs=2", "tensorboard=scalars"]
     if any("StepLR" in option for option in options):
-        options = [*options, "~scheduler.pct_start", "~scheduler.div_factor"]
+        options += ["~scheduler.pct_start", "~scheduler.div_factor"]
         options += ["~scheduler.final_div_factor", "~scheduler.anneal_strategy"]
         options += ["~scheduler.cycle_momentum"]
-    assert go(tmp_path / "one go", *options) == 0
+    assert train_until_completed(tmp_path / "uninterrupted", *options) == 0
     stops.wanted, stops.validated = [("train", 2), ("train", 3), ("val", 2), ("train", 5)], 0
-    assert go(tmp_path / "many", *options) == 4
-    assert not list(differences(record(tmp_path / "one go"), record(tmp_path / "many")))
+    assert train_until_completed(tmp_path / "many", *options) == 4
+    assert not list(differences(record(tmp_path / "uninterrupted"), record(tmp_path / "many")))
 
 
-def test_early_stopping_is_remembered(stops: Stops, tmp_path: Path) -> None:
-    """Interrupted in the very epoch that ends the run: it is not one epoch longer."""
+def test_early_stopping_resumes(stops: Stops, tmp_path: Path) -> None:
+    """Interrupted in the last epoch, the run is not one epoch longer."""
     options = ["trainer.early_stopping=1", "optimizer.lr=0", "trainer.ema=null", "model.norm=false"]
     options += ["scheduler=none", "trainer.max_epochs=5"]
     stops.wanted = [("train", 2 * STEPS)]
-    assert go(tmp_path / "run", *options) == 1
+    assert train_until_completed(tmp_path / "run", *options) == 1
     stopped = read_result(tmp_path / "run")
     assert stopped is not None
     assert stopped["epochs"] == 2
     # Again from its last checkpoint, as after a crash in the test.
     (tmp_path / "run/result.json").unlink()
-    assert go(tmp_path / "run", *options) == 0
+    assert train_until_completed(tmp_path / "run", *options) == 0
     again = read_result(tmp_path / "run")
     assert again is not None
     assert (again["epochs"], again["metrics"]) == (2, stopped["metrics"])
@@ -167,16 +173,16 @@ def test_on_a_gpu(
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     options = ["trainer=gpu", "trainer.deterministic=true", f"trainer.precision={precision}"]
     options += ["trainer.gradient_clip_val=null"]
-    assert go(tmp_path / "one go", *options) == 0
+    assert train_until_completed(tmp_path / "uninterrupted", *options) == 0
     stops.wanted, stops.validated = [("train", 2), ("val", 1), ("train", 7)], 0
-    assert go(tmp_path / "many", *options) == 3
-    assert not list(differences(record(tmp_path / "one go"), record(tmp_path / "many")))
+    assert train_until_completed(tmp_path / "many", *options) == 3
+    assert not list(differences(record(tmp_path / "uninterrupted"), record(tmp_path / "many")))
 
 
-def test_generator_states_are_restored(
+def test_random_numbers_of_python_and_numpy_resume(
     stops: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python's and NumPy's too, which a data set or a layer of one's own may use."""
+    """A layer of the user's may draw them."""
 
     def run(directory: Path) -> list[tuple[float, float]]:
         drawn: list[tuple[float, float]] = []
@@ -189,22 +195,22 @@ def test_generator_states_are_restored(
             return forward(self, x)
 
         monkeypatch.setattr(nn.Flatten, "forward", noisy)
-        go(directory, "trainer.max_epochs=1")
+        train_until_completed(directory, "trainer.max_epochs=1")
         monkeypatch.setattr(nn.Flatten, "forward", forward)
         return drawn
 
-    in_one_go = run(tmp_path / "a")
+    expected = run(tmp_path / "a")
     stops.wanted = [("train", 1), ("train", 3)]
-    assert run(tmp_path / "b") == in_one_go
-    assert len(set(in_one_go)) == 7
+    assert run(tmp_path / "b") == expected
+    assert len(set(expected)) == 7
     assert not list(differences(record(tmp_path / "a"), record(tmp_path / "b")))
 
 
-def test_a_longer_run_is_one_that_was_meant_so(tmp_path: Path) -> None:
-    """With a constant learning rate, three epochs after two are three."""
+def test_max_epochs_can_be_raised(tmp_path: Path) -> None:
+    """With a constant learning rate, two epochs and one more equal three."""
     constant = ["scheduler=none", "trainer.early_stopping=null"]
-    assert go(tmp_path / "a", *constant, "trainer.max_epochs=3") == 0
-    assert go(tmp_path / "b", *constant, "trainer.max_epochs=2") == 0
+    assert train_until_completed(tmp_path / "a", *constant, "trainer.max_epochs=3") == 0
+    assert train_until_completed(tmp_path / "b", *constant, "trainer.max_epochs=2") == 0
     longer = with_overrides(
         run_config(tmp_path / "b", checkpoint_file.newest), tmp_path / "b", ["trainer.max_epochs=3"]
     )
@@ -217,8 +223,8 @@ def test_a_longer_run_is_one_that_was_meant_so(tmp_path: Path) -> None:
         )
 
 
-def test_an_epoch_that_is_begun_counts(stops: Stops, tmp_path: Path) -> None:
-    """Else a run cut short in it would be tested with weights that no whole epoch has made."""
+def test_max_epochs_below_a_begun_epoch_is_rejected(stops: Stops, tmp_path: Path) -> None:
+    """Otherwise weights within an epoch would be tested."""
     constant = ["scheduler=none", "trainer.max_epochs=3"]
     stops.wanted = [("train", STEPS + 1)]
     with pytest.raises(Interrupted):
@@ -228,8 +234,8 @@ def test_an_epoch_that_is_begun_counts(stops: Stops, tmp_path: Path) -> None:
         train(shorter, tmp_path / "run", resume=True)
 
 
-def test_what_is_typed_counts_though_it_was_the_default(tmp_path: Path) -> None:
-    """Of a run that was started from Python, and of one that was changed when it was resumed."""
+def test_typed_default_changes_the_run(tmp_path: Path) -> None:
+    """Also for a run started from Python, and one changed when it was resumed."""
     options = ["scheduler=none", "backend=im2col", "seed=5", "trainer.max_epochs=3"]
     cfg = run_options(compose(options))
     for typed, key, value in [
@@ -249,7 +255,7 @@ def test_what_is_typed_counts_though_it_was_the_default(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def halfway(undisturbed: Path, stops: Stops, tmp_path: Path) -> Path:
+def halfway(uninterrupted: Path, stops: Stops, tmp_path: Path) -> Path:
     """A run that was interrupted in its second epoch."""
     stops.wanted = [("train", STEPS + 2)]
     with pytest.raises(Interrupted, match="SIGTERM"):
@@ -258,20 +264,8 @@ def halfway(undisturbed: Path, stops: Stops, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_an_old_run_keeps_its_numbers(halfway: Path) -> None:
-    """Earlier versions counted epochs from 0."""
-    content = checkpoint_file.read(halfway / "checkpoints/last.ckpt")
-    content["callbacks"]["Record"]["epochs"][0]["epoch"] = 0
-    checkpoint_file.write(halfway / "checkpoints/last.ckpt", content)
-    train(compose(EVERYTHING), halfway, resume=True)
-    rows = list(csv.DictReader((halfway / "metrics.csv").open()))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
-    result = json.loads((halfway / "result.json").read_text())
-    assert result["metrics"]["val/acc"] == float(rows[result["tested_epoch"]]["val/acc"])
-
-
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["seed=5"], "seed=5: the run was started with 4"),
         (["optimizer.lr=1"], "optimizer.lr=1: the run was started with 0.005"),
@@ -289,23 +283,25 @@ def test_an_old_run_keeps_its_numbers(halfway: Path) -> None:
     ],
     ids=str,
 )
-def test_what_was_computed_cannot_be_changed(halfway: Path, options: list[str], said: str) -> None:
+def test_options_that_change_the_result_are_rejected(
+    halfway: Path, options: list[str], message: str
+) -> None:
     before = {file: file.read_bytes() for file in halfway.rglob("*") if file.is_file()}
     with pytest.raises(ConfigError) as caught:
         train(compose([*EVERYTHING, *options]), halfway, resume=True)
-    assert said in caught.value.problems[0]
+    assert message in caught.value.problems[0]
     assert {file: file.read_bytes() for file in halfway.rglob("*") if file.is_file()} == before
 
 
-def test_what_was_not_may_be(undisturbed: Path, halfway: Path) -> None:
+def test_other_options_can_change(uninterrupted: Path, halfway: Path) -> None:
     options = ["trainer.progress_bar=true", "trainer=cpu", "trainer.checkpoint_every_n_steps=2"]
     run = run_config(halfway, checkpoint_file.newest)
     train(with_overrides(run, halfway, options), halfway, resume=True)
-    assert not list(differences(record(undisturbed), record(halfway)))
+    assert not list(differences(record(uninterrupted), record(halfway)))
 
 
-def test_a_damaged_checkpoint_costs_time_only(
-    undisturbed: Path, halfway: Path, caplog: pytest.LogCaptureFixture
+def test_damaged_checkpoint_is_replaced_by_the_previous_one(
+    uninterrupted: Path, halfway: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
     for name in ("last.ckpt", "best.ckpt"):
@@ -314,28 +310,14 @@ def test_a_damaged_checkpoint_costs_time_only(
     (halfway / "metrics.csv").write_text("nonsense")
     train(compose(EVERYTHING), halfway, resume=True)
     assert any(
-        "last.ckpt: is cut off" in said and "previous.ckpt" in said for said in caplog.messages
+        "last.ckpt: is cut off" in message and "previous.ckpt" in message
+        for message in caplog.messages
     )
-    assert not list(differences(record(undisturbed), record(halfway)))
+    assert not list(differences(record(uninterrupted), record(halfway)))
 
 
-def test_a_damaged_event_file_is_said(
-    undisturbed: Path, halfway: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    (events,) = halfway.glob("events*")
-    data = bytearray(events.read_bytes())
-    data[len(data) // 2] ^= 1
-    events.write_bytes(data)
-    train(compose(EVERYTHING), halfway, resume=True)
-    assert any("TensorBoard has lost" in said for said in caplog.messages)
-    different = list(differences(record(undisturbed), record(halfway)))
-    assert different
-    assert all(where.startswith("/tensorboard") for where in different)
-
-
-def test_a_damaged_config_is_taken_from_the_checkpoint(
-    undisturbed: Path, halfway: Path, caplog: pytest.LogCaptureFixture
+def test_damaged_config_is_read_from_the_checkpoint(
+    uninterrupted: Path, halfway: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
     file = halfway / ".hydra/config.yaml"
@@ -346,12 +328,12 @@ def test_a_damaged_config_is_taken_from_the_checkpoint(
     assert cfg.optimizer.lr == 0.005
     assert "config.yaml: is damaged" in caplog.messages[0]
     train(cfg, halfway, resume=True)
-    assert not list(differences(record(undisturbed), record(halfway)))
+    assert not list(differences(record(uninterrupted), record(halfway)))
     assert "lr: 0.005" in file.read_text()
 
 
-def test_other_conditions_are_said(
-    undisturbed: Path, halfway: Path, caplog: pytest.LogCaptureFixture
+def test_other_conditions_are_reported(
+    uninterrupted: Path, halfway: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
     path = halfway / "checkpoints/last.ckpt"
@@ -360,10 +342,12 @@ def test_other_conditions_are_said(
     checkpoint_file.write(path, content)
     train(compose(EVERYTHING), halfway, resume=True)
     assert "threads: 1, before 64: results may differ in their last bits" in caplog.messages
-    assert any(said.startswith("torch: ") and "before 1.0" in said for said in caplog.messages)
+    assert any(
+        message.startswith("torch: ") and "before 1.0" in message for message in caplog.messages
+    )
 
 
-def test_another_network_is_told_by_its_shapes(halfway: Path) -> None:
+def test_other_shapes_are_reported(halfway: Path) -> None:
     path = halfway / "checkpoints/last.ckpt"
     content = checkpoint_file.read(path)
     weights = content["state_dict"]
@@ -378,8 +362,8 @@ def test_another_network_is_told_by_its_shapes(halfway: Path) -> None:
     )
 
 
-def test_another_runs_checkpoint_is_refused(
-    undisturbed: Path, halfway: Path, tmp_path: Path
+def test_checkpoint_of_another_run_is_rejected(
+    uninterrupted: Path, halfway: Path, tmp_path: Path
 ) -> None:
     train(compose([*EVERYTHING, "seed=9", "trainer.max_epochs=1"]), tmp_path / "other")
     other = (tmp_path / "other/checkpoints/last.ckpt").read_bytes()
@@ -388,22 +372,22 @@ def test_another_runs_checkpoint_is_refused(
         train(compose(EVERYTHING), halfway, resume=True)
 
 
-def test_a_completed_run_is_answered_with_its_result(
-    undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+def test_completed_run_returns_its_result(
+    uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {file: file.read_bytes() for file in undisturbed.rglob("*") if file.is_file()}
-    result = train(compose(EVERYTHING), undisturbed, resume=True)
-    assert result.metrics == json.loads((undisturbed / "result.json").read_text())["metrics"]
-    assert {file: file.read_bytes() for file in undisturbed.rglob("*") if file.is_file()} == before
+    before = {file: file.read_bytes() for file in uninterrupted.rglob("*") if file.is_file()}
+    result = train(compose(EVERYTHING), uninterrupted, resume=True)
+    assert result.metrics == json.loads((uninterrupted / "result.json").read_text())["metrics"]
+    assert {
+        file: file.read_bytes() for file in uninterrupted.rglob("*") if file.is_file()
+    } == before
 
 
-def test_an_edited_result_is_not_believed(
-    undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_edited_result_is_not_used(
+    uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import shutil
-
     directory = tmp_path / "copy"
-    shutil.copytree(undisturbed, directory)
+    shutil.copytree(uninterrupted, directory)
     text = (directory / "result.json").read_text()
     metrics = json.loads(text)["metrics"]
     (directory / "result.json").write_text(
@@ -412,13 +396,12 @@ def test_an_edited_result_is_not_believed(
     result = train(compose(EVERYTHING), directory, resume=True)
     assert "result.json: is damaged or was edited" in caplog.text
     assert result.metrics == metrics
-    assert not list(differences(record(undisturbed), record(directory)))
+    assert not list(differences(record(uninterrupted), record(directory)))
 
 
-def test_a_state_that_cannot_be_loaded_is_refused_at_the_first_checkpoint(
+def test_unloadable_state_is_rejected_at_the_first_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not when the run is to go on."""
     monkeypatch.setattr(
         torch.optim.lr_scheduler.OneCycleLR, "state_dict", lambda self: {"function": Path}
     )
