@@ -1,14 +1,14 @@
-"""Kill a training a hundred times, damage two hundred times what runs leave: nothing may be lost.
+"""Kill a training repeatedly and damage files of runs: results must not change.
 
     python scripts/torture.py --kills 100 --corruptions 200
     python scripts/torture.py --kills 0 --corruptions 0 --sweep-kills 20 --launcher joblib
     python scripts/torture.py --kills 0 --only 17      # one corruption of that seed once more
 
-A training with everything on is killed at random moments and started again until it is completed:
-it must then equal, bit for bit, one that was left in peace. Copies of run directories, and of the
-data cache, get one file damaged and are resumed: the run must end as the undisturbed one did, or be
-refused in plain words that name the file. The exit code is 1 if anything failed; what it left stays
-in the folder.
+A training with all options is killed at random moments and resumed until it is completed: it must
+then equal, bit for bit, an uninterrupted one. In copies of run directories, and of the data cache,
+one file is damaged before they are resumed: the run must end as the uninterrupted one did, or be
+rejected with a message that names the file. The exit code is 1 if anything failed; the runs that
+failed stay in the folder.
 """
 
 import argparse

@@ -19,7 +19,6 @@ from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.process_info import TIMEOUT, ProcessInfo
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import (
-    ProcessEnvironment,
     connect,
     connection_errors,
     detach_worker,
@@ -32,7 +31,7 @@ from cnntrain.training.insights import Insights
 from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
 from cnntrain.training.step_graph import CUDAGraphs
 from cnntrain.training.tensorboard import TensorBoard
-from cnntrain.training.trainer import Trainer
+from cnntrain.training.trainer import ProcessEnvironment, Trainer
 
 
 def dry_run(cfg: DictConfig) -> None:

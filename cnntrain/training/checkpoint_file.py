@@ -9,7 +9,6 @@ import io
 import logging
 import pickle
 import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +65,17 @@ def read(path: Path) -> Content:
         raise DamagedError(f"{path}: is missing") from None
     body, comment = data[:-_COMMENT], data[-_COMMENT:]
     if not comment.startswith(_MARK):
-        raise DamagedError(
-            f"{path}: is cut off, or was not written by cnntrain: it has no checksum"
-        )
+        raise DamagedError(f"{path}: is cut off, or was not written by cnntrain: no checksum")
     if comment[len(_MARK) :] != hashlib.sha256(body).hexdigest().encode():
         raise DamagedError(f"{path}: is damaged: its checksum is wrong")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path}: holds Python objects, which could run code; only plain containers are loaded"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: is no checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise CheckpointError(f"{path}: is no checkpoint of cnntrain")
+        problem = "holds Python objects, which could run code; only plain containers are loaded"
+        raise CheckpointError(f"{path}: {problem}") from None
     if content["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path}: was written by cnntrain {content.get('cnntrain_version')} in format "
-            f"{content['format']}, this is {cnntrain.__version__} with format {FORMAT}; "
-            "use that version or a newer one"
-        )
+        version = content["cnntrain_version"]
+        raise CheckpointError(f"{path}: was written by cnntrain {version}; use that or a newer one")
     return content
 
 

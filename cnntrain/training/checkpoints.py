@@ -219,8 +219,8 @@ def shape_differences(saved: Content, wanted: Content) -> list[str]:
     def shape(state: Content, name: str) -> str:
         return "x".join(map(str, state[name].shape)) or "a number" if name in state else "nothing"
 
+    names = dict.fromkeys([*wanted, *saved])
+    shapes = [(name, shape(saved, name), shape(wanted, name)) for name in names]
     return [
-        f"{name} is {shape(saved, name)} there and {shape(wanted, name)} here"
-        for name in [*wanted, *(name for name in saved if name not in wanted)]
-        if shape(saved, name) != shape(wanted, name)
+        f"{name} is {there} there and {here} here" for name, there, here in shapes if there != here
     ]

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as torch_mp
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from cnntrain.interruption import interruption
 from cnntrain.process_info import ProcessInfo
@@ -80,22 +80,6 @@ def all_gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(_cpu_group)
     dist.all_gather_object(values, value, group=_cpu_group)
     return values
-
-
-class ProcessEnvironment(LightningEnvironment):
-    """Tells Lightning the rank of a process that exists already."""
-
-    creates_processes_externally = True
-
-    def __init__(self, info: ProcessInfo):
-        super().__init__()
-        self.info = info
-
-    def local_rank(self) -> int:
-        return self.info.local_rank
-
-    def node_rank(self) -> int:
-        return self.info.rank // self.info.devices
 
 
 @contextlib.contextmanager
@@ -193,8 +177,8 @@ def all_ranks(
 
     Args:
         worker: Entry of the processes that are started here, called with its index and `info`.
-        on_worker_lost: Called with the reason before this process exits with code 1, as rank 0 is
-            blocked by a worker that has ended. Where it is not blocked, ProcessLost is raised.
+        on_worker_lost: Called with the reason before this process exits with code 1, if rank 0 is
+            blocked by a worker that has ended; otherwise ProcessLost is raised.
     """
     if info.world_size == 1:
         yield

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -138,13 +137,10 @@ class Muon(Optimizer):
         parameters = list(params)
         hidden = [p for p in parameters if p.ndim >= 2][:-1]
         others = [p for p in parameters if all(p is not other for other in hidden)]
-        adam = {"lr": adam_lr, "betas": tuple(adam_betas), "eps": adam_eps}
-        groups = [
-            {"params": hidden, "orthogonal": True},
-            {"params": others, "orthogonal": False, **adam},
-        ]
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([group for group in groups if group["params"]], defaults)
+        self.adamw = AdamW(others, adam_lr, adam_betas, adam_eps, weight_decay)
+        groups: list[dict[str, Any]] = [{"params": hidden}] if hidden else []
+        super().__init__([*groups, *self.adamw.param_groups], defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -152,12 +148,14 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if group["orthogonal"]:
-                self._muon(group, parameters)
-            elif parameters:
-                self._adamw(group, parameters)
+        *hidden, others = self.param_groups
+        for group in hidden:
+            self._muon(group, [p for p in group["params"] if p.grad is not None])
+        adamw: Any = self.adamw
+        adamw.param_groups, adamw.state, adamw.found_inf = [others], self.state, self.found_inf
+        on_device = isinstance(others["lr"], Tensor) or self.found_inf is not None
+        others["fused"] = on_device or others["params"][0].is_cuda
+        adamw.step()
         return loss
 
     def _muon(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
@@ -179,37 +177,6 @@ class Muon(Optimizer):
             for old, new in ((buffer, average), (p, updated)):
                 skip = self.found_inf
                 old.copy_(new if skip is None else torch.where(skip > 0, old, new))
-
-    def _adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        device = parameters[0].device
-        on_device = isinstance(group["lr"], Tensor) or self.found_inf is not None
-        fused = on_device or device.type == "cuda"
-        for p in parameters:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), device=device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["step"] = state["step"].to(device)  # a checkpoint is loaded to the CPU
-        states = [self.state[p] for p in parameters]
-        gradients: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
-        adamw(
-            list(parameters),
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=not fused,
-            fused=fused,
-            found_inf=self.found_inf,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
 
 # Coefficients and iterations of the polynomial that moves all singular values to 0.7 to 1.2.

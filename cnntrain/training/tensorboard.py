@@ -141,10 +141,6 @@ class TensorBoard(Logger):
             rows[0],
         )
 
-    def finalize(self, status: str) -> None:
-        """Called after fitting; the file stays open for the test, and `end` closes it."""
-        self.experiment.flush()
-
     def end(self, cfg: DictConfig) -> None:
         """Mark the run as finished in the HParams tab and close all files."""
         self.events.add_summary(hparams(options(cfg), {})[2])

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import lightning.pytorch as lightning
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from cnntrain.process_info import TIMEOUT, ProcessInfo
 from cnntrain.training.checkpoints import EMA, CheckpointFiles, Checkpoints
-from cnntrain.training.distributed import ProcessEnvironment
 from cnntrain.training.epoch_log import ProgressBar
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
@@ -27,6 +27,22 @@ Devices = Annotated[
 ]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal[32, "32", "32-true", "bf16-mixed", "16-mixed"]
+
+
+class ProcessEnvironment(LightningEnvironment):
+    """Tells Lightning the rank of a process that exists already."""
+
+    creates_processes_externally = True
+
+    def __init__(self, info: ProcessInfo):
+        super().__init__()
+        self.info = info
+
+    def local_rank(self) -> int:
+        return self.info.local_rank
+
+    def node_rank(self) -> int:
+        return self.info.rank // self.info.devices
 
 
 class Trainer(lightning.Trainer):
@@ -117,10 +133,8 @@ class Trainer(lightning.Trainer):
     @property
     def chosen_weights(self) -> dict[str, Tensor]:
         """The state_dict to be tested."""
-        best = self.checkpoints.best
-        if self.test_checkpoint == "best" and best:
-            return best["state_dict"]
-        return self.checkpoints.weights
+        best = self.checkpoints.best if self.test_checkpoint == "best" else None
+        return best["state_dict"] if best else self.checkpoints.weights
 
 
 def device_text(trainer: lightning.Trainer) -> str:

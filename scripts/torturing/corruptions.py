@@ -19,8 +19,8 @@ from torturing.runs import EVERYTHING, before_call, differences, facts, finish, 
 SHORT = [*EVERYTHING, "trainer.max_epochs=3", "+trainer.limit_train_batches=7"]
 FROM_CACHE = [*SHORT, "data=fashion_mnist", "data.val_size=500"]
 
-# Runs that are to go on: where each was ended, and by what.
-Moment = tuple[Any, str, int, int]  # a function, its how manieth call, and the signal
+# Runs to resume: where each was interrupted, and by which signal.
+Moment = tuple[Any, str, int, int]  # owner and name of a function, number of the call, signal
 STATES: dict[str, Moment] = {
     "in an epoch": (Checkpoints, "on_train_batch_end", 10, signal.SIGTERM),
     "in validation": (Checkpoints, "on_validation_batch_end", 4, signal.SIGTERM),
@@ -180,29 +180,30 @@ def judge(
     code: int | None, text: str, directory: Path, damaged: set[str], right: dict[str, Any]
 ) -> tuple[str, str]:
     """How a resumed run ended, and what is wrong with that, if anything; `damaged` are files, by
-    name, `right` the record of the undisturbed run."""
+    name, `right` the record of the uninterrupted run."""
     if code is None:
         return "FAILED", "no end"
     if "Traceback" in text:
         return "FAILED", f"a traceback\n{text}"
     if code in (1, 2):
         named = any(name in text for name in damaged)
-        return ("refused", "") if named else ("FAILED", f"{damaged} not named\n{text}")
+        return ("rejected", "") if named else ("FAILED", f"{damaged} not named\n{text}")
     if code != 0:
         return "FAILED", f"exit code {code}\n{text}"
-    if "already completed" in text:  # nothing else was looked at, nor changed
+    if "already completed" in text:  # nothing else was read or changed
         metrics = right["result"]["metrics"]
         shown = f"test accuracy   {metrics['test/acc']:.2%}   (loss {metrics['test/loss']:.4f}"
         same = shown in text and not list(differences(right["result"], facts(directory)))
-        return ("answered", "") if same else ("FAILED", f"wrong numbers\n{text}")
+        return ("completed before", "") if same else ("FAILED", f"wrong numbers\n{text}")
     try:
         different = list(differences(right, record(directory)))
     except Exception as error:
         return "FAILED", f"the record cannot be read: {error}\n{text}"
     if not different:
         return "recovered", ""
-    if "TensorBoard has lost" in text and all(d.startswith("/tensorboard") for d in different):
-        return "recovered but for TensorBoard, and said so", ""
+    events = any("tfevents" in name or name in ("curves", "train", "val") for name in damaged)
+    if events and all(d.startswith("/tensorboard") for d in different):
+        return "recovered but for TensorBoard", ""
     return "FAILED", f"{different}\n{text}"
 
 

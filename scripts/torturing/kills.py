@@ -33,7 +33,7 @@ from torturing.runs import (
 PHASES: list[tuple[str, Any, str]] = [
     ("starting", None, ""),
     ("beginning the record", RunDirectory, "begin"),
-    ("taking over TensorBoard", TensorBoard, "resume"),
+    ("resuming TensorBoard", TensorBoard, "resume"),
     ("writing result.json", RunDirectory, "write_result"),
     ("training", Trainer, "fit"),
     ("reading a checkpoint", checkpoints, "read"),
@@ -85,7 +85,7 @@ def kill(
 
 
 def run_in_peace(arguments: list[str], log: Path, phase: mmap.mmap) -> dict[str, float]:
-    """Seconds after which each phase of an undisturbed training began, and the end of all."""
+    """Seconds after which each phase of an uninterrupted training began, and the end of all."""
     pid, started = launch(arguments, log, prepare=partial(show_phase, phase)), time.monotonic()
     seen: dict[str, float] = {}
     while (code := ended(pid, 0.001)) is None:

@@ -6,6 +6,7 @@ environment, arguments, streams and exit code.
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,22 +18,56 @@ ROOT = Path(__file__).parents[2]
 PRELOAD = ["cnntrain.training", "cnntrain.inference", "cnntrain.commands.train", "forked"]
 
 
+class Command:
+    """`cnntrain <arguments>` in `folder`, started, with the methods of `subprocess.Popen`."""
+
+    def __init__(
+        self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ
+    ):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.streams = tempfile.TemporaryDirectory()
+        call = (list(arguments), str(folder), dict(environment), self.streams.name)
+        self.process = context.Process(target=_main, args=call)
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float = 300) -> int | None:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        return self.process.exitcode
+
+    def output(self) -> list[str]:
+        """What it has written to stdout and stderr."""
+        return [(Path(self.streams.name) / name).read_text() for name in ("out", "err")]
+
+    def communicate(self, timeout: float = 300) -> list[str]:
+        self.wait(timeout)
+        return self.output()
+
+
 def run_command(
     arguments: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ, **how: Any
 ) -> subprocess.CompletedProcess[str]:
     """`cnntrain <arguments>` in `folder`, as `subprocess.run` would run it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with tempfile.TemporaryDirectory() as streams:
-        call = (list(arguments), str(folder), dict(environment), streams)
-        process = context.Process(target=_main, args=call)
-        process.start()
-        process.join(how.get("timeout", 300))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-        out, err = ((Path(streams) / name).read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess(call[0], process.exitcode, out, err)
+    command = Command(arguments, folder, environment)
+    out, err = command.communicate(**how)
+    return subprocess.CompletedProcess([*arguments], command.returncode, out, err)
 
 
 def run_process(

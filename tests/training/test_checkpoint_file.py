@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or recognised as not, and never code."""
+"""Checkpoint files: damage is detected, and no code is loaded."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ def test_read_is_what_was_written(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_others_can_read_it(path: Path) -> None:
+def test_torch_load_and_zip_read_it(path: Path) -> None:
     """As a file of torch.save, and as the zip archive that this is."""
     assert torch.load(path, weights_only=True)["position"] == CONTENT["position"]
     with zipfile.ZipFile(path) as archive:
@@ -43,7 +43,7 @@ def test_others_can_read_it(path: Path) -> None:
         assert archive.comment.startswith(b"cnntrain sha256 ")
 
 
-def test_every_alteration_is_recognised(path: Path) -> None:
+def test_every_alteration_is_detected(path: Path) -> None:
     """Of any byte, the checksum's own included, and any length."""
     data = path.read_bytes()
     draw = random.Random(0)
@@ -64,7 +64,7 @@ def test_every_alteration_is_recognised(path: Path) -> None:
 
 
 class Code:
-    """What a stranger could hide in a pickle: on loading it makes a folder."""
+    """Code in a pickle, which creates a folder when it is loaded."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -78,43 +78,28 @@ def test_code_is_not_run(tmp_path: Path) -> None:
     write(tmp_path / "sealed.ckpt", hidden)
     with pytest.raises(CheckpointError, match=r"sealed\.ckpt: holds Python objects") as caught:
         read(tmp_path / "sealed.ckpt")
-    assert not isinstance(caught.value, DamagedError)  # not to be passed over for the one before
+    assert not isinstance(caught.value, DamagedError)  # the previous checkpoint is not used instead
     assert "\n" not in str(caught.value)
-    torch.save(hidden, tmp_path / "stranger.ckpt")
+    torch.save(hidden, tmp_path / "unknown.ckpt")
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Code(tmp_path / "made")))
-    for name in ("stranger", "plain"):
+    for name in ("unknown", "plain"):
         with pytest.raises(CheckpointError, match="was not written by cnntrain"):
             read(tmp_path / f"{name}.ckpt")
     assert not (tmp_path / "made").exists()
 
 
-def test_a_newer_format_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newer_format_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_file, "FORMAT", 9)
     monkeypatch.setattr("cnntrain.__version__", "12.3")
     write(tmp_path / "a.ckpt", CONTENT)
     monkeypatch.undo()
     with pytest.raises(
-        CheckpointError, match=r"written by cnntrain 12\.3 in format 9, this is 0\."
+        CheckpointError, match=r"written by cnntrain 12\.3; use that or a newer one"
     ):
         read(tmp_path / "a.ckpt")
 
 
-def test_something_else_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "a.ckpt", {})
-    data = checkpoint_file._with_checksum(zipped({"a": b"b"}, tmp_path / "zip"))
-    (tmp_path / "b.ckpt").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"b\.ckpt: is no checkpoint"):
-        read(tmp_path / "b.ckpt")
-
-
-def zipped(files: dict[str, bytes], path: Path) -> bytes:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path.read_bytes()
-
-
-def test_the_one_before_is_used(
+def test_previous_checkpoint_is_used(
     path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -129,16 +114,16 @@ def test_the_one_before_is_used(
     found = newest(tmp_path)
     assert found is not None
     assert found[0] == tmp_path / "previous.ckpt"
-    (said,) = caplog.messages
-    assert f"{path}: is cut off" in said
-    assert f"the one before it is used, {tmp_path / 'previous.ckpt'}" in said
+    (message,) = caplog.messages
+    assert f"{path}: is cut off" in message
+    assert f"the one before it is used, {tmp_path / 'previous.ckpt'}" in message
 
-    # Never must the damaged file take the good one's place.
+    # The damaged file never replaces the intact one.
     write(path, {"position": 3}, keep=tmp_path / "previous.ckpt")
     assert read(tmp_path / "previous.ckpt")["position"] == CONTENT["position"]
 
 
-def test_without_a_good_one_it_says_so(
+def test_no_intact_checkpoint_is_reported(
     path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert newest(tmp_path / "empty") is None
@@ -149,7 +134,7 @@ def test_without_a_good_one_it_says_so(
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_one_before(
+def test_failed_write_keeps_the_previous_file(
     path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Runs of several processes: what they compute, against one process, and how they end."""
+"""Runs of several processes: results equal to those of one process, and ends of processes."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from forked import Command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torturing.runs import differences, record
 
@@ -30,7 +31,7 @@ from cnntrain.training.distributed import connect
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.progress_bar=false"]
 MINI = ["data=fashion_mnist_mini", "data.hflip=0.5", "data.crop=2", "data.erase=0.3"]
 # Nothing depends on which images are together in a process. The parts are uneven, and one is empty:
-# the last batch of the 500 images that validate has one.
+# the last batch of the 500 validation images has one.
 EXACT = [
     *MINI,
     "model=shallow",
@@ -61,25 +62,24 @@ EVERYTHING = [
     "optimizer.lr=0.005",
 ]
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Any]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a command in an empty folder, `python train.py` if no other; ends what is left."""
-    started = []
+    """Starts `python train.py`, or TORCHRUN with it, in an empty folder; ends what is left."""
+    started: list[Any] = []
 
-    def run(*words: str, by: tuple[str, ...] = (sys.executable,), **env: str) -> Any:
-        process = subprocess.Popen(
-            [*by, str(ROOT / "train.py"), *words],
-            cwd=tmp_path,
-            env={**os.environ, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+    def run(*words: str, by: Sequence[str] = (), **env: str) -> Any:
+        environment = {**os.environ, **env}
+        if by:
+            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            command = [*by, str(ROOT / "train.py"), *words]
+            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))
+        else:
+            started.append(Command(["train", *words], tmp_path, environment))
+        return started[-1]
 
     yield run
     for process in started:
@@ -97,8 +97,8 @@ def scalars(folder: Path, tag: str) -> list[float]:
     return [event.value for event in events.Scalars(tag)]
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that this one has started to train with it."""
+def children(process: Any) -> list[int]:
+    """The worker processes that a command has started."""
     found = (
         line.split(maxsplit=2) for line in ps("-Aww", "-o", "pid=", "-o", "ppid=", "-o", "args=")
     )
@@ -110,7 +110,7 @@ def ps(*options: str) -> list[str]:
     return subprocess.run(["ps", *options], capture_output=True, text=True).stdout.splitlines()
 
 
-def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(file: Path, process: Any) -> None:
     deadline = time.monotonic() + 180
     while not file.exists():
         assert process.poll() is None, process.communicate()
@@ -138,8 +138,7 @@ def gone(pid: int, seconds: float = 20) -> bool:
 def test_two_processes_compute_what_one_does(start: Start, tmp_path: Path) -> None:
     """Started by the first, and by torchrun."""
     train(compose([*EXACT, "trainer=cpu"]), tmp_path / "one")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    for name, by in [("two", (sys.executable,)), ("torchrun", torchrun)]:
+    for name, by in [("two", ()), ("torchrun", TORCHRUN)]:
         process = start(*EXACT, *DDP, f"hydra.run.dir={name}", by=by)
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
@@ -166,7 +165,7 @@ def test_two_processes_compute_what_one_does(start: Start, tmp_path: Path) -> No
 
 
 def differences_of_names(one: Path, two: Path) -> set[str]:
-    """What one run has left and the other has not, but for what a command line leaves."""
+    """Files that only one of the runs has, except those of a command line."""
     names = [
         {str(f.relative_to(run)) for f in run.rglob("*") if "tfevents" not in f.name}
         for run in (one, two)
@@ -175,48 +174,33 @@ def differences_of_names(one: Path, two: Path) -> set[str]:
 
 
 def test_killed_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
-    undisturbed = start(*EVERYTHING, *DDP, "hydra.run.dir=undisturbed")
-    options = [*EVERYTHING, *DDP, "hydra.run.dir=run", "resume=auto"]
-    process = start(*options)
-    wait_for(tmp_path / "run/checkpoints/previous.ckpt", process)
-    (other,) = children(process)
-    os.kill(other, signal.SIGKILL)
-    _, err = process.communicate(timeout=180)
-    assert process.returncode == 1
-    assert err == "cnntrain: process 2 of 2 was killed by SIGKILL; resume with resume=run\n"
-    assert result(tmp_path / "run")["status"] == "failed"
-    assert result(tmp_path / "run")["error"] == "ProcessLost: process 2 of 2 was killed by SIGKILL"
-
+    uninterrupted = start(*EVERYTHING, *DDP, "hydra.run.dir=uninterrupted")
     last = tmp_path / "run/checkpoints/last.ckpt"
-    for of_the_other, code in [(False, 143), (True, 130)]:
-        before = steps(last)
-        process = start(*options)
-        while steps(last) == before:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        (other,) = children(process)
-        os.kill(other if of_the_other else process.pid, signal.Signals(code - 128))
+    for rank, signum, code in [(1, "KILL", 1), (1, "INT", 130), (0, "KILL", -9), (0, "", 0)]:
+        before = steps(last) if last.exists() else 0
+        process = start(*EVERYTHING, *DDP, "hydra.run.dir=run", "resume=auto")
+        if signum:
+            wait_for(last, process)
+            while steps(last) == before:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.01)
+            (other,) = children(process)
+            os.kill(other if rank else process.pid, getattr(signal, f"SIG{signum}"))
         _, err = process.communicate(timeout=180)
         assert process.returncode == code, err
-        assert err.splitlines()[-1] == (
-            f"cnntrain: interrupted by {signal.Signals(code - 128).name}; resume with resume=run"
-        )
-        assert gone(other)
-        assert checkpoint_file.read(last)["position"]["batch"] > 0
-        assert result(tmp_path / "run")["status"] == "interrupted"
-
-    process = start(*options)
-    assert process.wait(timeout=180) == 0
-    assert undisturbed.wait(timeout=180) == 0
-    assert not list(differences(record(tmp_path / "undisturbed"), record(tmp_path / "run")))
-
-
-def test_the_others_end_with_the_first(start: Start, tmp_path: Path) -> None:
-    process = start(*EVERYTHING, *DDP, "hydra.run.dir=run", "trainer.max_epochs=100")
-    wait_for(tmp_path / "run/checkpoints/last.ckpt", process)
-    (other,) = children(process)
-    process.kill()
-    assert gone(other)
+        assert not signum or gone(other)
+        status = {1: "failed", 130: "interrupted", -9: "running", 0: "completed"}[code]
+        assert result(tmp_path / "run")["status"] == status
+        if code == 1:
+            lost = "process 2 of 2 was killed by SIGKILL"
+            assert err == f"cnntrain: {lost}; resume with resume=run\n"
+            assert result(tmp_path / "run")["error"] == f"ProcessLost: {lost}"
+        elif code == 130:
+            interrupted = "cnntrain: interrupted by SIGINT; resume with resume=run"
+            assert err.splitlines()[-1] == interrupted
+            assert checkpoint_file.read(last)["position"]["batch"] > 0
+    assert uninterrupted.wait(timeout=180) == 0
+    assert not list(differences(record(tmp_path / "uninterrupted"), record(tmp_path / "run")))
 
 
 BAD = """\
@@ -236,9 +220,9 @@ class Bad(CrossEntropy):
 """
 
 
-def test_a_number_that_is_none_in_one_process(start: Start, tmp_path: Path) -> None:
+def test_nan_in_one_process(start: Start, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(BAD)
-    accumulated = "trainer.accumulate_grad_batches=4"  # a batch without a word to the others
+    accumulated = "trainer.accumulate_grad_batches=4"  # a batch without communication
     process = start(*EXACT, *DDP, accumulated, "hydra.run.dir=run", "loss._target_=bad.Bad")
     _, err = process.communicate(timeout=180)
     assert process.returncode == 3, err
@@ -260,47 +244,47 @@ def test_a_number_that_is_none_in_one_process(start: Start, tmp_path: Path) -> N
 
 
 def test_srun(start: Start, tmp_path: Path) -> None:
-    """As Slurm would start them; asked again, all are told that there is nothing to do."""
+    """Ranks as Slurm starts them; started again, all end with the completed run."""
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "71"}
     slurm |= {"SLURM_STEP_ID": str(os.getpid() % 1000), "SLURM_STEP_NODELIST": "localhost"}
     options = [*EXACT, *DDP, "trainer.max_epochs=1", "hydra.run.dir=run", "resume=auto"]
-    for said in ("epoch 1/1", "already completed"):
+    for line in ("epoch 1/1", "already completed"):
         tasks = [
             start(*options, **slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
             for rank in range(2)
         ]
         (out, err), others = (task.communicate(timeout=180) for task in tasks)
         assert [task.returncode for task in tasks] == [0, 0], err
-        assert said in out
+        assert line in out
         assert others == ("", "")
     assert result(tmp_path / "run")["status"] == "completed"
 
 
-def test_a_batch_that_cannot_be_shared() -> None:
+def test_batch_that_cannot_be_divided_is_rejected() -> None:
     options = [*DDP, "data=fashion_mnist_mini", "data.val_size=500", "trainer.devices=3"]
     for size, limit, images in [(2, "1.0", 2), (4498, "1.0", 2), (4498, "1", 0), (1500, "1.0", 0)]:
         cfg = compose(
             [*options, f"data.batch_size={size}", f"+trainer.limit_train_batches={limit}"]
         )
-        said = cross_check_data(cfg, build(cfg.data))
-        assert said == images // 2 * [
+        problems = cross_check_data(cfg, build(cfg.data))
+        assert problems == images // 2 * [
             f"data.batch_size={size}: a batch of {images} of the 4500 images cannot be shared by "
             "3 processes (trainer.devices); take another"
         ]
 
 
-def test_another_number_of_processes_is_another_run() -> None:
+def test_other_number_of_processes_is_rejected() -> None:
     run, wanted = (compose([*DDP, f"trainer.devices={n}"]) for n in (2, 3))
-    (said,) = resume_problems(run, wanted)
-    assert said.startswith("trainer.devices=3: the run was started with 2")
+    (problem,) = resume_problems(run, wanted)
+    assert problem.startswith("trainer.devices=3: the run was started with 2")
 
 
-def test_a_run_of_two_processes_with_another_trainer(tmp_path: Path) -> None:
+def test_other_trainer_for_two_processes_is_rejected(tmp_path: Path) -> None:
     run = compose([*DDP, "trainer.devices=2"])
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/overrides.yaml").write_text("- trainer=ddp\n- trainer.devices=2\n")
-    said = f"trainer=cpu: the run in {tmp_path} has 2 processes.*set trainer.accelerator=cpu"
-    with pytest.raises(ConfigError, match=said):
+    message = f"trainer=cpu: the run in {tmp_path} has 2 processes.*set trainer.accelerator=cpu"
+    with pytest.raises(ConfigError, match=message):
         with_overrides(run, tmp_path, ["trainer=cpu"])
     assert with_overrides(run, tmp_path, ["trainer=ddp"]).trainer == run.trainer
     assert resume_problems(run, compose(["trainer=cpu"])) == [
@@ -311,7 +295,7 @@ def test_a_run_of_two_processes_with_another_trainer(tmp_path: Path) -> None:
     assert resume_problems(run, faster) == []
 
 
-def test_a_stuck_process(start: Start, tmp_path: Path) -> None:
+def test_stuck_process(start: Start, tmp_path: Path) -> None:
     """The main thread waits in a collective: a second SIGINT is handled without it, and without
     any signal the wait is bounded."""
     options = [*EVERYTHING, *DDP, "trainer.max_epochs=100", "hydra.run.dir=run", "resume=auto"]
@@ -339,7 +323,7 @@ def test_a_stuck_process(start: Start, tmp_path: Path) -> None:
         assert result(tmp_path / "run")["status"] == ("interrupted" if signals else "failed")
 
 
-def test_a_port_in_use_and_one_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_in_use_and_port_without_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What each of several processes gets, and what cannot be shared among them."""
+"""Shares of a batch in distributed runs, and options that cannot be distributed."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from cnntrain.training.classifier import Classifier
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_batches_are_shared(world: int) -> None:
+def test_batches_are_divided(world: int) -> None:
     data = FashionMNISTMini(batch_size=100, eval_batch_size=199, hflip=0.5, crop=2, erase=0.5)
     for make in (lambda **share: data.train_loader(7, **share), data.val_loader):
         whole, parts = make(), [make(rank=rank, world=world) for rank in range(world)]
@@ -50,7 +50,7 @@ TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_
 
 
 @pytest.mark.parametrize(
-    ("overrides", "environment", "said"),
+    ("overrides", "environment", "message"),
     [
         (["trainer=ddp", "trainer.devices=0"], {}, "trainer.devices=0: input should be greater"),
         (["+trainer.strategy=ddp"], {}, "trainer.strategy=ddp: is decided by the program"),
@@ -70,14 +70,14 @@ TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_
     ids=lambda value: str(value)[:40],
 )
 def test_mistakes(
-    monkeypatch: pytest.MonkeyPatch, overrides: list[str], environment: dict[str, str], said: str
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], environment: dict[str, str], message: str
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
         compose(overrides)
     (problem,) = caught.value.problems
-    assert said in problem
+    assert message in problem
 
 
 def test_more_devices_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""Real processes that get real signals, no room on the disk, and company."""
+"""Signals, a full disk and invalid resumes, with real processes."""
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -13,26 +12,24 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from forked import run_command
+from forked import Command, run_command
 
 from cnntrain.training import checkpoint_file
 
-TRAIN = [sys.executable, str(ROOT / "train.py"), "data=fashion_mnist_mini", "hydra.run.dir=run"]
+TRAIN = ["train", "data=fashion_mnist_mini", "hydra.run.dir=run"]
 LONG = ["trainer.max_epochs=500", "data.batch_size=16", "trainer.accumulate_grad_batches=3"]
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Command]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts `python train.py` in an empty folder, and ends what a failed test has left."""
+    """Starts `cnntrain train` in an empty folder, and ends what a failed test has left."""
     started = []
 
-    def run(*options: str, **how: Any) -> subprocess.Popen[str]:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([*TRAIN, *options], cwd=tmp_path, **pipes, **how)
-        started.append(process)
-        return process
+    def run(*options: str) -> Command:
+        started.append(Command([*TRAIN, *options], tmp_path))
+        return started[-1]
 
     yield run
     for process in started:
@@ -41,7 +38,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process.wait()
 
 
-def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(file: Path, process: Command) -> None:
     deadline = time.monotonic() + 120
     while not file.exists():
         assert process.poll() is None, process.communicate()
@@ -54,17 +51,18 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("signum", "code"), [("TERM", 143), ("INT", 130), ("USR1", 138)])
-def test_a_signal_saves_and_ends(start: Start, tmp_path: Path, signum: str, code: int) -> None:
+def test_signal_saves_and_exits(start: Start, tmp_path: Path, signum: str, code: int) -> None:
     process = start(*LONG)
     wait_for(tmp_path / "run/checkpoints/previous.ckpt", process)
-    refused = run_command(["train", TRAIN[2], "resume=run"], tmp_path)
-    assert refused.returncode == 2
-    assert "run: another process is training there" in refused.stderr
+    if signum == "TERM":
+        rejected = run_command([*TRAIN[:2], "resume=run"], tmp_path)
+        assert rejected.returncode == 2
+        assert "run: another process is training there" in rejected.stderr
 
     process.send_signal(getattr(signal, f"SIG{signum}"))
-    _, said = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    lines = [line for line in said.splitlines() if line]
+    lines = [line for line in err.splitlines() if line]
     assert lines[0].startswith(f"cnntrain: SIG{signum}: saving a checkpoint")
     assert lines[1:] == [f"cnntrain: interrupted by SIG{signum}; resume with resume=run"]
     assert result(tmp_path)["status"] == "interrupted"
@@ -93,7 +91,7 @@ with interruption.watching("leave"), interruption.interruption.answering("{answe
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a default mutex blocks its own thread")
 @pytest.mark.parametrize(
-    ("answer", "signums", "said"),
+    ("answer", "signums", "message"),
     [
         ("note", ["INT", "INT"], ""),
         ("note", ["USR1", "INT"], ""),
@@ -102,7 +100,9 @@ with interruption.watching("leave"), interruption.interruption.answering("{answe
         ("note", ["USR2"], "; stuck for 2 s, no checkpoint was saved"),
     ],
 )
-def test_the_main_thread_is_blocked(answer: str, signums: list[str], said: str) -> None:
+def test_signal_while_the_main_thread_is_blocked(
+    answer: str, signums: list[str], message: str
+) -> None:
     """In C, as in a collective, where Python's handlers do not run."""
     with subprocess.Popen(
         [sys.executable, "-c", BLOCKED.format(answer=answer)],
@@ -120,21 +120,21 @@ def test_the_main_thread_is_blocked(answer: str, signums: list[str], said: str) 
             process.kill()
     assert process.returncode == 128 + getattr(signal, f"SIG{signums[-1]}")
     assert out == "left\n"
-    assert err == f"\ncnntrain: interrupted by SIG{signums[-1]}{said}\n"
+    assert err == f"\ncnntrain: interrupted by SIG{signums[-1]}{message}\n"
 
 
-def test_before_there_is_anything_to_save(start: Start, tmp_path: Path) -> None:
+def test_signal_before_the_first_checkpoint(start: Start, tmp_path: Path) -> None:
     process = start(*LONG)
     wait_for(tmp_path / "run/.hydra/config.yaml", process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "Traceback" not in said
-    assert "SIGTERM" in said
+    assert "Traceback" not in err
+    assert "SIGTERM" in err
 
 
-def test_while_python_is_ending() -> None:
-    """A second Ctrl-C often comes when all is saved already."""
+def test_signal_while_python_exits() -> None:
+    """A second Ctrl-C often comes after the checkpoint is saved."""
     code = (
         "import os, signal\n"
         "from cnntrain.interruption import interruption, watching\n"
@@ -170,79 +170,65 @@ class Slow(nn.Conv2d):
 """
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step(start: Start, tmp_path: Path) -> None:
+def test_second_ctrl_c_exits_within_a_step(start: Start, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     process = start("backend._target_=slow.Slow", "model=shallow")
     wait_for(tmp_path / "computing", process)
-    assert process.stderr is not None
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "\n"
-    assert (
-        "SIGINT: saving a checkpoint; interrupt again to stop at once" in process.stderr.readline()
-    )
+    first = "\ncnntrain: SIGINT: saving a checkpoint; interrupt again to stop at once\n"
+    while process.output()[1] != first:
+        time.sleep(0.02)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == "\ncnntrain: interrupted by SIGINT\n"
+    assert err == f"{first}\ncnntrain: interrupted by SIGINT\n"
     assert result(tmp_path)["status"] == "interrupted"
 
 
-def test_no_room_for_a_checkpoint(start: Start, tmp_path: Path) -> None:
-    """As on a full disk: what was there stays, and the run goes on once there is room."""
-    options = ["scheduler=none", "+trainer.limit_train_batches=3"]
-
-    def no_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
-
-    assert start(*options, "trainer.max_epochs=1").wait(timeout=120) == 0
+def test_no_space_for_a_checkpoint(tmp_path: Path) -> None:
+    """As on a full disk: the checkpoint stays, and the run resumes once there is space."""
+    options = [*TRAIN, "scheduler=none", "+trainer.limit_train_batches=3"]
+    assert run_command([*options, "trainer.max_epochs=1"], tmp_path).returncode == 0
     path = tmp_path / "run/checkpoints/last.ckpt"
     before, names = path.read_bytes(), sorted(path.parent.iterdir())
     assert len(before) > 600_000
-    more = ["resume=auto", *options, "trainer.max_epochs=3"]
-    process = start(*more, preexec_fn=no_room)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert said == (
+    more = [*options, "resume=auto", "trainer.max_epochs=3"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))"
+    full = python(f"{limit}\nfrom cnntrain.commands import main\nmain()", more, tmp_path)
+    assert full.returncode == 1
+    assert full.stderr == (
         f"cnntrain: {path}: File too large; once that is fixed, resume with resume=run\n"
     )
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == names
     assert result(tmp_path)["status"] == "failed"
-    assert result(tmp_path)["epochs"] == 2  # the second was computed, and is told of
+    assert result(tmp_path)["epochs"] == 2  # the second was computed
     assert "val/acc" in result(tmp_path)["metrics"]
 
-    process = start(*more)
-    out, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert "resuming from last.ckpt at epoch 2, batch 1" in out
+    resumed = run_command(more, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from last.ckpt at epoch 2, batch 1" in resumed.stdout
     assert result(tmp_path)["epochs"] == 3
 
-    # Asked again, it answers with what is recorded, and torch is not needed for that.
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = {[TRAIN[1], *TRAIN[2:], *more]!r}\n"
-        "try:\n"
-        f"    runpy.run_path({TRAIN[1]!r}, run_name='__main__')\n"
-        "finally:\n"
-        "    print('torch imported:', 'torch' in sys.modules)\n"
-    )
-    again = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    # The result of a completed run is printed without importing torch.
+    imported = "print('torch imported:', 'torch' in sys.modules)"
+    code = f"import sys\nfrom cnntrain.commands import main\ntry: main()\nfinally: {imported}"
+    again = python(code, more, tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith("already completed\n")
     assert f"{result(tmp_path)['metrics']['test/acc']:.2%}" in again.stdout
     assert "torch imported: False" in again.stdout
 
 
+def python(code: str, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["resume=nowhere"], "resume=nowhere: holds no run; give the folder of one, or auto"),
         (["resume="], "resume=: holds no run"),
@@ -255,7 +241,7 @@ def test_no_room_for_a_checkpoint(start: Start, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_resume_that_cannot_be(tmp_path: Path, options: list[str], said: str) -> None:
+def test_invalid_resume_is_rejected(tmp_path: Path, options: list[str], message: str) -> None:
     from omegaconf import OmegaConf
 
     from cnntrain.config import compose
@@ -268,12 +254,12 @@ def test_a_resume_that_cannot_be(tmp_path: Path, options: list[str], said: str) 
     before = {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")}
     done = run_command(["train", *options], tmp_path)
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert {f: f.is_file() and f.read_bytes() for f in tmp_path.rglob("*")} == before
 
 
-def test_without_a_fixed_folder_there_is_nothing_to_go_on_with(tmp_path: Path) -> None:
+def test_resume_auto_requires_a_fixed_folder(tmp_path: Path) -> None:
     done = run_command(["train", "resume=auto"], tmp_path)
     assert done.returncode == 2
     assert "resume=auto: needs a folder that stays the same; add hydra.run.dir=" in done.stderr

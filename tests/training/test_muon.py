@@ -14,7 +14,7 @@ from cnntrain.training.optim import orthogonal
 
 
 @pytest.mark.parametrize("shape", [(6, 25), (25, 6), (64, 64), (1, 9), (128, 400)])
-def test_orthogonal_keeps_the_directions_and_evens_the_lengths(shape: tuple[int, int]) -> None:
+def test_orthogonal_keeps_singular_vectors(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -33,7 +33,7 @@ def gradients(network: nn.Module, seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-def test_hidden_weights_go_as_pytorchs_muon_takes_them_and_the_rest_with_adamw() -> None:
+def test_updates_equal_torch_muon_and_adamw() -> None:
     torch.manual_seed(0)
     ours, theirs = LeNet5(), LeNet5()
     theirs.load_state_dict(ours.state_dict())
@@ -61,7 +61,7 @@ def test_hidden_weights_go_as_pytorchs_muon_takes_them_and_the_rest_with_adamw()
             torch.testing.assert_close(p, q, msg=name)
 
 
-def test_a_state_that_was_saved_goes_on(tmp_path: Any) -> None:
+def test_saved_state_resumes(tmp_path: Any) -> None:
     def steps(network: nn.Module, optimizer: Muon, numbers: range) -> None:
         for number in numbers:
             gradients(network, number)

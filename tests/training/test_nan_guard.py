@@ -190,7 +190,7 @@ def test_no_update_from_the_bad_batch_on(tmp_path: Path, optimizer: str, deferre
 
 
 def test_deferred_check_reports_the_same(tmp_path: Path) -> None:
-    said = []
+    reports = []
     for deferred in (False, True):
         run = Run(tmp_path, deferred=deferred)
         run.inject("features.4", infinite, run.train_batch(0, 6))
@@ -198,9 +198,9 @@ def test_deferred_check_reports_the_same(tmp_path: Path) -> None:
         saved = torch.load(run.file, weights_only=True)
         del saved["state_dict"]  # later batches have moved running statistics
         tensors = {name: saved.pop(name) for name in ("images", "labels", "indices")}
-        said.append((str(error), str(error.details), str(saved), tensors))
-    assert said[0][:3] == said[1][:3]
-    assert_equal(said[0][3], said[1][3])
+        reports.append((str(error), str(error.details), str(saved), tensors))
+    assert reports[0][:3] == reports[1][:3]
+    assert_equal(reports[0][3], reports[1][3])
 
 
 @both
@@ -258,8 +258,8 @@ def test_loss_function(tmp_path: Path, value: float, gradients: str, deferred: b
     run.loss.switch.images = run.train_batch(0, 2)
     run.loss.fault = lambda loss: loss * value if gradients == "bad" else loss + value
     error = run.stopped()
-    said = f"is {value}; every output is finite, but the loss of FaultyLoss is not; to reproduce"
-    assert said in str(error)
+    message = f"is {value}; every output is finite, but the loss of FaultyLoss is not; to reproduce"
+    assert message in str(error)
     assert error.details["not_finite"]["layer"] is None
     assert_equal(state(run.trainer, run.module), run.snapshots.before)
 

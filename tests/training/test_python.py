@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from finished_runs import plain_network
+from forked import run_command
 from PIL import Image
 from rich.console import Console
 from rich.logging import RichHandler
@@ -105,8 +106,7 @@ def test_script(tmp_path: Path) -> None:
     ]
     assert counts(shown) == [1, 1, 1, 1]
 
-    command = [sys.executable, str(ROOT / "train.py"), *FEW, "hydra.run.dir=outputs/command"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_command(["train", *FEW, "hydra.run.dir=outputs/command"], tmp_path)
 
     def comparable(text: str) -> str:
         text = re.sub(r"[\d.]+ s$|\d+ s in all", "", text, flags=re.MULTILINE)
@@ -123,7 +123,7 @@ def test_script(tmp_path: Path) -> None:
     assert counts(text) == [1, 1, 1, 1]
 
 
-def test_lines_in_a_thread_and_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_in_a_thread_prints_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, options in (("a", FEW), ("b", [*FEW, "profile=true"])):
         thread = threading.Thread(target=train, args=(compose(options), str(tmp_path / name)))
         thread.start()
@@ -175,7 +175,7 @@ def test_lines_with_logging_configured(
     assert_nothing_is_left()
 
 
-def test_a_level_of_the_callers_holds(result: Result, capsys: pytest.CaptureFixture[str]) -> None:
+def test_level_of_the_caller_is_kept(result: Result, capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("cnntrain").setLevel(logging.WARNING)
     try:
         train(compose(FEW), result.directory, resume=True)
@@ -194,7 +194,7 @@ def not_a_command() -> None:
 
 
 @pytest.mark.parametrize("interactive", [True, False])
-def test_how_a_call_is_interrupted(
+def test_interrupted_call(
     interactive: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, not_a_command: None
 ) -> None:
     """SIGINT before training: nothing to save. IPython asks for the lines of an exception."""
@@ -235,8 +235,8 @@ def test_messages_name_arguments(result: Result, tmp_path: Path) -> None:
         (tmp_path / "new", [*FEW, "resume=outputs/x"], "resume=True"),
         (tmp_path / "new", [*FEW, "search=lenet5_lr"], "of the command line"),
     ]
-    for directory, options, said in wrong:
-        with pytest.raises(ConfigError, match=said) as caught:
+    for directory, options, message in wrong:
+        with pytest.raises(ConfigError, match=message) as caught:
             train(compose(options), directory)
         assert "hydra" not in str(caught.value)
         assert caught.value._render_traceback_() == [f"ConfigError: {caught.value}"]
@@ -332,7 +332,7 @@ def test_predict_takes_arrays(result: Result, pixels: np.ndarray, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (
             lambda x: x[:3, 0],
@@ -355,8 +355,8 @@ def test_predict_takes_arrays(result: Result, pixels: np.ndarray, tmp_path: Path
         (lambda x: [Path("no.png"), x[0]], "images=no.png: there is no such file"),
     ],
 )
-def test_predict_rejects(make, said: str, result: Result, pixels: np.ndarray) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_predict_rejects(make, message: str, result: Result, pixels: np.ndarray) -> None:
+    with pytest.raises(ConfigError, match=message):
         predict(result, make(pixels))
 
 
