@@ -52,11 +52,12 @@ class Command:
             self.process.join()
         return self.process.exitcode
 
-    def output(self) -> list[str]:
+    def output(self) -> tuple[str, str]:
         """What it has written to stdout and stderr."""
-        return [(Path(self.streams.name) / name).read_text() for name in ("out", "err")]
+        folder = Path(self.streams.name)
+        return (folder / "out").read_text(), (folder / "err").read_text()
 
-    def communicate(self, timeout: float = 300) -> list[str]:
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
         self.wait(timeout)
         return self.output()
 
