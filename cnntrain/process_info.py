@@ -3,6 +3,7 @@
 Imports no torch, so that an error in a command line is reported before that is imported.
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -42,17 +43,14 @@ def launched() -> ProcessInfo | None:
         launcher = "srun"
     else:
         return None
-    return (
-        ProcessInfo(rank, local_rank, world_size, nodes, launcher, timeout=_timeout())
-        if world_size > 1
-        else None
-    )
+    if world_size == 1:
+        return None
+    return ProcessInfo(rank, local_rank, world_size, nodes, launcher, timeout=_timeout())
 
 
 def _timeout() -> float:
     """`trainer.timeout` as typed: the processes meet before rank 0 has composed the config."""
     typed = [text.partition("=")[2] for text in sys.argv if text.startswith("trainer.timeout=")]
-    try:
+    with contextlib.suppress(IndexError, ValueError):
         return float(typed[-1])
-    except (IndexError, ValueError):
-        return TIMEOUT
+    return TIMEOUT

@@ -4,9 +4,8 @@ Rank 0 is the run: it alone has the run directory and the terminal. The other ra
 config and train on their shares of every batch. On one machine rank 0 starts them by
 torch.multiprocessing; otherwise torchrun or srun has started them.
 
-DDP synchronises gradients; everything else that the ranks must agree on is exchanged over a
-separate gloo group on the CPU, which avoids GPU synchronisation. In a single-process run every
-collective returns its argument unchanged.
+DDP synchronises gradients; everything else is exchanged over a gloo group on the CPU, which avoids
+GPU synchronisation. In a single-process run every collective returns its argument.
 """
 
 import contextlib
@@ -60,12 +59,12 @@ def all_sum(numbers: Sequence[float]) -> list[float]:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
-    return any_stop(flag, signals=False)[0]
+    return all_sum([flag])[0] > 0
 
 
-def any_stop(flag: bool, *, signals: bool = True) -> tuple[bool, int | None]:
+def any_stop(flag: bool) -> tuple[bool, int | None]:
     """Whether the flag is set on any rank, and the signal that any rank has received, if one."""
-    received = interruption.received if signals else None
+    received = interruption.received
     if is_single_process():
         return flag, received
     both = torch.tensor([int(flag), received or 0])
@@ -222,8 +221,7 @@ def dismiss(info: ProcessInfo) -> None:
     """At the end of rank 0: end the processes of a launcher that have not received any work."""
     if _work_sent:
         return
-    store = connect(info)
-    _send_work(store, None)
+    _send_work(store := connect(info), None)
     # srun's store is in this process. A rank that does not answer has ended.
     with contextlib.suppress(dist.DistError):
         keys = [f"dismissed/{rank}" for rank in range(1, info.world_size)]
