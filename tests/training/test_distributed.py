@@ -60,6 +60,7 @@ EVERYTHING = [
     "trainer.log_every_n_steps=1",
     "optimizer.fused=false",
     "optimizer.lr=0.005",
+    "tensorboard=scalars",
 ]
 
 Start = Callable[..., Any]
