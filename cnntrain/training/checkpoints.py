@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnntrain.interruption import Interrupted, interruption
 from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
-from cnntrain.training.distributed import any_stop, is_single_process
+from cnntrain.training.distributed import any_stop
 from cnntrain.training.lightning_compat import set_progress
 from cnntrain.training.run_directory import conditions
 
@@ -90,7 +90,7 @@ class Checkpoints(Checkpoint):
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         signum = any_stop(False)[1]
-        if signum is not None and not trainer.sanity_checking:
+        if signum is not None:
             if self.average is not None:  # undo the swap for validation
                 self.average.on_validation_epoch_end(trainer, module)
             self._save(trainer)  # a resume repeats the validation
@@ -137,14 +137,12 @@ class Checkpoints(Checkpoint):
 
     def _write_best(self) -> None:
         assert self.best
-        write(self.folder / BEST, {**self.facts, **self.best, "conditions": conditions()})
+        write(self.folder / BEST, {**self.facts, **self.best})
 
 
 def _check(signum: int | None) -> None:
-    """Raise Interrupted after a signal; in a distributed run, once all ranks know of it."""
-    if is_single_process():
-        interruption.check()
-    elif signum is not None:
+    """Raise Interrupted after a signal that any rank has received."""
+    if signum is not None:
         interruption.received = signum
         raise Interrupted(signum)
 
