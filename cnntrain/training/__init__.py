@@ -7,8 +7,8 @@ from cnntrain.training.insights import Insights
 from cnntrain.training.nan_guard import NonFiniteError
 from cnntrain.training.optim import CrossEntropy, HalfSquaredError, Muon, OneCycle, WarmupCosine
 from cnntrain.training.profile import Profile
-from cnntrain.training.result import Result
 from cnntrain.training.run import Pruned, train
+from cnntrain.training.run_directory import Result
 from cnntrain.training.trainer import Trainer
 
 __all__ = [

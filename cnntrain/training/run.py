@@ -45,8 +45,7 @@ from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import all_ranks, share_cores
 from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.profile import Profile
-from cnntrain.training.result import Result, logged
-from cnntrain.training.run_directory import RunDirectory, conditions
+from cnntrain.training.run_directory import Result, RunDirectory, conditions, logged
 from cnntrain.training.tensorboard import METRICS
 from cnntrain.training.trainer import Trainer, device_text
 
