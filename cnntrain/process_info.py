@@ -20,7 +20,7 @@ class ProcessInfo:
     world_size: int = 1
     nodes: int = 1  # machines, each with the same number of processes
     launcher: str | None = None  # torchrun or srun; None: rank 0 starts the others
-    rendezvous: str = "env://"  # where the processes meet: an init_method of torch.distributed
+    rendezvous: str = "env://"  # where the processes connect: an init_method of torch.distributed
     timeout: float = TIMEOUT  # seconds to wait for another process; `trainer.timeout`
 
     @property
@@ -49,7 +49,7 @@ def launched() -> ProcessInfo | None:
 
 
 def _timeout() -> float:
-    """`trainer.timeout` as typed: the processes meet before rank 0 has composed the config."""
+    """`trainer.timeout` as typed: the processes connect before rank 0 has composed the config."""
     typed = [text.partition("=")[2] for text in sys.argv if text.startswith("trainer.timeout=")]
     with contextlib.suppress(IndexError, ValueError):
         return float(typed[-1])

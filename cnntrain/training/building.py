@@ -154,7 +154,7 @@ def fit_and_test(
     device, share = trainer.strategy.root_device, {"rank": trainer.info.rank}
     share["world"] = trainer.info.world_size
     loaders = data.train_loader(module.seed, device, **share), data.val_loader(device, **share)
-    # Lightning's rule for overfit_batches, which it applies to PyTorch's DataLoader alone.
+    # Lightning's rule for overfit_batches, which it applies to PyTorch's DataLoader only.
     loaders[0].shuffle = not trainer.overfit_batches  # type: ignore[attr-defined]
     with interruption.answering("note"):
         trainer.fit(module, *loaders, ckpt_path=checkpoint, weights_only=True)

@@ -36,12 +36,12 @@ SETUP_TIMEOUT = timedelta(minutes=30)  # for the other ranks to start and to pre
 SHUTDOWN_TIMEOUT = 30  # seconds for rank 0 to raise by itself after a worker process has died
 
 _cpu_group: Any = None  # gloo group of the run, for the collectives below
-_store: Any = None  # where processes started by a launcher have met
+_store: Any = None  # of the processes that a launcher has started
 _work_sent = False
 
 
 class ProcessLost(NoTraceback, Exception):
-    """Another process of the run has ended or does not answer; the message says which and how."""
+    """Another process of the run has ended or does not respond; the message says which and how."""
 
 
 def is_single_process() -> bool:
@@ -94,7 +94,7 @@ def share_cores(info: ProcessInfo) -> Iterator[None]:
 
 
 def connect(info: ProcessInfo) -> Any:
-    """The key-value store through which the processes meet.
+    """The key-value store that all processes connect to.
 
     Raises ProcessLost if the port is in use, or not all have connected within the timeout.
     """
@@ -113,7 +113,7 @@ def connect(info: ProcessInfo) -> Any:
         return dist.PrefixStore("cnntrain", next(found)[0])
 
     try:
-        # In a thread, as TCPStore has no timeout where another program answers at its port.
+        # In a thread, as TCPStore has no timeout where another program listens at its port.
         with ThreadPool(1) as pool:
             store = pool.apply_async(rendezvous).get(info.timeout + 1)
     except (dist.DistError, multiprocessing.TimeoutError) as error:
@@ -160,7 +160,7 @@ def connection_errors(info: ProcessInfo, workers: "Workers | None" = None) -> It
 
 
 def _no_answer(info: ProcessInfo) -> str:
-    text = "another process of the run has ended, or not answered for"
+    text = "another process of the run has ended, or not responded for"
     return f"{text} {info.timeout:g} s (trainer.timeout)"
 
 
@@ -222,7 +222,7 @@ def dismiss(info: ProcessInfo) -> None:
     if _work_sent:
         return
     _send_work(store := connect(info), None)
-    # srun's store is in this process. A rank that does not answer has ended.
+    # srun's store is in this process. A rank that does not respond has ended.
     with contextlib.suppress(dist.DistError):
         keys = [f"dismissed/{rank}" for rank in range(1, info.world_size)]
         store.wait(keys, timedelta(seconds=SHUTDOWN_TIMEOUT))

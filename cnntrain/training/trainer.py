@@ -53,7 +53,7 @@ class Trainer(lightning.Trainer):
     `cnntrain.config.nodes.TRAINER_GIVEN`.
 
     With `devices` > 1, `processes` gives the rank of this process among those that exist already:
-    the trainer starts none. A rank that does not answer within `timeout` seconds ends the run.
+    the trainer starts none. A rank that does not respond within `timeout` seconds ends the run.
     """
 
     def __init__(

@@ -320,7 +320,7 @@ def test_stuck_process(start: Start, tmp_path: Path) -> None:
         if signals:
             assert last.startswith("cnntrain: interrupted by SIGINT")
         else:
-            assert "ended, or not answered for 5 s (trainer.timeout); resume with resume" in last
+            assert "ended, or not responded for 5 s (trainer.timeout); resume with resume" in last
         assert result(tmp_path / "run")["status"] == ("interrupted" if signals else "failed")
 
 

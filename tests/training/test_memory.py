@@ -26,12 +26,12 @@ mallinfo2 = ctypes.CDLL(None).mallinfo2
 mallinfo2.restype = Mallinfo2
 
 def of_a_block():
-    "Bytes from the kernel for this block alone, and bytes at hand when it is freed."
+    "Bytes from the kernel for this block, and free bytes after it is freed."
     others = mallinfo2().hblkhd
     block = torch.empty({BLOCK}, dtype=torch.uint8)
-    alone = mallinfo2().hblkhd - others
+    mapped = mallinfo2().hblkhd - others
     del block
-    return alone, mallinfo2().fordblks
+    return mapped, mallinfo2().fordblks
 
 before = of_a_block()
 cfg = compose(["data=fashion_mnist_mini", "trainer=cpu", "trainer.max_epochs=1",
@@ -48,7 +48,7 @@ print(json.dumps([before, of_a_block()]))
 def test_freed_memory_is_kept(tmp_path: Path) -> None:
     code = [sys.executable, "-c", CODE, str(tmp_path / "run")]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
-    (alone, at_hand), (alone_now, at_hand_now) = json.loads(done.stdout.splitlines()[-1])
-    assert alone >= BLOCK > at_hand  # as glibc does: asked for anew each time
-    assert alone_now == 0
-    assert at_hand_now >= BLOCK
+    (mapped, free), (mapped_now, free_now) = json.loads(done.stdout.splitlines()[-1])
+    assert mapped >= BLOCK > free  # as glibc does: mapped each time
+    assert mapped_now == 0
+    assert free_now >= BLOCK

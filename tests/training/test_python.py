@@ -391,7 +391,7 @@ def test_paths_as_text(result: Result, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_package_level_names() -> None:
-    """They are there, and importing the package alone imports nothing of weight."""
+    """They are there, and importing the package does not import torch or Hydra."""
     assert (cnntrain.train, cnntrain.compose, cnntrain.predict) == (train, compose, predict)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = cnntrain.trian
