@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 # Operators that synchronise with the device, which a CUDA graph cannot capture.
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::_unique2"}
+SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::_unique2"}
 
 
 class KernelRecorder:
@@ -58,7 +58,7 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        if name in WAITS:
+        if name in SYNCHRONISING:
             raise RuntimeError("operation not permitted when stream is capturing")
         for argument, value in zip(func._schema.arguments, args, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
