@@ -22,13 +22,8 @@ class Checkpoints(Checkpoint):
 
     last.ckpt is written at the given intervals, after an epoch that is the best so far, at the end
     and on a signal; the one before is kept as previous.ckpt. It contains the best weights, too, so
-    that a resume needs no other file. In a distributed run, rank 0 writes.
-
-    Args:
-        folder: Where to write.
-        monitor: The metric that decides what is best, such as "val/acc".
-        average: The moving average, if the run has one.
-        every_n_epochs, every_n_steps, every_n_minutes: Intervals.
+    that a resume needs no other file. `monitor` is the metric that decides what is best, such as
+    "val/acc". In a distributed run, rank 0 writes.
 
     Attributes:
         facts: Further content, set before fitting.
@@ -169,9 +164,6 @@ class EMA(lightning.Callback):
 
     It replaces them in validation, in the test and as `state_dict` of checkpoints. Lightning's
     `WeightAveraging` synchronises with the GPU at every step.
-
-    Args:
-        decay: Share of the average that an update keeps.
     """
 
     def __init__(self, decay: float):

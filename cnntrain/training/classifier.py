@@ -27,7 +27,6 @@ class Classifier(lightning.LightningModule):
     mean loss of the whole batch.
 
     Args:
-        network: The network.
         loss: Mean loss of logits (N, classes) and labels (N,).
         optimizer: Called with `params`.
         scheduler: Called with `optimizer`. One that takes `total_steps` is stepped after every

@@ -24,11 +24,6 @@ COLUMNS = ["epoch", "step", "lr", *METRICS, "grad_norm"]
 class EpochLog(lightning.Callback):
     """Writes metrics.csv, the scalars of TensorBoard and a log line after every epoch.
 
-    Args:
-        directory: The run directory.
-        tensorboard: Its TensorBoard.
-        insights: What else TensorBoard shows.
-
     Attributes:
         epochs: Rows of metrics.csv.
         images: Training images so far, over all epochs.

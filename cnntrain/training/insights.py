@@ -205,11 +205,7 @@ def worst(
 ) -> pictures.Picture:
     """The most confident mistakes, captioned with predicted class, probability and true class.
 
-    Args:
-        found: Predictions for a data set.
-        images: Returns the images, uint8 (B, C, H, W), at positions (B,) of the data set.
-        names: Class names.
-        most: Maximum number of images.
+    `images` returns images, uint8 (B, C, H, W), at positions (B,) of the data set.
     """
     wrong = found.mistakes(most)
     predicted, labels = found.predicted.tolist(), found.labels.tolist()

@@ -20,11 +20,8 @@ class Profile(lightning.Callback):
     """Records five training batches of this process, or all batches of a shorter epoch.
 
     Writes trace.json (for https://ui.perfetto.dev or chrome://tracing), with each layer's forward
-    under its name, and operators.txt to `directory`/profile. Results of the training are bitwise
-    the same.
-
-    Args:
-        directory: The run directory.
+    under its name, and operators.txt to `profile` in the run directory. Results of the training are
+    bitwise the same.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):

@@ -61,10 +61,9 @@ class StepGraph:
         step: Returns the mean loss of images (B, C, H, W) and labels (B,). It may change tensors in
             place, as batch normalisation does, and must not synchronise with the device.
         backward: Computes the gradients of that loss.
-        optimizer: Its `step` is replaced by `update`, if updates are captured.
+        optimizer: Its `step` is replaced by `update` if it is Muon or a fused one of PyTorch. Then
+            updates in which only learning rates change are captured as well, with `updates`.
         recorder: Captures kernels.
-        updates: Whether to capture updates, where the optimizer is a fused one of PyTorch or Muon,
-            and only its learning rates change.
     """
 
     def __init__(

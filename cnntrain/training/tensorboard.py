@@ -31,15 +31,9 @@ FILES = "events.out.tfevents.*"
 class TensorBoard(Logger):
     """Writes the event files of a run. A resumed run continues in new ones, after truncating those
     of before to the checkpoint, which Lightning's TensorBoardLogger cannot do.
-
-    Args:
-        directory: The run directory.
-
-    Attributes:
-        experiment: The SummaryWriter, once `begin` or `resume` was called.
     """
 
-    experiment: SummaryWriter
+    experiment: SummaryWriter  # once `begin` or `resume` was called
     name = version = None
 
     def __init__(self, directory: Path):
@@ -50,10 +44,8 @@ class TensorBoard(Logger):
     def begin(self, cfg: DictConfig, labels: Mapping[str, Any] | None = None) -> None:
         """Start an event file with the hyperparameters for the HParams tab.
 
-        Args:
-            cfg: Config of the run.
-            labels: Further hyperparameters, of a member of a sweep. The sweep then has written the
-                columns of the tab, which TensorBoard reads from the first run that has them.
+        A member of a sweep has further ones, `labels`. The sweep then has written the columns of
+        the tab, which TensorBoard reads from the first run that has them.
         """
         self.resume({})
         metrics = dict.fromkeys(["test/acc", "val/acc", "test/loss", *METRICS], 0.0)
@@ -119,14 +111,8 @@ class TensorBoard(Logger):
             self.experiment.add_histogram(tag, values.float(), step, bins=64)
 
     def embed(self, points: Tensor, rows: list[list[str]], images: Tensor, step: int) -> None:
-        """Write the files of the projector.
-
-        Args:
-            points: Float (N, D).
-            rows: A header and N rows of texts.
-            images: A picture of each point, uint8 (N, 3, H, W).
-            step: Names the folder of the files.
-        """
+        """Write the files of the projector for points (N, D): `rows` are a header and N rows of
+        texts, `images` uint8 (N, 3, H, W); `step` names the folder."""
         folder = self.directory / f"{step:05}"
         # The test of an interrupted run is repeated. A config that names damaged files would keep
         # the whole projector from loading.
