@@ -140,7 +140,7 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", ".*it is recommended to use `Trainer.devices=1.*")
 
 
-def process_info(cfg: DictConfig, launched: ProcessInfo | None) -> ProcessInfo:
+def this_process(cfg: DictConfig, launched: ProcessInfo | None) -> ProcessInfo:
     """This process among those that train the run together: rank 0, or as a launcher says."""
     nodes = cfg.trainer.get("num_nodes", 1)
     first = ProcessInfo(world_size=cfg.trainer.get("devices", 1) * nodes, nodes=nodes)
@@ -186,7 +186,7 @@ def train_rank(info: ProcessInfo) -> None:
             if (work := receive_work(info, store)) is None:
                 return
             cfg, directory = OmegaConf.create(work["config"]), Path(work["directory"])
-            info = process_info(cfg, info)
+            info = this_process(cfg, info)
             checkpoint = Path(work["checkpoint"]) if work["checkpoint"] else None
             with share_cores(info):
                 data, module = build_run(cfg)

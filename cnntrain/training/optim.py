@@ -138,7 +138,7 @@ class Muon(Optimizer):
         hidden = [p for p in parameters if p.ndim >= 2][:-1]
         others = [p for p in parameters if all(p is not other for other in hidden)]
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        self.adamw = AdamW(others, adam_lr, adam_betas, adam_eps, weight_decay)
+        self.adamw = AdamW(others, adam_lr, tuple(adam_betas), adam_eps, weight_decay)
         groups: list[dict[str, Any]] = [{"params": hidden}] if hidden else []
         super().__init__([*groups, *self.adamw.param_groups], defaults)
 

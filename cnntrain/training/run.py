@@ -36,8 +36,8 @@ from cnntrain.training.building import (
     build_run,
     build_trainer,
     fit_and_test,
-    process_info,
     spawned_rank,
+    this_process,
 )
 from cnntrain.training.checkpoint_file import BEST, LAST, CheckpointError, Content, newest, read
 from cnntrain.training.checkpoints import shape_differences
@@ -151,7 +151,7 @@ def run_training(
     """
     cfg = run_options(cfg)
     data, module = build_run(cfg)
-    info = process_info(cfg, launched())
+    info = this_process(cfg, launched())
     locked = RunDirectory(directory, resume=resume, option=option)
     with watching(), share_cores(info), locked as run, console or contextlib.nullcontext():
         if resume and (recorded := completed(directory, cfg)):
