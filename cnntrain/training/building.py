@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from cnntrain.config import as_config_error, build
+from cnntrain.config import as_config_error, build, config_hash
 from cnntrain.data import ImageData
 from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.process_info import TIMEOUT, ProcessInfo
@@ -114,6 +114,8 @@ def build_trainer(
             logger=record.tensorboard if record else False,
             callbacks=[*callbacks, *further],
         )
+    config = OmegaConf.to_container(cfg, resolve=True)
+    trainer.checkpoints.facts = {"config": config, "config_hash": config_hash(cfg)}
     if trainer.channels_last:
         module.network.to(memory_format=torch.channels_last)
     if trainer.compile_network:

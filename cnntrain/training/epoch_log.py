@@ -5,10 +5,13 @@ import io
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+from omegaconf import DictConfig
+from torch import nn
 from tqdm.auto import tqdm
 
 from cnntrain.atomic import replacing
@@ -38,6 +41,19 @@ class EpochLog(lightning.Callback):
         self.images = 0
         self.seconds_before = self.seconds = 0.0
         self.epoch_seconds_before = 0.0  # of an epoch that was interrupted
+
+    def begin(
+        self, cfg: DictConfig, network: nn.Module, labels: Mapping[str, Any] | None = None
+    ) -> None:
+        """Log the config and the network of a new run; `labels` as in `TensorBoard.begin`."""
+        self.tensorboard.begin(cfg, labels)
+        self.insights.begin(cfg, network)
+
+    def resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        """Continue the logs of an interrupted run from its checkpoint."""
+        epoch, batch = checkpoint["position"]["epoch"] + 1, checkpoint["position"]["batch"] + 1
+        log.info(f"resuming from {path.name} at epoch {epoch}, batch {batch}")
+        self.tensorboard.resume(checkpoint["callbacks"][self.state_key]["event_files"])
 
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
-from cnntrain.config import ConfigError, config_hash, folder_problem, run_directory_problem
+from cnntrain.config import ConfigError, folder_problem, run_directory_problem
 from cnntrain.config.resume import (
     CHECKPOINTS,
     CONFIG,
@@ -29,7 +29,7 @@ from cnntrain.config.resume import (
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
 from cnntrain.models import layer_table
-from cnntrain.process_info import ProcessInfo, launched
+from cnntrain.process_info import launched
 from cnntrain.terminal import UNLIMITED, NoTraceback, table_text, width
 from cnntrain.training.building import (
     build_record,
@@ -165,9 +165,13 @@ def run_training(
             with interruption.answering("raise"):  # a partial download is removed
                 data.prepare()
             trainer = build_trainer(cfg, info, directory, data, module, record, callbacks)
-            _begin_logs(cfg, trainer, data, module, record, saved, labels)
+            _print_network(trainer, data, module)
             checkpoint = saved[0] if saved else None
-            with _all_ranks(cfg, info, trainer, run, record, checkpoint):
+            if saved:
+                record.resume(*saved)
+            else:
+                record.begin(cfg, module.network, labels)
+            with _all_ranks(trainer, run, record, checkpoint):
                 fit_and_test(trainer, data, module, checkpoint)
             content = _final_metrics(cfg, trainer, module, record)
             seconds = record.seconds_before + time.perf_counter() - started
@@ -234,43 +238,20 @@ def _final_status(run: RunDirectory, record: EpochLog) -> Iterator[None]:
         interruption.before_leaving = None
 
 
-def _begin_logs(
-    cfg: DictConfig,
-    trainer: Trainer,
-    data: ImageData,
-    module: Classifier,
-    record: EpochLog,
-    saved: tuple[Path, Content] | None,
-    labels: Mapping[str, Any] | None,
-) -> None:
-    """Print the device and the layers, and begin or continue the TensorBoard files."""
+def _print_network(trainer: Trainer, data: ImageData, module: Classifier) -> None:
+    """Print the device and the table of layers."""
     log.info(f"device: {device_text(trainer)}")
     table, optional = layer_table(module.network, data.shape), ("output", "type", "parameters")
     whole, fitted = (table_text(table, optional, columns) for columns in (UNLIMITED, width()))
     log.info(whole, extra={"terminal": fitted})
-    if saved:
-        path, content = saved
-        epoch, batch = content["position"]["epoch"] + 1, content["position"]["batch"] + 1
-        log.info(f"resuming from {path.name} at epoch {epoch}, batch {batch}")
-        record.tensorboard.resume(content["callbacks"]["EpochLog"]["event_files"])
-    else:
-        record.tensorboard.begin(cfg, labels)
-        record.insights.begin(cfg, module.network)
 
 
 def _all_ranks(
-    cfg: DictConfig,
-    info: ProcessInfo,
-    trainer: Trainer,
-    run: RunDirectory,
-    record: EpochLog,
-    checkpoint: Path | None,
+    trainer: Trainer, run: RunDirectory, record: EpochLog, checkpoint: Path | None
 ) -> AbstractContextManager[None]:
     """Within, the other ranks fit and test as well."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    trainer.checkpoints.facts = {"config": config, "config_hash": config_hash(cfg)}
     work = {
-        "config": config,
+        "config": trainer.checkpoints.facts["config"],
         "directory": str(run.path.absolute()),
         "checkpoint": str(checkpoint) if checkpoint else None,
     }
@@ -278,7 +259,8 @@ def _all_ranks(
     def on_worker_lost(reason: str) -> None:
         run.write_result("failed", **record.so_far(), error=f"ProcessLost: {reason}")
 
-    return all_ranks(info, trainer.strategy.root_device, work, spawned_rank, on_worker_lost)
+    device = trainer.strategy.root_device
+    return all_ranks(trainer.info, device, work, spawned_rank, on_worker_lost)
 
 
 def _final_metrics(
