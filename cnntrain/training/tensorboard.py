@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -66,6 +67,9 @@ class TensorBoard(Logger):
                 file.unlink()
             elif file.stat().st_size > sizes[name]:
                 os.truncate(file, sizes[name])
+        # TensorBoard reads files in the order of their names, which begin with the second.
+        while any(f".{int(time.time())}." in name for name in sizes):
+            time.sleep(0.05)
         self.experiment = SummaryWriter(str(self.directory))
         self.events = cast(Any, self.experiment.file_writer)
 
