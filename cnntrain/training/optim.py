@@ -138,7 +138,8 @@ class Muon(Optimizer):
         hidden = [p for p in parameters if p.ndim >= 2][:-1]
         others = [p for p in parameters if all(p is not other for other in hidden)]
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        self.adamw = AdamW(others, adam_lr, tuple(adam_betas), adam_eps, weight_decay)
+        betas = adam_betas[0], adam_betas[1]  # a list in a config
+        self.adamw = AdamW(others, adam_lr, betas, adam_eps, weight_decay)
         groups: list[dict[str, Any]] = [{"params": hidden}] if hidden else []
         super().__init__([*groups, *self.adamw.param_groups], defaults)
 
