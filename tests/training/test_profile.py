@@ -84,5 +84,5 @@ def test_command(cnntrain, tmp_path: Path) -> None:
     done = cnntrain("-m", "profile=true", "seed=0,1")
     assert done.returncode == 2
     assert "profile=true: is for a single run; leave out -m" in done.stderr
-    with pytest.raises(ConfigError, match="profile=3: must be true or false"):
+    with pytest.raises(ConfigError, match="profile=3: input should be a valid boolean"):
         compose(["profile=3"])
