@@ -21,8 +21,7 @@ from cnntrain.terminal import NoTraceback, write_stderr
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-# Slurm sends SIGUSR1 before a job's time limit if asked to, submitit has it send SIGUSR2;
-# Windows has neither.
+# Slurm sends SIGUSR1 before a job's time limit if asked to, submitit has it send SIGUSR2.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 

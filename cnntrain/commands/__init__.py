@@ -1,7 +1,6 @@
 """Command line. Imports torch only where it is needed."""
 
 import difflib
-import os
 import pkgutil
 import sys
 
@@ -27,7 +26,6 @@ def main(command: str | None = None) -> None:
 
     A closed pipe (`| head`) does not change the exit code.
     """
-    use_utf8_file_names()
     with watching("leave"), safe_streams():  # also while what the command needs is imported
         _main(command)
 
@@ -50,17 +48,3 @@ def _main(command: str | None) -> None:
         hint = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(COMMANDS)}"
         print(f"cnntrain: no command {command!r}; {hint}", file=sys.stderr)
         sys.exit(2)
-
-
-def use_utf8_file_names() -> None:
-    """Restart Python in UTF-8 mode if its file system encoding is ASCII or does not fit argv.
-
-    The standard streams keep the encoding of the locale.
-    """
-    encoding = sys.getfilesystemencoding()
-    invalid = any("\ud800" <= character <= "\udfff" for text in sys.argv for character in text)
-    if encoding == "ascii" or (invalid and encoding != "utf-8"):
-        streams = getattr(sys.stdout, "encoding", None) or encoding
-        os.environ.setdefault("PYTHONIOENCODING", f"{streams}:backslashreplace")
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

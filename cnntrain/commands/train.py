@@ -182,16 +182,13 @@ def _resumed(arguments: argparse.Namespace) -> Resumed | None:
             return None
     else:
         directory = Path(chosen)
-        problem = None
         if not chosen or not has_run(directory):
-            home = "; ~ is not expanded there" if chosen.startswith("~") else ""
-            problem = f"{given[-1]}: holds no run; give the folder of one, or auto{home}"
-        elif arguments.cfg:
+            raise ConfigError([f"{given[-1]}: holds no run; give the folder of one, or auto"])
+        if arguments.cfg:
             problem = f"--cfg: shows a new run; the config of this one is {directory / CONFIG}"
-        elif placed := [text for text in hydra if _sets(text, "hydra.run.dir")]:
-            problem = f"{placed[0]}: goes with resume=auto; a run stays where it is"
-        if problem:
             raise ConfigError([problem])
+        if placed := [text for text in hydra if _sets(text, "hydra.run.dir")]:
+            raise ConfigError([f"{placed[0]}: goes with resume=auto; a run stays where it is"])
     if is_running(directory):
         raise ConfigError([in_use(directory)])
     run = run_config(directory, _newest_checkpoint)

@@ -100,9 +100,8 @@ def fixed_run_directory(cfg: DictConfig) -> Path:
     """The run directory in a config with `hydra`; ConfigError if its name has the current time."""
     raw: Any = OmegaConf.to_container(cfg.hydra.run)
     if "${now:" in str(raw["dir"]):
-        raise ConfigError(
-            ["resume=auto: needs a folder that stays the same; add hydra.run.dir=<folder>"]
-        )
+        problem = "resume=auto: needs a folder that stays the same; add hydra.run.dir=<folder>"
+        raise ConfigError([problem])
     with as_if_running(cfg, 0):
         return Path(cfg.hydra.run.dir)
 

@@ -102,12 +102,8 @@ def run_config(
     if found := newest(directory / CHECKPOINTS):
         log.warning(f"{directory / CONFIG}: is damaged; the config in {found[0]} is used")
         return DictConfig(found[1]["config"])
-    raise ConfigError(
-        [
-            f"resume={directory}: {CONFIG} or {RESULT} is damaged, and there is no checkpoint to "
-            "read the config from; start a new run"
-        ]
-    )
+    problem = f"resume={directory}: {CONFIG} or {RESULT} is damaged, and there is no checkpoint"
+    raise ConfigError([f"{problem}; start a new run"])
 
 
 def with_overrides(
@@ -127,21 +123,15 @@ def with_overrides(
     processes = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
     other = [text for text in overrides if text.startswith("trainer=") and text not in given]
     if processes > 1 and other:
+        problem = f"{other[-1]}: the run in {directory} has {processes} processes"
         raise ConfigError(
-            [
-                f"{other[-1]}: the run in {directory} has {processes} processes; leave it out, "
-                "and set trainer.accelerator=cpu and the like"
-            ]
+            [f"{problem}; leave it out, and set trainer.accelerator=cpu and the like"]
         )
     try:
         before = flat(compose(given))
     except ConfigError as error:
-        raise ConfigError(
-            [
-                f"{directory / OVERRIDES}: cannot be composed here ({error.problems[0]}); give "
-                "--config-dir or --config-name as at the start, or leave the options out"
-            ]
-        ) from None
+        problem = f"{directory / OVERRIDES}: cannot be composed here ({error.problems[0]})"
+        raise ConfigError([f"{problem}; give --config-dir as at the start"]) from None
     after = flat(compose([*given, *overrides]))
     typed = {text.lstrip("+~").partition("=")[0] for text in overrides}
     # Also if unchanged: the overrides of a run started from Python are not recorded.
@@ -162,9 +152,8 @@ def read_overrides(directory: Path) -> list[str]:
     try:
         return [str(text) for text in OmegaConf.load(file)]
     except (YAMLError, ValueError, TypeError, OmegaConfBaseException):
-        raise ConfigError(
-            [f"{file}: is damaged, so that options cannot be changed; leave them out"]
-        ) from None
+        problem = f"{file}: is damaged, so that options cannot be changed; leave them out"
+        raise ConfigError([problem]) from None
 
 
 def run_options(cfg: DictConfig) -> DictConfig:

@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def commands_of(page: Path, *starts: str) -> list[str]:
     """A page's lines that start so; `pip`, `pytest` and the rest are run by .ci/run."""
     text = page.read_text()
-    for name in ("photo.png", "folder", "scan.jpg"):  # whoever reads has these
+    for name in ("photo.png", "folder", "scan.jpg"):  # the reader's own files
         text = text.replace(f"<{name}>", name)
     lines = text.splitlines()
     lines = [line.split("   #")[0].strip() for line in lines]
@@ -32,26 +32,28 @@ def commands_of(page: Path, *starts: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_run_is_made_before_it_is_used(page: Path) -> None:
-    """In the order of the page, in a clone in which nothing has been done."""
+def test_runs_are_created_before_they_are_used(page: Path) -> None:
+    """In the order of the page, in a new clone."""
     lines = [
         c for c in commands_of(page, "python train.py", "cnntrain ", "echo") if "-m cnn" not in c
     ]
-    made: set[str] = set()
+    created: set[str] = set()
     for line in lines:
         words = shlex.split(line.split("`")[0])
         if words[0] == "echo":
-            made.add(words[-1])
+            created.add(words[-1])
         used = [w for w in words if w.startswith("run=")]
         used += [w for w in words[2:] if w.startswith("outputs/")]
         for word in used:
-            assert word.removeprefix("run=") in made, line
+            assert word.removeprefix("run=") in created, line
         if "mypkg" in line and words[0] != "echo":
-            assert "mypkg.py" in made, line
-        made |= {w.removeprefix("hydra.run.dir=") for w in words if w.startswith("hydra.run.dir=")}
+            assert "mypkg.py" in created, line
+        created |= {
+            w.removeprefix("hydra.run.dir=") for w in words if w.startswith("hydra.run.dir=")
+        }
         named = [w.partition("=")[2] for w in words if w.startswith(("sweep=", "experiment="))]
-        made |= {f"outputs/sweeps/{name}" for name in named}
-        for word in words:  # files that are named are shipped or yours
+        created |= {f"outputs/sweeps/{name}" for name in named}
+        for word in words:  # other files are the reader's
             if word.startswith("images=cnntrain/"):
                 assert (ROOT / word.removeprefix("images=")).exists()
 
@@ -77,7 +79,7 @@ def commands(*starts: str) -> list[str]:
 
 @pytest.mark.parametrize("command", commands("cnntrain verify", "cnntrain benchmark"))
 def test_command_of_the_lab(command: str, tmp_path: Path) -> None:
-    """As the README has it, on few cases."""
+    """As in the docs, on few cases."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
     arguments = shlex.split(command.split("`")[0])[1:]
     few = {"verify": ["short=true", "cases=2", "only=empty"], "benchmark": ["rounds=1"]}
@@ -88,14 +90,14 @@ def test_command_of_the_lab(command: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run, outputs/mine, and the pictures that the README names."""
-    folder = tmp_path_factory.mktemp("desk")
+    folder = tmp_path_factory.mktemp("workplace")
     options = [*QUICK, "backend=im2col", "tensorboard=scalars", "hydra.run.dir=outputs/mine"]
     assert run_command(["train", *options], folder).returncode == 0
     (folder / "folder").mkdir()
     for name in ("photo.png", "folder/another.jpg", "scan.jpg"):
-        Image.new("RGB", (90, 120), (200, 180, 160)).save(folder / name)
+        Image.new("RGB", (90, 120), (60, 50, 40)).save(folder / name)
     idx = folder / "cnntrain/data/fashion_mnist_mini/t10k-images-idx3-ubyte.gz"
     idx.parent.mkdir(parents=True)
     idx.write_bytes(gzip.compress(idx_bytes(np.zeros((3, 28, 28), np.uint8))))
@@ -109,10 +111,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *commands("cnntrain lesson"),
     ],
 )
-def test_command_of_the_pages(command: str, desk: Path) -> None:
+def test_command_of_the_pages(command: str, workplace: Path) -> None:
     arguments = shlex.split(command)[1:]
     few = ["rounds=1", "batch_size=2"] if arguments[:2] == ["lesson", "cost"] else []
-    done = run_command([*arguments, *few], desk)
+    done = run_command([*arguments, *few], workplace)
     if "size=3 kernel=5" in command:  # as the page has it
         assert done.returncode == 2
         shown = (ROOT / "docs/lessons.md").read_text()
@@ -121,14 +123,14 @@ def test_command_of_the_pages(command: str, desk: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     last = done.stdout.splitlines()[-1]
-    file = desk / re.sub(r"   \(.* bytes\)$", "", last)
+    file = workplace / re.sub(r"   \(.* bytes\)$", "", last)
     assert last.startswith("{") or file.stat().st_size > 0
 
 
-def test_what_a_lesson_shows_is_in_its_page(desk: Path) -> None:
+def test_output_of_lessons_is_in_their_page(workplace: Path) -> None:
     page = (ROOT / "docs/lessons.md").read_text()
     for lesson in (["window", "padding=1", "stride=2"], ["patterns"]):
-        done = run_command(["lesson", *lesson], desk)
+        done = run_command(["lesson", *lesson], workplace)
         lines = [line.rstrip() for line in done.stdout.splitlines()[:-2]]
         text = "\n".join(lines if lesson[0] == "window" else lines[-3:])
         assert text.strip() in page
@@ -138,18 +140,26 @@ def test_what_a_lesson_shows_is_in_its_page(desk: Path) -> None:
 TRAININGS = [c for c in commands("python train.py ") if "ablation" not in c]
 
 
+LIMITS = ["+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1"]
+
+
 @pytest.mark.parametrize("command", TRAININGS)
 def test_training_command(command: str, tmp_path: Path) -> None:
-    """As the pages have it, on little data."""
+    """As in the docs, on little data."""
     (tmp_path / "mypkg.py").write_text("from cnntrain.conv import NaiveConv2d as MyConv2d\n")
     arguments = shlex.split(command.split("`")[0])[2:]
     own_data = any(a.startswith(("data=", "experiment=")) for a in arguments)
     if not own_data or any(a.startswith("experiment=lenet5") for a in arguments):
         arguments.append("data=fashion_mnist_mini")
     few = ["search.trials=2"] if "search=" in command else []
+    few += [] if "tensorboard=" in command else ["tensorboard=scalars"]
+    few += ["data.batch_size=8"] if "model=torchvision" in command else []
+    if "search=lenet5_lr" in arguments:
+        arguments = [text for text in arguments if text != "hydra/launcher=joblib"]
+    arguments = [text.replace("seed=0,1,2", "seed=0,1") for text in arguments]
     run = run_process if "hydra/launcher=joblib" in arguments else run_command
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = run(["train", *arguments, *QUICK[1:], *few], tmp_path, environment)
+    done = run(["train", *arguments, *QUICK[1:], *LIMITS, *few], tmp_path, environment)
     if "trainer=gpu" in arguments and not Path("/dev/nvidia0").exists():
         assert done.returncode == 2
         assert "this machine has no GPU that PyTorch can use" in done.stderr
@@ -181,8 +191,8 @@ def test_benchmark_writes_its_ratios(tmp_path: Path) -> None:
         assert float(row["to_bare"]) == pytest.approx(ratio, abs=2e-3, rel=2e-3)
 
 
-def test_python_of_the_pages(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(desk)
+def test_python_of_the_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
     blocks = (ROOT / "docs/python.md").read_text().split("```python\n")[1:]
     assert blocks
     for block in blocks:
