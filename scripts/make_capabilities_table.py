@@ -29,9 +29,6 @@ LIMITS: dict[Use, str] = {
     uses.batched_gradients: "passes by custom functions; use `torch.func.vjp` and `vmap`",
     uses.compile_transforms: "dynamo takes no custom function there; works uncompiled",
     uses.export_any_size: "a loop over output positions is part of the graph",
-    uses.distributed_tensors: "PyTorch has no sharding rule for `unfold`; use `native`",
-    uses.trace: "TorchScript cannot save Python; use `torch.export`",
-    uses.symbolic_trace: "sizes are checked; make the class a leaf of the tracer",
     uses.channels_last_output: "outputs are contiguous",
 }
 

@@ -6,16 +6,13 @@ a note of the report.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch import Tensor, nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils import parametrizations
-from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from cnntrain.lab.verify.check import Candidate, CaseError, CaseErrors, check
@@ -126,18 +123,6 @@ def export_any_size(conv: nn.Conv2d, x: Tensor) -> Any:
     return [program(x[:n, :, :h, :w]) for n, h, w in [(3, 9, 21), (1, 8, 7), (2, 7, 20)]]
 
 
-@use("`torch.jit.trace`, saved", slow=True)
-def trace(conv: nn.Conv2d, x: Tensor) -> Any:
-    traced = torch.jit.trace(conv, x)
-    torch.jit.save(traced, io.BytesIO())
-    return traced(x[:2])
-
-
-@use("`torch.fx.symbolic_trace`", slow=True)
-def symbolic_trace(conv: nn.Conv2d, x: Tensor) -> Any:
-    return torch.fx.symbolic_trace(nn.Sequential(conv))(x)
-
-
 @use("complex numbers", slow=True, dtype=torch.complex128)
 def complex_numbers(conv: nn.Conv2d, x: Tensor) -> Any:
     return gradients(conv, x, *conv.parameters())
@@ -157,46 +142,9 @@ def channels_last_output(conv: nn.Conv2d, x: Tensor) -> Any:
     return y
 
 
-@use("tensor subclasses")
-def subclasses(conv: nn.Conv2d, x: Tensor) -> Any:
-    class Image(Tensor):
-        pass
-
-    y = conv(x.as_subclass(Image))
-    if type(y) is not Image:
-        raise Unsupported(f"a {type(y).__name__} from an Image")
-    return y.as_subclass(Tensor)
-
-
-@use("`DTensor`", slow=True)
-def distributed_tensors(conv: nn.Conv2d, x: Tensor) -> Any:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for name, value in list(conv.named_parameters()):
-            replicated = distribute_tensor(value.detach(), mesh, [Replicate()])
-            conv.register_parameter(name, nn.Parameter(replicated))
-        return conv(distribute_tensor(x, mesh, [Shard(0)])).full_tensor()
-    finally:
-        distributed.destroy_process_group()
-
-
 @use("the meta device")
 def meta(conv: nn.Conv2d, x: Tensor) -> Any:
     return list(conv.to("meta")(x.to("meta")).shape)
-
-
-@use("`use_deterministic_algorithms`, bitwise the same each time", slow=True)
-def repeatable(conv: nn.Conv2d, x: Tensor) -> Any:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        once, *again = (gradients(conv, x, *conv.parameters()) for _ in range(4))
-    finally:
-        torch.use_deterministic_algorithms(before)
-    for other in again:
-        assert_close(other, once, rtol=0, atol=0)
-    return once
 
 
 @use("saves input and weight for the backward, no more", padding=1)
