@@ -154,7 +154,6 @@ def cost(
     backends: list[str] | None = None,
     batch_size: PositiveInt = 128,
     rounds: PositiveInt = 20,
-    threads: PositiveInt | None = None,
 ) -> Lesson:
     """MACs of every layer of a model against measured time on each backend.
 
@@ -167,7 +166,6 @@ def cost(
         backends: By default all.
         batch_size: Images in a batch.
         rounds: Measurements of each backend, in turns.
-        threads: Of PyTorch; by default its own choice.
     """
     names = list(BACKENDS) if backends is None else backends
     unknown = [name for name in names if name not in BACKENDS]
@@ -178,13 +176,8 @@ def cost(
     if left := uncalled_layers(networks[names[0]], layers):
         problem = "is never called, as another layer uses its weights, and cannot be counted"
         raise ConfigError([f"model={model}: {left[0]} {problem}; choose one without attention"])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        times = layer_times(networks, batch_size, rounds)
-        threads = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+    times = layer_times(networks, batch_size, rounds)
+    threads = torch.get_num_threads()
     head = f"{model}, a batch of {batch_size}, forward, {threads} threads; in ms"
     optional = ("share", "GMAC/s", "MACs/image", *names[:0:-1])
     table = table_text(_table(layers, times, batch_size), optional, width())

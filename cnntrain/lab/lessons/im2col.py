@@ -48,9 +48,14 @@ def window(
         padding_mode: zeros, reflect, replicate, circular.
         position: Index of the marked window, from 0, in reading order.
     """
-    example = small_convolution(
-        size, in_channels, out_channels, kernel, stride, padding, dilation, groups, padding_mode
-    )
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups,
+                         bias=False, padding_mode=padding_mode, device="meta")  # fmt: skip
+        output = conv(torch.empty(1, in_channels, height, width, device="meta"))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError([f"lesson window: {first_line(error)}"]) from None
+    example = small_convolution(conv, height, width, output.shape[2:])
     if position >= example.columns.shape[2]:
         count = example.columns.shape[2]
         raise ConfigError([f"position={position}: there are {count} windows, 0 to {count - 1}"])
@@ -79,49 +84,34 @@ class SmallConvolution:
 
 
 def small_convolution(
-    size: Positive,
-    in_channels: int,
-    out_channels: int,
-    kernel: Positive,
-    stride: Positive,
-    padding: Padding,
-    dilation: Positive,
-    groups: int,
-    padding_mode: Mode,
+    conv: nn.Conv2d, height: int, width: int, output_size: torch.Size
 ) -> SmallConvolution:
-    """Compute every step by its definition.
+    """Compute every step of a layer without bias by its definition.
 
     The input counts from 1; weights are from -2 to 2.
 
     Raises:
-        ConfigError: the options are no convolution, or one that is too large to be read.
+        ConfigError: it is too large to be read.
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    try:
-        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups,
-                         bias=False, padding_mode=padding_mode, device="meta")  # fmt: skip
-        output_size = conv(torch.empty(1, in_channels, height, width, device="meta")).shape[2:]
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError([f"lesson window: {first_line(error)}"]) from None
     geometry = Geometry.of(conv)
     amounts = padding_amounts(conv.padding, conv.kernel_size, conv.dilation)
     rows, columns = padded((height, width), amounts)
     for what, number, limit in [
         ("rows of the column matrix", conv.weight[0].numel(), MAX_ROWS),
         ("columns of the column matrix", output_size.numel(), MAX_COLUMNS),
-        ("kernels", out_channels, MAX_ROWS),
-        ("numbers of the padded input", in_channels * rows * columns, MAX_PIXELS),
+        ("kernels", conv.out_channels, MAX_ROWS),
+        ("numbers of the padded input", conv.in_channels * rows * columns, MAX_PIXELS),
     ]:
         if number > limit:
             problem = f"{number:,} {what}, and at most {limit} are readable"
             raise ConfigError([f"lesson window: there are {problem}"])
-    image = torch.arange(1.0, in_channels * height * width + 1).reshape(-1, height, width)
-    around = pad(image[None], amounts, padding_mode)[0]
+    image = torch.arange(1.0, conv.in_channels * height * width + 1).reshape(-1, height, width)
+    around = pad(image[None], amounts, conv.padding_mode)[0]
     numbers = torch.arange(conv.weight.numel())
     weight = ((numbers * 3 + numbers // 4) % 5 - 2).float()  # without an obvious pattern
     unfolded = unfold(around[None], conv.kernel_size, conv.dilation, 0, conv.stride)[0]
-    matrices = unfolded.unflatten(0, (groups, -1))
-    products = weight.reshape(groups, out_channels // groups, -1) @ matrices
+    matrices = unfolded.unflatten(0, (conv.groups, -1))
+    products = weight.reshape(conv.groups, conv.out_channels // conv.groups, -1) @ matrices
     return SmallConvolution(geometry, amounts, image, around, weight.view_as(conv.weight),
                             matrices, products, products.reshape(-1, *output_size))  # fmt: skip
 
