@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cnntrain import config
 from cnntrain.config import ConfigError
 from cnntrain.config.composition import as_if_running
-from cnntrain.config.errors import format_error
+from cnntrain.config.errors import collect, format_error
 from cnntrain.config.overrides import combinations, key_of, parsed, sweeps
 from cnntrain.config.resume import run_options
 from cnntrain.sweeps.members import ComposedRun, without_sweep_options
@@ -122,10 +122,8 @@ def _compose(
 ) -> list[DictConfig]:
     cfgs = []
     for overrides in runs:
-        try:
+        with collect(problems):
             cfgs.append(config.compose_all(overrides, **where))
-        except ConfigError as error:
-            problems += error.problems
     return cfgs
 
 

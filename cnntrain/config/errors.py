@@ -28,6 +28,15 @@ class ConfigError(NoTraceback, Exception):
 
 
 @contextlib.contextmanager
+def collect(problems: list[str]) -> Iterator[None]:
+    """Add the problems of a ConfigError to a list, so that all of them are reported at once."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+
+
+@contextlib.contextmanager
 def as_config_error(option: str) -> Iterator[None]:
     """Turn the exception of a constructor into a ConfigError that names the config node."""
     try:

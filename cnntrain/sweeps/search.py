@@ -11,7 +11,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from pydantic import PositiveInt
 
 from cnntrain.config import ConfigError, as_config_error, build
-from cnntrain.config.errors import format_error, format_value, unknown
+from cnntrain.config.errors import collect, format_error, format_value, unknown
 from cnntrain.config.overrides import parsed
 from cnntrain.config.resume import read_result, result_with_status
 from cnntrain.sweeps.members import ComposedRun, PlannedMember, SweepFolder, directory_name, typed
@@ -104,10 +104,8 @@ class Space:
         problems = [] if content else [f"{WHERE}={{}}: has no option to search over"]
         found = []
         for option, entry in content.items():
-            try:
+            with collect(problems):
                 found.append(_dimension(str(option), entry))
-            except ConfigError as error:
-                problems += error.problems
         self.dimensions = sorted(found, key=lambda dimension: bool(dimension.when))
         if problems := problems or list(self._condition_problems()):
             raise ConfigError(problems)

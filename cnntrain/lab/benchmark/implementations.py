@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 from cnntrain.config import ConfigError, Root, as_config_error, build, check
-from cnntrain.config.errors import unknown
+from cnntrain.config.errors import collect, unknown
 from cnntrain.conv import BACKENDS, Geometry
 from cnntrain.conv.geometry import pad, padding_amounts
 from cnntrain.conv.naive import conv2d_reference
@@ -83,13 +83,11 @@ def implementations(entries: Sequence[str | Mapping[str, Any] | MakeConv]) -> di
     makers: dict[str, MakeConv] = {}
     problems = [] if entries else ["backends=[]: must name at least one, such as native"]
     for entry in entries:
-        try:
+        with collect(problems):
             label, make = _implementation(entry)
             if label in makers:
                 problems.append(f"backends: {label} is there twice")
             makers[label] = make
-        except ConfigError as error:
-            problems += error.problems
     if problems:
         raise ConfigError(problems)
     return makers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cnntrain.config import ConfigError
 from cnntrain.config.checks import mismatch
-from cnntrain.config.errors import first_line, unknown
+from cnntrain.config.errors import collect, first_line, unknown
 from cnntrain.config.signatures import signature
 from cnntrain.conv import Geometry
 from cnntrain.models.introspection import (
@@ -104,12 +104,11 @@ def layer_sets(described: Mapping[str, Any], in_shape: tuple[int, int, int]) -> 
     Raises:
         ConfigError: with all problems found.
     """
-    sets, problems = [], []
+    sets: list[LayerSet] = []
+    problems: list[str] = []
     for name, value in described.items():
-        try:
+        with collect(problems):
             sets.append(_layer_set(str(name), value, in_shape))
-        except ConfigError as error:
-            problems += error.problems
     if problems:
         raise ConfigError(problems)
     return sets

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cnntrain.config import ConfigError
-from cnntrain.config.errors import first_line
+from cnntrain.config.errors import collect, first_line
 from cnntrain.lab.benchmark.implementations import MakeConv, implementations
 from cnntrain.lab.benchmark.layers import ConvLayer, LayerSet, layer_sets
 from cnntrain.lab.benchmark.measure import (
@@ -113,15 +113,10 @@ def prepare(
     for option, given in [("batch_sizes", batch_sizes), ("dtypes", dtypes)]:
         if given is not None and (not given or len(set(given)) < len(given)):
             problems.append(f"{option}={given}: must be one value or more, none of them twice")
-    sets, makers = [], {}
-    try:
+    with collect(problems):
         sets = layer_sets(layers, in_shape)
-    except ConfigError as error:
-        problems += error.problems
-    try:
+    with collect(problems):
         makers = implementations(backends)
-    except ConfigError as error:
-        problems += error.problems
     if problems:
         raise ConfigError(problems)
     return sets, makers
