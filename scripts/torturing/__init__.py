@@ -1,1 +1,1 @@
-"""What `scripts/torture.py` does to trainings."""
+"""Robustness tests of `scripts/torture.py`: kills and damaged files."""

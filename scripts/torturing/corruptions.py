@@ -1,4 +1,4 @@
-"""Run directories and data caches with one file damaged, resumed."""
+"""Resume of runs with one damaged file in the run directory or the data cache."""
 
 import gzip
 import hashlib
@@ -14,14 +14,14 @@ from typing import Any
 
 from cnntrain.data import fashion_mnist
 from cnntrain.training.checkpoints import Checkpoints
-from torturing.runs import EVERYTHING, before_call, differences, facts, finish, launch, record
+from torturing.runs import STATEFUL, before_call, differences, facts, finish, launch, record
 
-SHORT = [*EVERYTHING, "trainer.max_epochs=3", "+trainer.limit_train_batches=7"]
+SHORT = [*STATEFUL, "trainer.max_epochs=3", "+trainer.limit_train_batches=7"]
 FROM_CACHE = [*SHORT, "data=fashion_mnist", "data.val_size=500"]
 
-# Runs to resume: where each was interrupted, and by which signal.
-Moment = tuple[Any, str, int, int]  # owner and name of a function, number of the call, signal
-STATES: dict[str, Moment] = {
+# Runs to resume, each interrupted right before a call of a function.
+Interruption = tuple[Any, str, int, int]  # owner and name of the function, nth call, signal
+STATES: dict[str, Interruption] = {
     "in an epoch": (Checkpoints, "on_train_batch_end", 10, signal.SIGTERM),
     "in validation": (Checkpoints, "on_validation_batch_end", 4, signal.SIGTERM),
     "between epochs": (Checkpoints, "on_train_epoch_end", 2, signal.SIGTERM),
@@ -64,10 +64,10 @@ KINDS = [*CONTENT, "deleted", "wrong kind", "stale part", "swapped", "a sibling'
 
 
 def damage(kind: str, path: Path, rng: random.Random, other: Path) -> set[str]:
-    """Do one of KINDS to a file, or to a folder those that apply, and name what was damaged. What
-    does not apply, as to a file that is alone in its folder, deletes it.
+    """Damage a file or folder in one of KINDS; the names of the damaged files.
 
-    `other` is its counterpart in another run.
+    A kind that is not applicable, such as "swapped" for the only file of a folder, deletes it.
+    `other` is the file of the same name in another run.
     """
     siblings = sorted(p for p in path.parent.iterdir() if p != path)
     if kind in CONTENT and path.is_file():
@@ -77,10 +77,10 @@ def damage(kind: str, path: Path, rng: random.Random, other: Path) -> set[str]:
     elif kind in ("swapped", "a sibling's") and siblings:
         sibling = rng.choice(siblings)
         if kind == "swapped":
-            aside = path.with_name("aside")
-            path.rename(aside)
+            temporary = path.with_name("temporary")
+            path.rename(temporary)
             sibling.rename(path)
-            aside.rename(sibling)
+            temporary.rename(sibling)
             return {path.name, sibling.name}
         elif path.is_file() and sibling.is_file():
             shutil.copy(sibling, path)
@@ -94,14 +94,14 @@ def damage(kind: str, path: Path, rng: random.Random, other: Path) -> set[str]:
     return {path.name}
 
 
-class Stock:
-    """Sound run directories to make damaged copies of, and the records that they should lead to."""
+class IntactRuns:
+    """Run directories and a data cache to copy and damage, with the expected records."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._run("completed", SHORT)
-        for state, moment in STATES.items():
-            self._run(state, SHORT, partial(before_call, *moment))
+        for state, interruption in STATES.items():
+            self._run(state, SHORT, partial(before_call, *interruption))
         for name, options in OTHER_RUNS.items():
             self._run(f"other {name}", [*SHORT, *options])
         self.cache = folder / "cache"
@@ -109,8 +109,8 @@ class Stock:
         for packed in fashion_mnist.MINI_FOLDER.glob("*.gz"):
             (self.cache / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
         cached = [*FROM_CACHE, f"data.root='{self.cache}'"]
-        self._run("completed from cache", cached, small_set)
-        self._run("from cache", cached, partial(small_set, moment=STATES["in an epoch"]))
+        self._run("completed from cache", cached, use_mini_files)
+        self._run("from cache", cached, partial(use_mini_files, interruption=STATES["in an epoch"]))
         self.records = {
             "run": record(folder / "completed"),
             "cache": record(folder / "completed from cache"),
@@ -123,9 +123,9 @@ class Stock:
         assert code in (0, -signal.SIGKILL, 128 + signal.SIGTERM), log.read_text()
 
 
-def small_set(*, source: bool = True, moment: Moment | None = None) -> None:
-    """Let this process take the files of the small set for those of FashionMNIST, and fetch them
-    from the package, or from nowhere; at a given moment it is ended, too."""
+def use_mini_files(*, source: bool = True, interruption: Interruption | None = None) -> None:
+    """Replace FashionMNIST by the files of the mini set in this process. With `source` they can be
+    fetched again; with `interruption` the process sends itself a signal."""
     for packed in fashion_mnist.MINI_FOLDER.glob("*.gz"):
         content = gzip.decompress(packed.read_bytes())
         fashion_mnist.SIZES[packed.stem] = len(content)
@@ -135,31 +135,31 @@ def small_set(*, source: bool = True, moment: Moment | None = None) -> None:
     if source:
         folder = fashion_mnist.MINI_FOLDER
         fashion_mnist.SOURCES["package"] = lambda name, scratch: folder / f"{name}.gz"
-    if moment:
-        before_call(*moment)
+    if interruption:
+        before_call(*interruption)
 
 
-def trial(number: int, seed: int, stock: Stock, folder: Path) -> tuple[str, str, str, str]:
-    """Damage one file and resume: what was done to which, how it ended, what is wrong with that."""
+def trial(number: int, seed: int, intact: IntactRuns, folder: Path) -> tuple[str, str, str, str]:
+    """Damage one file and resume: kind of damage, file, outcome, problem (or empty)."""
     rng = random.Random(f"{seed} {number}")
     state = rng.choice([*STATES, "completed", "from cache"])
     directory, log, root = folder / "run", folder / "run.log", folder / "cache"
-    shutil.copytree(stock.folder / state, directory)
+    shutil.copytree(intact.folder / state, directory)
     prepare: Callable[[], object] = int
     if state == "from cache":
-        shutil.copytree(stock.cache, root)
+        shutil.copytree(intact.cache, root)
         target, kind = rng.choice(sorted(root.iterdir())), rng.choice(KINDS)
-        prepare = partial(small_set, source=rng.random() < 0.5)
+        prepare = partial(use_mini_files, source=rng.random() < 0.5)
         arguments = [
             *FROM_CACHE,
             f"data.root='{root}'",
             "resume=auto",
             f"hydra.run.dir='{directory}'",
         ]
-        other = stock.folder / "none"
+        other = intact.folder / "none"
     else:
         target, kind = rng.choice(sorted(directory.rglob("*"))), rng.choice(KINDS)
-        other = stock.folder / f"other {rng.choice([*OTHER_RUNS])}" / target.relative_to(directory)
+        other = intact.folder / f"other {rng.choice([*OTHER_RUNS])}" / target.relative_to(directory)
         arguments = rng.choice(
             [
                 [*SHORT, "resume=auto", f"hydra.run.dir='{directory}'"],
@@ -171,18 +171,18 @@ def trial(number: int, seed: int, stock: Stock, folder: Path) -> tuple[str, str,
     name = re.sub(r"tfevents.*", "tfevents", target.name)
     fresh = state != "from cache" and rng.random() < 0.03
     code = finish(launch(arguments, log, prepare=prepare, fresh=fresh))
-    right = stock.records["cache" if state == "from cache" else "run"]
-    outcome, problem = judge(code, log.read_text(), directory, damaged, right)
+    expected = intact.records["cache" if state == "from cache" else "run"]
+    outcome, problem = judge(code, log.read_text(), directory, damaged, expected)
     return kind, name, outcome, problem and f"{state}, {' '.join(arguments)}: {problem}"
 
 
 def judge(
-    code: int | None, text: str, directory: Path, damaged: set[str], right: dict[str, Any]
+    code: int | None, text: str, directory: Path, damaged: set[str], expected: dict[str, Any]
 ) -> tuple[str, str]:
-    """How a resumed run ended, and what is wrong with that, if anything; `damaged` are files, by
-    name, `right` the record of the uninterrupted run."""
+    """Outcome and problem (or empty) of a resumed run; `damaged` are names of files, `expected` is
+    the record of the uninterrupted run."""
     if code is None:
-        return "FAILED", "no end"
+        return "FAILED", "does not end"
     if "Traceback" in text:
         return "FAILED", f"a traceback\n{text}"
     if code in (1, 2):
@@ -191,12 +191,12 @@ def judge(
     if code != 0:
         return "FAILED", f"exit code {code}\n{text}"
     if "already completed" in text:  # nothing else was read or changed
-        metrics = right["result"]["metrics"]
+        metrics = expected["result"]["metrics"]
         shown = f"test accuracy   {metrics['test/acc']:.2%}   (loss {metrics['test/loss']:.4f}"
-        same = shown in text and not list(differences(right["result"], facts(directory)))
+        same = shown in text and not list(differences(expected["result"], facts(directory)))
         return ("completed before", "") if same else ("FAILED", f"wrong numbers\n{text}")
     try:
-        different = list(differences(right, record(directory)))
+        different = list(differences(expected, record(directory)))
     except Exception as error:
         return "FAILED", f"the record cannot be read: {error}\n{text}"
     if not different:
@@ -210,18 +210,18 @@ def judge(
 def corrupt(
     folder: Path, numbers: Iterable[int], seed: int
 ) -> tuple[Counter[tuple[str, str, str]], list[str]]:
-    """As many trials as there are numbers: how often which damage to which file ended how, and
-    what went wrong; the directories of what did are left in `folder`."""
+    """Run the trials of these numbers: counts of (kind, file, outcome), and problems. Directories
+    of failed trials are kept in `folder`."""
     folder.mkdir(parents=True)
-    stock = Stock(folder)
+    intact = IntactRuns(folder)
     counts, problems = Counter[tuple[str, str, str]](), []
     for number in numbers:
-        place = folder / f"trial {number}"
-        place.mkdir()
-        kind, file, outcome, problem = trial(number, seed, stock, place)
+        trial_folder = folder / f"trial {number}"
+        trial_folder.mkdir()
+        kind, file, outcome, problem = trial(number, seed, intact, trial_folder)
         counts[kind, file, outcome] += 1
         if problem:
             problems.append(f"--seed {seed} --only {number}: {file}, {kind}, {problem}")
         else:
-            shutil.rmtree(place)
+            shutil.rmtree(trial_folder)
     return counts, problems

@@ -1,4 +1,4 @@
-"""A training that is killed over and over."""
+"""A training that is killed repeatedly and resumed."""
 
 import contextlib
 import mmap
@@ -18,7 +18,7 @@ from cnntrain.training.classifier import Classifier
 from cnntrain.training.run_directory import RunDirectory
 from cnntrain.training.tensorboard import TensorBoard
 from torturing.runs import (
-    PATIENCE,
+    TIMEOUT,
     before_call,
     differences,
     ended,
@@ -28,8 +28,8 @@ from torturing.runs import (
     record,
 )
 
-# What a process is at: that of the innermost of these functions that is running. None of those
-# behind an entry comes before it.
+# Phases of a training: a process is in that of the innermost of these functions that is running.
+# They are in the order in which they first occur.
 PHASES: list[tuple[str, Any, str]] = [
     ("starting", None, ""),
     ("beginning the record", RunDirectory, "begin"),
@@ -43,9 +43,9 @@ PHASES: list[tuple[str, Any, str]] = [
     ("testing", Trainer, "test"),
 ]
 BATCHES = 45  # in an epoch
-LATE = 0.95  # of a training: from there on, it is the test that is to be met
+LATE = 0.95  # share of the training after which only the test is killed
 NAMES = [name for name, _, _ in PHASES]
-IN_WRITE = "SIGKILL in a write"  # before a flush to the disk or a rename, seldom met by chance
+IN_WRITE = "SIGKILL in a write"  # before an fsync or a rename, rarely hit at a random time
 SIGNALS = {
     "SIGKILL": 25,
     IN_WRITE: 15,
@@ -59,11 +59,13 @@ SIGNALS = {
 def kill(
     options: list[str], folder: Path, kills: int, rng: random.Random
 ) -> tuple[Counter[str], list[str]]:
-    """Kill a training so many times, and a further one if that is over before; how often each
-    signal met what, and what went wrong."""
+    """Kill a training `kills` times, and further trainings when it has completed before; counts by
+    signal and phase, and problems."""
     phase, counts, problems = mmap.mmap(-1, 1), Counter[str](), list[str]()
     folder.mkdir(parents=True)
-    calm = run_in_peace([*options, f"hydra.run.dir={folder / 'calm'}"], folder / "calm.log", phase)
+    uninterrupted = folder / "uninterrupted"
+    arguments = [*options, f"hydra.run.dir={uninterrupted}"]
+    begins = phase_begins(arguments, uninterrupted.with_suffix(".log"), phase)
     trainings = 0
     while counts.total() < kills and not problems:
         trainings += 1
@@ -71,21 +73,21 @@ def kill(
         arguments = [*options, "resume=auto", f"hydra.run.dir={run}"]
         while facts(run).get("status") != "completed" and counts.total() < kills and not problems:
             share = progress(run)
-            moment = draw_moment(share, calm, kills - counts.total(), rng)
+            at = random_time(share, begins, kills - counts.total(), rng)
             name = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0] if counts else IN_WRITE
-            what, problem = kill_once(arguments, run, name, moment, share, phase, rng)
+            what, problem = kill_once(arguments, run, name, at, share, phase, rng)
             counts.update([what] if what else [])
             problems += [f"{run}: {what}: {problem}"] if problem else []
         if not problems and (code := finish(launch(arguments, run.with_suffix(".log")))):
-            problems.append(f"{run}: the last start ended with {code}")
+            problems.append(f"{run}: exit code {code} of the last resume")
         if not problems:
-            problems = list(differences(record(folder / "calm"), record(run), str(run)))
+            problems = list(differences(record(uninterrupted), record(run), str(run)))
     print(f"{counts.total()} kills over {trainings} training(s)")
     return counts, problems
 
 
-def run_in_peace(arguments: list[str], log: Path, phase: mmap.mmap) -> dict[str, float]:
-    """Seconds after which each phase of an uninterrupted training began, and the end of all."""
+def phase_begins(arguments: list[str], log: Path, phase: mmap.mmap) -> dict[str, float]:
+    """Seconds to the begin of each phase of an uninterrupted training, and to its end."""
     pid, started = launch(arguments, log, prepare=partial(show_phase, phase)), time.monotonic()
     seen: dict[str, float] = {}
     while (code := ended(pid, 0.001)) is None:
@@ -94,22 +96,22 @@ def run_in_peace(arguments: list[str], log: Path, phase: mmap.mmap) -> dict[str,
     return {**seen, "end": time.monotonic() - started}
 
 
-def draw_moment(
-    share: float, calm: dict[str, float], kills: int, rng: random.Random
+def random_time(
+    share: float, begins: dict[str, float], kills: int, rng: random.Random
 ) -> tuple[str, float]:
-    """A phase, and how many seconds after its begin to kill, such that the run, of which `share`
-    is done, ends at about the last kill."""
-    start = calm["training"]
+    """A phase, and seconds after its begin, at which to kill the run, of which `share` is done. The
+    run should be completed at about the last kill."""
+    start = begins["training"]
     if rng.random() < 0.3:
         return "starting", rng.uniform(0, start)
     if share > LATE:
-        return "testing", rng.uniform(0, (calm["end"] - calm["testing"]) / 2)
-    due = (1 - share) * (calm["testing"] - start)  # seconds of training
+        return "testing", rng.uniform(0, (begins["end"] - begins["testing"]) / 2)
+    due = (1 - share) * (begins["testing"] - start)  # seconds of training
     return "training", rng.uniform(0, min(2 * due / (0.7 * 0.85 * kills), due / 2))
 
 
 def progress(run: Path) -> float:
-    """The share of the epochs that the last whole checkpoint has behind it."""
+    """Share of the epochs that are done in the last intact checkpoint."""
     for name in ("last.ckpt", "previous.ckpt"):
         with contextlib.suppress(CheckpointError, OSError):
             content = checkpoint_file.read(run / "checkpoints" / name)
@@ -122,16 +124,16 @@ def kill_once(
     arguments: list[str],
     run: Path,
     name: str,
-    moment: tuple[str, float],
+    at: tuple[str, float],
     share: float,
     phase: mmap.mmap,
     rng: random.Random,
 ) -> tuple[str, str | None]:
-    """Start a training and end it: the signal and what it met, nothing if all was done before;
-    what is wrong with the answer."""
+    """Start a training and kill it: the signal and the phase, empty if it was completed before; and
+    the problem, if any."""
     signum = signal.Signals[name.split()[0]]
     in_write = name == IN_WRITE
-    late = share > LATE  # what goes far would be at the end before it is killed
+    late = share > LATE  # the run would be completed before it is killed
     fresh = not in_write and not late and rng.random() < 0.1
     call = rng.choice([(os, "fsync"), (Path, "replace")])
     number = rng.randint(1, 6 if late else 20)
@@ -143,41 +145,41 @@ def kill_once(
             before_call(*call, number, signum)
 
     pid = launch(arguments, log, prepare=prepare, fresh=fresh)
-    awaited, delay = moment
-    if fresh and awaited == "starting":  # at first only Python itself is there to answer
+    until_phase, delay = at
+    if fresh and until_phase == "starting":  # at first Python handles the signals itself
         delay = import_seconds() * rng.uniform(0.1, 1)
 
     def reached() -> bool:
-        if in_write or awaited == "starting":
+        if in_write or until_phase == "starting":
             return True
-        return stamp(run) != before if fresh else phase[0] >= NAMES.index(awaited)
+        return stamp(run) != before if fresh else phase[0] >= NAMES.index(until_phase)
 
-    until, code = time.monotonic() + PATIENCE, None
-    while code is None and not reached() and time.monotonic() < until:
+    deadline, code = time.monotonic() + TIMEOUT, None
+    while code is None and not reached() and time.monotonic() < deadline:
         code = ended(pid, 0.001)
     if code is None:
-        code = ended(pid, PATIENCE if in_write else delay)
-    met = NAMES[phase[0]]
+        code = ended(pid, TIMEOUT if in_write else delay)
+    during = NAMES[phase[0]]
     if code is None:
         os.kill(pid, signum)
         if "twice" in name:
             time.sleep(rng.uniform(0, 0.05))
-            os.kill(pid, signum)  # not waited for yet: the number is still its own
+            os.kill(pid, signum)  # not reaped yet, so that the process id is still valid
         code = finish(pid)
     elif not in_write or code == 0:
-        return "", f"ended with {code} by itself" if code else None
+        return "", f"exit code {code} before the signal" if code else None
     begun = stamp(run) != before
     if fresh:
-        met = "fresh process" + (", at work" if begun else ", not yet at work")
+        during = "fresh process" + (", run begun" if begun else ", run not begun")
     text = log.read_text()
     problem = wrong(signum, code, text, begun=begun, status=facts(run).get("status", "none"))
-    return f"{name}, {met}", problem and f"{problem}\n{text}"
+    return f"{name}, {during}", problem and f"{problem}\n{text}"
 
 
 def wrong(signum: int, code: int | None, text: str, *, begun: bool, status: str) -> str | None:
-    """What is wrong with how a training ended; `begun`: it had written result.json."""
+    """The problem with how a training ended, if any; `begun`: it had written result.json."""
     if code is None:
-        return f"no end within {PATIENCE} s"
+        return f"does not end within {TIMEOUT} s"
     if "Traceback" in text:
         return "a traceback"
     if code in (0, -signum, 128 + signum) and status == "completed":
@@ -187,26 +189,26 @@ def wrong(signum: int, code: int | None, text: str, *, begun: bool, status: str)
     if code != 128 + signum and (begun or code != -signum):  # the latter before it has a handler
         return f"exit code {code}"
     if begun and status not in ("interrupted", "completed"):
-        return f"result.json says {status}"
+        return f"status in result.json is {status}"
     return None
 
 
 def stamp(run: Path) -> int:
-    """Another number each time that result.json is written."""
+    """Modification time of result.json; 0 without one."""
     file = run / "result.json"
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
 @cache
 def import_seconds() -> float:
-    """How much longer a fresh process takes to begin."""
+    """Seconds that a fresh process takes to import its modules."""
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", "import cnntrain.commands.train, cnntrain.training"])
     return time.monotonic() - started
 
 
 def show_phase(phase: mmap.mmap) -> None:
-    """Keep the number of what this process is at in memory that its parent sees."""
+    """Keep the number of the current phase in memory that is shared with the parent."""
 
     def shown(function: Any, number: int) -> Any:
         @wraps(function)

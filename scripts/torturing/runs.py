@@ -1,4 +1,4 @@
-"""Trainings as processes, and what two equal ones have in common."""
+"""Start of trainings as processes, and comparison of their records."""
 
 import json
 import os
@@ -20,11 +20,11 @@ from cnntrain.commands.train import main as train
 from cnntrain.training import checkpoint_file
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 60  # seconds until a process counts as hanging
+TIMEOUT = 60  # seconds
 
-# All that has a state: shuffling, augmentation, dropout, one-cycle, accumulation (with a last
-# window that is not full), moving average, clipping, early stopping.
-EVERYTHING = [
+# Everything that has a state: shuffling, augmentation, dropout, one-cycle, accumulation (with an
+# incomplete last window), moving average, clipping, early stopping.
+STATEFUL = [
     "data=fashion_mnist_mini",
     "data.batch_size=100",
     "data.eval_batch_size=200",
@@ -49,8 +49,10 @@ EVERYTHING = [
 def launch(
     arguments: Sequence[str], log: Path, *, prepare: Callable[[], object] = int, fresh: bool = False
 ) -> int:
-    """Start a training that prints into `log`; its process id. It is a fork of this process, which
-    has all modules imported and calls `prepare` first, or a fresh `python train.py`."""
+    """Start a training with its output in `log`; the process id.
+
+    The process is a fork, which calls `prepare` first, or, with `fresh`, `python train.py`.
+    """
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
     try:
         if fresh:
@@ -87,8 +89,8 @@ def _become_training(
         os._exit(code if isinstance(code, int) else 1)
 
 
-def ended(pid: int, seconds: float = PATIENCE) -> int | None:
-    """The exit code, negative for a signal; None if the process has not ended by then."""
+def ended(pid: int, seconds: float = TIMEOUT) -> int | None:
+    """The exit code, negative for a signal; None if the process is still running."""
     until = time.monotonic() + seconds
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -98,7 +100,7 @@ def ended(pid: int, seconds: float = PATIENCE) -> int | None:
 
 
 def finish(pid: int) -> int | None:
-    """The exit code; a process that hangs is killed and has none."""
+    """The exit code; None if the process had to be killed after TIMEOUT."""
     code = ended(pid)
     if code is None:
         os.kill(pid, signal.SIGKILL)
@@ -107,7 +109,7 @@ def finish(pid: int) -> int | None:
 
 
 def before_call(owner: Any, name: str, number: int, signum: int) -> None:
-    """Let this process send itself a signal right before its so-manieth call of a function."""
+    """Send this process a signal right before the nth call (`number`, from 1) of a function."""
     function, calls = getattr(owner, name), iter(range(1, sys.maxsize))
 
     @wraps(function)
@@ -120,14 +122,14 @@ def before_call(owner: Any, name: str, number: int, signum: int) -> None:
 
 
 def record(directory: Path) -> dict[str, Any]:
-    """All that two equal runs have in common, bit for bit."""
+    """Content of a run directory that must be bitwise equal in two equal runs."""
     last, best = (
         checkpoint_file.read(directory / f"checkpoints/{n}.ckpt") for n in ("last", "best")
     )
-    everything = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
-    events = EventAccumulator(str(directory), size_guidance=everything).Reload()
+    unlimited = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    events = EventAccumulator(str(directory), size_guidance=unlimited).Reload()
     tags = events.Tags()
-    other = ("callbacks", "config", "versions")  # seconds, and where and how often it is saved
+    other = ("callbacks", "config", "versions")  # differ: seconds, directory, checkpoint interval
     return {
         "last.ckpt": {name: value for name, value in last.items() if name not in other},
         "best.ckpt": {name: value for name, value in best.items() if name not in other},
@@ -160,10 +162,10 @@ def record(directory: Path) -> dict[str, Any]:
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    """Where two records differ in a bit."""
+    """Paths of the values in which two records differ in any bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        alike = a.dtype == b.dtype and a.shape == b.shape
-        if not alike or a.numpy().tobytes() != b.numpy().tobytes():
+        same_kind = a.dtype == b.dtype and a.shape == b.shape
+        if not same_kind or a.numpy().tobytes() != b.numpy().tobytes():
             yield where
     elif isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
@@ -176,7 +178,7 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
 
 
 def facts(directory: Path) -> dict[str, Any]:
-    """What result.json says of two equal runs alike; empty if there is none or it is damaged."""
+    """The reproducible part of result.json; empty if the file is missing or damaged."""
     try:
         content = json.loads((directory / "result.json").read_bytes())
         return {key: content.get(key) for key in ("status", "metrics", "epochs", "tested_epoch")}

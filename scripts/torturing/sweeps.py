@@ -1,7 +1,7 @@
-"""Sweeps and searches killed at random moments: they must end with the numbers of undisturbed ones.
+"""Sweeps and searches killed at random times: results must equal those of uninterrupted ones.
 
-Killed are, in turns, everything at once, the sweep alone, and a member alone; or SIGINT and SIGTERM
-ask them to save.
+In turn, all processes, that of the sweep or that of a member are killed, or receive SIGINT or
+SIGTERM.
 """
 
 import csv
@@ -22,20 +22,20 @@ SWEEPS = {
 }
 
 
-def kill_sweeps(typed: list[str], folder: Path, kills: int, moments: random.Random) -> list[str]:
-    """Problems found: a line each."""
+def kill_sweeps(overrides: list[str], folder: Path, kills: int, rng: random.Random) -> list[str]:
+    """Kill each of SWEEPS so many times; problems, a line each."""
     problems = list[str]()
     for name, options in SWEEPS.items():
-        command = [*options, f"sweep={name}", *typed]
-        undisturbed, killed = folder / "undisturbed", folder / "killed"
+        command = [*options, f"sweep={name}", *overrides]
+        uninterrupted, killed = folder / "uninterrupted", folder / "killed"
         started = time.monotonic()
-        if code := _start(undisturbed, command).wait():
+        if code := _start(uninterrupted, command).wait():
             return [*problems, f"sweep {name}: exit code {code}"]
         seconds = time.monotonic() - started
         for number in range(kills):
             process = _start(killed, command)
-            time.sleep(moments.uniform(0.1, 0.8) * seconds)
-            kind = ("everything", "sweep", "member", "SIGINT", "SIGTERM")[number % 5]
+            time.sleep(rng.uniform(0.1, 0.8) * seconds)
+            kind = ("all", "sweep", "member", "SIGINT", "SIGTERM")[number % 5]
             if kind == "member":
                 for member in _group(process.pid)[-1:]:
                     os.kill(member, signal.SIGKILL)
@@ -46,8 +46,10 @@ def kill_sweeps(typed: list[str], folder: Path, kills: int, moments: random.Rand
             print(f"{number + 1:4}  sweep {name}: {kind}, exit code {code}", flush=True)
         if code := _start(killed, command).wait():
             problems.append(f"sweep {name}: exit code {code} after {kills} kills")
-        if _numbers(undisturbed, name) != _numbers(killed, name):
-            problems.append(f"sweep {name}: other numbers than undisturbed, see {killed}")
+        if _rows(uninterrupted, name) != _rows(killed, name):
+            problems.append(
+                f"sweep {name}: results differ from the uninterrupted ones, see {killed}"
+            )
     return problems
 
 
@@ -64,11 +66,11 @@ def _start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _group(leader: int) -> list[int]:
-    """The processes of a sweep, the youngest last (Linux)."""
+    """The processes of a sweep, the newest last (Linux)."""
     found = subprocess.run(["pgrep", "-g", str(leader)], capture_output=True, text=True)
     return sorted(int(text) for text in found.stdout.split() if int(text) != leader)
 
 
-def _numbers(folder: Path, name: str) -> dict[str, dict[str, str]]:
+def _rows(folder: Path, name: str) -> dict[str, dict[str, str]]:
     with (folder / "outputs/sweeps" / name / "sweep.csv").open(newline="") as file:
         return {row["directory"]: {**row, "seconds": ""} for row in csv.DictReader(file)}

@@ -60,10 +60,10 @@ def test_equal_runs_have_equal_records(tortured: tuple[Path, str], right: dict[s
 def test_wrong_result_is_detected(
     tortured: tuple[Path, str], right: dict[str, Any], tmp_path: Path, file: str
 ) -> None:
-    stock = tortured[0] / "corruptions"
-    shutil.copytree(stock / "completed", tmp_path / "run")
+    intact = tortured[0] / "corruptions"
+    shutil.copytree(intact / "completed", tmp_path / "run")
     assert judge(0, "", tmp_path / "run", set(), right) == ("recovered", "")
-    shutil.copy(stock / "other seed" / file, tmp_path / "run" / file)
+    shutil.copy(intact / "other seed" / file, tmp_path / "run" / file)
     assert judge(0, "", tmp_path / "run", {"events.tfevents"}, right)[0] == "FAILED"
 
 
@@ -82,7 +82,7 @@ def test_wrong_message_is_detected(right: dict[str, Any], tmp_path: Path) -> Non
     ("signum", "code", "text", "begun", "status", "problem"),
     [
         (15, 143, "", True, "interrupted", None),
-        (15, 143, "", True, "running", "result.json says running"),
+        (15, 143, "", True, "running", "status in result.json is running"),
         (15, 0, "", True, "running", "exit code 0"),
         (15, 0, "", True, "completed", None),
         (2, 1, "", True, "interrupted", "exit code 1"),
@@ -90,7 +90,7 @@ def test_wrong_message_is_detected(right: dict[str, Any], tmp_path: Path) -> Non
         (10, -10, "", False, "none", None),
         (10, -10, "", True, "interrupted", "exit code -10"),
         (9, -9, "", True, "running", None),
-        (15, None, "", True, "running", "no end within 60 s"),
+        (15, None, "", True, "running", "does not end within 60 s"),
     ],
 )
 def test_wrong_exit_is_detected(
