@@ -2,9 +2,9 @@
 
     python scripts/benchmark_training.py --rounds 5 --batch-sizes 64 512
     python scripts/benchmark_training.py --device cuda --epochs 20 --batch-sizes 512 2048 \
-        --contenders bare native native+graphs im2col im2col+graphs naive naive+graphs
+        --implementations bare native native+graphs im2col im2col+graphs naive naive+graphs
 
-In one process and in turns, each contender trains LeNet-5 on 55,000 images for one or several
+In one process, alternately, each implementation trains LeNet-5 on 55,000 images for one or several
 epochs, and validates on the other 5,000 after each:
 
 - native, im2col, naive: `cnntrain.training.train` with that backend and the default recipe, with
@@ -54,13 +54,16 @@ from cnntrain.conv import BACKENDS
 from cnntrain.models import LeNet5
 from cnntrain.training import train
 
-CONTENDERS = [*BACKENDS, "bare", "usual"]
+IMPLEMENTATIONS = [*BACKENDS, "bare", "usual"]
 VARIANTS = {
     "augmented": ["data.hflip=0.5", "data.crop=1", "data.erase=0.1"],
     # The optimizer step is captured too, which needs constant betas of Adam.
     "graphs": ["trainer.cuda_graphs=true", "scheduler.cycle_momentum=false"],
 }
-CHOICES = [*CONTENDERS, *(f"{backend}+{variant}" for backend in BACKENDS for variant in VARIANTS)]
+CHOICES = [
+    *IMPLEMENTATIONS,
+    *(f"{backend}+{variant}" for backend in BACKENDS for variant in VARIANTS),
+]
 
 
 class Seconds(NamedTuple):
@@ -92,9 +95,11 @@ class Clock(lightning.Callback):
         self.times.append(time.perf_counter())
 
 
-def cnntrain_run(contender: str, batch_size: int, data: str, device: str, epochs: int) -> Seconds:
+def cnntrain_run(
+    implementation: str, batch_size: int, data: str, device: str, epochs: int
+) -> Seconds:
     """A run of cnntrain with the default recipe."""
-    backend, *variants = contender.split("+")
+    backend, *variants = implementation.split("+")
     cfg = compose(
         [
             f"backend={backend}",
@@ -169,7 +174,7 @@ class UsualModule(lightning.LightningModule):
 def usual_script(
     sets: dict[str, tuple[Tensor, Tensor]], batch_size: int, device: str, epochs: int
 ) -> Seconds:
-    """(c) torchvision's dataset and transforms behind a DataLoader, in Lightning."""
+    """torchvision's dataset and transforms behind a DataLoader, in Lightning."""
 
     def loader(name: str, size: int, shuffle: bool) -> DataLoader:
         dataset = FashionMNIST.__new__(FashionMNIST)  # its __getitem__, without its download
@@ -210,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 512])
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CHOICES)
+    parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS, choices=CHOICES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--epochs", type=int, default=1, help="of each run")
     parser.add_argument("--data", default="fashion_mnist")
@@ -227,10 +232,10 @@ def main() -> None:
             "bare": partial(bare_loop, floats, batch_size, *how),
             "usual": partial(usual_script, raw, batch_size, *how),
         }
-        for name in arguments.contenders:
+        for name in arguments.implementations:
             if name not in calls:
                 calls[name] = partial(cnntrain_run, name, batch_size, arguments.data, *how)
-        seconds: dict[str, list[Seconds]] = {name: [] for name in arguments.contenders}
+        seconds: dict[str, list[Seconds]] = {name: [] for name in arguments.implementations}
         for number in range(arguments.rounds):
             for name, taken in seconds.items():
                 taken.append(calls[name]())
@@ -243,17 +248,17 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    where = f"{torch.get_num_threads()} threads"
+    machine = f"{torch.get_num_threads()} threads"
     if arguments.device == "cuda":
-        where = torch.cuda.get_device_name()
-    print(f"{arguments.csv}; torch {torch.__version__}, {where}")
+        machine = torch.cuda.get_device_name()
+    print(f"{arguments.csv}; torch {torch.__version__}, {machine}")
 
 
 def summary(batch_size: int, seconds: dict[str, list[Seconds]], images: int) -> list[dict]:
-    """Median times of each contender, and its speed relative to others within a round."""
+    """Median times of each implementation, and its speed relative to others within a round."""
     rows = []
     for name, taken in seconds.items():
-        row: dict[str, Any] = {"batch_size": batch_size, "contender": name}
+        row: dict[str, Any] = {"batch_size": batch_size, "implementation": name}
         row["seconds_per_epoch"] = round(statistics.median(t.run for t in taken), 4)
         row["seconds_of_the_median_epoch"] = round(statistics.median(t.epoch for t in taken), 4)
         row["images_per_second"] = round(images / row["seconds_per_epoch"])
@@ -284,7 +289,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         ]
         taken = f"{row['seconds_per_epoch']:.3g}", f"{row['seconds_of_the_median_epoch']:.3g}"
         speed = f"{row['images_per_second']:,}"
-        table.add_row(str(row["batch_size"]), row["contender"], speed, *taken, *ratios)
+        table.add_row(str(row["batch_size"]), row["implementation"], speed, *taken, *ratios)
     Console(width=150).print(table)
 
 

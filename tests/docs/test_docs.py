@@ -184,10 +184,10 @@ def test_benchmark_writes_its_ratios(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, *options], cwd=tmp_path, env=environment, check=True, timeout=300)
     rows = list(csv.DictReader((tmp_path / "ratios.csv").open()))
-    speed = {row["contender"]: float(row["images_per_second"]) for row in rows}
+    speed = {row["implementation"]: float(row["images_per_second"]) for row in rows}
     assert set(speed) == {"native", "im2col", "naive", "bare", "usual"}
     for row in rows:
-        ratio = speed[row["contender"]] / speed["bare"]
+        ratio = speed[row["implementation"]] / speed["bare"]
         assert float(row["to_bare"]) == pytest.approx(ratio, abs=2e-3, rel=2e-3)
 
 
