@@ -116,9 +116,10 @@ class EpochLog(lightning.Callback):
         self.images += train.images
         seconds = time.perf_counter() - self.epoch_began
         train_seconds = self.train_seconds or seconds
+        speed = train.images / train_seconds
         metrics = {name: row[name] for name in METRICS if name in row}
         if self.insights.speed:
-            metrics["wall_time/images_per_second"] = train.images / train_seconds
+            metrics["wall_time/images_per_second"] = speed
             loading = trainer.train_dataloader.seconds - self.loading_before
             metrics["wall_time/data_share"] = loading / train_seconds
         self.tensorboard.log_metrics(metrics, epoch)
@@ -131,7 +132,8 @@ class EpochLog(lightning.Callback):
         line = [f"epoch {epoch:>{width}}/{trainer.max_epochs}"]
         for stage in [stage for stage in ("train", "val") if f"{stage}/loss" in row]:
             line.append(f"{stage} loss {row[f'{stage}/loss']:.4f} acc {row[f'{stage}/acc']:7.2%}")
-        log.info("  ".join([*line, f"{seconds:.1f} s"]))  # 80 columns
+        line += [f"{speed:,.0f} images/s", f"{seconds:.1f} s"]
+        log.info("  ".join(line))
 
     def on_fit_end(self, trainer: Any, module: Any) -> None:
         self.seconds = self.seconds_before + time.perf_counter() - self.fit_began

@@ -40,7 +40,7 @@ def test_output_in_a_pipe(finished: Finished) -> None:
     number = r"[\d.,]+"
     epoch = (
         rf"epoch \d/2  train loss {number} acc +{number}%  val loss {number} acc +{number}%"
-        rf"  {number} s"
+        rf"  {number} images/s  {number} s"
     )
     assert sum(re.fullmatch(epoch, line) is not None for line in lines) == 2, done.stdout
     accuracy, directory, tensorboard = lines[-3:]

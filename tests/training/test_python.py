@@ -109,7 +109,7 @@ def test_script(tmp_path: Path) -> None:
     done = run_command(["train", *FEW, "hydra.run.dir=outputs/command"], tmp_path)
 
     def comparable(text: str) -> str:
-        text = re.sub(r"[\d.]+ s$|\d+ s in all", "", text, flags=re.MULTILINE)
+        text = re.sub(r"[\d,]+ images/s  [\d.]+ s$|\d+ s in all", "", text, flags=re.MULTILINE)
         return text.replace("outputs/command", "outputs/mine").strip()
 
     assert comparable(shown) == comparable(done.stdout)
