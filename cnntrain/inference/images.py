@@ -90,14 +90,13 @@ def _channels_last(images: Any, name: str) -> np.ndarray:
         images = images.float() if images.is_floating_point() else images
     array = np.asarray(images)
     kind = f"{name}: {'tensor' if is_tensor else 'array'} of {array.dtype}, shape {array.shape}"
-    if array.ndim == 2:
-        array = array[None, ..., None]
-    elif array.ndim == 3:
-        channels_first = is_tensor or len(array) == 1
-        array = array[None].transpose(0, 2, 3, 1) if channels_first else array[None]
-    elif array.ndim == 4:
-        array = array.transpose(0, 2, 3, 1)
-    if array.ndim != 4 or array.shape[-1] not in CHANNELS:
+    # Whether the first or the last dimension of an image can be its channels.
+    first, last = (array.ndim > 2 and array.shape[i] in CHANNELS for i in (-3, -1))
+    if first and (is_tensor or array.ndim == 4):
+        array = np.moveaxis(array, -3, -1)
+    elif not last and array.ndim < 4 and (not first or len(array) == 1):
+        array = array[..., None]
+    if array.ndim not in (3, 4) or array.shape[-1] not in CHANNELS:
         shapes = f"(H, W) or {'(C, H, W)' if is_tensor else '(H, W, C)'}; several are (N, C, H, W)"
         raise ConfigError([f"{kind}: the shape of one image is {shapes}; C is 1, 3 or 4"])
     top = 1 if array.dtype.kind in "bf" else 255
@@ -105,7 +104,7 @@ def _channels_last(images: Any, name: str) -> np.ndarray:
     in_range = array.size and array.dtype.kind in "buif" and array.min() >= 0 and array.max() <= top
     if not in_range:
         raise ConfigError([f"{kind}: give integers from 0 to 255 or floats from 0 to 1"])
-    return (array * (255 / top)).round().astype(np.uint8)
+    return (array * (255 / top)).round().astype(np.uint8).reshape(-1, *array.shape[-3:])
 
 
 def read_images(

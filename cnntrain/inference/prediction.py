@@ -87,8 +87,9 @@ def predict(
     """Predict the classes of images of any size with the network of a run.
 
     Arrays and tensors are not normalised: uint8 from 0 to 255, or floats from 0 to 1. One image is
-    (H, W), or (H, W, C) in an array and (C, H, W) in a tensor; several are (N, C, H, W). C is 1, 3
-    or 4: grey, RGB, RGBA.
+    (H, W), or (H, W, C) in an array and (C, H, W) in a tensor; several are (N, C, H, W) or, where C
+    does not fit, (N, H, W, C) or grey (N, H, W). C is 1, 3 or 4: grey, RGB, RGBA. Arrays (3, H, W)
+    and (4, H, W) raise an error.
 
     Args:
         run, checkpoint, backend, device: See `load_trained`.

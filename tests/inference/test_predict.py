@@ -289,6 +289,34 @@ def test_few_images_of_the_data_set_have_a_light_border(run: Path, pixels) -> No
     assert sum(one.light_border for one in found) < 30
 
 
+@pytest.mark.parametrize(
+    ("shape", "size", "array", "tensor"),
+    [
+        ((9, 8), (8, 9), 1, 1),
+        ((5, 9, 8), (8, 9), 5, 5),
+        ((1, 9, 8), (8, 9), 1, 1),
+        ((3, 9, 8), (8, 9), 0, 1),
+        ((9, 8, 4), (8, 9), 1, 1),
+        ((5, 3, 9, 8), (8, 9), 5, 5),
+        ((3, 9, 8, 1), (8, 9), 3, 3),
+        ((5, 9, 8, 4), (8, 9), 5, 5),
+        ((5, 3, 8, 4), (4, 8), 5, 5),
+        ((5, 2, 9, 8), (), 0, 0),
+        ((1, 5, 1, 9, 8), (), 0, 0),
+        ((9,), (), 0, 0),
+    ],
+)
+def test_shapes_of_arrays(shape: tuple, size: tuple, array: int, tensor: int) -> None:
+    values = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    for images, count in ((values, array), (torch.from_numpy(values), tensor)):
+        if count:
+            found = find_images(images)
+            assert [image.size for _, image in found] == [size] * count
+        else:
+            with pytest.raises(ConfigError, match="C is 1, 3 or 4"):
+                find_images(images)
+
+
 def test_closed_pipe(run: Path, tmp_path: Path, pixels) -> None:
     (tmp_path / "some.idx").write_bytes(idx_bytes(pixels[:900]))
     line = f"{sys.executable} -m cnntrain predict run={run} images=some.idx json=true"
