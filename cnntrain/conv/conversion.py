@@ -7,10 +7,8 @@ references to it stay valid: optimizers, shared layers, handles of hooks, plain 
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -22,9 +20,6 @@ from cnntrain.conv.geometry import Geometry, padding_amounts
 M = TypeVar("M", bound=nn.Module)
 
 OTHERS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# A subclass may override these and still compute the same.
-COSMETIC = {"__init__", "__repr__", "reset_parameters", "extra_repr", "__constants__"}
-COSMETIC |= {"__annotate__", "__annotate_func__"}  # where annotations are computed late
 
 
 def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
@@ -46,15 +41,14 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
         ``model``.
 
     Raises:
-        ValueError: unknown backend; or some layers cannot be converted (uninitialised,
-            parametrized, with a ``forward`` of their own, or with options that the backend
-            rejects). Then nothing is changed.
+        ValueError: unknown backend; or a layer cannot be converted (uninitialised, parametrized,
+            with a ``forward`` of its own, or with options that the backend rejects). Then nothing
+            is changed.
         TypeError: ``backend`` or ``model`` is of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: must be an nn.Module, not {type(model).__name__}")
     kind, options = _class_and_options(backend)
-    rejected: defaultdict[str, list[str]] = defaultdict(list)
     before: list[tuple[nn.Conv2d, type, dict[str, Any]]] = []
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -66,11 +60,10 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
                     before.append((layer, type(layer), dict(vars(layer))))
                     reason = _construct(layer, kind, options)
                 if reason is not None:
-                    rejected[reason].append(name or "the layer")
-        if rejected:
-            raise ValueError(
-                f"cannot convert to {kind.__name__}, nothing was changed: {_few(rejected)}"
-            )
+                    raise ValueError(
+                        f"cannot convert {name or 'the layer'} to {kind.__name__}, nothing was "
+                        f"changed: {reason}"
+                    )
     except BaseException:
         for layer, old_kind, attributes in before:
             layer.__class__ = old_kind
@@ -79,22 +72,10 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
         raise
     for layer, _, attributes in before:
         _restore_attributes(layer, attributes)
-    others = defaultdict(list)
-    for name, module in model.named_modules():
-        if isinstance(module, OTHERS):
-            others[f"{type(module).__name__} is no nn.Conv2d"].append(name or "the layer")
+    others = {type(module).__name__ for module in model.modules() if isinstance(module, OTHERS)}
     if others:
-        warnings.warn(f"not converted: {_few(others)}", stacklevel=2)
+        warnings.warn(f"not converted: {', '.join(sorted(others))}", stacklevel=2)
     return model
-
-
-def _few(layers: dict[str, list[str]]) -> str:
-    """Reasons, each with the number of layers and the first names."""
-    return "; ".join(
-        f"{reason} ({len(names)} layer{'s' * (len(names) > 1)}: {', '.join(names[:3])}"
-        f"{', ...' if len(names) > 3 else ''})"
-        for reason, names in layers.items()
-    )
 
 
 def _class_and_options(backend: Any) -> tuple[type[nn.Conv2d], dict[str, Any]]:
@@ -122,10 +103,7 @@ def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
     if parametrize.is_parametrized(conv):
         names = ", ".join(conv.parametrizations)
         return f"is parametrized ({names}); convert first, parametrize then"
-    own = [name for name in vars(conv) if callable(getattr(type(conv), name, None))]
-    if type(conv) is not kind:
-        own += _overrides(type(conv))
-    if own := [name for name in dict.fromkeys(own) if name not in COSMETIC]:
+    if own := _own_methods(conv, kind):
         return (
             f"{type(conv).__name__} has its own {', '.join(own)}; derive it from the backend's "
             "class, or convert only the modules without it"
@@ -133,19 +111,16 @@ def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
     return None
 
 
-def _overrides(kind: type) -> list[str]:
-    """Names of ``nn.Conv2d`` that a class overrides, except those that the backends do."""
+def _own_methods(conv: nn.Conv2d, kind: type[nn.Conv2d]) -> list[str]:
+    """What a class or a layer computes with otherwise than ``kind`` and the backends do."""
     from cnntrain.conv import BACKENDS
 
-    known = {base for backend in BACKENDS.values() for base in backend.__mro__}
-    state = {"weight", "bias", *nn.Conv2d.__constants__}
+    known = (nn.Conv2d, kind, *BACKENDS.values())
     return [
         name
-        for base in kind.__mro__
-        if base not in known
-        for name, value in vars(base).items()
-        if name in state or hasattr(nn.Conv2d, name)
-        if not name.startswith("__") or isinstance(value, FunctionType)
+        for name in ("weight", "bias", "__call__", "forward", "_conv_forward")
+        if callable(vars(conv).get(name))
+        or getattr(type(conv), name, None) not in [getattr(other, name, None) for other in known]
     ]
 
 

@@ -208,23 +208,11 @@ def test_other_convolutions_are_reported() -> None:
     network = nn.Sequential(
         nn.Conv2d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Sequential(nn.Conv3d(1, 1, 1))
     )
-    message = (
-        r"^not converted: ConvTranspose2d is no nn.Conv2d \(1 layer: 1\); "
-        r"Conv3d is no nn.Conv2d \(1 layer: 2\.0\)$"
-    )
+    message = "^not converted: Conv3d, ConvTranspose2d$"
     with pytest.warns(UserWarning, match=message) as warnings:
         convert(network, "im2col")
     assert warnings[0].filename == __file__
     assert [type(m).__name__ for m in network] == ["Im2colConv2d", "ConvTranspose2d", "Sequential"]
-
-
-def test_error_has_the_reason_and_the_first_layers() -> None:
-    network = nn.Sequential(*(Standardised(1, 1, 1) for _ in range(60)))
-    with pytest.raises(ValueError, match="Standardised has its own forward") as raised:
-        convert(network, "im2col")
-    message = str(raised.value)
-    assert message.endswith("(60 layers: 0, 1, 2, ...)")
-    assert len(message) < 250
 
 
 class Standardised(nn.Conv2d):
@@ -280,18 +268,10 @@ def test_rejected_layers_are_named_and_nothing_is_changed(
     layers = list(network.modules())
     before = [(type(layer), dict(vars(layer))) for layer in layers]
     parameters = [(name, id(p)) for name, p in network.named_parameters()]
-    with pytest.raises(ValueError, match=rf"^cannot convert to \w+, .*{reason}.*\(.*1\.0, 2\)"):
+    with pytest.raises(ValueError, match=rf"^cannot convert 1\.0 to \w+, .*{reason}"):
         convert(network, backend)
     assert [(type(layer), dict(vars(layer))) for layer in layers] == before
     assert [(name, id(p)) for name, p in network.named_parameters()] == parameters
-
-
-def test_all_reasons_are_reported() -> None:
-    network = nn.Sequential(Standardised(1, 1, 1), nn.Conv2d(1, 1, 5), nn.Conv2d(1, 1, 7))
-    with pytest.raises(
-        ValueError, match=r": Standardised has.* \(1 layer: 0\); only up to 3x3 \(2 layers: 1, 2\)$"
-    ):
-        convert(network, OnlySmall)
 
 
 def test_user_class() -> None:
@@ -307,7 +287,7 @@ def test_user_class() -> None:
     assert network[1].weight is weight
     torch.testing.assert_close(network(x), expected)
     assert network[0].shift.dtype == torch.float64
-    with pytest.raises(ValueError, match=r"OnlySmall has its own forward.* \(2 layers: 0, 1\)$"):
+    with pytest.raises(ValueError, match=r"cannot convert 0 to .* OnlySmall has its own forward"):
         convert(network, "native")
     assert before.shape == expected.shape
 
