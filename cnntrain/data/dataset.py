@@ -175,11 +175,8 @@ class ImageData(ABC):
 
         The images share the memory of the array, unless it has negative strides.
         """
-        images, labels = self.read(split)
-        size = self.train_size if split == "train" else None
-        problem = _images_problem(images, self.shape, size)
-        problem = problem or _labels_problem(labels, len(images), self.num_classes)
-        if problem:
+        images, labels = map(np.asarray, self.read(split))
+        if problem := self._problem(split, images, labels):
             raise DataError(f"{type(self).__name__}: {split} set: {problem}")
         if min(images.strides) < 0:
             images = images.copy()
@@ -188,31 +185,19 @@ class ImageData(ABC):
             shared = torch.from_numpy(images)
         return shared, torch.from_numpy(labels.astype(np.int64))
 
-
-def _images_problem(images: object, shape: tuple[int, ...], size: int | None) -> str | None:
-    """Why `images` are not uint8 (N, *shape) with N = `size`, or any N > 0 if that is None."""
-    wanted = f"uint8 (N, {', '.join(map(str, shape))})"
-    if not isinstance(images, np.ndarray):
-        return f"a {type(images).__name__} instead of an array, {wanted}"
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != tuple(shape):
-        return f"images are {images.dtype} {images.shape} instead of {wanted}"
-    if len(images) == 0 or size not in (None, len(images)):
-        return f"{len(images)} images instead of {size or 'at least one'}"
-    return None
-
-
-def _labels_problem(labels: object, size: int, num_classes: int) -> str | None:
-    """Why `labels` are not integers (N,) from 0 to num_classes - 1, with N = `size`."""
-    if not isinstance(labels, np.ndarray):
-        return f"a {type(labels).__name__} instead of an array, integers (N,)"
-    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-        return f"labels are {labels.dtype} {labels.shape} instead of integers (N,)"
-    if len(labels) != size:
-        return f"{len(labels)} labels for {size} images"
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
-        return (
-            f"label {labels[wrong[0]]} at index {wrong[0]} is not one of {num_classes} classes, "
-            f"0 to {num_classes - 1} ({len(wrong)} of {size} labels are not)"
-        )
-    return None
+    def _problem(self, split: str, images: np.ndarray, labels: np.ndarray) -> str | None:
+        wanted = f"uint8 (N, {', '.join(map(str, self.shape))})"
+        if images.dtype != np.uint8 or images.shape[1:] != tuple(self.shape):
+            return f"images are {images.dtype} {images.shape} instead of {wanted}"
+        size = self.train_size if split == "train" else len(images)
+        if len(images) != size or not size:
+            return f"{len(images)} images instead of {size or 'at least one'}"
+        if labels.dtype.kind not in "iu" or labels.shape != (size,):
+            return f"labels are {labels.dtype} {labels.shape} instead of integers ({size},)"
+        wrong = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
+        if len(wrong):
+            return (
+                f"label {labels[wrong[0]]} at index {wrong[0]} is not one of {self.num_classes} "
+                f"classes, 0 to {self.num_classes - 1} ({len(wrong)} of {size} labels are not)"
+            )
+        return None

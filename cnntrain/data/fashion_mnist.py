@@ -3,6 +3,7 @@
 Source: Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pooch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import PositiveInt
 
 from cnntrain.atomic import replacing
@@ -67,12 +68,9 @@ class FashionMNIST(ImageData):
 
     def __init__(self, *, root: str = "~/.cache/cnntrain/fashion_mnist", **options: Any) -> None:
         super().__init__(**options)
-        if not root or "\0" in root:
-            raise ValueError(f"data.root={root!r}: name a folder")
-        try:
-            self.root = Path(root).expanduser().absolute()
-        except RuntimeError as error:  # ~ of an unknown user
-            raise ValueError(f"data.root={root}: {error}; write the whole path") from error
+        if not root:
+            raise ValueError("data.root='': name a folder")
+        self.root = Path(os.path.expanduser(root)).absolute()
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
         log.info("FashionMNIST: cache folder %s", self.root)
@@ -136,13 +134,10 @@ def _download(root: Path, reason: DataError) -> None:
     """Fill the cache folder under a lock; processes that waited for the lock find the files."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / LOCK)
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            log.info("FashionMNIST: waiting for another process that fills %s", root)
-            held = lock.acquire()
-        with held, TemporaryDirectory(prefix="cnntrain-", ignore_cleanup_errors=True) as scratch:
+        with (
+            FileLock(root / LOCK),
+            TemporaryDirectory(prefix="cnntrain-", ignore_cleanup_errors=True) as scratch,
+        ):
             _fill(root, Path(scratch))
     except OSError as error:
         problem = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
@@ -221,28 +216,25 @@ def debian_package(name: str, scratch: Path) -> Path:
             "APT::Sandbox::User=root",  # root's apt-get downloads as a user without access here
         )
         apt = ["apt-get", *(part for option in options for part in ("-o", option))]
-        # An update fails if any repository is unreachable: only the download decides.
-        errors = [_run(scratch, *apt, "update"), _run(scratch, *apt, "download", PACKAGE)]
-        if not errors[-1]:
-            package = next(scratch.glob(f"{PACKAGE}*.deb"), PACKAGE)
-            errors = [_run(scratch, "dpkg-deb", "-x", str(package), str(unpacked))]
-        if errors[-1]:
-            raise DataError(" after ".join(filter(None, reversed(errors))))
+        with contextlib.suppress(DataError):  # if any repository is unreachable
+            _run(scratch, *apt, "update")
+        _run(scratch, *apt, "download", PACKAGE)
+        package = next(scratch.glob(f"{PACKAGE}*.deb"), PACKAGE)
+        _run(scratch, "dpkg-deb", "-x", str(package), str(unpacked))
     return _in_folder(unpacked / SYSTEM_FOLDER.relative_to("/"), name, scratch)
 
 
-def _run(folder: Path, *command: str) -> str:
-    """Run a program in `folder`: its last error line, or "" if it succeeds."""
-    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
-    options |= {"stdin": subprocess.DEVNULL, "env": {**os.environ, "LC_ALL": "C"}}
+def _run(folder: Path, *command: str) -> None:
+    """Run a program in `folder`; DataError with its last line if it fails."""
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options |= {"stdin": subprocess.DEVNULL, "text": True, "errors": "replace"}
     try:
         done = subprocess.run(command, cwd=folder, timeout=PROGRAM_TIMEOUT, **options)
-    except subprocess.TimeoutExpired:
-        return f"{command[0]}: timed out after {PROGRAM_TIMEOUT} s"
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("E: ")] or lines
-    errors = errors or [f"exit code {done.returncode}"]
-    return f"{command[0]}: {errors[-1]}" if done.returncode else ""
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"{command[0]}: timed out after {PROGRAM_TIMEOUT} s") from error
+    if done.returncode:
+        lines = done.stdout.split("\n") if done.stdout.strip() else [f"exit code {done.returncode}"]
+        raise DataError(f"{command[0]}: {[line for line in lines if line.strip()][-1]}")
 
 
 SOURCES: dict[str, Source] = {

@@ -70,15 +70,13 @@ def test_valid_arrays(dtype):
         (label(11, 255, np.uint8), "label 255 at index 11 is not one of 3 classes"),
         (label(1, 2**63, np.uint64), f"label {2**63} at index 1 is not one of 3 classes"),
         (LABELS + 1, "label 3 at index 2 is not one of 3 classes, 0 to 2 (4 of 12 labels are"),
-        (LABELS.astype(float), "labels are float64 (12,) instead of integers (N,)"),
-        (LABELS > 1, "labels are bool (12,) instead of integers (N,)"),
-        (np.eye(3, dtype=int)[LABELS], "labels are int64 (12, 3) instead of integers (N,)"),
-        (LABELS.astype(object), "labels are object (12,) instead of integers (N,)"),
-        (LABELS.astype(str), "labels are <U21 (12,) instead of integers (N,)"),
-        (LABELS[1:], "11 labels for 12 images"),
-        (LABELS[:0], "0 labels for 12 images"),
-        (LABELS.tolist(), "a list instead of an array, integers (N,)"),
-        (torch.from_numpy(LABELS), "a Tensor instead of an array, integers (N,)"),
+        (LABELS.astype(float), "labels are float64 (12,) instead of integers (12,)"),
+        (LABELS > 1, "labels are bool (12,) instead of integers (12,)"),
+        (np.eye(3, dtype=int)[LABELS], "labels are int64 (12, 3) instead of integers (12,)"),
+        (LABELS.astype(object), "labels are object (12,) instead of integers (12,)"),
+        (LABELS.astype(str), "labels are <U21 (12,) instead of integers (12,)"),
+        (LABELS[1:], "labels are int64 (11,) instead of integers (12,)"),
+        (LABELS[:0], "labels are int64 (0,) instead of integers (12,)"),
     ],
 )
 def test_wrong_labels(labels, problem):
@@ -97,7 +95,6 @@ def test_wrong_labels(labels, problem):
         (IMAGES[1:], "11 images instead of 12"),
         (np.concatenate([IMAGES, IMAGES]), "24 images instead of 12"),
         (IMAGES[:0], "0 images instead of 12"),
-        (torch.from_numpy(IMAGES), "a Tensor instead of an array, uint8 (N, 2, 4, 3)"),
     ],
 )
 def test_wrong_images(images, problem):
