@@ -13,7 +13,6 @@ Only required gradients are computed; the backward keeps x and w.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -47,17 +46,10 @@ def grad_weight(g: Tensor, x: Tensor, kernel_size: Pair, *how: Any) -> Tensor:
     return (_GradWeight if is_compiling() else GradWeight).apply(g, x, kernel_size, *how)
 
 
-def _signed(forward: Callable) -> Callable:
-    """Caches the signature, which torch computes at every call: as long as a small product."""
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    return forward
-
-
 class Forward(Function):
     """y = x * w + bias"""
 
     @staticmethod
-    @_signed
     def forward(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
         geometry, algorithm, zeros = how
         y = _run(algorithm.padded_forward, x, w, bias, geometry, zeros)
@@ -125,7 +117,6 @@ class GradInput(_Gradient):
     """dx, the input gradient: linear in g and in w."""
 
     @staticmethod
-    @_signed
     def forward(g: Tensor, w: Tensor, input_size: Pair, *how: Any) -> Tensor:
         geometry, algorithm, zeros = how
         return _run(algorithm.padded_grad_input, g, w, input_size, geometry, zeros)
@@ -156,7 +147,6 @@ class GradWeight(_Gradient):
     """dw, the weight gradient: linear in g and in x."""
 
     @staticmethod
-    @_signed
     def forward(g: Tensor, x: Tensor, kernel_size: Pair, *how: Any) -> Tensor:
         geometry, algorithm, zeros = how
         return _run(algorithm.padded_grad_weight, g, x, kernel_size, geometry, zeros)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from cnntrain import pictures
 from cnntrain.atomic import write_json
@@ -26,18 +26,6 @@ from cnntrain.training.trainer import Precision
 MAX_MISTAKES = 40  # reported and drawn
 MAX_CLASSES = 100  # shown in a notebook
 AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
-
-
-class FlipAverage(nn.Module):
-    """Log of the mean of a network's probabilities for an image and its horizontal flip."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        log_p = [self.network(x).float().log_softmax(1) for x in (images, images.flip(-1))]
-        return torch.stack(log_p).logsumexp(0) - math.log(2)
 
 
 @dataclass(frozen=True)
@@ -172,14 +160,16 @@ def evaluate_trained(
     with as_config_error("loss"):
         criterion = build(trained.cfg.loss)
     data, device = trained.data, trained.device
-    network = FlipAverage(trained.network) if tta else trained.network
     dtype = AUTOCAST.get(str(evaluation_precision(trained, precision)))
     autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
     loader = data.test_loader(device) if split == "test" else data.val_loader(device)
     loss, correct, answers = 0.0, 0, []
     with autocast:
         for images, labels in loader:
-            logits = network(images)
+            logits = trained.network(images)
+            if tta:  # the logarithm of the mean of both probabilities
+                both = torch.stack([logits, trained.network(images.flip(-1))])
+                logits = both.float().log_softmax(2).logsumexp(0) - math.log(2)
             loss += float(criterion(logits, labels)) * len(labels)
             correct += int((logits.argmax(1) == labels).sum())
             answers.append((logits, labels))

@@ -132,14 +132,10 @@ def choose_device(device: Device) -> torch.device:
     Raises:
         ConfigError: The device is not available.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    for name, exists in available.items():
-        if exists and device in (name, "auto"):
-            return torch.device(name)
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    available = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    if device == "auto" or device in available:
+        return torch.device(available[0] if device == "auto" else device)
     raise ConfigError(
         [f"device={device}: this machine has no GPU that PyTorch can use; use device=cpu or auto"]
     )

@@ -1,14 +1,11 @@
 """Layers and initialisations that the options of a network name."""
 
-from collections.abc import Mapping
-from typing import Literal, TypeVar, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cnntrain.models.introspection import evaluation_mode
-
-T = TypeVar("T")
 
 Activation = Literal["relu", "leaky_relu", "sigmoid", "tanh"]
 Pooling = Literal["max", "avg"]
@@ -43,23 +40,14 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
-def choose(option: str, name: str, choices: Mapping[str, T]) -> T:
-    """`choices[name]`; ValueError with all names if there is none."""
-    if name not in choices:
-        raise ValueError(f"{option}={name!r}: choose from {', '.join(choices)}")
-    return choices[name]
-
-
 def initialise(network: nn.Module, init: Init) -> None:
     """Initialise the weights of all convolutions and fully connected layers, biases with zero.
 
     Sources: Glorot and Bengio 2010 (xavier), He et al. 2015 (kaiming). `default`: PyTorch's.
     """
-    functions = {name: getattr(nn.init, f"{name}_", None) for name in get_args(Init)}
-    initialise_weight = choose("init", init, functions)
     for layer in network.modules():
-        if initialise_weight and isinstance(layer, (nn.Conv2d, nn.Linear)):
-            initialise_weight(layer.weight)
+        if init != "default" and isinstance(layer, (nn.Conv2d, nn.Linear)):
+            getattr(nn.init, f"{init}_")(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

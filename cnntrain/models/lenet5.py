@@ -16,7 +16,6 @@ from cnntrain.models.layers import (
     BatchNorm2d,
     Init,
     Pooling,
-    choose,
     flat_features,
     initialise,
 )
@@ -42,7 +41,7 @@ class LeNet5(nn.Module):
         init: Initialisation of the weights.
 
     Raises:
-        ValueError: The images are too small, or a choice is unknown.
+        ValueError: The images are too small.
     """
 
     def __init__(
@@ -60,8 +59,8 @@ class LeNet5(nn.Module):
         init: Init = "xavier_uniform",
     ):
         super().__init__()
-        act = choose("activation", activation, ACTIVATIONS)
-        pool = choose("pooling", pooling, POOLINGS)
+        act = ACTIVATIONS[activation]
+        pool = POOLINGS[pooling]
         c1, c2, c3 = channels
 
         def block(c_in: int, c_out: int, padding: int) -> list[nn.Module]:

@@ -10,7 +10,6 @@ from cnntrain.models.layers import (
     POOLINGS,
     Activation,
     Pooling,
-    choose,
     flat_features,
 )
 
@@ -32,7 +31,7 @@ class Shallow(nn.Module):
             class. The logits are (0, z), which have the same softmax.
 
     Raises:
-        ValueError: The images are too small, or a choice is unknown.
+        ValueError: The images are too small.
     """
 
     def __init__(
@@ -50,10 +49,10 @@ class Shallow(nn.Module):
         super().__init__()
         if one_output and num_classes != 2:
             raise ValueError(f"model.one_output=true: is for two classes, not {num_classes}")
-        pool = [choose("pooling", pooling, POOLINGS)(2)] if pooling else []
+        pool = [POOLINGS[pooling](2)] if pooling else []
         self.features = nn.Sequential(
             conv(in_shape[0], channels, kernel_size),  # (N, 16, 26, 26)
-            choose("activation", activation, ACTIVATIONS)(),
+            ACTIVATIONS[activation](),
             *pool,  # (N, 16, 13, 13)
             nn.Flatten(),
         )

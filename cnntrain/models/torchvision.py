@@ -49,19 +49,10 @@ class TorchVision(nn.Module):
 
         names = torchvision.models.list_models(module=torchvision.models)
         if name not in names:
-            near = difflib.get_close_matches(name, names)
+            near = difflib.get_close_matches(name, names) or names
             raise ValueError(
-                f"model.name={name}: torchvision has no such classification network; "
-                + (
-                    f"did you mean {' or '.join(near)}?"
-                    if near
-                    else f"choose from {', '.join(names)}"
-                )
-            )
-        if small_images and "vit" in name:
-            raise ValueError(
-                f"model.small_images=true: {name} cuts images into patches, whose size is fixed; "
-                "take model.small_images=false"
+                f"model.name={name}: torchvision has no such classification network; choose from "
+                f"{', '.join(near)}"
             )
         try:
             self.network = _build(name, in_shape, num_classes)
