@@ -90,22 +90,20 @@ def conv2d_reference(
     """
     geometry = geometry or Geometry()
     (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
-    out_rows, out_columns = geometry.output_size(x.shape[2:], w.shape[2:])
-    batch, (out_channels, in_channels, kernel_rows, kernel_columns) = x.shape[0], w.shape
-    filters_per_group = out_channels // geometry.groups
+    (filters, *kernel), (rows, columns) = w.shape, geometry.output_size(x.shape[2:], w.shape[2:])
     image, weight = x.tolist(), w.tolist()
-    y = [
-        [[[0.0] * out_columns for _ in range(out_rows)] for _ in range(out_channels)]
-        for _ in range(batch)
+
+    def number(n: int, o: int, r: int, q: int) -> float:
+        total = 0.0 if bias is None else bias[o].item()
+        first = o // (filters // geometry.groups) * kernel[0]  # channel that the group starts at
+        for c, i, j in product(*map(range, kernel)):
+            total += weight[o][c][i][j] * image[n][first + c][r * sh + i * dh][q * sw + j * dw]
+        return total
+
+    return [
+        [
+            [[number(n, o, r, q) for q in range(columns)] for r in range(rows)]
+            for o in range(filters)
+        ]
+        for n in range(len(x))
     ]
-    for n, o in product(range(batch), range(out_channels)):
-        first = o // filters_per_group * in_channels  # input channel that the group starts at
-        for r, q in product(range(out_rows), range(out_columns)):
-            total = 0.0 if bias is None else bias[o].item()
-            for c in range(in_channels):
-                for i in range(kernel_rows):
-                    for j in range(kernel_columns):
-                        pixel = image[n][first + c][r * sh + i * dh][q * sw + j * dw]
-                        total += weight[o][c][i][j] * pixel
-            y[n][o][r][q] = total
-    return y

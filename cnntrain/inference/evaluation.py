@@ -75,16 +75,13 @@ class Evaluation:
         )
 
     def _repr_html_(self) -> str:
-        names, picture = self.trained.data.classes, ""
         rows = [
             [f"{value:.4f}" if isinstance(value, float) else value for value in row.values()]
             for row in self.classes[:MAX_CLASSES]
         ]
-        if len(names) <= MAX_CLASSES:
-            confusion = pictures.confusion(self.outcome.confusion, names, self.split)
-            picture = png_html(pictures.png(confusion))
-        head = ("class", "images", "precision", "recall", "F1")
-        return f"<pre>{html.escape(repr(self))}</pre>{table_html(head, rows)}{picture}"
+        table = table_html(("class", "images", "precision", "recall", "F1"), rows)
+        picture = pictures.confusion(self.outcome.confusion, self.trained.data.classes, self.split)
+        return f"<pre>{html.escape(repr(self))}</pre>{table}{png_html(pictures.png(picture))}"
 
     def write(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write evaluation.json, confusion.png and, if there are mistakes, mistakes.png."""

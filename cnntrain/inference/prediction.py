@@ -65,7 +65,7 @@ class Prediction:
         return json.dumps({"image": self.name, "predictions": classes})
 
 
-class Predictions(list[Prediction]):
+class PredictionList(list[Prediction]):
     """List whose first images are shown in a notebook."""
 
     def _repr_html_(self) -> str:
@@ -83,7 +83,7 @@ def predict(
     checkpoint: str | os.PathLike[str] = "best",
     backend: str | DictConfig | None = None,
     device: Device = "auto",
-) -> Predictions:
+) -> PredictionList:
     """Predict the classes of images of any size with the network of a run.
 
     Arrays and tensors are not normalised: uint8 from 0 to 255, or floats from 0 to 1. One image is
@@ -106,13 +106,13 @@ def predict(
     """
     sources = find_images(images)
     trained = load_trained(run, checkpoint, backend=backend, device=device)
-    return Predictions(predictions(trained, sources, top=top, invert=invert))
+    return PredictionList(predictions(trained, sources, top=top, invert=invert))
 
 
 def predictions(
     trained: Trained, sources: Iterable[ImageSource], *, top: int, invert: bool
 ) -> Iterator[Prediction]:
-    """Predictions of the images, one after the other; see `predict`."""
+    """PredictionList of the images, one after the other; see `predict`."""
     images = _read(sources, trained.data.shape, invert)
     # Where the standard deviation exceeds the mean, most pixels are dark, as the background of
     # digits and clothes; in photographs it is about half the mean.
