@@ -268,7 +268,7 @@ def test_rejected_layers_are_named_and_nothing_is_changed(
     layers = list(network.modules())
     before = [(type(layer), dict(vars(layer))) for layer in layers]
     parameters = [(name, id(p)) for name, p in network.named_parameters()]
-    with pytest.raises(ValueError, match=rf"^cannot convert 1\.0 to \w+, .*{reason}"):
+    with pytest.raises(ValueError, match=rf"^cannot convert (0|1\.0) to \w+, .*{reason}"):
         convert(network, backend)
     assert [(type(layer), dict(vars(layer))) for layer in layers] == before
     assert [(name, id(p)) for name, p in network.named_parameters()] == parameters
