@@ -36,10 +36,15 @@ def main() -> None:
     try:
         folder, options = _parse(sys.argv[1:])
         collection = collect(folder, options.get("metric"))
+        done = [m for m in collection.members if m.status == "completed"]
+        known = [name for name in METRICS if any(name in m.metrics for m in done)]
+        if done and collection.metric not in known:
+            there_is = f"no run has it; there is {', '.join(known)}"
+            raise ConfigError([f"metric={collection.metric}: {there_is}"])
     except ConfigError as error:
         exit_with_problems(error)
     from cnntrain.sweeps.report import write_report
-    from cnntrain.sweeps.tables import print_effects, print_ranked
+    from cnntrain.sweeps.tables import print_ranked
 
     files, problem = [], None
     try:
@@ -47,7 +52,6 @@ def main() -> None:
     except OSError as error:
         problem = f"cnntrain: {format_os_error(error)}; out=<folder> writes elsewhere"
     print_ranked(collection)
-    print_effects(collection)
     if problem:
         print(problem, file=sys.stderr)
         sys.exit(1)

@@ -11,7 +11,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
-from pydantic import ValidationError
 
 from cnntrain.atomic import write_json
 from cnntrain.config import ConfigError, flat, incidental, options_hash, quoted
@@ -24,6 +23,7 @@ from cnntrain.sweeps.records import (
     SweepRecord,
     as_typed,
     distinct,
+    read_record,
 )
 
 LONGEST = 120  # characters of a directory name, so that paths stay below 255 bytes
@@ -140,18 +140,7 @@ class SweepFolder:
 
     def __init__(self, path: Path, *, search: bool = False):
         self.path, self.search = path, search
-        self.record = SweepRecord(name=path.name)
-        file = path / SWEEP_FILE
-        try:
-            if file.exists():
-                self.record = SweepRecord.model_validate_json(file.read_bytes())
-        except ValidationError:
-            raise ConfigError(
-                [
-                    f"{file}: is damaged; move it away, as the directories of the members record "
-                    f"what is completed, or {OTHER_NAME}"
-                ]
-            ) from None
+        self.record = read_record(path) or SweepRecord(name=path.name)
         self.record.name = path.name  # the folder may have been renamed
         self.names = {entry.identity: name for name, entry in self.record.members.items()}
         if self.record.members and bool(self.record.search) != search:

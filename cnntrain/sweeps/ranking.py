@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -137,17 +137,6 @@ def mean_curve(
         if math.isfinite(row.get(metric, math.nan)):
             epochs.setdefault(row["epoch"], []).append(row[metric])
     return [(e, fmean(v), stdev(v) if len(v) > 1 else 0.0) for e, v in sorted(epochs.items())]
-
-
-def pareto_front(points: Mapping[int, tuple[float, float]], maximise: bool) -> list[int]:
-    """The keys of points (seconds, metric) than which none is both faster and better."""
-    sign, best = 1 if maximise else -1, -math.inf
-    front = []
-    for key, (_, value) in sorted(points.items(), key=lambda p: (p[1][0], -sign * p[1][1])):
-        if sign * value > best:
-            front.append(key)
-            best = sign * value
-    return front
 
 
 def label(values: dict[str, Any]) -> str:

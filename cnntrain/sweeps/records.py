@@ -86,7 +86,6 @@ class Collection:
     over: dict[str, list[Any]]
     members: tuple[Member, ...]
     search: dict[str, Any] | None = None  # settings of the search, if it is one
-    problems: tuple[str, ...] = ()  # of the folder as a whole, one line each
 
     @property
     def maximise(self) -> bool:
@@ -113,25 +112,33 @@ def collect(folder: str | os.PathLike[str], metric: str | None = None) -> Collec
         metric: Metric for the ranking; default: the one in sweep.json, or the one monitored.
 
     Raises:
-        ConfigError: `metric` is unknown, `folder` is not a folder or contains no run.
+        ConfigError: `metric` is unknown, `folder` is not a folder or contains no run, or
+            sweep.json is damaged.
     """
     folder = Path(folder)
     if metric is not None and metric not in METRICS:
         raise ConfigError([f"metric={metric}: is no metric; there is {', '.join(METRICS)}"])
     if not folder.is_dir():
         raise ConfigError([f"{folder}: is not a folder; name one with runs below it"])
-    if not (folder / SWEEP_FILE).exists():
+    sweep = read_record(folder)
+    if sweep is None:
         return _collect_directories(folder, metric)
-    try:
-        sweep = SweepRecord.model_validate_json((folder / SWEEP_FILE).read_bytes())
-    except ValidationError:
-        problem = f"{folder / SWEEP_FILE}: is damaged; the runs below the folder are shown instead"
-        return _collect_directories(folder, metric, (problem,))
     members = tuple(
         read_member(name, folder / name, entry.values) for name, entry in sweep.members.items()
     )
     over = {option: _values(members, option, known) for option, known in sweep.over.items()}
     return Collection(sweep.name, folder, metric or sweep.metric, over, members, sweep.search)
+
+
+def read_record(folder: Path) -> SweepRecord | None:
+    """The content of sweep.json; None without that file. ConfigError if it is damaged."""
+    try:
+        return SweepRecord.model_validate_json((folder / SWEEP_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        way_out = "move it away: what is completed is recorded in the members' directories"
+        raise ConfigError([f"{folder / SWEEP_FILE}: is damaged; {way_out}"]) from None
 
 
 def read_member(name: str, directory: Path, values: dict[str, Any]) -> Member:
@@ -232,14 +239,13 @@ def _follows(name: str, group: str, configs: Sequence[Mapping[str, Any]]) -> boo
     return not any(_differs(name, own) for own in alike)
 
 
-def _collect_directories(
-    folder: Path, metric: str | None, problems: tuple[str, ...] = ()
-) -> Collection:
+def _collect_directories(folder: Path, metric: str | None) -> Collection:
     """All runs below a folder, with the options in which their configs differ."""
     directories = sorted(_runs(folder))
     if not directories:
-        none = f"{folder}: holds no run, nor {SWEEP_FILE}; name a folder with runs below"
-        raise ConfigError(problems or [none])
+        raise ConfigError(
+            [f"{folder}: holds no run, nor {SWEEP_FILE}; name a folder with runs below"]
+        )
     members: list[Member] = []
     known: list[tuple[Member, dict[str, Any]]] = []  # those whose config can be read
     for directory in directories:
@@ -264,7 +270,7 @@ def _collect_directories(
     monitor = monitors.pop() if len(monitors) == 1 else None
     metric = metric or (monitor if monitor in METRICS else METRICS[0])
     name = folder.absolute().name or str(folder)
-    return Collection(name, folder, metric, over, tuple(members), problems=problems)
+    return Collection(name, folder, metric, over, tuple(members))
 
 
 def _runs(folder: Path) -> Iterator[Path]:

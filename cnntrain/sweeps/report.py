@@ -23,9 +23,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 import cnntrain
 from cnntrain.atomic import replacing
 from cnntrain.sweeps import tables
-from cnntrain.sweeps.ranking import Ranking, clipped, mean_curve, option_effects, pareto_front, rank
+from cnntrain.sweeps.ranking import Ranking, clipped, mean_curve, option_effects, rank
 from cnntrain.sweeps.records import METRICS, Collection, Member, as_typed, history, is_number
-from cnntrain.sweeps.tables import duration, number, text, unit
+from cnntrain.sweeps.tables import text, unit
 
 # The colour-blind safe palette of Okabe and Ito (2008); further groups are grey.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
@@ -33,19 +33,7 @@ INK, SOFT, GREY, GRID, PAPER = THEME = ("#111112", "#555556", "#a0a0a1", "#dedfe
 # The style sheet has these colours for light and dark mode.
 CSS_VARIABLES = dict(zip(THEME, ("ink", "soft", "grey", "grid", "paper"), strict=True))
 CSS_VARIABLES |= {colour: f"c{i}" for i, colour in enumerate(COLOURS)}
-RC: Any = {
-    "svg.fonttype": "none",  # text stays text
-    "text.parse_math": False,  # a $ in a value is a $
-    "axes.edgecolor": GREY,
-    "grid.color": GRID,
-    **dict.fromkeys(("text.color", "axes.titlecolor"), INK),
-    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), SOFT),
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-    **dict.fromkeys(("font.size", "axes.titlesize"), 9),
-    "axes.titlelocation": "left",
-}
+STYLE = Path(__file__).with_suffix(".mplstyle")
 WIDE, SMALL = (5.4, 3.3), (3.3, 2.7)  # inches
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -70,10 +58,10 @@ def write_report(collection: Collection, folder: str | os.PathLike[str]) -> list
     return [folder / name for name in contents]
 
 
-@rc_context(RC)
+@rc_context(fname=STYLE)
 def html(collection: Collection, folder: Path) -> str:
     """The page. Links to the runs are relative to `folder`."""
-    ranking, metric = rank(collection), collection.metric
+    ranking, metric, members = rank(collection), collection.metric, collection.members
     return TEMPLATES.get_template("report.html.j2").render(
         collection=collection,
         ranking=ranking,
@@ -85,12 +73,11 @@ def html(collection: Collection, folder: Path) -> str:
         colour=lambda place: CSS_VARIABLES[colour(place)],
         curves=learning_curves(ranking),
         panels=effect_panels(ranking),
-        cost=cost(ranking),
         svg=lambda figure: Markup(svg(figure)),
         effects=[tables.effect_row(effect, metric) for effect in option_effects(ranking)],
-        failed=[m for m in collection.members if m.error or m.status == "failed"],
+        failed=[m for m in members if m.error or m.status == "failed"],
         link=lambda member: _link(member, folder),
-        members=_members(collection),
+        metrics={m: f"{m}{unit(m)}" for m in METRICS if any(m in x.metrics for x in members)},
         version=cnntrain.__version__,
         now=f"{datetime.now():%Y-%m-%d %H:%M}",
         command=shlex.join(["cnntrain", "report", str(collection.folder.absolute())]),
@@ -100,7 +87,7 @@ def html(collection: Collection, folder: Path) -> str:
 def svg(figure: Figure) -> str:
     """A figure as an SVG element whose colours are CSS variables, for light and dark mode."""
     out = io.StringIO()
-    with rc_context({**RC, "svg.hashsalt": figure.get_label()}):  # ids are unique in the page
+    with rc_context({"svg.hashsalt": figure.get_label()}, STYLE):  # ids are unique in the page
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", out.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
@@ -184,8 +171,11 @@ def _effect_panel(
     averaged = collection.search is None and len(means) <= max(2, len(points) / 2)
     if numeric and averaged:
         axes.plot(*zip(*means, strict=True), color=INK, linewidth=1.4, zorder=4)
-    if numeric and _is_log(xs):
-        _set_log(axes)
+    if numeric and min(xs) > 0 and max(xs) / min(xs) >= 15:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if not numeric:
         for at, mean in means:
             axes.hlines(mean, at - 0.28, at + 0.28, color=INK, linewidth=1.8, zorder=4)
@@ -193,37 +183,6 @@ def _effect_panel(
         axes.set_xticks(range(len(names)), short, rotation=20 if len(names) > 3 else 0)
         axes.set_xlim(-0.5, len(names) - 0.5)
     figure.set_label(f"{metric} of {len(points)} members against {option}.")
-    return figure
-
-
-def cost(ranking: Ranking) -> Figure | None:
-    """The ranking metric against the seconds of a run, and the Pareto front of the means."""
-    metric, maximise, groups = (
-        ranking.collection.metric,
-        ranking.collection.maximise,
-        ranking.ranked,
-    )
-    points = {
-        i: (seconds, mean)
-        for i, group in enumerate(groups)
-        if (seconds := group.mean("seconds")) is not None and (mean := group.mean()) is not None
-    }
-    if len(points) < 2:
-        return None
-    ylim = visible_range([mean for _, mean in points.values()], maximise)
-    figure, axes = _axes(WIDE, metric, title=metric, xlabel="seconds", ylim=ylim)
-    front = pareto_front(points, maximise)
-    axes.step(*zip(*(points[i] for i in front), strict=True), where="post", color=SOFT,
-              linewidth=1, linestyle=":", zorder=1)  # fmt: skip
-    for i, (x, y) in points.items():
-        axes.errorbar(x, y, yerr=groups[i].deviation(), xerr=groups[i].deviation("seconds"),
-                      color=colour(i), marker="o")  # fmt: skip
-        if i < len(COLOURS):
-            axes.annotate(str(i + 1), (x, y), (7, 5), textcoords="offset points", clip_on=True)
-    if _is_log([x for x, _ in points.values()]):
-        _set_log(axes)
-    best = "; ".join(f"{i + 1}: {groups[i].label}" for i in front)
-    figure.set_label(f"{metric} against seconds of {len(points)} groups. Pareto front: {best}.")
     return figure
 
 
@@ -244,31 +203,6 @@ def _axes(size: tuple[float, float], metric: str, **properties: Any) -> tuple[Fi
     if metric.endswith("acc"):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     return figure, axes
-
-
-def _set_log(axes: Axes) -> None:
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _is_log(numbers: Sequence[float]) -> bool:
-    """Whether numbers spread so widely that a logarithmic axis shows them better."""
-    return min(numbers) > 0 and max(numbers) / min(numbers) >= 15
-
-
-def _members(collection: Collection) -> dict[str, Any]:
-    options = list(collection.over)
-    known = [m for m in METRICS if any(m in member.metrics for member in collection.members)]
-    rows = [
-        [text(m.values[o]) if o in m.values else "" for o in options]
-        + [number(metric, m.metrics.get(metric)) for metric in known]
-        + [str(m.epochs or ""), duration(m.seconds)]
-        for m in collection.members
-    ]
-    head = [*options, *(f"{metric}{unit(metric)}" for metric in known), "epochs", "seconds"]
-    return {"head": head, "rows": [*zip(collection.members, rows, strict=True)]}
 
 
 def _link(member: Member, folder: Path) -> str:

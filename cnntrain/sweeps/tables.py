@@ -40,39 +40,21 @@ def print_ranked(collection: Collection) -> None:
     needed = [collection.metric, *titles]
     optional = [name for name in OPTIONAL if name not in needed] + needed[:1:-1]
     terminal.paragraph(f"{headline(ranking)}\n\n")
-    shown = rows(ranking)[:MOST_ROWS]
-    _print_table(columns(ranking), shown, [*titles, "n", "verdict"], optional)
-    if (more := len(ranking.groups) - MOST_ROWS) > 0:
-        print(f"and {more} more")
-    terminal.paragraph(f"\n{note(ranking)}")
-    for line in [*failures(collection), *collection.problems]:  # not wrapped: to be copied
-        print(terminal.encodable(line))
-
-
-def print_effects(collection: Collection) -> None:
-    """Print the effects of options with two values, if there are any."""
-    if effects := option_effects(rank(collection)):
-        print("\nEffect of each option\n")
-        shown = [effect_row(effect, collection.metric) for effect in effects]
-        _print_table(EFFECT_COLUMNS, shown, EFFECT_COLUMNS[:2], ("better in", "pairs"))
-        terminal.paragraph(f"\n{effects_note(collection.metric)}")
-
-
-def _print_table(
-    titles: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    left: Sequence[str],
-    optional: Sequence[str],
-) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for title in titles:
+    for title in columns(ranking):
         name = title.removesuffix(" %")
         head = f"{name}\n%" if name != title else name
-        table.add_column(terminal.encodable(head), justify="left" if name in left else "right")
-    for row in rows:
+        left = name in (*titles, "n", "verdict")
+        table.add_column(terminal.encodable(head), justify="left" if left else "right")
+    for row in rows(ranking)[:MOST_ROWS]:
         cells = [Text(terminal.encodable(cell)) for cell in row]
         table.add_row(*cells, style="bold" if row[-1] == "best" else "")
     terminal.print_table(table, optional, " or the report")
+    if (more := len(ranking.groups) - MOST_ROWS) > 0:
+        print(f"and {more} more")
+    terminal.paragraph(f"\n{note(ranking)}")
+    for line in failures(collection):  # not wrapped: to be copied
+        print(terminal.encodable(line))
 
 
 def headline(ranking: Ranking) -> str:
@@ -175,7 +157,6 @@ def markdown(collection: Collection) -> str:
     parts = [f"# {collection.name}", _escaped(headline(ranking)), table, note(ranking)]
     if failed := failures(collection):
         parts.append("\n".join(f"- {_escaped(line)}" for line in failed))
-    parts += collection.problems
     if effects := option_effects(ranking):
         parts += ["## Effect of each option", effects_note(metric)]
         parts.append(markdown_table(EFFECT_COLUMNS, [effect_row(e, metric) for e in effects]))

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from run_folders import write_run
 
-from cnntrain.sweeps.ranking import pareto_front, rank
+from cnntrain.sweeps.ranking import rank
 from cnntrain.sweeps.records import collect
-from cnntrain.sweeps.report import cost, learning_curves, svg, visible_range
-from cnntrain.sweeps.tables import rows
+from cnntrain.sweeps.report import learning_curves, svg, visible_range
 
 
 def test_learning_curves_against_numpy(tmp_path: Path) -> None:
@@ -28,35 +27,6 @@ def test_learning_curves_against_numpy(tmp_path: Path) -> None:
     ((band,),) = (collection.get_paths() for collection in axes.collections)
     width = np.std([0.6, 0.68], ddof=1)
     assert np.ptp(band.vertices[band.vertices[:, 0] == 1, 1]) == pytest.approx(2 * width)
-
-
-def test_pareto_front_by_brute_force() -> None:
-    random = np.random.default_rng(0)
-    for sign in (1, -1):
-        points = {i: (float(x), float(y)) for i, (x, y) in enumerate(random.random((30, 2)))}
-        front = {
-            i
-            for i, (x, y) in points.items()
-            if not any(
-                a <= x and sign * b >= sign * y and (a, b) != (x, y) for a, b in points.values()
-            )
-        }
-        assert set(pareto_front(points, sign == 1)) == front
-        assert len(front) < 30
-
-
-def test_cost(tmp_path: Path) -> None:
-    runs = {"native": (10.0, 0.92), "im2col": (20.0, 0.8), "naive": (30.0, 0.95)}
-    for backend, (seconds, val) in runs.items():
-        for seed in range(3):
-            own = {"val": [val + 0.001 * seed], "seconds": seconds + 0.3 * (seed - 1)}
-            write_run(tmp_path / f"{backend}{seed}", [f"backend={backend}"], seed=seed, **own)
-    ranking = rank(collect(tmp_path))
-    figure = cost(ranking)
-    assert figure
-    assert "Pareto front: 2: native; 1: naive." in svg(figure)
-    assert ranking.groups[1].deviation("seconds") == pytest.approx(0.3)
-    assert any("10 ± 0.3" in row for row in rows(ranking))
 
 
 @pytest.mark.parametrize("metric", ["val/acc", "val/loss"])

@@ -76,12 +76,13 @@ def test_statuses(tmp_path: Path) -> None:
     "content",
     ["", "[]", "{}", '{"name": "a", "metric": "val/lss"}', '{"name": "a", "over": 3}', "\x00"],
 )
-def test_runs_of_a_damaged_sweep_are_shown(tmp_path: Path, content: str) -> None:
+def test_damaged_record_of_a_sweep(tmp_path: Path, content: str) -> None:
     write_run(tmp_path / "run")
     (tmp_path / "sweep.json").write_text(content)
-    collection = collect(tmp_path)
-    assert [member.status for member in collection.members] == ["completed"]
-    assert collection.problems[0].startswith(f"{tmp_path / 'sweep.json'}: is damaged")
+    with pytest.raises(ConfigError, match=r"sweep\.json: is damaged; move it away"):
+        collect(tmp_path)
+    (tmp_path / "sweep.json").unlink()
+    assert [member.status for member in collect(tmp_path).members] == ["completed"]
 
 
 def test_invalid_folders(tmp_path: Path) -> None:
