@@ -96,12 +96,10 @@ def show_config(arguments: argparse.Namespace, name: str) -> None:
     if cfg is None:
         raise ConfigError(problems)
     if arguments.resolve:
-        resolved = cfg.copy()
-        OmegaConf.set_readonly(resolved.hydra, None)
+        OmegaConf.set_readonly(cfg.hydra, None)
         try:
-            with as_if_running(resolved, 0):
-                OmegaConf.resolve(resolved)
-            cfg = resolved
+            with as_if_running(cfg, 0):
+                OmegaConf.resolve(cfg)
         except (OmegaConfBaseException, RecursionError) as error:
             problems = problems or [f"--resolve: {format_error(error)}"]
     job = [str(key) for key in cfg if key != "hydra"]
@@ -188,8 +186,6 @@ def _flag_problems(arguments: argparse.Namespace) -> list[str]:
         given = getattr(arguments, flag)
         if given is not None and not os.path.isdir(given):
             problems.append(f"--{flag.replace('_', '-')}={given}: is not a folder")
-    if arguments.config_name == "":
-        problems.append("--config-name=: must name a root config")
     if arguments.experimental_rerun is not None:
         problems.append("--experimental-rerun: unpickles a file, which may run anything; leave out")
     for flag in ("resolve", "package"):

@@ -24,7 +24,7 @@ from cnntrain.config.errors import format_error
 from cnntrain.config.hydra_compat import Callbacks
 from cnntrain.config.resume import run_options
 from cnntrain.interruption import Interrupted, interruption
-from cnntrain.sweeps.members import without_sweep_options
+from cnntrain.sweeps.members import ComposedRun, SweepFolder
 from cnntrain.sweeps.processes import (
     STOP_FILE,
     InterruptibleJobs,
@@ -33,7 +33,7 @@ from cnntrain.sweeps.processes import (
     start_server,
 )
 from cnntrain.sweeps.records import collect
-from cnntrain.sweeps.sweep import GridSweep, Launch, Sweep, SweepRunner
+from cnntrain.sweeps.sweep import GridSweep, Sweep, SweepRunner
 from cnntrain.terminal import paragraph
 
 if TYPE_CHECKING:
@@ -67,13 +67,11 @@ class SweepCommand:
         if is_basic(cfg.hydra.launcher):
             start_server()
         options: Sweep = build(cfg.sweep)
-        self.named = options.name is not None or bool(cfg.get("search"))
-        folder = _folder(cfg, options)
         self.sweep: GridSweep | SearchSweep
         if cfg.get("search"):
-            self.sweep = self._search(cfg, folder, options)
+            self.sweep = self._search(cfg, _folder(cfg, options), options)
             return [run_options(cfg)]
-        self.sweep = GridSweep(folder, options, planned.runs, planned.varied)
+        self.sweep = GridSweep(_folder(cfg, options), options, planned.runs, planned.varied)
         pending = {member.config_hash for member in self.sweep.pending}
         return [m.run.config for m in self.sweep.members if m.config_hash in pending]
 
@@ -83,9 +81,10 @@ class SweepCommand:
         each = f", {threads} thread{'s' * (threads > 1)} each" if threads else ""
         paragraph(f"sweep {path.name}: {self.sweep.size}{each}; {path}")
         try:
-            runner = self.sweep.run(_launch(self.arguments, path))
+            runner = self.sweep.run(self._launch)
         except Interrupted as error:
-            named = "" if self.named else f" with sweep={path.name}"
+            unnamed = self.sweep.options.name is None and not self.sweep.folder.search
+            named = f" with sweep={path.name}" if unnamed else ""
             paragraph(f"\ninterrupted by {error}; the same command{named} resumes what is left")
             sys.stderr.flush()
             for worker in multiprocessing.active_children():  # idle ones of joblib
@@ -93,75 +92,9 @@ class SweepCommand:
             os._exit(error.exit_code)  # the interpreter's shutdown would take seconds
         _finish(runner)
 
-    def _problems(self, cfg: DictConfig, varied: Sequence[str]) -> Iterator[str]:
-        for text in self.arguments.overrides:
-            if text.lstrip("+~").startswith("hydra.sweep.subdir"):
-                yield f"{text}: members are named by what varies; leave it out"
-        for key in varied:
-            if key.startswith(("sweep.", "search", "resume", "hydra")):
-                yield f"{key}: is the same for all members; give it one value"
-            if cfg.get("search"):
-                yield f"{key}: has several values; a search varies what is in search.space alone"
-        if cfg.get("profile"):
-            yield "profile=true: is for a single run; leave out -m"
-        if not is_basic(cfg.hydra.sweeper):
-            yield "hydra/sweeper: is not supported; leave it out, and search with search=<choice>"
-
-    def _search(self, cfg: DictConfig, folder: Path, options: Sweep) -> "SearchSweep":
-        from cnntrain.sweeps.search import SearchSweep, search_problems
-
-        typed: Any = OmegaConf.to_container(cfg.hydra.overrides.task)  # not interpolated
-        base = without_sweep_options(typed)
-        name = self.arguments.config_name or "train"
-        searchpath = [t for t in self.arguments.overrides if t.startswith("hydra.searchpath=")]
-
-        def compose(own: Sequence[str]) -> DictConfig:
-            overrides = [*base, *own]
-            return compose_all(overrides, name=name, command="train", **places(self.arguments))
-
-        if found := search_problems(cfg.search, compose, base):
-            raise ConfigError(found)
-        options.metric = cfg.search.metric
-        return SearchSweep(
-            folder,
-            options,
-            cfg.search,
-            seed=cfg.seed,
-            command=lambda own: restart(self.arguments, [*searchpath, *base, *own]),
-            compose=compose,
-            at_once=cfg.search.at_once or _at_once(cfg.hydra.launcher),
-        )
-
-
-def _at_once(launcher: DictConfig) -> int:
-    """Default number of trials per round: 1 in this process, joblib's processes, else 4."""
-    if is_basic(launcher):
-        return 1
-    jobs = launcher.get("n_jobs", 4)
-    return jobs if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + jobs)
-
-
-def _folder(cfg: DictConfig, options: Sweep) -> Path:
-    """The sweep's folder; without a name it is named after the search, or the time."""
-    chosen = options.name if options.name is not None else cfg.hydra.runtime.choices.get("search")
-    name = str(chosen) if chosen is not None else f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    plain = Path(name).name == name and not name.startswith((".", "~"))
-    if not name or not plain or len(name.encode()) > 200:
-        elsewhere = "hydra.sweep.dir=<folder> puts the sweep elsewhere"
-        raise ConfigError([f"sweep.name={name}: must be a folder's name; {elsewhere}"])
-    with open_dict(cfg):
-        cfg.sweep.name = name
-    with as_if_running(cfg, 0):
-        folder = str(cfg.hydra.sweep.dir)
-    if problem := run_directory_problem(folder, "hydra.sweep.dir", ["result.json"]):
-        raise ConfigError([problem])
-    return Path(folder)
-
-
-def _launch(arguments: argparse.Namespace, folder: Path) -> Launch:
-    """Hydra's configured launcher as a function of its jobs and their task function."""
-
-    def launch(jobs: list[list[str]], task: MemberTask) -> None:
+    def _launch(self, jobs: list[list[str]], task: MemberTask) -> None:
+        """Run jobs of this task function on Hydra's configured launcher."""
+        arguments, folder = self.arguments, self.sweep.folder.path
         name = arguments.config_name or "train"
         with config_folders(**places(arguments), name="train"):
             hydra = GlobalHydra.instance().hydra
@@ -184,7 +117,67 @@ def _launch(arguments: argparse.Namespace, folder: Path) -> Launch:
                 launcher.launch(jobs, initial_job_idx=0)
             callbacks.on_multirun_end(config=cfg, config_name=name)
 
-    return launch
+    def _problems(self, cfg: DictConfig, varied: Sequence[str]) -> Iterator[str]:
+        for text in self.arguments.overrides:
+            if text.lstrip("+~").startswith("hydra.sweep.subdir"):
+                yield f"{text}: members are named by what varies; leave it out"
+        for key in varied:
+            if key.startswith(("sweep.", "search", "resume", "hydra")):
+                yield f"{key}: is the same for all members; give it one value"
+            if cfg.get("search"):
+                yield f"{key}: has several values; a search varies what is in search.space alone"
+        if cfg.get("profile"):
+            yield "profile=true: is for a single run; leave out -m"
+        if not is_basic(cfg.hydra.sweeper):
+            yield "hydra/sweeper: is not supported; leave it out, and search with search=<choice>"
+
+    def _search(self, cfg: DictConfig, folder: Path, options: Sweep) -> "SearchSweep":
+        from cnntrain.sweeps.search import SearchSweep, search_problems
+
+        base = ComposedRun.of(cfg).typed
+        name = self.arguments.config_name or "train"
+        searchpath = [t for t in self.arguments.overrides if t.startswith("hydra.searchpath=")]
+
+        def compose(own: Sequence[str]) -> DictConfig:
+            overrides = [*base, *own]
+            return compose_all(overrides, name=name, command="train", **places(self.arguments))
+
+        if found := search_problems(cfg.search, compose, base):
+            raise ConfigError(found)
+        options.metric = cfg.search.metric
+        return SearchSweep(
+            SweepFolder(folder, search=True),
+            options,
+            cfg.search,
+            seed=cfg.seed,
+            command=lambda own: restart(self.arguments, [*searchpath, *base, *own]),
+            compose=compose,
+            at_once=cfg.search.at_once or _at_once(cfg.hydra.launcher),
+        )
+
+
+def _at_once(launcher: DictConfig) -> int:
+    """Default number of trials per round: 1 in this process, joblib's processes, else 4."""
+    if is_basic(launcher):
+        return 1
+    jobs = launcher.get("n_jobs", 4)
+    return jobs if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + jobs)
+
+
+def _folder(cfg: DictConfig, options: Sweep) -> Path:
+    """The sweep's folder; without a name it is named after the search, or the time."""
+    default = cfg.hydra.runtime.choices.get("search") or f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    name = str(default if options.name is None else options.name)
+    if Path(name).name != name or name[:1] in ("", ".", "~") or len(name.encode()) > 200:
+        elsewhere = "hydra.sweep.dir=<folder> puts the sweep elsewhere"
+        raise ConfigError([f"sweep.name={name}: must be a folder's name; {elsewhere}"])
+    with open_dict(cfg):
+        cfg.sweep.name = name
+    with as_if_running(cfg, 0):
+        folder = str(cfg.hydra.sweep.dir)
+    if problem := run_directory_problem(folder, "hydra.sweep.dir", ["result.json"]):
+        raise ConfigError([problem])
+    return Path(folder)
 
 
 def _init_ray(launcher: Any) -> None:

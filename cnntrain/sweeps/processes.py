@@ -184,18 +184,16 @@ def _run(job: MemberJob) -> None:
     """
     directory, stop = job.directory, job.directory.parent / STOP_FILE
     own_hash = config_hash(OmegaConf.create(job.config))
-    while True:
-        while not stop.exists() and is_running(directory):
-            time.sleep(POLL_INTERVAL)
-        if stop.exists() or interruption.received is not None:
-            return
-        if result_with_status(directory, own_hash) or holds_another_run(directory, own_hash):
-            return
-        before = result_version(directory)
-        reason = _run_process(job, stop)
-        if not is_running(directory):  # else another process has taken the directory's lock
-            break
-    if stop.exists() or interruption.received is not None:  # it may have exited before it began
+    while not stop.exists() and is_running(directory):
+        time.sleep(POLL_INTERVAL)
+    if stop.exists() or interruption.received is not None:
+        return
+    if result_with_status(directory, own_hash) or holds_another_run(directory, own_hash):
+        return
+    before = result_version(directory)
+    reason = _run_process(job, stop)
+    # It may have exited before it began, or another process has taken the directory's lock.
+    if stop.exists() or interruption.received is not None or is_running(directory):
         return
     result = read_result(directory) or {}
     if result_version(directory) == before or result.get("status") not in FINISHED:

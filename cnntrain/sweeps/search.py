@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +15,7 @@ from cnntrain.config.overrides import parsed
 from cnntrain.config.resume import read_result, result_with_status
 from cnntrain.sweeps.members import ComposedRun, PlannedMember, SweepFolder, directory_name, typed
 from cnntrain.sweeps.records import is_number
-from cnntrain.sweeps.study import SearchStudy, no_warnings, replaced, suggest_trial, summary
+from cnntrain.sweeps.study import SearchStudy, no_warnings, suggest_trial, summary
 from cnntrain.sweeps.sweep import Launch, Sweep, SweepRunner, write_hparams_schema
 
 Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
@@ -131,51 +130,26 @@ class Space:
         return found
 
     def _condition_problems(self) -> Iterator[str]:
-        choices = {d.option: d.choices for d in self.dimensions if not d.when}
-        for dimension in self.dimensions:
-            for option, values in dimension.when.items():
-                where = f"{WHERE}.{dimension.option}.when.{option}"
-                if option not in choices:
-                    names = [name for name, known in choices.items() if known]
-                    what = "the space has, without a condition,"
-                    yield f"{where}: {unknown(what, 'option', option, names)}"
-                elif known := choices[option]:
-                    for value in (value for value in values if value not in known):
-                        yield f"{where}={value}: {unknown(f'{option} has', 'choice', value, known)}"
-                else:
-                    yield f"{where}: has a range, and a condition needs choices"
+        free = [dimension for dimension in self.dimensions if not dimension.when]
+        known = [f"{d.option}={choice}" for d in free for choice in d.choices or []]
+        for d in self.dimensions:
+            for text in (f"{o}={value}" for o, values in d.when.items() for value in values):
+                if text not in known:
+                    what = "the options without a condition have"
+                    yield f"{WHERE}.{d.option}.when: {unknown(what, 'choice', text, known)}"
 
 
+@dataclass(frozen=True)
 class SearchSweep:
-    """The trials of a search as members of a sweep's folder.
+    """The trials of a search as members of a sweep's folder."""
 
-    Construction writes nothing.
-
-    Args:
-        folder: The sweep's folder.
-        options: Options of the sweep.
-        node: The checked config node `search`.
-        seed: Seed of the samplers.
-        command: Formats the command line of a trial with given overrides.
-        compose: Composes and checks a trial's config, with the node `hydra`.
-        at_once: Number of trials per round.
-
-    Raises ConfigError if the folder is damaged, or not that of a search.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        options: Sweep,
-        node: DictConfig,
-        *,
-        seed: int,
-        command: Callable[[Sequence[str]], str],
-        compose: Compose,
-        at_once: int,
-    ):
-        self.folder, self.options, self.node = SweepFolder(folder, search=True), options, node
-        self.seed, self.compose, self.command, self.at_once = seed, compose, command, at_once
+    folder: SweepFolder
+    options: Sweep
+    node: DictConfig  # the checked config node `search`
+    seed: int  # of the samplers
+    command: Callable[[Sequence[str]], str]  # formats a trial's command line from its overrides
+    compose: Compose  # composes and checks a trial's config, with the node `hydra`
+    at_once: int  # trials per round
 
     @property
     def size(self) -> str:
@@ -193,7 +167,7 @@ class SearchSweep:
             columns = {d.option: d.corners for d in study.search.space.dimensions}
             write_hparams_schema(path, columns)
             done = sum(trial.state.is_finished() for trial in study.trials)
-            total = max(study.search.trials, len(study.trials) - len(replaced(study.trials)))
+            total = max(study.search.trials, len(study.trials))
             runner = SweepRunner(self.folder, self.options, columns, total, done)
             settings: Any = OmegaConf.to_container(self.node, resolve=True)
             while asked := study.ask(self.at_once):

@@ -19,7 +19,7 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from optuna.pruners import NopPruner
 from optuna.samplers import BruteForceSampler, RandomSampler
-from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from cnntrain.sweeps.search import Search
 
 STUDY = "study.journal"
-# System attributes that RetryHeartbeatStaleTrialCallback gives a trial in place of a failed one.
-FIRST, HISTORY = "failed_trial", "retry_history"
-DIVERGED = "diverged"  # user attribute of a failed trial
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -172,7 +169,6 @@ class SearchStudy:
         pruner = OmegaConf.to_container(node.pruner, resolve=True)
         self.study.set_user_attr("settings", settings)
         self.study.set_user_attr("pruner", pruner)
-        self._retry_failed()
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -186,7 +182,7 @@ class SearchStudy:
         """
         trials = self.trials
         left = [t for t in trials if not t.state.is_finished() and t.number not in self.asked]
-        number = len(trials) - len(replaced(trials))
+        number = len(trials)
         # A round cut short by a kill is completed: its trials did not know each other's results.
         while number < self.search.trials and len(left) < most and (not left or number % most):
             if (trial := suggest_trial(self.search, self.trials, self.seed)) is None:
@@ -200,8 +196,8 @@ class SearchStudy:
     def tell(self, results: Mapping[int, Mapping[str, Any] | None]) -> None:
         """Record results by trial number: the content of result.json, or None.
 
-        A trial that is not finished will be asked for again. So will a failed one when the search
-        is started again, unless it diverged, which depends on its parameters alone.
+        A trial without one of these results will be asked for again when the search is started
+        again, as will a failed one, unless it diverged, which depends on its parameters alone.
         """
         trials = self.trials
         for n, result in results.items():
@@ -213,31 +209,17 @@ class SearchStudy:
                 self.study.tell(n, value, TrialState.COMPLETE)
             elif status == "pruned":
                 self.study.tell(n, state=TrialState.PRUNED)
-            elif status == "failed":
-                open_trial(self.folder, n).set_user_attr(DIVERGED, "not_finite" in result)
+            elif status == "failed" and "not_finite" in result:
                 self.study.tell(n, state=TrialState.FAIL)
 
     def planned(self, trial: FrozenTrial) -> PlannedTrial:
-        number = trial.system_attrs.get(FIRST, trial.number)  # of the directory
         values = [f"{o}={text(v)}" for o, v in sorted(trial.params.items())]
         return PlannedTrial(
             trial.number,
-            ",".join([f"trial={number:03}", *values]),
+            ",".join([f"trial={trial.number:03}", *values]),
             [f"{option}={value}" for option, value in trial.params.items()],
             self.search.space.values(trial.params),
         )
-
-    def _retry_failed(self) -> None:
-        """Add a trial in place of each failed one, as finished trials cannot be changed."""
-        trials, done = self.study.trials, replaced(self.trials)
-        with no_warnings():
-            retry = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
-            for trial in trials:
-                diverged = trial.user_attrs.get(DIVERGED)
-                if trial.state == TrialState.FAIL and not diverged and trial.number not in done:
-                    retry(self.study, trial)
-            for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                self.study.ask()  # sets it to running
 
 
 def suggest_trial(search: "Search", trials: Sequence[FrozenTrial], seed: int) -> FrozenTrial | None:
@@ -268,22 +250,16 @@ def suggest_trial(search: "Search", trials: Sequence[FrozenTrial], seed: int) ->
     )
 
 
-def replaced(trials: Sequence[FrozenTrial]) -> set[int]:
-    """The numbers of failed trials that later ones replace."""
-    return {number for trial in trials for number in trial.system_attrs.get(HISTORY, [])}
-
-
 def summary(study: SearchStudy, command: Callable[[Sequence[str]], str]) -> list[str]:
     """Lines for the end of a search: counts, the best trial and its command.
 
     `command` formats the command line of a trial with given overrides.
     """
-    trials = [trial for trial in study.trials if trial.number not in replaced(study.trials)]
-    states = [trial.state for trial in trials]
-    counts = f"{states.count(TrialState.COMPLETE)} completed, "
-    counts += f"{states.count(TrialState.PRUNED)} pruned, {states.count(TrialState.FAIL)} failed"
-    lines = [f"search       {len(trials)} of {study.search.trials} trials: {counts}"]
-    if TrialState.COMPLETE in states:
+    states = [trial.state for trial in study.trials]
+    completed, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
+    counts = f"{completed} completed, {pruned} pruned, {len(states) - completed - pruned} failed"
+    lines = [f"search       {len(states)} of {study.search.trials} trials: {counts}"]
+    if completed:
         best = study.study.best_trial
         name = study.planned(best).name.partition(",")[0]
         metric = study.search.metric

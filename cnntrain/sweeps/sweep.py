@@ -128,10 +128,9 @@ class SweepRunner:
         self.stop_requested = False
 
     @property
-    def failed(self) -> dict[str, str]:
-        """Errors of the failed members, by name."""
-        found = self.results.items()
-        return {name: str(r.get("error")) for name, r in found if r["status"] == "failed"}
+    def failed(self) -> list[str]:
+        """Names of the failed members."""
+        return [name for name, result in self.results.items() if result["status"] == "failed"]
 
     def run(self, members: Sequence[PlannedMember], launch: Launch) -> None:
         """Run members until each has a result.json or the launcher has ended."""

@@ -36,16 +36,16 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"a": {**LR, "when": "b"}}, ["must be choices [a, b], or {low: 1, high: 2}; with when: {opt"]),
     (
         {"a": {**LR, "when": {"modle": "x"}}, "model": ["x"]},
-        ["a.when.modle: the space has, without a condition, no option 'modle'; did you mean 'mod"],
+        ["a.when: the options without a condition have no choice 'modle=x'; did you mean 'model"],
     ),
     (
         {"a": {**LR, "when": {"b": "adm"}}, "b": ["adam", "sgd"]},
-        ["a.when.b=adm: b has no choice 'adm'; did you mean 'adam'?"],
+        ["a.when: the options without a condition have no choice 'b=adm'; did you mean 'b=adam'?"],
     ),
-    ({"a": {**LR, "when": {"b": 1}}, "b": {"low": 1, "high": 2}}, ["a condition needs choices"]),
+    ({"a": {**LR, "when": {"b": 1}}, "b": {"low": 1, "high": 2}}, ["have no choice 'b=1'"]),
     (
         {"c": [1], "a": {"choices": [1], "when": {"c": 1}}, "b": {**LR, "when": {"a": 1}}},
-        ["b.when.a: the space has, without a condition, no option 'a'; "],
+        ["b.when: the options without a condition have no choice 'a=1'; "],
     ),
     ({"a": {"low": 2, "high": 1}, "b": 3}, ["space.a: ", "space.b="]),
 ]
