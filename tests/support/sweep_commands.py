@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
+from forked import Command
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.context import RequestContext
 from tensorboard.plugins import base_plugin
@@ -54,7 +55,7 @@ def end(process: subprocess.Popen[str], code: int = 0) -> list[str]:
     return lines
 
 
-def wait_until(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
+def wait_until(process: subprocess.Popen[str] | Command, true: Callable[[], bool]) -> None:
     """Poll; ends the sweep at the timeout."""
     deadline = time.monotonic() + 200
     while not true():

@@ -7,16 +7,12 @@ launchers: scripts/torture.py --sweep-kills.
 import contextlib
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from forked import run_command
+from forked import Command, run_command
 from sweep_commands import completed, end, hparams, numbers, rows, start, wait_until
 
 from cnntrain.config.resume import read_result
@@ -49,8 +45,9 @@ def lock_holder(member: Path) -> int | None:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of an uninterrupted sweep of four, and the lines it printed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    lines = end(start(folder, *FOUR))
-    return folder / "outputs/sweeps/s", lines
+    done = run_command(["train", "-m", *FOUR], folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder / "outputs/sweeps/s", done.stdout.splitlines()[1:]
 
 
 def test_lines_and_records(uninterrupted: tuple[Path, list[str]]) -> None:
@@ -82,13 +79,15 @@ def test_a_member_is_the_run_alone(uninterrupted: tuple[Path, list[str]], tmp_pa
     assert alone["config_hash"] == member["config_hash"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
-def test_killed_interrupted_and_resumed(
-    uninterrupted: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    """A member is killed, then sweep and members, then Ctrl-C; always in a training."""
-    folder = tmp_path / "outputs/sweeps/s"
-    process = start(tmp_path, *FOUR)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep in which a member is killed, then sweep and members, then Ctrl-C; each in a training.
+
+    Returns the working directory.
+    """
+    cwd = tmp_path_factory.mktemp("stopped")
+    folder = cwd / "outputs/sweeps/s"
+    process = start(cwd, *FOUR)
     wait_until(process, lambda: training(folder / MEMBERS[0]))
     member = lock_holder(folder / MEMBERS[0])
     assert member is not None
@@ -103,7 +102,7 @@ def test_killed_interrupted_and_resumed(
     process.communicate()
     assert completed(folder) == {}
     # The second time with threads of the environment, which must not change any number.
-    process = start(tmp_path, *FOUR, OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")
+    process = start(cwd, *FOUR, OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")
     wait_until(process, lambda: training(folder / MEMBERS[2]))
     os.killpg(process.pid, signal.SIGINT)
     lines = end(process, 130)
@@ -112,15 +111,46 @@ def test_killed_interrupted_and_resumed(
     statuses = [row["status"] for row in rows(folder).values()]
     assert statuses == ["completed", "completed", "interrupted", "pending"]
     assert not (folder / ".stop").exists()
+    return cwd
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+def test_stopped_resumed_and_extended(stopped: Path, uninterrupted: tuple[Path, list[str]]) -> None:
+    """A member of the extended sweep is running already, as in a cluster's job."""
+    folder, clip = stopped / "outputs/sweeps/s", "trainer.gradient_clip_val"
+    name = f"{MEMBERS[3]},{clip}=1.0"
+    typed = ["model.dropout=0.1", "seed=1", f"{clip}=1.0", f"hydra.run.dir='{folder / name}'"]
+    alone = Command(["train", *TINY, *typed], stopped)
+    wait_until(alone, (folder / name / "metrics.csv").exists)
+    alone.send_signal(signal.SIGSTOP)
     done = completed(folder)
-    lines = end(start(tmp_path, *reversed(FOUR)))
-    assert lines[0].startswith("sweep s: 4 members, 2 completed before")
-    assert lines[-1] == "4 completed"
+    sweep = start(stopped, f"{clip}=null,1.0", *reversed(FOUR))
+    wait_until(sweep, lambda: len(completed(folder)) == 7)
+    status = rows(folder)[name]["status"]
+    alone.send_signal(signal.SIGCONT)
+    assert status == "running"
+    lines = end(sweep)
+    assert lines[0].startswith("sweep s: 8 members, 2 completed before")
+    assert lines[-1] == "8 completed"
+    assert alone.wait() == 0
     assert done.items() <= completed(folder).items()
-    for name in MEMBERS[:3]:  # resumed, not started again
-        assert (folder / name / "train.log").read_text().count("epoch 1/6 ") == 1
-    assert numbers(folder) == {m: numbers(uninterrupted[0])[m] for m in numbers(folder)}
-    assert set(numbers(folder)) == set(MEMBERS)
+    for member in (*MEMBERS[:3], name):  # resumed, not started again
+        assert (folder / member / "train.log").read_text().count("epoch 1/6 ") == 1
+    found = {m: {k: v for k, v in row.items() if k != clip} for m, row in numbers(folder).items()}
+    assert {m: found[m] for m in MEMBERS} == numbers(uninterrupted[0])
+    # Members completed before an option varied have its value, under one schema.
+    columns, metrics, members = hparams(folder)
+    varied = ["model.dropout", "seed", clip]
+    assert (set(columns), metrics) == (set(varied), list(METRICS))
+    assert set(members) == set(rows(folder)) - {name}
+    for member, values in members.items():
+        row = rows(folder)[member]
+        for option in varied:
+            text = str(values[option])
+            assert text == row[option] or float(text) == float(row[option])
+        # The tab has the last scalar of each; sweep.csv has those of the selected epoch.
+        last = {**history(folder / member)[-1], **{k: float(row[k]) for k in METRICS[2:4]}}
+        assert {k: values[k] for k in METRICS} == pytest.approx({k: last[k] for k in METRICS})
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
@@ -149,52 +179,12 @@ def test_ctrl_c_while_the_members_server_imports(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("metrics.csv"))
 
 
-def test_hparams_of_an_extended_sweep(
-    uninterrupted: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    """Members completed before an option varied have its value, under one schema."""
-    folder = Path(shutil.copytree(uninterrupted[0], tmp_path / "outputs/sweeps/s"))
-    more = ["model.dropout=0.1", "seed=1", "trainer.gradient_clip_val=null,1.0", "sweep=s"]
-    lines = end(start(tmp_path, *TINY, *more))
-    assert lines[0].startswith("sweep s: 2 members, 1 completed before")
-    columns, metrics, members = hparams(folder)
-    varied = ["model.dropout", "seed", "trainer.gradient_clip_val"]
-    assert (set(columns), metrics) == (set(varied), list(METRICS))
-    assert set(members) == set(rows(folder))
-    assert len(members) == 5
-    for name, row in rows(folder).items():
-        values = members[name]
-        for option in varied:
-            text = str(values[option])
-            assert text == row[option] or float(text) == float(row[option])
-        # The tab has the last scalar of each; sweep.csv has those of the selected epoch.
-        last = {**history(folder / name)[-1], **{k: float(row[k]) for k in METRICS[2:4]}}
-        assert {k: values[k] for k in METRICS} == pytest.approx({k: last[k] for k in METRICS})
-
-
-def test_waits_for_a_running_member(tmp_path: Path) -> None:
-    """It may belong to a cluster's job of a sweep that was killed."""
-    folder = tmp_path / "outputs/sweeps/s"
-    command = [*TINY, "seed=1", f"hydra.run.dir='{folder / 'seed=1'}'"]
-    alone = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, stdout=subprocess.DEVNULL
-    )
-    wait_until(alone, (folder / "seed=1/metrics.csv").exists)
-    alone.send_signal(signal.SIGSTOP)  # however long the sweep takes to start
-    sweep = start(tmp_path, *TINY, "seed=0,1", "sweep=s")
-    wait_until(sweep, (folder / "sweep.csv").exists)
-    status = rows(folder)["seed=1"]["status"]
-    alone.send_signal(signal.SIGCONT)
-    assert status == "running"
-    assert end(sweep)[-1] == "2 completed"
-    assert alone.wait() == 0
-    assert (folder / "seed=1/train.log").read_text().count("epoch 1/6 ") == 1
-
-
 def test_a_failure_is_reported_and_stops_a_sweep_that_fails_fast(tmp_path: Path) -> None:
     diverging = ["model.norm=false", "model.activation=relu", "optimizer=sgd", "optimizer.lr=1e20"]
-    typed = [*TINY, *diverging, "seed=0,1", "sweep=bad"]
-    lines = end(start(tmp_path, *typed, "sweep.fail_fast=true"), 1)
+    typed = [*TINY, *diverging, "seed=0,1", "sweep=bad", "sweep.fail_fast=true"]
+    done = run_command(["train", "-m", *typed], tmp_path)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (1, "")
     assert lines[-1] == "0 completed, 1 failed, 1 unfinished"
     first, second = rows(tmp_path / "outputs/sweeps/bad").values()
     assert (first["status"], second["status"]) == ("failed", "pending")
@@ -202,31 +192,29 @@ def test_a_failure_is_reported_and_stops_a_sweep_that_fails_fast(tmp_path: Path)
     assert any(f"failed: {first['error']}" in line for line in lines)
 
 
-def test_a_parallel_search_is_interrupted_killed_and_extended(tmp_path: Path) -> None:
+def test_a_parallel_search_is_interrupted_and_resumed(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna", reason="needs optuna")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
     folder = tmp_path / "outputs/sweeps/lenet5_lr"
-    typed = [*TINY, "search=lenet5_lr", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    process = start(tmp_path, *typed, "search.trials=4")
+    typed = [*TINY, "search=lenet5_lr", "search.trials=3", "search.at_once=2"]
+    process = start(tmp_path, *typed, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     wait_until(process, lambda: len(list(folder.glob("*/checkpoints/last.ckpt"))) == 2)
     os.kill(process.pid, signal.SIGTERM)  # the sweep alone
     lines = end(process, 143)
     assert lines[-1] == "interrupted by SIGTERM; the same command resumes what is left"
-    process = start(tmp_path, *typed, "search.trials=4")
-    wait_until(process, lambda: len(completed(folder)) >= 1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
     done = completed(folder)
-    assert end(start(tmp_path, *typed, "search.trials=4"))[-1] == "4 ended"
+    resumed = run_command(["train", "-m", *typed], tmp_path)  # on another launcher
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert resumed.stdout.splitlines()[-1] == "3 ended"
     assert done.items() <= completed(folder).items()
     statuses = Counter(row["status"] for row in rows(folder).values())
-    assert sum(statuses.values()) == statuses["completed"] + statuses["pruned"] == 4
+    assert sum(statuses.values()) == statuses["completed"] + statuses["pruned"] == 3
     backend = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
     storage = optuna.storages.JournalStorage(backend)
     study = optuna.load_study(study_name=None, storage=storage)
     states = Counter(trial.state.name for trial in study.trials)
     assert (states["COMPLETE"], states["PRUNED"]) == (statuses["completed"], statuses["pruned"])
-    assert sum(states.values()) == 4
+    assert sum(states.values()) == 3
     found = {f"{t.value:.12g}" for t in study.trials if t.state.name == "COMPLETE"}
     assert found == {
         f"{float(row['val/acc']):.12g}"
