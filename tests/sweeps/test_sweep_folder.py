@@ -36,7 +36,7 @@ def test_only_missing_members_are_run(tmp_path: Path) -> None:
     first, second = "model=shallow,seed=0", "model=shallow,seed=1"
     outcome, launcher, _ = run(tmp_path / "s", *COMPARE, failing=(second,))
     assert len(launcher.launched) == 4
-    assert outcome.failed == {second: "OSError: no room"}
+    assert outcome.failed == [second]
     assert [(r["directory"], r["status"], r["error"]) for r in rows(tmp_path / "s")][:2] == [
         (first, "completed", ""),
         (second, "failed", "OSError: no room"),
@@ -60,7 +60,7 @@ def test_completed_sweep_starts_no_launcher(tmp_path: Path) -> None:
     run(tmp_path / "s", *COMPARE)
     (tmp_path / "s/sweep.csv").unlink()
     outcome, launcher, printed = run(tmp_path / "s", *COMPARE)
-    assert (launcher.launched, printed, outcome.failed, outcome.waiting) == ([], [], {}, {})
+    assert (launcher.launched, printed, outcome.failed, outcome.waiting) == ([], [], [], {})
     assert [row["status"] for row in rows(tmp_path / "s")] == ["completed"] * 4
 
 
@@ -108,9 +108,10 @@ def test_launcher_that_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     outcome = under_way.run(launch)
     reason = "RuntimeError: the cluster is gone"
     assert f"\nthe launcher failed: {reason}\n" in capsys.readouterr().out
-    assert outcome.failed == {begun.name: reason}
+    assert outcome.failed == [begun.name]
     assert len(outcome.waiting) == 3
     assert [row["status"] for row in rows(tmp_path / "s")] == ["failed", *["pending"] * 3]
+    assert rows(tmp_path / "s")[0]["error"] == reason
 
 
 def test_progress_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
