@@ -104,7 +104,7 @@ def build_trainer(
     further: Sequence[lightning.Callback] = (),
 ) -> Trainer:
     """The trainer of one rank; rank 0 has a record and `further` callbacks."""
-    callbacks: list[lightning.Callback] = [NaNGuard(directory, *data.split())]
+    callbacks: list[lightning.Callback] = [NaNGuard(directory, data.split()[0])]
     callbacks += [record, record.insights] if record else []
     with as_config_error("trainer"):
         trainer: Trainer = build(

@@ -22,7 +22,6 @@ from cnntrain.terminal import NoTraceback
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.distributed import all_gather, any_rank, is_single_process
 from cnntrain.training.metrics import Stage
-from cnntrain.training.step_graph import is_fused
 
 FILE = "not_finite.pt"
 
@@ -41,13 +40,12 @@ class NonFiniteError(NoTraceback, Exception):
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """A batch with its loss and, once it was repeated, the cause of the non-finite number."""
+    """A training batch with its loss and, once it was repeated, the cause of the NaN or Inf."""
 
-    stage: Stage
     epoch: int  # from 0, as `batch`
     batch: int
     step: int  # optimizer steps before
-    lr: float | None  # None in the test stage
+    lr: float
     loss: Tensor | float
     rank: int = 0
     tensors: tuple[Tensor, Tensor] | None = None  # images (N, C, H, W), labels (N,)
@@ -63,17 +61,15 @@ class BatchRecord:
         return self.layer is not None or not math.isfinite(self.loss)
 
     def text(self, epochs: int | None) -> str:
-        epoch = f"epoch {self.epoch + 1}/{epochs}"
-        stage = {"train": epoch, "val": f"validation of {epoch}", "test": "test"}[self.stage]
-        lr = "" if self.lr is None else f", lr {self.lr:.3g}"
+        at = f"epoch {self.epoch + 1}/{epochs}, batch {self.batch + 1}, step {self.step}"
         loss = f"the loss of {len(self.indices)} images is {float(self.loss):.4g}"
-        return f"{stage}, batch {self.batch + 1}, step {self.step}{lr}: {loss}; {self.cause}"
+        return f"{at}, lr {self.lr:.3g}: {loss}; {self.cause}"
 
     def facts(self) -> dict[str, Any]:
         """What result.json and not_finite.pt record; a loss that JSON does not have as text."""
         loss = float(self.loss) if math.isfinite(self.loss) else str(float(self.loss))
-        counted = {"epoch": self.epoch + 1, "batch": self.batch + 1, "loss": loss}
-        names = "stage", "step", "lr", "layer", "parameter"
+        counted = {"stage": "train", "epoch": self.epoch + 1, "batch": self.batch + 1, "loss": loss}
+        names = "step", "lr", "layer", "parameter"
         return counted | {name: getattr(self, name) for name in names}
 
 
@@ -87,18 +83,16 @@ class NaNGuard(lightning.Callback):
     On CUDA the check is asynchronous: a device-side flag makes fused optimizers and Muon skip this
     and all later updates (their `found_inf`, as `GradScaler` uses it), and the host reads it only
     every `log_every_n_steps` steps, at the end of an epoch and before a checkpoint. With other
-    optimizers, and on other devices, the host checks every batch. An overflow of float16 gradients
-    is left to the `GradScaler` until its scale is down to 1.
+    optimizers, and on other devices, the host checks every batch.
 
     Args:
         directory: The run directory.
-        train, val: Positions of the images of these splits in the files of the data set, int (N,).
+        positions: Those of the training images in the files of the data set, int (N,).
         deferred: Checks asynchronously on any device; for tests.
     """
 
-    def __init__(self, directory: Path, train: np.ndarray, val: np.ndarray, deferred: bool = False):
-        self.file = directory / FILE
-        self.positions: dict[Stage, np.ndarray] = {"train": train, "val": val}
+    def __init__(self, directory: Path, positions: np.ndarray, deferred: bool = False):
+        self.file, self.positions = directory / FILE, positions
         self.always_deferred = deferred
         self.unchecked: list[BatchRecord] = []  # batches since the last check
         self.batch: tuple[Tensor, Tensor] | None = None
@@ -106,10 +100,10 @@ class NaNGuard(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         optimizer = trainer.optimizers[0]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.flag = torch.zeros((), device=module.device)  # 1 from the first bad batch on
         self.bad_batches = torch.zeros((), device=module.device)  # since the flag is 1
-        skips = is_fused(optimizer) or (self.scaler is None and hasattr(optimizer, "found_inf"))
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        skips = fused or hasattr(optimizer, "found_inf")
         self.deferred = skips and (self.always_deferred or module.device.type == "cuda")
         if self.deferred:
             optimizer.found_inf = self.flag  # type: ignore[attr-defined]
@@ -119,26 +113,18 @@ class NaNGuard(lightning.Callback):
         self.batch = None if self.deferred else batch
 
     def on_before_backward(self, trainer: lightning.Trainer, module: Any, loss: Tensor) -> None:
-        record = self._record(trainer, "train", self.index, module.last_loss)
+        position = trainer.current_epoch, self.index, trainer.global_step
+        record = BatchRecord(*position, learning_rate(trainer), module.last_loss)
         self.unchecked = [*self.unchecked, record] if self.deferred else [record]
         # In a distributed run the other ranks wait in the backward pass.
         if not self.deferred and is_single_process() and not math.isfinite(loss.item()):
             self._stop(trainer, module, record)
 
-    def _record(self, trainer: Any, stage: Stage, batch: int, loss: Tensor | float) -> BatchRecord:
-        lr = None if stage == "test" else learning_rate(trainer)
-        return BatchRecord(stage, trainer.current_epoch, batch, trainer.global_step, lr, loss)
-
     def on_after_backward(self, trainer: lightning.Trainer, module: Any) -> None:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         bad = ~get_total_norm(gradients, math.inf).isfinite()
-        if self.scaler is not None:
-            bad &= self.scaler.scale(torch.ones_like(self.flag)) <= 1
         bad |= ~module.last_loss.isfinite()
         self.flag.copy_(torch.maximum(self.flag, bad.float()))
-        if self.scaler is not None:
-            # It overwrites found_inf by what it finds in the gradients: divide by 1 or 0.
-            gradients[0].div_(1 - self.flag)
         if self.deferred:
             self.bad_batches += self.flag
         elif any_rank(bool(self.flag)):
@@ -165,13 +151,10 @@ class NaNGuard(lightning.Callback):
     on_train_epoch_end = on_save_checkpoint = on_validation_start  # type: ignore[assignment]
 
     def on_validation_epoch_end(self, trainer: Any, module: Any, stage: Stage = "val") -> None:
-        bad = None
-        if not math.isfinite(module.running[stage].loss):
-            losses = (float(module.loss(x.float(), labels)) for x, labels in module.batches)
-            found = [(i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)]
-            bad = self._record(trainer, stage, *found[0]) if found else None
-        if any_rank(bad is not None):
-            self._stop(trainer, module, bad)
+        if any_rank(not math.isfinite(module.running[stage].loss)):
+            epoch = f"the validation loss of epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            name = epoch if stage == "val" else "the test loss"
+            raise NonFiniteError(f"{name} is not finite", {"not_finite": {"stage": stage}})
 
     def on_test_epoch_end(self, trainer: Any, module: Any) -> None:
         self.on_validation_epoch_end(trainer, module, "test")
@@ -200,13 +183,9 @@ class NaNGuard(lightning.Callback):
         self, trainer: Any, module: Classifier, record: BatchRecord, updated: bool
     ) -> BatchRecord:
         """The record with its images, moved to the CPU, and the cause."""
-        loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
-        loader = loaders.get(record.stage, trainer.test_dataloaders)
-        rows = loader.indices(record.epoch, record.batch).numpy()
-        positions = self.positions.get(record.stage)
-        indices = (rows if positions is None else positions[rows]).tolist()
-        batch = self.batch if record.stage == "train" else None
-        images, labels = batch or loader.batch(record.epoch, record.batch)
+        loader, at = trainer.train_dataloader, (record.epoch, record.batch)
+        indices = self.positions[loader.indices(*at).numpy()].tolist()
+        images, labels = self.batch or loader.batch(*at)
         known = {"rank": module.global_rank, "indices": indices, "loss": float(record.loss)}
         record = replace(record, tensors=(images, labels), **known)
         try:
@@ -229,7 +208,7 @@ def with_cause(
 ) -> BatchRecord:
     """Repeat a batch, with the same random numbers, on a copy of the network with hooks."""
     assert record.tensors
-    training, (images, labels) = record.stage == "train", record.tensors
+    images, labels = record.tensors
     network, criterion = copy.deepcopy((module.network, module.loss))  # a copy is not compiled
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
 
@@ -250,17 +229,17 @@ def with_cause(
 
     for name, layer in network.named_modules():
         layer.register_forward_hook(partial(check, name))
-    network.train(training)
-    criterion.train(training)
+    network.train()
+    criterion.train()
     module.reseed(record.epoch, record.batch)
-    with trainer.precision_plugin.forward_context(), torch.set_grad_enabled(training):
+    with trainer.precision_plugin.forward_context(), torch.enable_grad():
         loss = criterion(network(images), labels)
     if first:
         name, layer = first[0]
         kind = type(layer).__name__
         text = f"the first layer with a non-finite output is {f'{name} ({kind})' if name else kind}"
-        own = [*layer.named_parameters(), *([] if training else layer.named_buffers())]
-        bad = next((f"{name}.{n}".strip(".") for n, t in own if not finite([t])), None)
+        own = layer.named_parameters(name)
+        bad = next((parameter for parameter, t in own if not finite([t])), None)
         if not finite([images]):
             text += ", and the images are not finite"
         elif bad:
@@ -269,14 +248,11 @@ def with_cause(
     if not loss.isfinite():
         kind = type(criterion).__name__
         return replace(record, cause=f"every output is finite, but the loss of {kind} is not")
-    if training:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        loss = scaler.scale(loss) if scaler else loss
-        found = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
-        if bad_gradients := [n for n, g in zip(parameters, found, strict=True) if not finite([g])]:
-            last = bad_gradients[-1].rpartition(".")[0]  # the first one in backward order
-            name = next(n for n in bad_gradients if n.rpartition(".")[0] == last)
-            return with_parameter(name, "every output is finite, but not the gradient of")
+    found = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
+    if bad_gradients := [n for n, g in zip(parameters, found, strict=True) if not finite([g])]:
+        last = bad_gradients[-1].rpartition(".")[0]  # the first one in backward order
+        name = next(n for n in bad_gradients if n.rpartition(".")[0] == last)
+        return with_parameter(name, "every output is finite, but not the gradient of")
     return replace(record, cause="when the batch is repeated, all numbers are finite")
 
 
