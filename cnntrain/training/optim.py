@@ -106,8 +106,8 @@ class Muon(Optimizer):
     normalisation layers and the last layer, i.e. the last parameter of two or more dimensions.
     `torch.optim.Muon` takes matrices only.
 
-    As in PyTorch's fused optimizers, learning rates may be tensors, and `step` changes nothing if
-    the attribute `found_inf` is a tensor other than 0, without synchronisation.
+    As in PyTorch's fused optimizers, `step` changes nothing if the attribute `found_inf` is a
+    tensor other than 0, without synchronisation.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 
@@ -117,8 +117,6 @@ class Muon(Optimizer):
         momentum: Decay of the averaged gradient.
         weight_decay: Decoupled weight decay, per step lr * weight_decay (AdamW: adam_lr).
         adam_lr: Learning rate of AdamW.
-        adam_betas: Decays of AdamW's averages.
-        adam_eps: Added to AdamW's denominator.
     """
 
     found_inf: Tensor | None = None
@@ -131,15 +129,12 @@ class Muon(Optimizer):
         momentum: Decay = 0.95,
         weight_decay: NonNegativeFloat = 0.01,
         adam_lr: NonNegativeFloat = 0.006,
-        adam_betas: tuple[Decay, Decay] = (0.9, 0.999),
-        adam_eps: PositiveFloat = 1e-8,
     ):
         parameters = list(params)
         hidden = [p for p in parameters if p.ndim >= 2][:-1]
         others = [p for p in parameters if all(p is not other for other in hidden)]
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        betas = adam_betas[0], adam_betas[1]  # a list in a config
-        self.adamw = AdamW(others, adam_lr, betas, adam_eps, weight_decay)
+        self.adamw = AdamW(others, adam_lr, weight_decay=weight_decay)
         groups: list[dict[str, Any]] = [{"params": hidden}] if hidden else []
         super().__init__([*groups, *self.adamw.param_groups], defaults)
 
@@ -154,8 +149,7 @@ class Muon(Optimizer):
             self._muon(group, [p for p in group["params"] if p.grad is not None])
         adamw: Any = self.adamw
         adamw.param_groups, adamw.state, adamw.found_inf = [others], self.state, self.found_inf
-        on_device = isinstance(others["lr"], Tensor) or self.found_inf is not None
-        others["fused"] = on_device or others["params"][0].is_cuda
+        others["fused"] = self.found_inf is not None or others["params"][0].is_cuda
         adamw.step()
         return loss
 
@@ -171,10 +165,7 @@ class Muon(Optimizer):
             update = orthogonal(p.grad.lerp(average, momentum).flatten(1))  # (out, in * H * W)
             tall = math.sqrt(max(1.0, update.shape[0] / update.shape[1]))
             update = update.reshape(p.shape)
-            if isinstance(lr, Tensor):
-                updated = p - lr * (tall * update + decay * p)
-            else:
-                updated = p.mul(1 - lr * decay).add(update, alpha=-lr * tall)
+            updated = p.mul(1 - lr * decay).add(update, alpha=-lr * tall)
             for old, new in ((buffer, average), (p, updated)):
                 skip = self.found_inf
                 old.copy_(new if skip is None else torch.where(skip > 0, old, new))
