@@ -155,11 +155,13 @@ def connection_errors(info: ProcessInfo, workers: "Workers | None" = None) -> It
     except RuntimeError as error:
         text = str(error).lower()
         if isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text:
-            raise ProcessLost((workers and workers.failure(wait=2)) or _no_answer(info)) from error
+            raise ProcessLost(
+                (workers and workers.failure(wait=2)) or _not_responding(info)
+            ) from error
         raise
 
 
-def _no_answer(info: ProcessInfo) -> str:
+def _not_responding(info: ProcessInfo) -> str:
     text = "another process of the run has ended, or not responded for"
     return f"{text} {info.timeout:g} s (trainer.timeout)"
 
@@ -195,7 +197,7 @@ def all_ranks(
         deadline = time.monotonic() + SETUP_TIMEOUT.total_seconds()
         while not store.check(keys):
             if time.monotonic() > deadline or (workers and workers.error):
-                raise ProcessLost((workers and workers.error) or _no_answer(info))
+                raise ProcessLost((workers and workers.error) or _not_responding(info))
             time.sleep(0.05)
         with process_group(info, store, device):
             yield

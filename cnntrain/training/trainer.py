@@ -30,7 +30,7 @@ Precision = Literal[32, "32", "32-true", "bf16-mixed", "16-mixed"]
 
 
 class ProcessEnvironment(LightningEnvironment):
-    """Tells Lightning the rank of a process that exists already."""
+    """Rank of a process that exists already, for Lightning."""
 
     creates_processes_externally = True
 
