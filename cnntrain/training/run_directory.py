@@ -45,6 +45,8 @@ class RunDirectory:
     def __init__(self, path: Path, *, resume: bool = False, option: str = "hydra.run.dir"):
         self.path, self.result = path, path / RESULT
         self.facts: dict[str, Any] = {}
+        if not resume and (problem := run_directory_problem(str(path), option)):
+            raise ConfigError([problem])  # before the lock is written there
         path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(path / LOCK)
         try:
