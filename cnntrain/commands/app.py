@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,11 +25,20 @@ from cnntrain.config.hydra_compat import get_args_parser
 from cnntrain.config.overrides import merged
 from cnntrain.process_info import launched
 
-if TYPE_CHECKING:
-    from cnntrain.commands.sweeping import SweepCommand
-
 Run = Callable[[DictConfig], float | None]
 DryRun = Callable[[DictConfig], None]
+
+
+class Multirun(Protocol):
+    """What a command does for `-m` in place of Hydra."""
+
+    def __init__(self, arguments: argparse.Namespace): ...
+
+    def reject_options(self) -> None: ...
+
+    def plan(self, planned: Plan) -> list[DictConfig]: ...
+
+    def run(self) -> None: ...
 
 
 def start(
@@ -40,7 +49,7 @@ def start(
     dry_run: DryRun | None = None,
     resuming: bool = False,
     one: str | None = None,
-    multirun: "type[SweepCommand] | None" = None,
+    multirun: type[Multirun] | None = None,
 ) -> None:
     """Check the command line against conf/<name>.yaml, then call `run` with the config.
 
@@ -173,7 +182,7 @@ def _check(
     dry_run: DryRun | None,
     resuming: bool,
     one: str | None,
-    multirun: "SweepCommand | None",
+    multirun: Multirun | None,
 ) -> None:
     """Raise ConfigError with the problems of composed configs, before anything is written."""
     cfgs, sweep, problems = planned.cfgs, planned.sweep, list[str]()

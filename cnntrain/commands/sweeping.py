@@ -37,7 +37,7 @@ from cnntrain.sweeps.sweep import GridSweep, Sweep, SweepRunner
 from cnntrain.terminal import paragraph
 
 if TYPE_CHECKING:
-    from cnntrain.sweeps.search import SearchSweep
+    from cnntrain.sweeps.search_sweep import SearchSweep
 
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 
@@ -132,7 +132,7 @@ class SweepCommand:
             yield "hydra/sweeper: is not supported; leave it out, and search with search=<choice>"
 
     def _search(self, cfg: DictConfig, folder: Path, options: Sweep) -> "SearchSweep":
-        from cnntrain.sweeps.search import SearchSweep, search_problems
+        from cnntrain.sweeps.search_sweep import SearchSweep, search_problems
 
         base = ComposedRun.of(cfg).typed
         name = self.arguments.config_name or "train"

@@ -1,12 +1,10 @@
 """Convolution backends, each a subclass of ``nn.Conv2d``."""
 
-from cnntrain.conv.conversion import convert
+from cnntrain.conv.conversion import BACKENDS, convert
 from cnntrain.conv.geometry import Geometry
 from cnntrain.conv.im2col import Im2colConv2d
 from cnntrain.conv.module import Conv2d, NativeConv2d
 from cnntrain.conv.naive import NaiveConv2d
-
-BACKENDS = {"native": NativeConv2d, "im2col": Im2colConv2d, "naive": NaiveConv2d}
 
 __all__ = [
     "BACKENDS",

@@ -16,6 +16,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from cnntrain.conv.geometry import Geometry, padding_amounts
+from cnntrain.conv.im2col import Im2colConv2d
+from cnntrain.conv.module import NativeConv2d
+from cnntrain.conv.naive import NaiveConv2d
+
+BACKENDS = {"native": NativeConv2d, "im2col": Im2colConv2d, "naive": NaiveConv2d}
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,8 +84,6 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
 
 
 def _class_and_options(backend: Any) -> tuple[type[nn.Conv2d], dict[str, Any]]:
-    from cnntrain.conv import BACKENDS  # which imports this file
-
     if isinstance(backend, str):
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}: choose from {', '.join(BACKENDS)}")
@@ -113,8 +116,6 @@ def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
 
 def _own_methods(conv: nn.Conv2d, kind: type[nn.Conv2d]) -> list[str]:
     """What a class or a layer computes with otherwise than ``kind`` and the backends do."""
-    from cnntrain.conv import BACKENDS
-
     known = (nn.Conv2d, kind, *BACKENDS.values())
     return [
         name

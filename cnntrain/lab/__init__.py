@@ -1,1 +1,1 @@
-"""Convolutions proved, timed and explained."""
+"""Convolutions verified, timed and explained."""

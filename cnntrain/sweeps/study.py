@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import optuna
@@ -27,9 +27,7 @@ from cnntrain.config import ConfigError, as_config_error, build, flat
 from cnntrain.config.errors import format_error
 from cnntrain.sweeps.members import OTHER_NAME, differences
 from cnntrain.sweeps.records import number, text, unit
-
-if TYPE_CHECKING:
-    from cnntrain.sweeps.search import Search
+from cnntrain.sweeps.search import Search
 
 STUDY = "study.journal"
 
@@ -222,7 +220,7 @@ class SearchStudy:
         )
 
 
-def suggest_trial(search: "Search", trials: Sequence[FrozenTrial], seed: int) -> FrozenTrial | None:
+def suggest_trial(search: Search, trials: Sequence[FrozenTrial], seed: int) -> FrozenTrial | None:
     """The trial that the sampler suggests after these, with all its parameters.
 
     A pure function: the sampler is created anew, with a seed from `seed` and the number of trials,

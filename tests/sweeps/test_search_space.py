@@ -12,7 +12,8 @@ from searches import search
 
 from cnntrain.config import CONF, ConfigError, build, compose, flat
 from cnntrain.sweeps.members import typed
-from cnntrain.sweeps.search import Space, search_problems
+from cnntrain.sweeps.search import Space
+from cnntrain.sweeps.search_sweep import search_problems
 from cnntrain.sweeps.study import no_warnings, suggest_trial
 
 LR = {"low": 1e-4, "high": 1e-1, "log": True}
