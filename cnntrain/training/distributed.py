@@ -155,9 +155,8 @@ def connection_errors(info: ProcessInfo, workers: "Workers | None" = None) -> It
     except RuntimeError as error:
         text = str(error).lower()
         if isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text:
-            raise ProcessLost(
-                (workers and workers.failure(wait=2)) or _not_responding(info)
-            ) from error
+            lost = workers.failure(wait=2) if workers else ""
+            raise ProcessLost(lost or _not_responding(info)) from error
         raise
 
 
@@ -290,9 +289,8 @@ def detach_worker() -> None:
     """In a worker process: end with rank 0, without output and without the terminal's signals."""
 
     def end_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
