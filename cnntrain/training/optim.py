@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -106,8 +107,8 @@ class Muon(Optimizer):
     normalisation layers and the last layer, i.e. the last parameter of two or more dimensions.
     `torch.optim.Muon` takes matrices only.
 
-    As in PyTorch's fused optimizers, `step` changes nothing if the attribute `found_inf` is a
-    tensor other than 0, without synchronisation.
+    As in PyTorch's fused optimizers, learning rates may be tensors, and `step` changes nothing if
+    the attribute `found_inf` is a tensor other than 0, without synchronisation.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 
@@ -117,6 +118,8 @@ class Muon(Optimizer):
         momentum: Decay of the averaged gradient.
         weight_decay: Decoupled weight decay, per step lr * weight_decay (AdamW: adam_lr).
         adam_lr: Learning rate of AdamW.
+        adam_betas: Decays of AdamW's averages.
+        adam_eps: Added to AdamW's denominator.
     """
 
     found_inf: Tensor | None = None
@@ -129,14 +132,19 @@ class Muon(Optimizer):
         momentum: Decay = 0.95,
         weight_decay: NonNegativeFloat = 0.01,
         adam_lr: NonNegativeFloat = 0.006,
+        adam_betas: tuple[Decay, Decay] = (0.9, 0.999),
+        adam_eps: PositiveFloat = 1e-8,
     ):
         parameters = list(params)
         hidden = [p for p in parameters if p.ndim >= 2][:-1]
         others = [p for p in parameters if all(p is not other for other in hidden)]
+        adam = {"lr": adam_lr, "betas": tuple(adam_betas), "eps": adam_eps}
+        groups = [
+            {"params": hidden, "orthogonal": True},
+            {"params": others, "orthogonal": False, **adam},
+        ]
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        self.adamw = AdamW(others, adam_lr, weight_decay=weight_decay)
-        groups: list[dict[str, Any]] = [{"params": hidden}] if hidden else []
-        super().__init__([*groups, *self.adamw.param_groups], defaults)
+        super().__init__([group for group in groups if group["params"]], defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -144,13 +152,12 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        *hidden, others = self.param_groups
-        for group in hidden:
-            self._muon(group, [p for p in group["params"] if p.grad is not None])
-        adamw: Any = self.adamw
-        adamw.param_groups, adamw.state, adamw.found_inf = [others], self.state, self.found_inf
-        others["fused"] = self.found_inf is not None or others["params"][0].is_cuda
-        adamw.step()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["orthogonal"]:
+                self._muon(group, parameters)
+            elif parameters:
+                self._adamw(group, parameters)
         return loss
 
     def _muon(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
@@ -165,10 +172,44 @@ class Muon(Optimizer):
             update = orthogonal(p.grad.lerp(average, momentum).flatten(1))  # (out, in * H * W)
             tall = math.sqrt(max(1.0, update.shape[0] / update.shape[1]))
             update = update.reshape(p.shape)
-            updated = p.mul(1 - lr * decay).add(update, alpha=-lr * tall)
+            if isinstance(lr, Tensor):
+                updated = p - lr * (tall * update + decay * p)
+            else:
+                updated = p.mul(1 - lr * decay).add(update, alpha=-lr * tall)
             for old, new in ((buffer, average), (p, updated)):
                 skip = self.found_inf
                 old.copy_(new if skip is None else torch.where(skip > 0, old, new))
+
+    def _adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        device = parameters[0].device
+        on_device = isinstance(group["lr"], Tensor) or self.found_inf is not None
+        fused = on_device or device.type == "cuda"
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), device=device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["step"] = state["step"].to(device)  # a checkpoint is loaded to the CPU
+        states = [self.state[p] for p in parameters]
+        gradients: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
+        adamw(
+            list(parameters),
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=not fused,
+            fused=fused,
+            found_inf=self.found_inf,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 # Coefficients and iterations of the polynomial that moves all singular values to 0.7 to 1.2.

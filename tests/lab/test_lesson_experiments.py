@@ -129,7 +129,8 @@ def test_ablation_is_a_sweep_whose_report_has_the_effect_of_each_option(tmp_path
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "4 completed"
     done = command("report", "outputs/sweeps/lenet5_ablation", cwd=tmp_path)
-    effects = done.stdout.split("Effect of each option")[1]
+    report = (tmp_path / "outputs/sweeps/lenet5_ablation/report/report.md").read_text()
+    effects = report.split("## Effect of each option")[1]
     for option in ("model.norm=", "model.activation="):
-        (line,) = (line for line in effects.splitlines() if line.startswith(option))
-        assert line.split()[-2] == "2"  # pairs that differ in nothing else
+        (line,) = (line for line in effects.splitlines() if line.startswith(f"| {option}"))
+        assert line.split("|")[-3].strip() == "2"  # pairs that differ in nothing else

@@ -108,11 +108,13 @@ def test_parameters_without_gradient_stay(tmp_path: Any) -> None:
     assert moved == [False] * 4 + [True] * 2
 
 
-def trained(steps: int, *, skipped: Tensor | None = None) -> list[Tensor]:
+def trained(steps: int, *, rate: Any = float, skipped: Tensor | None = None) -> list[Tensor]:
     """Parameters and state of Muon after so many steps, then one of NaNs with this `found_inf`."""
     torch.manual_seed(0)
     network = LeNet5()
     optimizer = Muon(network.parameters(), lr=0.03, weight_decay=0.1, adam_lr=0.01)
+    for group in optimizer.param_groups:
+        group["lr"] = rate(group["lr"])
     for step in range(steps):
         gradients(network, step)
         optimizer.step()
@@ -125,8 +127,15 @@ def trained(steps: int, *, skipped: Tensor | None = None) -> list[Tensor]:
     return [*(p.detach() for p in network.parameters()), *states]
 
 
-def test_step_with_found_inf_is_skipped() -> None:
-    skipped = trained(3, skipped=torch.ones(()))
-    torch.testing.assert_close(skipped, trained(3), rtol=0, atol=0)
-    moved = trained(3, skipped=torch.zeros(()))
+@pytest.mark.parametrize("rate", [float, torch.tensor], ids=["number", "tensor"])
+def test_step_with_found_inf_is_skipped(rate: Any) -> None:
+    expected = trained(3, rate=rate)
+    torch.testing.assert_close(
+        trained(3, rate=rate, skipped=torch.ones(())), expected, rtol=0, atol=0
+    )
+    moved = trained(3, rate=rate, skipped=torch.zeros(()))
     assert any(t.isnan().any() for t in moved)
+
+
+def test_learning_rate_may_be_a_tensor() -> None:
+    torch.testing.assert_close(trained(3, rate=torch.tensor), trained(3), rtol=1e-4, atol=1e-6)
