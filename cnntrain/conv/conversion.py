@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -19,12 +20,16 @@ from cnntrain.conv.geometry import Geometry, padding_amounts
 from cnntrain.conv.im2col import Im2colConv2d
 from cnntrain.conv.module import NativeConv2d
 from cnntrain.conv.naive import NaiveConv2d
+from cnntrain.conv.torch_compat import constructed_padding
 
 BACKENDS = {"native": NativeConv2d, "im2col": Im2colConv2d, "naive": NaiveConv2d}
 
 M = TypeVar("M", bound=nn.Module)
 
 OTHERS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# A subclass may override these and still compute the same.
+COSMETIC = {"__init__", "__repr__", "reset_parameters", "extra_repr", "__constants__"}
+COSMETIC |= {"__annotate__", "__annotate_func__"}  # where annotations are computed late
 
 
 def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
@@ -115,20 +120,30 @@ def _obstacle(conv: Any, kind: type[nn.Conv2d]) -> str | None:
 
 
 def _own_methods(conv: nn.Conv2d, kind: type[nn.Conv2d]) -> list[str]:
-    """What a class or a layer computes with otherwise than ``kind`` and the backends do."""
-    known = (nn.Conv2d, kind, *BACKENDS.values())
-    return [
+    """Names of ``nn.Conv2d`` that a layer or its class overrides, and ``kind`` does not."""
+    known = {base for other in (kind, *BACKENDS.values()) for base in other.__mro__}
+    state = {"weight", "bias", *nn.Conv2d.__constants__}
+    own = [name for name in vars(conv) if callable(getattr(type(conv), name, None))]
+    own += [
         name
-        for name in ("weight", "bias", "__call__", "forward", "_conv_forward")
-        if callable(vars(conv).get(name))
-        or getattr(type(conv), name, None) not in [getattr(other, name, None) for other in known]
+        for base in type(conv).__mro__
+        if base not in known
+        for name, value in vars(base).items()
+        if name in state or hasattr(nn.Conv2d, name)
+        if not name.startswith("__") or isinstance(value, FunctionType)
     ]
+    return [name for name in dict.fromkeys(own) if name not in COSMETIC]
 
 
 def _construct(conv: nn.Conv2d, kind: type[nn.Conv2d], options: dict[str, Any]) -> str | None:
     """Construct a layer again, as a ``kind`` without weight and bias. Returns the error, if any."""
     try:
-        weight, wanted, arguments = conv.weight, _properties(conv), _arguments(conv)
+        weight, wanted = conv.weight, _properties(conv)
+        if conv.padding_mode != "zeros" and constructed_padding(conv) != wanted["padding"]:
+            return (
+                "its padding was changed after it was made, but it pads by the old one; replace it"
+            )
+        arguments = _arguments(conv)
         conv.__class__ = kind
         vars(conv).clear()
         # On the layer itself: the constructor may keep references to `self`.

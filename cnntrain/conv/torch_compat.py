@@ -1,10 +1,11 @@
-"""Private name of torch that the convolutions use, and the public API that is missing."""
+"""Private names of torch that the convolutions use, each with the public API that is missing."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def gradient_is_needed(ctx: Any, i: int) -> bool:
@@ -19,3 +20,10 @@ def gradient_is_needed(ctx: Any, i: int) -> bool:
         return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
     except (RuntimeError, AttributeError):
         return True
+
+
+def constructed_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    """The padding (left, right, top, bottom) that ``nn.Conv2d`` uses in padding modes other than
+    zeros: computed by its constructor and not public, unlike ``padding``, which may have changed.
+    """
+    return tuple(conv._reversed_padding_repeated_twice)

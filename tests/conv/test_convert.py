@@ -243,9 +243,30 @@ def patched() -> nn.Module:
     return conv
 
 
+class KeepsEvalMode(nn.Conv2d):
+    def train(self, mode: bool = True) -> nn.Conv2d:
+        return super().train(False)
+
+
+class Versioned(nn.Conv2d):
+    def get_extra_state(self) -> int:
+        return 3
+
+    def set_extra_state(self, state: int) -> None: ...
+
+
+def moved_padding() -> nn.Module:
+    conv = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
+    conv.padding = (0, 0)
+    return conv
+
+
 REJECTED: list[tuple[Callable[[], nn.Module], Any, str]] = [
     (lambda: nn.LazyConv2d(1, 1), "im2col", "is an nn.LazyConv2d without weights yet"),
     (lambda: Standardised(1, 1, 1), "im2col", "Standardised has its own forward"),
+    (lambda: KeepsEvalMode(1, 1, 1), "im2col", "KeepsEvalMode has its own train"),
+    (lambda: Versioned(1, 1, 1), "native", "Versioned has its own get_extra_state"),
+    (moved_padding, "im2col", "its padding was changed"),
     (patched, "im2col", "Conv2d has its own forward"),
     (
         lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 1)),

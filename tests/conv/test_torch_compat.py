@@ -1,6 +1,7 @@
-"""Private name of torch: this test fails if a release of torch changes what it does."""
+"""Private names of torch: these tests fail if a release of torch changes what they do."""
 
 import torch
+from torch import nn
 
 from cnntrain.conv import torch_compat
 
@@ -24,3 +25,12 @@ def test_engine_reports_which_gradients_are_needed():
     assert Asks.needed == [True, False], "torch._C._will_engine_execute_node has changed"
     Asks.apply(2 * a, 3 * b).sum().backward()
     assert Asks.needed == [True, True]
+
+
+def test_constructed_padding_is_that_of_nn_conv2d():
+    conv = nn.Conv2d(1, 1, (3, 2), padding="same", padding_mode="circular")
+    assert torch_compat.constructed_padding(conv) == (0, 1, 1, 1), (
+        "nn.Conv2d._reversed_padding_repeated_twice has changed"
+    )
+    conv.padding = (0, 0)
+    assert conv(torch.zeros(1, 1, 4, 5)).shape[2:] == (4, 5)
