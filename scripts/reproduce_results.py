@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from cnntrain.inference import evaluate_trained
+from cnntrain.inference import evaluate
 from cnntrain.inference.trained import load_trained
 from cnntrain.sweeps.records import collect
 from cnntrain.sweeps.tables import markdown_table, number
@@ -55,7 +55,7 @@ def row(recipe: str, folder: Path) -> list[str]:
         assert trained.cfg.trainer.test_checkpoint == "last", trained
         plain.append(member.metrics["test/acc"])
         validated.append(member.metrics["val/acc"])
-        flipped.append(evaluate_trained(trained, tta="flip").accuracy)
+        flipped.append(evaluate(trained, tta="flip").accuracy)
         seconds.append(member.seconds or 0.0)
     parameters = sum(p.numel() for p in trained.network.parameters())
     return [

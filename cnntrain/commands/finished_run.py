@@ -35,11 +35,11 @@ def evaluate() -> None:
         return trained
 
     def run(cfg: DictConfig, trained: "Trained") -> None:
-        from cnntrain.inference import evaluate_trained
+        from cnntrain.inference import evaluate
 
         options = {name: cfg[name] for name in ("split", "tta", "precision")}
         with report_errors():
-            result = evaluate_trained(trained, **options)
+            result = evaluate(trained, **options)
             # Before the table, whose reader may close the pipe.
             files = result.write(_output_folder())
             _print_evaluation(result)
@@ -71,10 +71,10 @@ def export() -> None:
         return _load(cfg)
 
     def run(cfg: DictConfig, trained: "Trained") -> None:
-        from cnntrain.inference import export_trained
+        from cnntrain.inference import export
 
         with report_errors():
-            exported = export_trained(trained, cfg.format, _output_folder())
+            exported = export(trained, cfg.format, folder=_output_folder())
         print(
             f"loaded again and compared with {trained.backend} on {exported.images} validation "
             "images, in batches of several sizes:\n"

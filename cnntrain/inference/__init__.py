@@ -1,7 +1,7 @@
 """Inference with the trained network of a run: evaluate, predict, export."""
 
-from cnntrain.inference.evaluation import Evaluation, evaluate, evaluate_trained
-from cnntrain.inference.exporting import Exported, ExportError, export, export_trained
+from cnntrain.inference.evaluation import Evaluation, evaluate
+from cnntrain.inference.exporting import Exported, ExportError, export
 from cnntrain.inference.prediction import Prediction, predict
 from cnntrain.inference.trained import Trained, load_trained
 
@@ -12,9 +12,7 @@ __all__ = [
     "Prediction",
     "Trained",
     "evaluate",
-    "evaluate_trained",
     "export",
-    "export_trained",
     "load_trained",
     "predict",
 ]

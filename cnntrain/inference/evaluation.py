@@ -118,8 +118,9 @@ class Evaluation:
 
 
 @interruptible()
+@torch.no_grad()
 def evaluate(
-    run: str | os.PathLike[str],
+    run: str | os.PathLike[str] | Trained,
     *,
     checkpoint: str | os.PathLike[str] = "best",
     split: Literal["test", "val"] = "test",
@@ -142,24 +143,12 @@ def evaluate(
         DataError: The data cannot be read or downloaded.
     """
     trained = load_trained(run, checkpoint, backend=backend, device=device, root=root)
-    return evaluate_trained(trained, split=split, tta=tta, precision=precision)
-
-
-@torch.no_grad()
-def evaluate_trained(
-    trained: Trained,
-    *,
-    split: Literal["test", "val"] = "test",
-    tta: Literal["flip"] | None = None,
-    precision: Precision | None = None,
-) -> Evaluation:
-    """`evaluate` for a network that is already loaded."""
     with as_config_error("loss"):
         criterion = build(trained.cfg.loss)
-    data, device = trained.data, trained.device
+    data, kind = trained.data, trained.device
     dtype = AUTOCAST.get(str(evaluation_precision(trained, precision)))
-    autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-    loader = data.test_loader(device) if split == "test" else data.val_loader(device)
+    autocast = torch.autocast(kind.type, dtype) if dtype else contextlib.nullcontext()
+    loader = data.test_loader(kind) if split == "test" else data.val_loader(kind)
     loss, correct, answers = 0.0, 0, []
     with autocast:
         for images, labels in loader:

@@ -49,7 +49,7 @@ class Exported:
 
 @interruptible()
 def export(
-    run: str | os.PathLike[str],
+    run: str | os.PathLike[str] | Trained,
     format: Format,
     *,
     checkpoint: str | os.PathLike[str] = "best",
@@ -77,20 +77,6 @@ def export(
     """
     check_installed(format)
     trained = load_trained(run, checkpoint, device="cpu", root=root)
-    return export_trained(trained, format, folder or Path(run) / "export")
-
-
-def check_installed(format: Format) -> None:
-    """Raise ConfigError if packages that a format needs are not installed."""
-    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
-    if missing := [name for name in needed if find_spec(name) is None]:
-        raise ConfigError(
-            [f"format={format}: needs {' and '.join(missing)}; pip install {' '.join(missing)}"]
-        )
-
-
-def export_trained(trained: Trained, format: Format, folder: str | os.PathLike[str]) -> Exported:
-    """`export` for a network that is already loaded, on the CPU."""
     data = trained.data
     images = data.val_loader().rows(torch.arange(min(max(BATCH_SIZES), data.val_size)))
     # Not `convert`, which rejects convolutions that override the computation.
@@ -101,7 +87,7 @@ def export_trained(trained: Trained, format: Format, folder: str | os.PathLike[s
         network = trained.network
     else:
         network.load_state_dict(weights)
-    file = Path(folder) / f"{trained.checkpoint.stem}{SUFFIXES[format]}"
+    file = Path(folder or trained.run / "export") / f"{trained.checkpoint.stem}{SUFFIXES[format]}"
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}")
     write, load = (_write_onnx, _load_onnx) if format == "onnx" else (_write_torch, _load_torch)
@@ -123,6 +109,15 @@ def export_trained(trained: Trained, format: Format, folder: str | os.PathLike[s
     finally:
         temporary.unlink(missing_ok=True)
     return result
+
+
+def check_installed(format: Format) -> None:
+    """Raise ConfigError if packages that a format needs are not installed."""
+    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise ConfigError(
+            [f"format={format}: needs {' and '.join(missing)}; pip install {' '.join(missing)}"]
+        )
 
 
 def _metadata(trained: Trained) -> dict[str, Any]:

@@ -12,19 +12,13 @@ from torch import Tensor, nn
 from cnntrain.config import ConfigError, as_config_error, build, check, compose
 from cnntrain.config.resume import CHECKPOINTS, has_run
 from cnntrain.data import ImageData
+from cnntrain.training import checkpoint_file
 from cnntrain.training.building import build_network
-from cnntrain.training.checkpoint_file import (
-    BEST,
-    LAST,
-    CheckpointError,
-    Content,
-    DamagedError,
-    read,
-)
+from cnntrain.training.checkpoint_file import CheckpointError, Content, DamagedError
 from cnntrain.training.checkpoints import shape_differences
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-FILES = {"best": BEST, "last": LAST}
+FILES = {"best": checkpoint_file.BEST, "last": checkpoint_file.LAST}
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Trained:
 
 
 def load_trained(
-    run: str | os.PathLike[str],
+    run: "str | os.PathLike[str] | Trained",
     checkpoint: str | os.PathLike[str] = "best",
     *,
     backend: str | DictConfig | None = None,
@@ -57,7 +51,7 @@ def load_trained(
     """Load the network of a run.
 
     Args:
-        run: Run directory, or a Result.
+        run: Run directory, or a Result; a Trained is returned as it is.
         checkpoint: best, last, or a file.
         backend: Choice by name, or config node; None: that of the run.
         device: cpu, cuda, mps, or auto: a GPU if there is one.
@@ -67,9 +61,11 @@ def load_trained(
         ConfigError: There is no such run or checkpoint, or the network cannot be built.
         CheckpointError: The checkpoint is damaged or of another network.
     """
+    if isinstance(run, Trained):
+        return run
     folder = Path(run)
     path = _checkpoint_path(folder, checkpoint)
-    content = read(path)
+    content = checkpoint_file.read(path)
     cfg = _config(path, content, backend)
     if root is not None:
         if "root" not in cfg.data:
