@@ -126,49 +126,31 @@ class ImageData(ABC):
             rank: Of this process; it gets every `world`-th image of a batch.
             world: Number of processes.
         """
-        return self._loader(
-            *("train", self.batch_size, device, rank, world),
-            shuffle=True,
-            seed=seed,
-            augment=self.augment,
-            augment_epochs=self.augment_epochs,
-        )
+        options: dict[str, Any] = {"augment": self.augment, "augment_epochs": self.augment_epochs}
+        options |= {"shuffle": True, "seed": seed, "device": device, "rank": rank, "world": world}
+        return self._train_part(0, self.batch_size, **options)
 
-    def val_loader(
-        self, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
-    ) -> Loader:
+    def val_loader(self, device: torch.device | str = "cpu", **share: int) -> Loader:
         """Validation batches, in the stored order; see `train_loader`."""
-        return self._loader("val", self.eval_batch_size, device, rank, world)
+        return self._train_part(1, self.eval_batch_size, device=device, **share)
 
-    def test_loader(
-        self, device: torch.device | str = "cpu", *, rank: int = 0, world: int = 1
-    ) -> Loader:
+    def test_loader(self, device: torch.device | str = "cpu", **share: int) -> Loader:
         """Test batches, in the stored order; see `train_loader`. Reads the test set.
 
         Raises:
             DataError: See `prepare`.
         """
-        return self._loader("test", self.eval_batch_size, device, rank, world)
+        images, labels = self._checked("test")
+        options: dict[str, Any] = {"mean": self.mean, "std": self.std, "device": device, **share}
+        return Loader(images, labels, self.eval_batch_size, **options)
 
-    def _loader(
-        self,
-        part: Literal["train", "val", "test"],
-        size: int,
-        device: torch.device | str,
-        rank: int,
-        world: int,
-        **options: Any,
-    ) -> Loader:
-        if part == "test":
-            (images, labels), rows = self._checked("test"), None
-        else:  # both parts index the same images
-            self.prepare()
-            assert self._train is not None
-            images, labels = self._train
-            rows = torch.from_numpy(self.split()[0 if part == "train" else 1])
-            labels = labels[rows]
-        options |= {"device": device, "rank": rank, "world": world}
-        return Loader(images, labels, size, rows=rows, mean=self.mean, std=self.std, **options)
+    def _train_part(self, part: int, size: int, **options: Any) -> Loader:
+        self.prepare()
+        assert self._train is not None
+        images, labels = self._train  # both parts index the same images
+        rows = torch.from_numpy(self.split()[part])
+        options |= {"rows": rows, "mean": self.mean, "std": self.std}
+        return Loader(images, labels[rows], size, **options)
 
     def _checked(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
         """Images, uint8 (N, C, H, W), and labels, int64 (N,), if `read` returns what it should.

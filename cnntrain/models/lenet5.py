@@ -9,16 +9,7 @@ from typing import Annotated
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from cnntrain.models.layers import (
-    ACTIVATIONS,
-    POOLINGS,
-    Activation,
-    BatchNorm2d,
-    Init,
-    Pooling,
-    flat_features,
-    initialise,
-)
+from cnntrain.models import layers
 
 
 class LeNet5(nn.Module):
@@ -54,18 +45,18 @@ class LeNet5(nn.Module):
         hidden: PositiveInt = 84,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3,
         norm: bool = True,
-        activation: Activation = "tanh",
-        pooling: Pooling = "max",
-        init: Init = "xavier_uniform",
+        activation: layers.Activation = "tanh",
+        pooling: layers.Pooling = "max",
+        init: layers.Init = "xavier_uniform",
     ):
         super().__init__()
-        act = ACTIVATIONS[activation]
-        pool = POOLINGS[pooling]
+        act = layers.ACTIVATIONS[activation]
+        pool = layers.POOLINGS[pooling]
         c1, c2, c3 = channels
 
         def block(c_in: int, c_out: int, padding: int) -> list[nn.Module]:
-            layers: list[nn.Module] = [conv(c_in, c_out, 5, padding=padding)]
-            return [*layers, *([BatchNorm2d(c_out)] if norm else [])]
+            normalised = [layers.BatchNorm2d(c_out)] if norm else []
+            return [conv(c_in, c_out, 5, padding=padding), *normalised]
 
         def downsample() -> list[nn.Module]:
             # Activations increase: max pooling first gives the same for a quarter of the work.
@@ -81,12 +72,12 @@ class LeNet5(nn.Module):
             nn.Flatten(),
         )
         self.classifier = nn.Sequential(
-            nn.Linear(flat_features(self.features, in_shape), hidden),
+            nn.Linear(layers.flat_features(self.features, in_shape), hidden),
             nn.Dropout(dropout),
             act(),
             nn.Linear(hidden, num_classes),
         )
-        initialise(self, init)
+        layers.initialise(self, init)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.features(images))

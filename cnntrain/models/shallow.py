@@ -5,13 +5,7 @@ from collections.abc import Callable
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from cnntrain.models.layers import (
-    ACTIVATIONS,
-    POOLINGS,
-    Activation,
-    Pooling,
-    flat_features,
-)
+from cnntrain.models import layers
 
 
 class Shallow(nn.Module):
@@ -42,23 +36,23 @@ class Shallow(nn.Module):
         conv: Callable[..., nn.Conv2d] = nn.Conv2d,
         channels: PositiveInt = 16,
         kernel_size: PositiveInt = 3,
-        activation: Activation = "relu",
-        pooling: Pooling | None = "max",
+        activation: layers.Activation = "relu",
+        pooling: layers.Pooling | None = "max",
         one_output: bool = False,
     ):
         super().__init__()
         if one_output and num_classes != 2:
             raise ValueError(f"model.one_output=true: is for two classes, not {num_classes}")
-        pool = [POOLINGS[pooling](2)] if pooling else []
+        pool = [layers.POOLINGS[pooling](2)] if pooling else []
         self.features = nn.Sequential(
             conv(in_shape[0], channels, kernel_size),  # (N, 16, 26, 26)
-            ACTIVATIONS[activation](),
+            layers.ACTIVATIONS[activation](),
             *pool,  # (N, 16, 13, 13)
             nn.Flatten(),
         )
         self.one_output = one_output
         outputs = 1 if one_output else num_classes
-        self.classifier = nn.Linear(flat_features(self.features, in_shape), outputs)
+        self.classifier = nn.Linear(layers.flat_features(self.features, in_shape), outputs)
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.classifier(self.features(images))
