@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
-
-from cnntrain.models.introspection import leaf_modules
+from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
+from torch.profiler import ProfilerActivity, profile, schedule
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +25,6 @@ class Profile(lightning.Callback):
     def __init__(self, directory: str | os.PathLike[str]):
         self.folder = Path(directory, "profile")
         self.profiler: profile | None = None
-        self.hooks: list[Any] = []
         self.done = False
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -48,7 +45,8 @@ class Profile(lightning.Callback):
             schedule=schedule(wait=0, warmup=warmup, active=steps, repeat=1),
             on_trace_ready=self._write,
         )
-        self.hooks = _record_layers(module.network)
+        self.layers = RegisterRecordFunction(module.network)
+        self.layers.__enter__()
         self.profiler.start()
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -69,9 +67,8 @@ class Profile(lightning.Callback):
     def _stop(self) -> None:
         assert self.profiler is not None
         self.profiler.stop()
+        self.layers.__exit__(None, None, None)
         self.profiler = None
-        for hook in self.hooks:
-            hook.remove()
 
     def _write(self, profiler: profile) -> None:
         if self.left:
@@ -82,19 +79,3 @@ class Profile(lightning.Callback):
         table = profiler.key_averages().table(sort_by=self.time, row_limit=100)
         (self.folder / "operators.txt").write_text(table, encoding="utf-8")
         log.info(f"profile in {os.path.relpath(self.folder)}: trace.json, operators.txt")
-
-
-def _record_layers(network: nn.Module) -> list[Any]:
-    """Hooks that record the forward of every layer under its name."""
-    running: dict[nn.Module, record_function] = {}
-
-    def enter(layer: nn.Module, _: Any) -> None:
-        running[layer] = record_function(f"{names[layer]} {type(layer).__name__}")
-        running[layer].__enter__()
-
-    def leave(layer: nn.Module, _: Any, __: Any) -> None:
-        running.pop(layer).__exit__(None, None, None)
-
-    names = leaf_modules(network)
-    before = [layer.register_forward_pre_hook(enter) for layer in names]
-    return before + [layer.register_forward_hook(leave) for layer in names]
