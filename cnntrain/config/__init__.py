@@ -1,54 +1,25 @@
 """Compose, check and instantiate a config."""
 
-from cnntrain.config.checks import adapt_types, check
-from cnntrain.config.composition import (
-    build,
-    compose,
-    compose_all,
-    compose_valid,
-    config_folders,
-    config_problems,
-)
-from cnntrain.config.cross_checks import cross_check
-from cnntrain.config.errors import (
-    ConfigError,
-    as_config_error,
-    folder_problem,
-    run_directory_problem,
-)
-from cnntrain.config.nodes import NODES, ROOTS, Root
-from cnntrain.config.options import (
-    CONF,
-    config_hash,
-    flat,
-    incidental,
-    options_hash,
-    without_hydra,
-)
-from cnntrain.config.overrides import quoted
-
-__all__ = [
-    "CONF",
-    "NODES",
-    "ROOTS",
-    "ConfigError",
-    "Root",
-    "adapt_types",
-    "as_config_error",
-    "build",
-    "check",
-    "compose",
-    "compose_all",
-    "compose_valid",
-    "config_folders",
-    "config_hash",
-    "config_problems",
-    "cross_check",
-    "flat",
-    "folder_problem",
-    "incidental",
-    "options_hash",
-    "quoted",
-    "run_directory_problem",
-    "without_hydra",
-]
+from cnntrain.config.checks import adapt_types as adapt_types
+from cnntrain.config.checks import check as check
+from cnntrain.config.composition import build as build
+from cnntrain.config.composition import compose as compose
+from cnntrain.config.composition import compose_all as compose_all
+from cnntrain.config.composition import compose_valid as compose_valid
+from cnntrain.config.composition import config_folders as config_folders
+from cnntrain.config.composition import config_problems as config_problems
+from cnntrain.config.cross_checks import cross_check as cross_check
+from cnntrain.config.errors import ConfigError as ConfigError
+from cnntrain.config.errors import as_config_error as as_config_error
+from cnntrain.config.errors import folder_problem as folder_problem
+from cnntrain.config.errors import run_directory_problem as run_directory_problem
+from cnntrain.config.nodes import NODES as NODES
+from cnntrain.config.nodes import ROOTS as ROOTS
+from cnntrain.config.nodes import Root as Root
+from cnntrain.config.options import CONF as CONF
+from cnntrain.config.options import config_hash as config_hash
+from cnntrain.config.options import flat as flat
+from cnntrain.config.options import incidental as incidental
+from cnntrain.config.options import options_hash as options_hash
+from cnntrain.config.options import without_hydra as without_hydra
+from cnntrain.config.overrides import quoted as quoted

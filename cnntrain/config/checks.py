@@ -17,7 +17,7 @@ from cnntrain.config.errors import format_error, format_value, unknown
 from cnntrain.config.nodes import LEAVE_OUT, NODES, ROOTS, Node, Root
 from cnntrain.config.options import defaults
 from cnntrain.config.overrides import options_of
-from cnntrain.config.signatures import Signature, is_subclass, plain, signature
+from cnntrain.config.signatures import is_subclass, plain, signature
 
 
 def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
@@ -81,10 +81,8 @@ def adapt_types(cfg: DictConfig, hydra: Any) -> None:
     overrides: Any = OmegaConf.to_container(hydra.overrides.task)
     typed = set(options_of(overrides))
     for key, node in NODES.items():
-        with (
-            contextlib.suppress(OmegaConfBaseException, ImportError, RecursionError),
-            open_dict(cfg),
-        ):
+        unreadable = (OmegaConfBaseException, ImportError, RecursionError)  # reported by `check`
+        with contextlib.suppress(*unreadable), open_dict(cfg):
             values = OmegaConf.select(cfg, key)
             if not isinstance(values, DictConfig) or not isinstance(values._target_, str):
                 continue
@@ -94,22 +92,17 @@ def adapt_types(cfg: DictConfig, hydra: Any) -> None:
             if not replaced and values._target_ == file.get("_target_", values._target_):
                 continue
             accepted = signature(values._target_)
-            for name, value in [(str(name), value) for name, value in values.items()]:
+            content: Any = OmegaConf.to_container(values, resolve=True)
+            for name, value in content.items():
                 option = f"{key}.{name}"
-                if option in typed or option in NODES or name.startswith("_"):
+                if option in typed or option in NODES or option.startswith(f"{key}._"):
                     continue
-                old = replaced or file.get(name, ...) == value
-                if old and (whole or not _takes(accepted, name, value)):
+                kind = accepted.types.get(name, Any if accepted.open else None)
+                taken = not whole and kind and not mismatch(kind, value)
+                if not taken and (replaced or file.get(name, ...) == value):
                     del values[name]
             if node.partial and "_partial_" not in values:
                 values._partial_ = True
-
-
-def _takes(accepted: Signature, name: str, value: Any) -> bool:
-    if name not in accepted.types:
-        return accepted.open
-    content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    return mismatch(accepted.types[name], content) is None
 
 
 def check_node(key: str, node: Node, values: Any) -> list[str]:
@@ -130,8 +123,7 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
         return [f"{named}: cannot be imported: {error}"]
     problems = [f"{named}: {why}" for name, why in node.unfit.items() if is_subclass(target, name)]
     for inner in (name for name in NODES if name.startswith(f"{key}.")):
-        name = inner.removeprefix(f"{key}.")
-        if name in values:
+        if (name := inner.removeprefix(f"{key}.")) in values:
             problems += check_node(inner, NODES[inner], values.pop(name))
         else:
             problems.append(f"{inner}: missing; its file in conf/{key} begins with `defaults:`")

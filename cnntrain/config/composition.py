@@ -26,6 +26,8 @@ from cnntrain.config.nodes import ROOTS, Root
 from cnntrain.config.options import CONF, without_hydra
 from cnntrain.config.overrides import explain, merged
 
+build = hydra.utils.instantiate  # with the parameters that the program sets as keywords
+
 
 def compose(
     overrides: str | Sequence[str] = (),
@@ -48,9 +50,8 @@ def compose(
         ConfigError: With every problem found.
     """
     overrides = [overrides] if isinstance(overrides, str) else overrides
-    more = None if extra is None else Path(extra)
-    cfg = compose_all(overrides, name=name, command=command, folder=Path(folder), extra=more)
-    return without_hydra(cfg)
+    where: dict[str, Any] = {"folder": Path(folder), "extra": Path(extra) if extra else None}
+    return without_hydra(compose_all(overrides, name=name, command=command, **where))
 
 
 def compose_all(overrides: Sequence[str], **where: Any) -> DictConfig:
@@ -124,7 +125,7 @@ def output_problems(
         except (OmegaConfBaseException, RecursionError, AttributeError, TypeError) as error:
             return [f"hydra: {format_error(error)}"]
         records = cfg.hydra.output_subdir is not None
-        if by_program or resuming or not (records or directory != os.curdir):
+        if by_program or resuming or (directory == os.curdir and not records):
             continue
         option = "hydra.sweep.dir" if sweep else "hydra.run.dir"
         if problem := run_directory_problem(directory if above else "", option):
@@ -227,8 +228,3 @@ def config_folders(folder: Path, extra: Path | None, name: str) -> Iterator[None
             yield
     finally:
         ConfigDir.folder = None
-
-
-def build(node: DictConfig, **given: Any) -> Any:
-    """Instantiate a node; `given` are the parameters that the program sets."""
-    return hydra.utils.instantiate(node, **given)

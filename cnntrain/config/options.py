@@ -67,16 +67,14 @@ def options_hash(options: Mapping[str, Any]) -> str:
 def choice(group: str, node: Mapping[str, Any] | None) -> str:
     """The choice of conf/<group>/ that a node was made from, as one would type it.
 
-    That is the file with the node's `_target_`; of several, the one whose values the node shares
-    most of. Without any it is the class's dotted name, and `none` for a node that is empty.
+    The file with the node's `_target_`, of several the one that shares most values; without any
+    the class's dotted name; `none` for an empty node.
     """
-    target = (node or {}).get("_target_")
-    if not node or not target:
+    if not node or not (target := node.get("_target_")):
         return "none"
     alike = {name: own for name, own in _choices(group).items() if own.get("_target_") == target}
-    if not alike:
-        return str(target)
-    return max(alike, key=lambda name: sum(node.get(k) == v for k, v in alike[name].items()))
+    shared = {name: sum(node.get(k) == v for k, v in own.items()) for name, own in alike.items()}
+    return max(shared, key=shared.__getitem__, default=str(target))
 
 
 def defaults(group: str, name: str) -> dict[str, Any]:

@@ -34,15 +34,13 @@ def has_run(directory: Path) -> bool:
 
 def is_running(directory: Path) -> bool:
     """Whether a process is training in the directory; false if that cannot be read."""
-    if (directory / LOCK).exists():
-        try:
-            with FileLock(directory / LOCK, timeout=0):
-                return False
-        except Timeout:
-            return True
-        except OSError:
+    if not (directory / LOCK).exists():
+        return False
+    try:
+        with FileLock(directory / LOCK, timeout=0):
             return False
-    return False
+    except OSError as error:
+        return isinstance(error, Timeout)
 
 
 def in_use(directory: Path, option: str = "hydra.run.dir") -> str:
@@ -59,11 +57,11 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     """The content of result.json; None if it is missing or damaged."""
     try:
         return read_sealed(directory / RESULT)
-    except FileNotFoundError:
-        return None
     except DamagedRecord as error:
         log.warning(str(error))
-        return None
+    except FileNotFoundError:
+        pass
+    return None
 
 
 class DamagedRecord(Exception):
@@ -123,10 +121,8 @@ def with_overrides(
     processes = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
     other = [text for text in overrides if text.startswith("trainer=") and text not in given]
     if processes > 1 and other:
-        problem = f"{other[-1]}: the run in {directory} has {processes} processes"
-        raise ConfigError(
-            [f"{problem}; leave it out, and set trainer.accelerator=cpu and the like"]
-        )
+        problem = f"{other[-1]}: the run in {directory} has {processes} processes; leave it out"
+        raise ConfigError([f"{problem}, and set trainer.accelerator=cpu and the like"])
     try:
         before = flat(compose(given))
     except ConfigError as error:
@@ -171,22 +167,19 @@ def resume_problems(run: DictConfig, wanted: DictConfig) -> list[str]:
         if old.get(key) == new.get(key) or incidental(key) or other_class:
             continue
         value, before = f"{key}={format_value(new.get(key))}", format_value(old.get(key))
+        way_out = "leave the option out"
         if key in ("trainer.devices", "trainer.num_nodes") and key not in new:
-            if old[key] > 1:
-                problems.append(
-                    f"{key}: the run has {before}, and is resumed with as many; add "
-                    f"trainer=ddp {key}={before}, or start a new run"
-                )
+            if old[key] == 1:
+                continue
+            problem = f"{key}: the run has {before}, and is resumed with as many"
+            way_out = f"add trainer=ddp {key}={before}"
         elif key != "trainer.max_epochs":
-            problems.append(
-                f"{value}: the run was started with {before}; leave the option out, or start a "
-                "new run"
-            )
-        elif _needs_length(run):
-            problems.append(
-                f"{value}: the learning rate schedule of this run is for {before} epochs; leave "
-                "the option out, or start a new run"
-            )
+            problem = f"{value}: the run was started with {before}"
+        elif run.scheduler and "total_steps" in signature(run.scheduler._target_).types:
+            problem = f"{value}: the learning rate schedule of this run is for {before} epochs"
+        else:
+            continue
+        problems.append(f"{problem}; {way_out}, or start a new run")
     return problems
 
 
@@ -200,9 +193,8 @@ def result_with_status(
 ) -> dict[str, Any] | None:
     """The content of result.json if the run has this config and one of these statuses."""
     result = read_result(directory)
-    if result and result["status"] in statuses and result["config_hash"] == config_hash:
-        return result
-    return None
+    found = result and result["status"] in statuses and result["config_hash"] == config_hash
+    return result if found else None
 
 
 def holds_another_run(directory: Path, config_hash_: str) -> bool:
@@ -211,11 +203,6 @@ def holds_another_run(directory: Path, config_hash_: str) -> bool:
         return result["config_hash"] != config_hash_
     cfg = read_config(directory / CONFIG)
     return cfg is not None and config_hash(cfg) != config_hash_
-
-
-def _needs_length(cfg: DictConfig) -> bool:
-    target = cfg.scheduler and cfg.scheduler.get("_target_")
-    return bool(target) and "total_steps" in signature(target).types
 
 
 def read_config(path: Path) -> DictConfig | None:
