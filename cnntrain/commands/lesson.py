@@ -1,19 +1,19 @@
 """`cnntrain lesson`: lessons on convolutions, printed and drawn."""
 
 import ast
+import contextlib
 import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from cnntrain.commands.app import exit_with_problems, short
 from cnntrain.commands.finished_run import report_errors
-from cnntrain.config import ConfigError, folder_problem
-from cnntrain.config.checks import mismatch
+from cnntrain.config import ConfigError, Root, check, folder_problem
 from cnntrain.config.errors import format_value, unknown
-from cnntrain.config.signatures import signature
 
 LESSONS = {
     "patterns": "a kernel responds to patterns that look like it",
@@ -81,14 +81,11 @@ def _parse(name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
             options["out"] = value
             problems += [problem] if (problem := folder_problem(value, "out")) else []
         else:
-            try:
+            options[option] = value
+            with contextlib.suppress(yaml.YAMLError):
                 options[option] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                options[option] = value
-    types = {} if problems else signature(f"cnntrain.lab.lessons.{name}").types
-    for option, kind in types.items():
-        if option in options and (wrong := mismatch(kind, options[option])):
-            problems.append(f"{option}={format_value(options[option])}: {wrong}")
-    if problems:
+    out = Path(options.pop("out", "outputs/lessons"))
+    target = f"cnntrain.lab.lessons.{name}"
+    if problems := problems or check(OmegaConf.create(options), Root([], target)):
         raise ConfigError(problems)
-    return Path(options.pop("out", "outputs/lessons")), options
+    return out, options

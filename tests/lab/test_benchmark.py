@@ -47,12 +47,15 @@ def shown(report: BenchmarkReport) -> str:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"kernal_size": 3}, "shape: it has no key 'kernal_size'; did you mean 'kernel_size'?"),
-        ({"size": None}, "shape.size=None: input should be a valid integer, or "),
+        (
+            {"kernal_size": 3},
+            "shape.kernal_size: there is no option 'kernal_size'; did you mean 'kernel_size'?",
+        ),
+        ({"size": None}, "shape.size=null: input should be a valid integer, or "),
         ({"size": [8, 8, 8]}, "shape.size=[8, 8, 8]: input should be a valid integer, or tuple"),
         ({"stride": 0}, "shape.stride=0: input should be greater than 0"),
         ({"kernel_size": 2.5}, "shape.kernel_size=2.5: input should be a valid integer, or"),
-        ({"in_channels": True}, "shape.in_channels=True: input should be a valid integer"),
+        ({"in_channels": True}, "shape.in_channels=true: input should be a valid integer"),
         ({"bias": "no"}, "shape.bias=no: input should be a valid boolean"),
         ({"padding": -1}, "shape.padding=-1: input should be greater than or equal to 0"),
         ({"padding": "sam"}, "shape: Invalid padding string 'sam'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -81,13 +82,11 @@ def _rows_table(rows: Sequence[Row], meta: dict[str, Any]) -> Table:
     table.add_column("layer\n  backend")
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for _, group in groupby(rows, lambda row: (row["layer"], row["shape"])):
-        for i, row in enumerate(group):
-            if i == 0:
-                first, *others = dict.fromkeys([row["layer"], row["shape"]])
-                count = f"{row['count']} x " if row["count"] > 1 else ""
-                for line in (count + first, *others):
-                    table.add_row(Text(terminal.encodable(line), style="bold"))
+    for (layer, shape, count), group in groupby(rows, itemgetter("layer", "shape", "count")):
+        name = f"{count} x {layer}" if count > 1 else layer
+        for line in [name] if layer == shape else [name, shape]:
+            table.add_row(Text(terminal.encodable(line), style="bold"))
+        for row in group:
             errors = [e for e in (row["output_error"], row["gradient_error"]) if e is not None]
             cells = [
                 *(_ms(row, f"{span}_ms") for span in spans),
@@ -143,19 +142,17 @@ def plot(report: BenchmarkReport, file: Path) -> None:
     """
     baseline, meta = report.meta["baseline"], report.meta
     panels: dict[str, dict[str, dict[str, Row]]] = {}
-    for dtype in dict.fromkeys(row["dtype"] for row in report.rows):
-        layers, sums = ([row for row in rows if row["dtype"] == dtype]
-                        for rows in (report.rows, report.sums))  # fmt: skip
-        several = len(layers) > len(sums) == len(report.backends)  # layers of a single sum
-        panels[dtype] = {}
-        for row in [*layers, *sums] if several else sums:
-            panels[dtype].setdefault(_bar_label(row), {})[row["backend"]] = row
+    single = len({(row["set"], row["batch_size"]) for row in report.sums}) == 1
+    layers = report.rows if single and len(report.rows) > len(report.sums) else []
+    for row in [*layers, *report.sums]:
+        bars = panels.setdefault(row["dtype"], {}).setdefault(_bar_label(row), {})
+        bars[row["backend"]] = row
     group_inches = max(0.8, 0.29 * (len(report.backends) - 1))
     width = max(7.0, 1 + group_inches * max(map(len, panels.values())))
     figure = Figure(figsize=(width, 0.9 + 3.2 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for (dtype, bars), panel in zip(panels.items(), axes, strict=True):
-        _plot_panel(panel, bars, report)
+    for (dtype, groups), panel in zip(panels.items(), axes, strict=True):
+        _plot_panel(panel, groups, report)
         panel.set_title(dtype, loc="left", fontsize=10, color=INK)
         panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(report.backends),
                      frameon=False, fontsize=9, borderaxespad=0.2)  # fmt: skip

@@ -96,28 +96,23 @@ def implementations(entries: Sequence[str | Mapping[str, Any] | MakeConv]) -> di
 def _implementation(entry: Any) -> tuple[str, MakeConv]:
     if callable(entry):
         return getattr(entry, "__name__", str(entry)), entry
-    if isinstance(entry, Mapping):
-        if "_target_" not in entry:
-            raise ConfigError([f"backends={dict(entry)}: must have a _target_, the class's name"])
-        options = {k: v for k, v in entry.items() if k not in ("_target_", "_partial_")}
-        label = str(entry["_target_"]).rpartition(".")[2]
-        label += f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else ""
-        return label, _build({"_partial_": True, **entry})
-    known: dict[Any, MakeConv] = {**BACKENDS, **REFERENCES}
-    if entry == "unfoldNd" and importlib.util.find_spec("unfoldNd") is None:
-        raise ConfigError(["backends: unfoldNd is a package of its own: pip install unfoldNd"])
-    if entry in known:
-        return entry, known[entry]
-    if "." not in str(entry):
-        problem = unknown("there is", "choice", str(entry), [*known])
-        raise ConfigError([f"backends=[{entry}]: {problem}, or a class, as mypkg.MyConv2d"])
-    return str(entry).rpartition(".")[2], _build({"_target_": entry, "_partial_": True})
-
-
-def _build(node: Any) -> MakeConv:
-    """The constructor of a config node, which is checked as `backend` is in every command."""
-    cfg = OmegaConf.create({"backend": node})
-    if problems := check(cfg, Root(["backend"])):
+    if not isinstance(entry, Mapping):
+        known: dict[Any, MakeConv] = {**BACKENDS, **REFERENCES}
+        if entry == "unfoldNd" and importlib.util.find_spec("unfoldNd") is None:
+            raise ConfigError(["backends: unfoldNd is a package of its own: pip install unfoldNd"])
+        if entry in known:
+            return entry, known[entry]
+        if "." not in str(entry):
+            problem = unknown("there is", "choice", str(entry), [*known])
+            raise ConfigError([f"backends=[{entry}]: {problem}, or a class, as mypkg.MyConv2d"])
+        entry = {"_target_": entry}
+    if "_target_" not in entry:
+        raise ConfigError([f"backends={dict(entry)}: must have a _target_, the class's name"])
+    options = {k: v for k, v in entry.items() if k not in ("_target_", "_partial_")}
+    label = str(entry["_target_"]).rpartition(".")[2]
+    label += f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else ""
+    cfg = OmegaConf.create({"backend": {"_partial_": True, **entry}})
+    if problems := check(cfg, Root(["backend"])):  # as in every command
         raise ConfigError([problem.replace("backend", "backends", 1) for problem in problems])
     with as_config_error("backends"):
-        return build(cfg.backend)
+        return label, build(cfg.backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -13,17 +13,11 @@ from omegaconf import OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from cnntrain.config import ConfigError
+from cnntrain.config import ConfigError, Root, check
 from cnntrain.config.checks import mismatch
 from cnntrain.config.errors import collect, first_line, unknown
-from cnntrain.config.signatures import signature
 from cnntrain.conv import Geometry
-from cnntrain.models.introspection import (
-    black_image,
-    evaluation_mode,
-    forward_hooks,
-    named_convolutions,
-)
+from cnntrain.models import introspection
 
 SIZE = PositiveInt | tuple[PositiveInt, PositiveInt]
 PADDING = NonNegativeInt | tuple[NonNegativeInt, NonNegativeInt] | str
@@ -32,17 +26,12 @@ EXAMPLE = "'{in_channels: 64, out_channels: 128, kernel_size: 3, size: 32}'"
 
 @dataclass(frozen=True)
 class ConvLayer:
-    """A convolution on the meta device and the size (H, W) of its input.
+    """A convolution on the meta device and the size (H, W) of its input."""
 
-    Attributes:
-        name: its name in a network, or its shape.
-        count: the number of equal layers in the network.
-    """
-
-    name: str
+    name: str  # in a network, or the shape
     conv: nn.Conv2d
     size: tuple[int, int]
-    count: int = 1
+    count: int = 1  # equal layers of the network
 
     def make(self, kind: Callable[..., nn.Conv2d], **options: Any) -> nn.Conv2d:
         """A new layer of a class with the arguments of ``nn.Conv2d``."""
@@ -123,24 +112,19 @@ def layer(shape: Any, option: str = "shape") -> ConvLayer:
     if not isinstance(shape, Mapping) or "size" not in shape:
         problem = "must be a mapping with a size, in quotes"
         raise ConfigError([f"{option}={shape}: {problem}: {option}={EXAMPLE}"])
-    types = {**signature("torch.nn.Conv2d").types, "padding": PADDING}
+    types = {"padding": PADDING}
     types |= dict.fromkeys(("kernel_size", "size", "stride", "dilation"), SIZE)
-    problems = [f"{option}: {unknown('it has', 'key', str(key), [*types])}"
-                for key in shape if key not in types]  # fmt: skip
-    problems += [f"{option}.{key}={value}: {wrong}" for key, value in shape.items()
-                 if (wrong := mismatch(types.get(key, Any), value))]  # fmt: skip
-    if problems:
-        raise ConfigError(problems)
-    options = {key: value for key, value in shape.items() if key != "size"}
-    size = shape["size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    if problems := check(OmegaConf.create(dict(shape)), Root([], "torch.nn.Conv2d", types)):
+        raise ConfigError([f"{option}.{problem}" for problem in problems])
+    options = dict(shape)
+    size = options.pop("size")
+    size = (size, size) if isinstance(size, int) else tuple(size)
     try:
-        conv = nn.Conv2d(**options, device="meta")
-        conv(torch.empty(1, conv.in_channels, height, width, device="meta"))
+        found = ConvLayer("", nn.Conv2d(**options, device="meta"), size)
+        _ = found.out_shape  # raises where the window does not fit
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError([f"{option}: {first_line(error)}"]) from None
-    found = ConvLayer("", conv, (height, width))
-    return ConvLayer(found.shape, conv, found.size)
+    return replace(found, name=found.shape)
 
 
 def layers_of(network: nn.Module, in_shape: tuple[int, int, int]) -> list[ConvLayer]:
@@ -150,16 +134,18 @@ def layers_of(network: nn.Module, in_shape: tuple[int, int, int]) -> list[ConvLa
         ConfigError: the network does not accept the image.
     """
     layers: list[ConvLayer] = []
-    names: dict[nn.Module, str] = {conv: name for name, conv in named_convolutions(network)}
+    names: dict[nn.Module, str] = {
+        conv: name for name, conv in introspection.named_convolutions(network)
+    }
 
     def record(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         height, width = inputs[0].shape[-2:]
-        copied = ConvLayer("", conv, (height, width)).make(nn.Conv2d, device="meta")
-        layers.append(ConvLayer(names[conv], copied, (height, width)))
+        called = ConvLayer(names[conv], conv, (height, width))
+        layers.append(replace(called, conv=called.make(nn.Conv2d, device="meta")))
 
     try:
-        with evaluation_mode(network), forward_hooks(names, record):
-            network(black_image(network, in_shape))
+        with introspection.evaluation_mode(network), introspection.forward_hooks(names, record):
+            network(introspection.black_image(network, in_shape))
     except (RuntimeError, ValueError) as error:
         raise ConfigError([f"in_shape={list(in_shape)}: {first_line(error)}"]) from error
     return layers
@@ -191,5 +177,4 @@ def _counted(layers: Sequence[ConvLayer]) -> list[ConvLayer]:
     """Equal layers as one with a count, under the first one's name."""
     counts = Counter(layer.shape for layer in layers)
     first = {layer.shape: layer for layer in reversed(layers)}
-    return [ConvLayer(first[shape].name, first[shape].conv, first[shape].size, count)
-            for shape, count in counts.items()]  # fmt: skip
+    return [replace(first[shape], count=count) for shape, count in counts.items()]

@@ -1,8 +1,4 @@
-"""Time, memory and rounding error of a convolution, measured.
-
-torch.utils.benchmark.Timer is not used: it times one statement as a whole, so the backward of a new
-graph cannot be told from the forward that builds it, and it synchronises with the GPU.
-"""
+"""Time, memory and rounding error of a convolution, measured."""
 
 from __future__ import annotations
 
@@ -41,9 +37,7 @@ class TimedConv:
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
         """The gradients of input, weight and bias."""
-        conv = self.conv
-        leaves = [self.x, conv.weight, *([] if conv.bias is None else [conv.bias])]
-        return torch.autograd.grad(y, leaves, self.g)
+        return torch.autograd.grad(y, [self.x, *self.conv.parameters()], self.g)
 
 
 class PassTime(NamedTuple):
@@ -58,17 +52,11 @@ class PassTime(NamedTuple):
 
 
 class ExtraMemory(NamedTuple):
-    """Bytes beyond input, weight, bias and the results, which are output and gradients.
+    """Bytes beyond input, weight, bias and the results, which are output and gradients."""
 
-    Attributes:
-        forward: the peak during the forward.
-        total: the peak during forward and backward; None without backward.
-        kept: what is allocated between the two; None without backward.
-    """
-
-    forward: int | None = None
-    total: int | None = None
-    kept: int | None = None
+    forward: int | None = None  # peak during the forward
+    total: int | None = None  # peak during forward and backward; None without backward
+    kept: int | None = None  # allocated between the two; None without backward
 
 
 def time_passes(timed: TimedConv, passes: int) -> PassTime:
@@ -100,25 +88,22 @@ def time_passes(timed: TimedConv, passes: int) -> PassTime:
     finally:
         if gc_enabled:
             gc.enable()
-    pairs = list(itertools.pairwise(marks))
     if timed.x.is_cuda:
         torch.cuda.synchronize()
-        seconds = [start.elapsed_time(end) / 1000 for start, end in pairs]
-    else:
-        seconds = [end - start for start, end in pairs]
+        marks = [marks[0].elapsed_time(mark) / 1000 for mark in marks]
+    seconds = [end - start for start, end in itertools.pairwise(marks)]
     backward = None if timed.g is None else sum(seconds[1::3]) / passes
     return PassTime(sum(seconds[0::3]) / passes, backward)
 
 
 def passes_per_turn(timed: TimedConv, min_seconds: float) -> int:
     """The number of passes that take at least `min_seconds`."""
-    passes = 1
-    while (spent := time_passes(timed, passes).total * passes) < min_seconds:
-        if passes >= MAX_PASSES:
-            break
+    passes, spent = 1, time_passes(timed, 1).total
+    while spent < min_seconds and passes < MAX_PASSES:
         # The first pass is slow, so its time is an upper bound: increase step by step.
         enough = math.ceil(1.2 * passes * min_seconds / max(spent, 1e-9))
         passes = min(MAX_PASSES, enough, 10 * passes)
+        spent = time_passes(timed, passes).total * passes
     return passes
 
 
@@ -129,10 +114,9 @@ def time_in_turns(
     order: random.Random,
     on_round: Callable[[], Any] = lambda: None,
 ) -> tuple[dict[str, list[PassTime]], dict[str, Exception]]:
-    """Time each implementation once a round, in an order drawn for each round.
+    """Time each implementation once a round, in random order, as a machine's speed changes.
 
-    Changes of the machine's speed then meet all of them alike. Returns the times by round, and the
-    exceptions of those that raised, which have no times.
+    Returns the times by round, and the exceptions of those that raised, which have no times.
     """
     times: dict[str, list[PassTime]] = {name: [] for name in timed}
     raised: dict[str, Exception] = {}

@@ -21,6 +21,7 @@ from cnntrain.lab.benchmark.measure import ExtraMemory, PassTime
 from cnntrain.training.run_directory import environment
 
 Table = list[dict[str, Any]]
+MEMORY = "forward_extra", "total_extra", "kept"  # in the order of ExtraMemory
 
 
 @dataclass(frozen=True)
@@ -98,35 +99,21 @@ class BenchmarkReport:
 
 def _row(found: Measurement, baseline: Sequence[float]) -> dict[str, Any]:
     layer, memory = found.layer, found.memory or ExtraMemory()
-    forward = _quartiles("forward_ms", (time.forward for time in found.times), 1000)
-    backward = _quartiles("backward_ms", (time.backward for time in found.times), 1000)
-    total = _quartiles("total_ms", found.totals, 1000)
+    row: dict[str, Any] = {"set": found.set, "layer": layer.name, "shape": layer.shape}
+    row |= {"count": layer.count, "batch_size": found.batch_size, "dtype": found.dtype}
+    row |= {"backend": found.backend, "macs_per_image": layer.macs}
+    row |= {"rounds": len(found.times), "passes": found.passes}
+    row |= _quartiles("forward_ms", (time.forward for time in found.times), 1000)
+    row |= _quartiles("backward_ms", (time.backward for time in found.times), 1000)
+    row |= _quartiles("total_ms", found.totals, 1000)
     mflop = 2 * layer.macs * found.batch_size / 1e6
-    products = 1 if backward["backward_ms"] is None else 3
-    return {
-        "set": found.set,
-        "layer": layer.name,
-        "shape": layer.shape,
-        "count": layer.count,
-        "batch_size": found.batch_size,
-        "dtype": found.dtype,
-        "backend": found.backend,
-        "macs_per_image": layer.macs,
-        "rounds": len(found.times),
-        "passes": found.passes,
-        **forward,
-        **backward,
-        **total,
-        "forward_gflops": (time := forward["forward_ms"]) and mflop / time,
-        "total_gflops": (time := total["total_ms"]) and products * mflop / time,
-        **_ratio(found.totals, baseline),
-        "forward_extra_bytes": memory.forward,
-        "total_extra_bytes": memory.total,
-        "kept_bytes": memory.kept,
-        "output_error": found.output_error,
-        "gradient_error": found.gradient_error,
-        "problem": found.problem,
-    }
+    products = 1 if row["backward_ms"] is None else 3
+    row["forward_gflops"] = (time := row["forward_ms"]) and mflop / time
+    row["total_gflops"] = (time := row["total_ms"]) and products * mflop / time
+    row |= _ratio(found.totals, baseline)
+    row |= {f"{part}_bytes": size for part, size in zip(MEMORY, memory, strict=True)}
+    row |= {"output_error": found.output_error, "gradient_error": found.gradient_error}
+    return row | {"problem": found.problem}
 
 
 def _quartiles(

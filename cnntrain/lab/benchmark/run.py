@@ -15,16 +15,9 @@ from tqdm import tqdm
 
 from cnntrain.config import ConfigError
 from cnntrain.config.errors import collect, first_line
+from cnntrain.lab.benchmark import measure
 from cnntrain.lab.benchmark.implementations import MakeConv, implementations
 from cnntrain.lab.benchmark.layers import ConvLayer, LayerSet, layer_sets
-from cnntrain.lab.benchmark.measure import (
-    TimedConv,
-    expected_results,
-    extra_memory,
-    largest_error,
-    passes_per_turn,
-    time_in_turns,
-)
 from cnntrain.lab.benchmark.report import BenchmarkReport, Measurement, describe_machine
 
 BATCH_SIZES = [128]  # of a set that has none of its own
@@ -159,33 +152,33 @@ def _measure(
     x, g = (torch.randn(batch_size, *shape).to(**kind, memory_format=memory_format)
             for shape in (layer.in_shape, layer.out_shape))  # fmt: skip
     gradient = g if options["backward"] else None
-    expected = expected_results(reference, x, gradient)
+    expected = measure.expected_results(reference, x, gradient)
     x.requires_grad_(options["backward"])
     results: dict[str, dict[str, Any]] = {}
-    timed: dict[str, TimedConv] = {}
+    timed: dict[str, measure.TimedConv] = {}
     for name, make in makers.items():
         try:
             conv = layer.make(make).to(**kind)
             conv.load_state_dict(reference.state_dict())
             conv.to(memory_format=memory_format)
-            subject = TimedConv(conv, x, gradient)
+            subject = measure.TimedConv(conv, x, gradient)
             y = subject.forward()  # also the warm-up
             if y.shape != expected[0].shape:
                 raise RuntimeError(f"its output is {[*y.shape]}, not {[*expected[0].shape]}")
-            found: dict[str, Any] = {"output_error": largest_error([y], expected[:1])}
+            found: dict[str, Any] = {"output_error": measure.largest_error([y], expected[:1])}
             if gradient is not None and not y.requires_grad:
                 subject = replace(subject, g=None)
                 found["problem"] = "forward only: its output has no gradient"
             elif gradient is not None:
-                found["gradient_error"] = largest_error(subject.backward(y), expected[1:])
+                found["gradient_error"] = measure.largest_error(subject.backward(y), expected[1:])
             del y
-            found["memory"] = extra_memory(subject)
-            found["passes"] = passes_per_turn(subject, options["min_turn_ms"] / 1000)
+            found["memory"] = measure.extra_memory(subject)
+            found["passes"] = measure.passes_per_turn(subject, options["min_turn_ms"] / 1000)
             timed[name], results[name] = subject, found
         except Exception as error:
             results[name] = _failure(error)
     passes = {name: results[name]["passes"] for name in timed}
-    times, raised = time_in_turns(timed, passes, options["rounds"], order, on_round)
+    times, raised = measure.time_in_turns(timed, passes, options["rounds"], order, on_round)
     for name in times:
         complete = (timed[name].g is not None) == options["backward"]
         totals = [time.total for time in times[name]] if complete else []

@@ -1,9 +1,11 @@
 """Lessons `patterns`, `activations` and `cost`: kernels, derivatives of activations, MACs."""
 
-import statistics
+import itertools
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
@@ -13,15 +15,7 @@ from torch import Tensor, nn, tensor
 
 from cnntrain.config import ConfigError, as_config_error, build, compose
 from cnntrain.conv import BACKENDS
-from cnntrain.lab.lessons.lesson import (
-    INK,
-    LIGHT,
-    Lesson,
-    Panel,
-    matrix_lines,
-    short_number,
-    side_by_side,
-)
+from cnntrain.lab.lessons.lesson import INK, Lesson, Panel, matrix_lines, short_number, side_by_side
 from cnntrain.models import LayerSummary, summarise, uncalled_layers
 from cnntrain.models.introspection import forward_hooks, leaf_modules
 from cnntrain.models.layers import ACTIVATIONS
@@ -32,13 +26,9 @@ KERNELS = {
     "horizontal": [[0, 0, 0], [1, 1, 1], [0, 0, 0]],
     "ring": [[1, 1, 1], [1, 0, 1], [1, 1, 1]],
 }
-IMAGES = {
-    name: [[int(pixel == "#") for pixel in row] for row in rows.split()]
-    for name, rows in {
-        "diagonal": "......# .....#. ....#.. ...#... ..#.... .#..... #......",
-        "ring": "....... ....... ..###.. ..#.#.. ..###.. ....... .......",
-    }.items()
-}
+IMAGES = {name: np.zeros((7, 7), int) for name in ("diagonal", "ring")}
+np.fill_diagonal(np.fliplr(IMAGES["diagonal"]), 1)
+IMAGES["ring"][2:5, 2:5] = KERNELS["ring"]
 NOTE = "each kernel on\neach image\n\none colour scale for\nthe outputs of a row"
 IN_SHAPE = (1, 28, 28)  # (C, H, W)
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
@@ -56,8 +46,8 @@ def responses(backend: str = "native") -> dict[tuple[str, str], Tensor]:
     conv = BACKENDS[backend](1, len(KERNELS), 3, bias=False)
     conv.weight.data = tensor(list(KERNELS.values())).float()[:, None]  # (3, 1, 3, 3)
     outputs: dict[tuple[str, str], Tensor] = {}
-    for image, rows in IMAGES.items():
-        maps = conv(tensor(rows).float()[None]).detach()  # (3, 5, 5)
+    for image, pixels in IMAGES.items():
+        maps = conv(tensor(pixels).float()[None]).detach()  # (3, 5, 5)
         outputs |= {(image, kernel): maps[i] for i, kernel in enumerate(KERNELS)}
     return outputs
 
@@ -74,11 +64,10 @@ def patterns(*, backend: str = "native") -> Lesson:
     outputs = responses(backend)
     lines = []
     for image, pixels in IMAGES.items():
-        matrices = [pixels, *(outputs[image, kernel].tolist() for kernel in KERNELS)]
-        blocks = [matrix_lines(rows) for rows in matrices]
-        titles = zip(["image", *KERNELS], blocks, strict=True)
-        lines += [f"image: {image}", "", "     ".join(t.ljust(len(b[0])) for t, b in titles)]
-        lines += [*side_by_side(blocks, [" " * 5] * len(KERNELS)), ""]
+        matrices = {"image": pixels} | {kernel: outputs[image, kernel] for kernel in KERNELS}
+        blocks = [[line + " " * 5 for line in matrix_lines(m)] for m in matrices.values()]
+        titles = "".join(t.ljust(len(block[0])) for t, block in zip(matrices, blocks, strict=True))
+        lines += [f"image: {image}", "", titles.rstrip(), *side_by_side(*blocks), ""]
     lines.append("strongest output".ljust(20) + "".join(f"{kernel:>12}" for kernel in KERNELS))
     for image in IMAGES:
         strongest = [short_number(outputs[image, kernel].max().item()) for kernel in KERNELS]
@@ -92,14 +81,13 @@ def _draw_patterns(outputs: dict[tuple[str, str], Tensor]) -> Figure:
     axes[0, 0].set_axis_off()
     axes[0, 0].text(0.5, 0.5, NOTE, ha="center", va="center", fontsize=11, color=INK)
     for column, (name, kernel) in enumerate(KERNELS.items(), start=1):
-        Panel(kernel, f"kernel: {name}").draw(axes[0, column])
+        Panel(np.array(kernel), f"kernel: {name}").draw(axes[0, column])
     for row, (image, pixels) in enumerate(IMAGES.items(), start=1):
         Panel(pixels, f"image: {image}").draw(axes[row, 0])
         largest = max(outputs[image, name].max().item() for name in KERNELS)
         for column, name in enumerate(KERNELS, start=1):
-            output = outputs[image, name]
-            title = f"strongest: {short_number(output.max().item())}"
-            Panel(output.tolist(), title).draw(axes[row, column], largest)
+            title = f"strongest: {short_number(outputs[image, name].max().item())}"
+            Panel(outputs[image, name], title).draw(axes[row, column], largest)
     return figure
 
 
@@ -138,8 +126,8 @@ def _draw_activations() -> Figure:
     for column, name in enumerate(ACTIVATIONS):
         curves = zip(rows[:, column], curve(name, x), ("#0072B2", "#D55E00"), strict=True)
         for axes, values, colour in curves:
-            axes.axhline(0, color=LIGHT, linewidth=0.8)
-            axes.axvline(0, color=LIGHT, linewidth=0.8)
+            axes.axhline(0, color="#bbbbbb", linewidth=0.8)
+            axes.axvline(0, color="#bbbbbb", linewidth=0.8)
             axes.plot(x, values, color=colour, linewidth=2)
             axes.spines[["top", "right"]].set_visible(False)
         rows[0, column].set_title(name, fontsize=11, color=INK)
@@ -181,7 +169,7 @@ def cost(
     head = f"{model}, a batch of {batch_size}, forward, {threads} threads; in ms"
     optional = ("share", "GMAC/s", "MACs/image", *names[:0:-1])
     table = table_text(_table(layers, times, batch_size), optional, width())
-    text = "\n".join(line.rstrip() for line in table.splitlines())
+    text = "\n".join(map(str.rstrip, table.splitlines()))
     return Lesson(f"{head}\n\n{text}", lambda: _draw(model, layers, times))
 
 
@@ -194,9 +182,9 @@ def _network(model: str, backend: str) -> nn.Module:
             raise error from None
         small = str("vit" not in model).lower()  # the size of ViT's patches is fixed
         cfg = compose(["model=torchvision", f"model.name={model}", f"model.small_images={small}"])
+    options = {"conv": BACKENDS[backend], "in_shape": IN_SHAPE, "num_classes": 10}
     with as_config_error("model"):
-        conv = BACKENDS[backend]
-        return build(cfg.model, conv=conv, in_shape=IN_SHAPE, num_classes=10).eval()
+        return build(cfg.model, **options).eval()
 
 
 def layer_times(
@@ -208,25 +196,24 @@ def layer_times(
     for _ in range(rounds + 1):
         for name, network in networks.items():
             measured[name].append(_timed(network, images))
-    return {  # without the first round, a warm-up
-        name: [statistics.median(layer[1:]) for layer in zip(*times, strict=True)]
-        for name, times in measured.items()
-    }
+    # without the first round, a warm-up
+    return {name: np.median(times[1:], axis=0).tolist() for name, times in measured.items()}
 
 
 def _timed(network: nn.Module, images: Tensor) -> list[float]:
     """Seconds of each layer's forward, in the order of execution."""
-    begun: list[float] = []
-    seconds: list[float] = []
+    marks: list[float] = []
     layers = leaf_modules(network)
-    handles = [layer.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter()))
-               for layer in layers]  # fmt: skip
-    end = lambda *_: seconds.append(time.perf_counter() - begun.pop())  # noqa: E731
-    with forward_hooks(layers, end), torch.no_grad():
+
+    def mark(*_: Any) -> None:
+        marks.append(time.perf_counter())
+
+    handles = [layer.register_forward_pre_hook(mark) for layer in layers]
+    with forward_hooks(layers, mark), torch.no_grad():
         network(images)
     for handle in handles:
         handle.remove()
-    return seconds
+    return np.subtract(marks[1::2], marks[::2]).tolist()
 
 
 def _table(layers: Sequence[LayerSummary], times: dict[str, list[float]], batch_size: int) -> Table:
@@ -253,20 +240,18 @@ def _table(layers: Sequence[LayerSummary], times: dict[str, list[float]], batch_
 
 def _draw(model: str, layers: Sequence[LayerSummary], times: dict[str, list[float]]) -> Figure:
     """Shares of the MACs and of each backend's time, a group of bars for each layer."""
-    total = sum(layer.macs for layer in layers) or 1
-    shares = {"MACs": [layer.macs / total for layer in layers]}
-    shares |= {f"time, {name}": [t / sum(taken) for t in taken] for name, taken in times.items()}
-    shown = sorted(range(len(layers)), key=lambda i: -max(share[i] for share in shares.values()))
-    shown = sorted(shown[:16])  # the largest of a deep network
+    labels = ["MACs", *(f"time, {name}" for name in times)]
+    amounts = np.array([[layer.macs for layer in layers], *times.values()], float)
+    shares = 100 * amounts / np.maximum(amounts.sum(1, keepdims=True), 1e-12)
+    shown = np.sort(np.argsort(-shares.max(0), kind="stable")[:16])  # of a deep network
     figure = Figure(figsize=(9, 0.9 + 0.42 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    thickness = 0.8 / len(shares)
-    for number, (name, share) in enumerate(shares.items()):
-        colour = "#555555" if name == "MACs" else COLOURS[(number - 1) % len(COLOURS)]
-        positions = [row + number * thickness for row in range(len(shown))]
-        axes.barh(positions, [100 * share[i] for i in shown], thickness, color=colour, label=name)
-    axes.set_yticks([row + 0.4 - thickness / 2 for row in range(len(shown))])
-    axes.set_yticklabels([f"{layers[i].name}  {_kind(layers[i])}" for i in shown])
+    thickness, rows = 0.8 / len(shares), np.arange(len(shown))
+    colours = itertools.chain(["#555555"], itertools.cycle(COLOURS))
+    for number, (label, share, colour) in enumerate(zip(labels, shares, colours, strict=False)):
+        axes.barh(rows + number * thickness, share[shown], thickness, color=colour, label=label)
+    names = [f"{layers[i].name}  {_kind(layers[i])}" for i in shown]
+    axes.set_yticks(rows + 0.4 - thickness / 2, names)
     axes.invert_yaxis()
     axes.set_xlabel("% of the total")
     axes.set_title(f"{model}: MACs and time of each layer", fontsize=11)

@@ -19,6 +19,7 @@ Positive = PositiveInt | tuple[PositiveInt, PositiveInt]
 Padding = NonNegativeInt | tuple[NonNegativeInt, NonNegativeInt] | Literal["same", "valid"]
 Mode = Literal["zeros", "reflect", "replicate", "circular"]
 MAX_COLUMNS, MAX_ROWS, MAX_PIXELS = 36, 36, 900  # that are still readable
+SIZE = "floor((size + padding before + after - dilation * (kernel - 1) - 1) / stride) + 1"
 
 
 def window(
@@ -123,40 +124,34 @@ def formula(example: SmallConvolution) -> list[str]:
     for i, (name, before, after) in enumerate((("height", top, bottom), ("width", left, right))):
         size, k = example.input.shape[1 + i], example.weight.shape[2 + i]
         d, s = example.geometry.dilation[i], example.geometry.stride[i]
-        lines.append(
-            f"output {name:6} = floor(({size} + {before} + {after} - {d} * ({k} - 1) - 1) / {s}) "
-            f"+ 1 = {example.output.shape[1 + i]}"
-        )
+        steps = f"floor(({size} + {before} + {after} - {d} * ({k} - 1) - 1) / {s})"
+        lines.append(f"output {name:6} = {steps} + 1 = {example.output.shape[1 + i]}")
     return lines
 
 
 def _lines(example: SmallConvolution, position: int) -> Iterator[str]:
     groups, rows, count = example.columns.shape
     channels, kh, kw = example.weight.shape[1:]
-    yield (
-        "output size   = floor((size + padding before + after - dilation * (kernel - 1) - 1) "
-        "/ stride) + 1"
-    )
+    yield f"output size   = {SIZE}"
     yield from formula(example)
     for number, image in enumerate(example.padded):
         yield f"\n{_input(example, number)}: window {position} in [ ]"
-        yield from matrix_lines(image.tolist(), example.window(position))
+        yield from matrix_lines(image, example.window(position))
     yield (
         f"\ncolumn matrix: {rows} rows (channels {channels} * kernel {kh} * {kw}), a column for "
         f"each of {count} windows, read row by row"
     )
-    for group, (columns, products) in enumerate(
-        zip(example.columns, example.products, strict=True)
-    ):
-        of = f" of group {group}" if groups > 1 else ""
+    for group in range(groups):
+        of = _numbered(" of group", group, groups)
         yield f"\nkernels{of}, a row each; times the columns{of}; is the product"
-        weights = example.weight.reshape(groups, -1, rows)[group]
-        blocks = [matrix_lines(m.tolist(), {(i, position) for i in range(len(m))})
-                  for m in (columns, products)]  # fmt: skip
-        yield from side_by_side([matrix_lines(weights.tolist()), *blocks], ["  x ", "  = "])
+        weights = matrix_lines(example.weight.reshape(groups, -1, rows)[group])
+        columns, products = (matrix_lines(m[group], {(i, position) for i in range(m.shape[1])})
+                             for m in (example.columns, example.products))  # fmt: skip
+        yield from side_by_side(weights, ["  x "], columns, ["  = "], products)
     for number, image in enumerate(example.output):
-        yield f"\noutput{_channel(number, len(example.output))}: the product, row by row"
-        yield from matrix_lines(image.tolist(), {divmod(position, image.shape[1])})
+        channel = _numbered(", channel", number, len(example.output))
+        yield f"\noutput{channel}: the product, row by row"
+        yield from matrix_lines(image, {divmod(position, image.shape[1])})
 
 
 def _draw(example: SmallConvolution, position: int) -> Figure:
@@ -172,26 +167,26 @@ def _draw(example: SmallConvolution, position: int) -> Figure:
     for group in range(groups):
         inputs = range(group * per_group, (group + 1) * per_group)
         outputs = range(group * of_group, (group + 1) * of_group)
-        line = [Panel(example.padded[i].tolist(), _input(example, i), example.window(position),
-                      grey) for i in inputs]  # fmt: skip
+        window = example.window(position)
+        line = [Panel(example.padded[i], _input(example, i), window, grey) for i in inputs]
         for o in outputs:  # the first one beside the input, each other below the one before
             for i in inputs:
-                name = f"kernel{_number(o, len(example.weight))}"
-                name += _channel(i, len(example.padded))
-                line.append(Panel(example.weight[o, i - inputs[0]].tolist(), name))
-            name = f"output{_channel(o, len(example.output))}"
-            line.append(Panel(example.output[o].tolist(), name, [here]))
+                name = f"kernel{_numbered('', o, len(example.weight))}"
+                name += _numbered(", channel", i, len(example.padded))
+                line.append(Panel(example.weight[o, i - inputs[0]], name))
+            name = f"output{_numbered(', channel', o, len(example.output))}"
+            line.append(Panel(example.output[o], name, [here]))
             lines.append([*line])
             line = []
         weights = example.weight.reshape(groups, of_group, rows)[group]
         each = "as a row" if of_group == 1 else "a row each"
-        part = f" of group {group}" if groups > 1 else ""
+        part = _numbered(" of group", group, groups)
         columns, product = example.columns[group], example.products[group]
         lines.append([
-            Panel(weights.tolist(), f"kernels{part}, {each}"), "×",
-            Panel(columns.tolist(), f"columns{part}, one for each window",
+            Panel(weights, f"kernels{part}, {each}"), "×",
+            Panel(columns, f"columns{part}, one for each window",
                   [(y, position) for y in range(rows)]), "=",
-            Panel(product.tolist(), f"product{part}", [(y, position) for y in range(of_group)]),
+            Panel(product, f"product{part}", [(y, position) for y in range(of_group)]),
         ])  # fmt: skip
     return draw_panels(lines, "\n".join(formula(example)))
 
@@ -199,12 +194,8 @@ def _draw(example: SmallConvolution, position: int) -> Figure:
 def _input(example: SmallConvolution, number: int) -> str:
     """Title of a channel of the input."""
     padded = ", padded" if any(example.amounts) else ""
-    return f"input{padded}{_channel(number, len(example.padded))}"
+    return f"input{padded}{_numbered(', channel', number, len(example.padded))}"
 
 
-def _channel(number: int, count: int) -> str:
-    return f", channel {number}" if count > 1 else ""
-
-
-def _number(number: int, count: int) -> str:
-    return f" {number}" if count > 1 else ""
+def _numbered(words: str, number: int, count: int) -> str:
+    return f"{words} {number}" if count > 1 else ""

@@ -16,9 +16,8 @@ from matplotlib.patches import Rectangle
 
 from cnntrain.terminal import png_html
 
-INK, LIGHT, GREY, MARK = "#333333", "#bbbbbb", "#cccccc", "#E69F00"
+INK, GREY, MARK = "#333333", "#cccccc", "#E69F00"
 CELL = 0.36  # inches
-Matrix = Sequence[Sequence[float]]
 Cells = Collection[tuple[int, int]]  # (row, column)
 
 
@@ -43,12 +42,12 @@ class Lesson:
         self.draw().savefig(file, dpi=110)
 
 
-def matrix_lines(rows: Matrix, marked: Cells | None = None) -> list[str]:
+def matrix_lines(matrix: Any, marked: Cells | None = None) -> list[str]:
     """A matrix as lines of text.
 
     With `marked`, these cells are in brackets and all others leave room for them.
     """
-    cells = [[short_number(number) for number in row] for row in rows]
+    cells = [[short_number(number) for number in row] for row in np.asarray(matrix)]
     width = max(len(cell) for row in cells for cell in row)
     if marked is None:
         return [" ".join(cell.rjust(width) for cell in row) for row in cells]
@@ -59,20 +58,14 @@ def matrix_lines(rows: Matrix, marked: Cells | None = None) -> list[str]:
     ]  # fmt: skip
 
 
-def side_by_side(blocks: Sequence[list[str]], signs: Sequence[str]) -> list[str]:
-    """Blocks of lines from left to right, centred vertically, with a sign between each two."""
+def side_by_side(*blocks: list[str]) -> list[str]:
+    """Blocks of lines from left to right, centred vertically."""
     height = max(map(len, blocks))
     padded = []
     for block in blocks:
         empty, above = [" " * len(block[0])], (height - len(block)) // 2
         padded.append(empty * above + block + empty * (height - len(block) - above))
-    lines = []
-    for i, row in enumerate(zip(*padded, strict=True)):
-        line = row[0]
-        for sign, part in zip(signs, row[1:], strict=True):
-            line += (sign if i == height // 2 else " " * len(sign)) + part
-        lines.append(line.rstrip())
-    return lines
+    return ["".join(row).rstrip() for row in zip(*padded, strict=True)]
 
 
 def short_number(number: float) -> str:
@@ -84,7 +77,7 @@ def short_number(number: float) -> str:
 class Panel:
     """A matrix of a picture: its marked cells have a frame, its grey ones no colour."""
 
-    values: Matrix
+    values: Any  # (rows, columns), a tensor or an array
     title: str
     marked: Cells = ()
     grey: Cells = ()
@@ -92,20 +85,21 @@ class Panel:
     @property
     def width(self) -> float:
         """In cells, with room for the title."""
-        return max(len(self.values[0]), 0.21 * len(self.title))
+        return max(self.values.shape[1], 0.21 * len(self.title))
 
     def draw(self, axes: Axes, largest: float = 0) -> None:
         """Coloured cells with their numbers, red above zero and blue below.
 
         `largest` is the value of the darkest colour; 0: the largest absolute value.
         """
-        largest = largest or max(abs(v) for row in self.values for v in row) or 1
-        shown: Any = np.ma.array(self.values, dtype=float)
+        values = np.asarray(self.values, float)
+        shown: Any = np.ma.array(values)
         for cell in self.grey:
             shown[cell] = np.ma.masked
+        limit = 1.6 * (largest or abs(values).max() or 1)
         colours = colormaps["RdBu_r"].with_extremes(bad=GREY)
-        axes.imshow(shown, cmap=colours, vmin=-1.6 * largest, vmax=1.6 * largest)
-        for (y, x), value in np.ndenumerate(np.array(self.values)):
+        axes.imshow(shown, cmap=colours, vmin=-limit, vmax=limit)
+        for (y, x), value in np.ndenumerate(values):
             text = short_number(value)
             size = 9 if len(text) < 4 else 7
             axes.text(x, y, text, ha="center", va="center", fontsize=size, color=INK)
@@ -114,8 +108,8 @@ class Panel:
             frame = Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=MARK, linewidth=2.2)
             axes.add_patch(frame)
         axes.set_title(self.title, loc="left", fontsize=9, color=INK)
-        axes.set_xticks([x - 0.5 for x in range(len(self.values[0]) + 1)], minor=True)
-        axes.set_yticks([y - 0.5 for y in range(len(self.values) + 1)], minor=True)
+        axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(len(values) + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1)
         axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
         axes.spines[:].set_visible(False)
@@ -138,7 +132,7 @@ def draw_panels(lines: Sequence[Sequence[Panel | str]], title: str) -> Figure:
                             ha="center", va="center")  # fmt: skip
                 left += 1
                 continue
-            rows, columns = len(panel.values), len(panel.values[0])
+            rows, columns = panel.values.shape
             bottom = 1 - (middle + rows / 2) / height
             panel.draw(figure.add_axes((left / width, bottom, columns / width, rows / height)))
             left += panel.width + 1
