@@ -72,9 +72,12 @@ class Classifier(lightning.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
+    @property
+    def stage(self) -> Stage:
+        """Of the current evaluation."""
+        return "test" if self.trainer.testing else "val"
+
+    def transfer_batch_to_device(self, batch: Any, *_: Any, **__: Any) -> Any:
         return batch  # loaders create it on the device
 
     def configure_optimizers(self) -> Any:
@@ -116,10 +119,9 @@ class Classifier(lightning.LightningModule):
         self.running["train"].clear()
 
     def on_validation_epoch_start(self) -> None:
-        self.running["val"], self.batches = RunningMetrics(self.device), []
+        self.running[self.stage], self.batches = RunningMetrics(self.device), []
 
-    def on_test_epoch_start(self) -> None:
-        self.running["test"], self.batches = RunningMetrics(self.device), []
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.reseed(self.current_epoch, batch_idx)
@@ -175,17 +177,14 @@ class Classifier(lightning.LightningModule):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", *batch)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", *batch)
-
-    def _evaluate(self, stage: Stage, images: Tensor, labels: Tensor) -> None:
+        images, labels = batch
         if len(labels):  # a last batch may have fewer images than there are processes
-            logits = self.network(images)
-            self.running[stage].add(self.loss(logits, labels), logits, labels)
-            self.running[stage].images += len(labels)
+            logits, running = self.network(images), self.running[self.stage]
+            running.add(self.loss(logits, labels), logits, labels)
+            running.images += len(labels)
             self.batches.append((logits, labels))
+
+    test_step = validation_step
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Before clipping, and only for steps that are logged.
@@ -202,23 +201,18 @@ class Classifier(lightning.LightningModule):
         GradScaler if a fused optimizer unscales them within its step, otherwise 1."""
         if self._scaler is None or not is_fused(optimizer):
             return 1.0
-        scale: Tensor = self._scaler.scale(torch.ones((), device=self.device))
-        return scale
+        return self._scaler.scale(torch.ones((), device=self.device))
 
     def on_train_epoch_end(self) -> None:
         self._log("train")
 
     def on_validation_epoch_end(self) -> None:
-        self._end_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._end_evaluation("test")
-
-    def _end_evaluation(self, stage: Stage) -> None:
         self.predictions, self.batches = Predictions.of(self.batches), []
         if not is_single_process():
             self.totals = {stage: metrics.total() for stage, metrics in self.running.items()}
-        self._log(stage)
+        self._log(self.stage)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def _log(self, stage: Stage) -> None:
         # For EarlyStopping, which looks up its metric by name.
@@ -229,9 +223,9 @@ def keep_freed_memory() -> None:
     """Set glibc's malloc to keep freed memory, up to 1 GiB per block, for this process.
 
     By default every step returns its activations to the kernel and faults them in again, a quarter
-    of its time (LeNet-5, native, batch 128). Other C libraries are unchanged. Source: mallopt(3).
+    of its time (LeNet-5, batch 128). Other C libraries are unchanged. Source: mallopt(3), malloc.h.
     """
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    mmap_threshold, trim_threshold = -3, -1
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt, or no such library
         libc = ctypes.CDLL(None)
         sizes = (1 << 30, 32 << 20)  # 32 MiB is the maximum before glibc 2.35

@@ -1,9 +1,9 @@
 """CUDA graph capture of the training step: one graph of forward and backward, one of the update."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any
 
 import torch
@@ -119,21 +119,13 @@ class StepGraph:
             for static, rate in zip(self.rates, rates, strict=True):
                 static.fill_(rate)
             self.rates_on_device = rates
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.groups]
         capture = self.current
-        if capture is None or any(
-            p.grad is not gradient
-            for p, gradient in zip(self.parameters, capture.gradients, strict=True)
-        ):
-            self._update()
-            return loss
-        settings = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
-            for group in self.groups
-        ]
-        if capture.update is None:
-            with self._capturable():
-                capture.update, capture.settings = self._record(self._update), settings
-        if settings == capture.settings:
+        if capture and any(map(is_not, (p.grad for p in self.parameters), capture.gradients)):
+            capture = None
+        if capture and capture.update is None:
+            capture.update, capture.settings = self._record(self._update), settings
+        if capture and capture.update and settings == capture.settings:
             capture.update()
         else:
             self._update()
@@ -155,36 +147,22 @@ class StepGraph:
             return self.recorder(work)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            raise ConfigError(
-                [
-                    f"trainer.cuda_graphs=true: a step of this run cannot be captured ({reason}); "
-                    "use trainer.cuda_graphs=false"
-                ]
-            ) from error
+            problem = f"trainer.cuda_graphs=true: a step of this run cannot be captured ({reason})"
+            raise ConfigError([f"{problem}; use trainer.cuda_graphs=false"]) from error
 
     def _update(self) -> None:
         """The optimizer's own step, with learning rates read from the device."""
-        rates = [group["lr"] for group in self.groups]
+        before = [dict(group) for group in self.groups]
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         for group, rate in zip(self.groups, self.rates, strict=True):
             group["lr"] = rate
+            if "capturable" in group:  # checked by Adam; it changes nothing if fused
+                group["capturable"] |= capturing
         try:
             self.eager_update()
         finally:
-            for group, rate in zip(self.groups, rates, strict=True):
-                group["lr"] = rate
-
-    @contextmanager
-    def _capturable(self) -> Iterator[None]:
-        """Adam checks this option during a capture; it changes nothing for a fused Adam."""
-        groups = [group for group in self.groups if "capturable" in group]
-        before = [group["capturable"] for group in groups]
-        for group in groups:
-            group["capturable"] = True
-        try:
-            yield
-        finally:
-            for group, value in zip(groups, before, strict=True):
-                group["capturable"] = value
+            for group, settings in zip(self.groups, before, strict=True):
+                group.update(settings)
 
 
 def is_fused(optimizer: Optimizer) -> bool:
