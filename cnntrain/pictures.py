@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import torch
 from matplotlib import color_sequences, colormaps
+from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -15,6 +16,8 @@ Picture = np.ndarray
 
 BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
 NEGATIVE, POSITIVE = (33, 102, 172), (178, 24, 43)  # the ends of ColorBrewer's RdBu
+COLOURS = np.array([NEGATIVE, BACKGROUND, POSITIVE]) / 255
+SIGNED = LinearSegmentedColormap.from_list("signed", COLOURS, 255)
 MAX_CELLS = 1000  # per side of a confusion matrix
 GAP = 4  # pixels between tiles
 FONT_SIZE, LINE = 12, 15  # pixels; of captions
@@ -30,15 +33,11 @@ def signed(values: Tensor) -> Tensor:
     largest = values.abs().max()
     share = values / (largest if largest > 0 else 1)  # -1 to 1
     shade = (share * 127).round().long() + 127
-    return _shades()[:, shade.cpu()].movedim(0, -3)
+    return torch.from_numpy(SIGNED(shade.cpu().numpy(), bytes=True)[..., :3]).movedim(-1, -3)
 
 
 def legend(values: Tensor) -> str:
-    """Explanation of the colours of `signed`.
-
-    The number always has three significant digits: a shorter one could change the line breaks, and
-    with them the height of the picture.
-    """
+    """Explanation of the colours of `signed`, of constant length: so are its line breaks."""
     largest = f"{float(values.abs().max()):#.3g}".rstrip(".")
     return f"Red is positive, blue negative, white 0; full colour is ±{largest}, the same for all."
 
@@ -64,17 +63,9 @@ def enlarged(tiles: Tensor, size: int) -> Tensor:
 
 
 def captioned(
-    tiles: Tensor,
-    captions: Sequence[str],
-    *,
-    columns: int = 8,
-    size: int = 84,
-    heading: str = "",
+    tiles: Tensor, captions: Sequence[str], *, columns: int = 8, size: int = 84, heading: str = ""
 ) -> Picture:
-    """Tiles, uint8 (N, 3, H, W), with a caption below each and a heading above all of them.
-
-    Long lines are wrapped.
-    """
+    """Tiles, uint8 (N, 3, H, W), with a caption below each and a heading above, both wrapped."""
     tiles, font = enlarged(tiles, size).cpu(), _font(FONT_SIZE)
     height, width = tiles.shape[-2:]
     texts = [_wrapped(text, MAX_CHARACTERS) for text in captions]
@@ -123,9 +114,9 @@ def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
     """
     group = -(-len(names) // MAX_CELLS)
     names = names[::group]
-    indices, size = counts.coalesce().indices() // group, (len(names), len(names))
-    counts = sparse(indices, counts.coalesce().values(), size).to_dense()
-    classes, font = len(names), _font(13)
+    classes, font, counts = len(names), _font(13), counts.coalesce()
+    content = counts.indices() // group, counts.values(), (classes, classes)
+    counts = torch.sparse_coo_tensor(*content, check_invariants=True).to_dense()
     cell, numbered = (46, True) if classes <= 20 else (max(1, 920 // classes), False)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     part = "validation" if split == "val" else split
@@ -136,6 +127,7 @@ def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
     width = max(bar + 90, int(font.getlength(title)) + 12)
     sheet = Image.new("RGB", (width, top + max(side + margin + 28, tall + 12)), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
+    vertical = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
     draw.text((6, 5), title, fill=INK, font=font)
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu()
     cells = enlarged(_shaded(shares).permute(2, 0, 1)[None], side)[0].clone()
@@ -149,39 +141,24 @@ def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
         draw.text(middle, text, fill=ink, font=_font(12), anchor="mm")
     for i, name in enumerate(names if numbered else ()):
         draw.text((left - 6, top + i * cell + cell // 2), name, INK, font, anchor="rm")
-        _draw_vertical(sheet, name, (left + i * cell, top + side + 2), (margin, cell))
+        draw.text((left + i * cell + cell // 2 - 6, top + side + 8), name, INK, vertical)
     bottom = top + side + margin + 4
     draw.text((left + side // 2, bottom), "predicted class", INK, font, anchor="ma")
-    _draw_vertical(sheet, "true class", (0, max(top, top + side // 2 - 45)), (90, 18))
+    draw.text((3, max(top, top + side // 2 - 35)), "true class", INK, vertical)
     shades = _shaded(torch.linspace(1, 0, tall).square()[:, None].expand(-1, 16))
     sheet.paste(Image.fromarray(shades.numpy()), (bar, top))
     for tick in TICKS:
         y = top + round((1 - (tick / 100) ** 0.5) * (tall - 1))
         draw.line((bar + 16, y, bar + 20, y), fill=INK)
         draw.text((bar + 24, y), f"{tick} %", fill=INK, font=_font(12), anchor="lm")
-    _draw_vertical(sheet, "share of the true class", (bar + 64, top + tall // 2 - 80), (160, 18))
+    draw.text((bar + 67, top + tall // 2 - 74), "share of the true class", INK, vertical)
     return np.asarray(sheet)
 
 
 def _shaded(shares: Tensor) -> Tensor:
     """Shares from 0 to 1 as colours of the map magma, uint8 (..., 3)."""
-    colours = torch.from_numpy(colormaps["magma_r"](np.linspace(0, 1, 256), bytes=True)[:, :3])
-    return colours[(shares.sqrt() * 255).round().long()]
-
-
-def sparse(indices: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    """COO tensor of `values` (N,) at `indices` (2, N); values at the same index are summed."""
-    return torch.sparse_coo_tensor(indices, values, size, check_invariants=True).coalesce()
-
-
-def _draw_vertical(
-    sheet: Image.Image, text: str, place: tuple[int, int], size: tuple[int, int]
-) -> None:
-    """Draw text from bottom to top in a box of `size` (height, width) at `place` (left, top)."""
-    strip = Image.new("RGB", size, BACKGROUND)
-    middle = (size[0] - 6, size[1] // 2)
-    ImageDraw.Draw(strip).text(middle, text, fill=INK, font=_font(13), anchor="rm")
-    sheet.paste(strip.rotate(90, expand=True), place)
+    shades = (shares.sqrt() * 255).round().long().numpy()
+    return torch.from_numpy(colormaps["magma_r"](shades, bytes=True)[..., :3])
 
 
 def framed(images: Tensor, labels: Sequence[int], classes: int) -> Tensor:
@@ -197,15 +174,6 @@ def framed(images: Tensor, labels: Sequence[int], classes: int) -> Tensor:
     sheet = frames.repeat(1, 1, height, across)
     sheet[:, :, width:-width, width:-width] = images
     return sheet
-
-
-@cache
-def _shades() -> Tensor:
-    """Colours of -127 to 127, uint8 (3, 255)."""
-    below, above = (torch.tensor(colour)[:, None] for colour in (NEGATIVE, POSITIVE))
-    share = torch.linspace(-1, 1, 255)
-    colours = 255 + share.abs() * (torch.where(share > 0, above, below) - 255)
-    return colours.round().to(torch.uint8)
 
 
 def png(picture: Picture) -> bytes:

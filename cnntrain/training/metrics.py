@@ -1,6 +1,5 @@
 """Loss and accuracy of an epoch; confusion matrix, F1 and calibration of an evaluation."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
-from cnntrain.pictures import sparse
 from cnntrain.training.distributed import all_gather, all_sum, is_single_process
 
 Stage = Literal["train", "val", "test"]
@@ -47,9 +45,9 @@ class RunningMetrics:
     def total(self) -> "RunningMetrics":
         """The sums over all processes. Synchronises."""
         total = RunningMetrics(torch.device("cpu"))
-        loss, correct, images = all_sum([float(self.loss), int(self.correct), self.images])
-        total.loss, total.images = torch.tensor(loss, dtype=torch.float64), int(images)
-        total.correct.fill_(int(correct))
+        sums = all_sum([float(self.loss), int(self.correct), self.images])
+        total.loss, total.correct = torch.tensor(sums[:2], dtype=torch.float64)
+        total.images = int(sums[2])
         return total
 
     def metrics(self, stage: Stage) -> dict[str, float]:
@@ -82,8 +80,12 @@ class Predictions:
         `world`-th image of each batch, those of all processes in their original order."""
         if not is_single_process():
             gathered = all_gather([(logits.cpu(), labels.cpu()) for logits, labels in batches])
-            # The last batch may have fewer parts.
-            batches = [_interleaved([*filter(None, parts)]) for parts in zip_longest(*gathered)]
+            batches = []
+            for parts in zip_longest(*gathered):  # the last batch may have fewer
+                logits, labels = map(torch.cat, zip(*filter(None, parts), strict=True))
+                places = [torch.arange(rank, len(labels), len(parts)) for rank in range(len(parts))]
+                order = torch.cat(places).argsort()
+                batches.append((logits[order], labels[order]))
         logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
         return cls(logits.float().softmax(1), labels)
 
@@ -105,8 +107,9 @@ class Predictions:
     def confusion(self) -> Tensor:
         """Confusion matrix (true class, predicted class), int64, a sparse COO tensor."""
         pairs, counts = (self.labels * self.classes + self.predicted).unique(return_counts=True)
+        size = self.classes, self.classes
         indices = torch.stack([pairs // self.classes, pairs % self.classes])
-        return sparse(indices, counts, (self.classes, self.classes))
+        return torch.sparse_coo_tensor(indices, counts, size, check_invariants=True).coalesce()
 
     @cached_property
     def support(self) -> Tensor:
@@ -137,11 +140,3 @@ class Predictions:
         """Positions of at most `most` misclassified images, the most confident first."""
         wrong = (self.predicted != self.labels).nonzero()[:, 0]
         return wrong[self.confidence[wrong].argsort(descending=True, stable=True)[:most]]
-
-
-def _interleaved(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A batch from the parts of all ranks; rank r has its images r, r + world, r + 2 world, ..."""
-    logits, labels = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    count, world = len(labels), len(parts)
-    order = torch.cat([torch.arange(rank, count, world) for rank in range(world)]).argsort()
-    return logits[order], labels[order]
