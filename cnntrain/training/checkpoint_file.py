@@ -46,9 +46,11 @@ def write(path: Path, content: Content, *, keep: Path | None = None) -> None:
     """
     buffer = io.BytesIO()
     torch.save({**content, "format": FORMAT, "cnntrain_version": cnntrain.__version__}, buffer)
-    data = _with_checksum(buffer.getvalue())
+    archive = buffer.getvalue()
+    assert archive[-22:-18] == _END_OF_ARCHIVE, "not what torch.save wrote in earlier versions"
+    body = archive[:-2] + struct.pack("<H", _COMMENT)
     with replacing(path, keep=keep) as file:
-        file.write(data)
+        file.write(body + _MARK + hashlib.sha256(body).hexdigest().encode())
 
 
 def read(path: Path) -> Content:
@@ -101,10 +103,3 @@ def newest(folder: Path) -> tuple[Path, Content] | None:
         then = f"the one before it is used, {before}" if before else "starting from the beginning"
         log.warning(f"{problem}; {then}")
     return None
-
-
-def _with_checksum(archive: bytes) -> bytes:
-    """A zip archive without comment, with its checksum as the comment."""
-    assert archive[-22:-18] == _END_OF_ARCHIVE, "not what torch.save wrote in earlier versions"
-    body = archive[:-2] + struct.pack("<H", _COMMENT)
-    return body + _MARK + hashlib.sha256(body).hexdigest().encode()

@@ -12,12 +12,7 @@ def set_progress(
 
     Lightning has no public way: the hooks in which a checkpoint is saved run before the loops count
     the batch or the epoch, and a resume from their state validates or counts once too often.
-
-    Args:
-        checkpoint: As passed to `on_save_checkpoint`.
-        trainer: The trainer.
-        epoch: Of the next batch, from 0.
-        batch: Index of the next batch; 0 between two epochs.
+    `epoch` and `batch` (0 between two epochs) are those of the next batch, counted from 0.
     """
     loops, batches = checkpoint["loops"]["fit_loop"], int(trainer.num_training_batches)
     counts = "ready", "started", "processed", "completed"

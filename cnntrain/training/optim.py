@@ -181,9 +181,8 @@ class Muon(Optimizer):
                 old.copy_(new if skip is None else torch.where(skip > 0, old, new))
 
     def _adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        device = parameters[0].device
-        on_device = isinstance(group["lr"], Tensor) or self.found_inf is not None
-        fused = on_device or device.type == "cuda"
+        device, on_device = parameters[0].device, isinstance(group["lr"], Tensor)
+        fused = on_device or self.found_inf is not None or device.type == "cuda"
         for p in parameters:
             state = self.state[p]
             if not state:

@@ -54,21 +54,19 @@ class Profile(lightning.Callback):
             self.left -= 1
             self.profiler.step()
             if self.done:
-                self._stop()
+                self.stop()
 
     def on_train_end(self, *_: Any) -> None:
         if not self.done:
             log.warning("profile: no epoch had enough batches left")
 
-    def on_exception(self, *_: Any) -> None:
+    def stop(self, *_: Any) -> None:
         if self.profiler is not None:
-            self._stop()
+            self.profiler.stop()
+            self.layers.__exit__(None, None, None)
+            self.profiler = None
 
-    def _stop(self) -> None:
-        assert self.profiler is not None
-        self.profiler.stop()
-        self.layers.__exit__(None, None, None)
-        self.profiler = None
+    on_exception = stop  # type: ignore[assignment]
 
     def _write(self, profiler: profile) -> None:
         if self.left:
