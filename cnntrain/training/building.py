@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as lightning
 import torch
@@ -17,15 +18,8 @@ from cnntrain.config import as_config_error, build, config_hash
 from cnntrain.data import ImageData
 from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.process_info import TIMEOUT, ProcessInfo
+from cnntrain.training import distributed
 from cnntrain.training.classifier import Classifier
-from cnntrain.training.distributed import (
-    connect,
-    connection_errors,
-    detach_worker,
-    process_group,
-    receive_work,
-    share_cores,
-)
 from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.insights import Insights
 from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
@@ -49,9 +43,7 @@ def dry_run(cfg: DictConfig) -> None:
         if loss.ndim:
             raise ValueError("must give one number for a batch")
         loss.backward()
-    if "tensorboard" in cfg:
-        with as_config_error("tensorboard"):
-            build(cfg.tensorboard)
+    build_record(cfg, Path(), data)
     with as_config_error("trainer"):
         trainer = build(cfg.trainer, default_root_dir=Path(), logger=False)
     with as_config_error("data"):
@@ -87,11 +79,11 @@ def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
 
 def build_record(cfg: DictConfig, directory: Path, data: ImageData) -> EpochLog:
     """The metrics.csv and TensorBoard logger of rank 0."""
-    board = TensorBoard(directory)
-    if "tensorboard" not in cfg:  # ~tensorboard
-        return EpochLog(directory, board, Insights.none(board=board, data=data))
+    given: Any = {"board": TensorBoard(directory), "data": data}
     with as_config_error("tensorboard"):
-        return EpochLog(directory, board, build(cfg.tensorboard, board=board, data=data))
+        shown = "tensorboard" in cfg  # not with ~tensorboard
+        insights = build(cfg.tensorboard, **given) if shown else Insights.none(**given)
+    return EpochLog(directory, insights)
 
 
 def build_trainer(
@@ -129,17 +121,14 @@ def quieten_lightning() -> None:
     """Silence Lightning's tips, and warnings about intended settings."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
     warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
     warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", "Profiler won't be using warmup")
     warnings.filterwarnings("ignore", ".*`srun` command is available .* but is not used.*")
-    # Metrics are summed over the ranks already, and each image is tested once.
+    # Metrics are summed over the ranks already.
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
-    warnings.filterwarnings("ignore", ".*it is recommended to use `Trainer.devices=1.*")
 
 
 def this_process(cfg: DictConfig, launched: ProcessInfo | None) -> ProcessInfo:
@@ -153,15 +142,16 @@ def fit_and_test(
     trainer: Trainer, data: ImageData, module: Classifier, checkpoint: Path | None
 ) -> None:
     """Train on this rank's share of every batch, then test the chosen weights once."""
-    device, share = trainer.strategy.root_device, {"rank": trainer.info.rank}
-    share["world"] = trainer.info.world_size
+    device, info = trainer.strategy.root_device, trainer.info
+    share = {"rank": info.rank, "world": info.world_size}
     loaders = data.train_loader(module.seed, device, **share), data.val_loader(device, **share)
     # Lightning's rule for overfit_batches, which it applies to PyTorch's DataLoader only.
     loaders[0].shuffle = not trainer.overfit_batches  # type: ignore[attr-defined]
     with interruption.answering("note"):
         trainer.fit(module, *loaders, ckpt_path=checkpoint, weights_only=True)
     interruption.check()
-    module.load_state_dict(trainer.chosen_weights)
+    best = trainer.tested
+    module.load_state_dict(best["state_dict"] if best else trainer.checkpoints.weights)
     with interruption.answering("raise"):  # only the test is lost, which is repeated on resume
         trainer.test(module, data.test_loader(device, **share), verbose=False)
     interruption.check()
@@ -169,7 +159,7 @@ def fit_and_test(
 
 def spawned_rank(index: int, info: ProcessInfo) -> None:
     """Entry of a worker process that rank 0 has started."""
-    detach_worker()
+    distributed.detach_worker()
     with contextlib.suppress(NonFiniteError):  # rank 0 raises it as well
         train_rank(replace(info, rank=index + 1, local_rank=index + 1))
 
@@ -183,19 +173,19 @@ def train_rank(info: ProcessInfo) -> None:
     logging.disable()
     interruption.quiet = True
     try:
-        with watching("leave"), connection_errors(info):
-            store = connect(info)
-            if (work := receive_work(info, store)) is None:
+        with watching("leave"), distributed.connection_errors(info):
+            store = distributed.connect(info)
+            if (work := distributed.receive_work(info, store)) is None:
                 return
             cfg, directory = OmegaConf.create(work["config"]), Path(work["directory"])
             info = this_process(cfg, info)
             checkpoint = Path(work["checkpoint"]) if work["checkpoint"] else None
-            with share_cores(info):
+            with distributed.share_cores(info):
                 data, module = build_run(cfg)
                 data.prepare()
                 trainer = build_trainer(cfg, info, directory, data, module)
                 store.set(f"ready/{info.rank}", "")
-                with process_group(info, store, trainer.strategy.root_device):
+                with distributed.process_group(info, store, trainer.strategy.root_device):
                     fit_and_test(trainer, data, module, checkpoint)
     except Interrupted as error:
         os._exit(error.exit_code)

@@ -35,11 +35,11 @@ class Checkpoints(Checkpoint):
         self,
         folder: Path,
         monitor: str,
-        average: "EMA | None" = None,
+        average: "EMA | None",
         *,
-        every_n_epochs: int = 1,
-        every_n_steps: int | None = None,
-        every_n_minutes: float | None = None,
+        every_n_epochs: int,
+        every_n_steps: int | None,
+        every_n_minutes: float | None,
     ):
         self.folder, self.monitor, self.average = folder, monitor, average
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
@@ -47,14 +47,14 @@ class Checkpoints(Checkpoint):
         self.facts: Content = {}
         self.best: dict[str, Any] | None = None
         self.weights: dict[str, Tensor] = {}
-        self.resumed: Content | None = None
+        self.should_stop = False  # by early stopping, before the run was resumed
         self.better = False  # the last epoch is the best
         self.step = 0  # the last optimizer step
         self.epoch, self.batch = 0, 0  # of the next batch
 
     def on_load_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
-        self.resumed, self.best = checkpoint, checkpoint["best"]
-        self.weights = checkpoint["state_dict"]
+        self.batch, self.should_stop = checkpoint["position"]["batch"], checkpoint["should_stop"]
+        self.best, self.weights = checkpoint["best"], checkpoint["state_dict"]
         if self.best and trainer.is_global_zero:
             self._write_best()  # the file may be missing, damaged or newer than this checkpoint
 
@@ -62,34 +62,27 @@ class Checkpoints(Checkpoint):
         interruption.install()  # Lightning has just replaced the handler of SIGTERM
         self.saved = time.monotonic()
         self.step, self.epoch = trainer.global_step, trainer.current_epoch
-        if self.resumed:
-            self.batch = self.resumed["position"]["batch"]
-            if self.batch < trainer.num_training_batches:  # else only the validation is left
-                trainer.train_dataloader.start_at(self.batch)
-            trainer.should_stop = self.resumed["should_stop"]  # by early stopping
-            self.resumed = None
+        if self.batch < trainer.num_training_batches:  # else only the validation is left
+            trainer.train_dataloader.start_at(self.batch)
+        trainer.should_stop = self.should_stop
 
-    def on_train_batch_end(
-        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
             return  # accumulated gradients are not saved
-        self.step, self.batch = trainer.global_step, batch_idx + 1
+        self.step, self.batch = trainer.global_step, trainer.fit_loop.batch_idx + 1
         minutes = (time.monotonic() - self.saved) / 60
         due = self.every_n_steps is not None and self.step % self.every_n_steps == 0
         due |= self.every_n_minutes is not None and minutes >= self.every_n_minutes
         save, signum = any_stop(due)
         if save or signum is not None:
-            self._save(trainer)
-        _check(signum)
+            self._save(trainer, signum)
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         signum = any_stop(False)[1]
         if signum is not None:
             if self.average is not None:  # undo the swap for validation
                 self.average.on_validation_epoch_end(trainer, module)
-            self._save(trainer)  # a resume repeats the validation
-            _check(signum)
+            self._save(trainer, signum)  # a resume repeats the validation
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         stage = self.monitor.partition("/")[0]
@@ -103,8 +96,7 @@ class Checkpoints(Checkpoint):
         signum = any_stop(False)[1]
         save = self.epoch % self.every_n_epochs == 0 or ended or signum is not None
         if save or self.better:
-            self._save(trainer)
-        _check(signum)
+            self._save(trainer, signum)
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Content) -> None:
         set_progress(checkpoint, trainer, self.epoch, self.batch)
@@ -119,7 +111,8 @@ class Checkpoints(Checkpoint):
             conditions=conditions(),
         )
 
-    def _save(self, trainer: lightning.Trainer) -> None:
+    def _save(self, trainer: lightning.Trainer, signum: int | None) -> None:
+        """Raises Interrupted at the end if any rank has received a signal, `signum`."""
         first = not (self.folder / LAST).exists()
         trainer.save_checkpoint(self.folder / LAST)
         if trainer.is_global_zero:
@@ -129,17 +122,13 @@ class Checkpoints(Checkpoint):
                 self._write_best()
         self.saved = time.monotonic()
         self.better = False
+        if signum is not None:
+            interruption.received = signum
+            raise Interrupted(signum)
 
     def _write_best(self) -> None:
         assert self.best
         write(self.folder / BEST, {**self.facts, **self.best})
-
-
-def _check(signum: int | None) -> None:
-    """Raise Interrupted after a signal that any rank has received."""
-    if signum is not None:
-        interruption.received = signum
-        raise Interrupted(signum)
 
 
 class CheckpointFiles(CheckpointIO):
@@ -150,9 +139,7 @@ class CheckpointFiles(CheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, checkpoint, keep=path.with_name(PREVIOUS))
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> Content:
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> Content:
         return read(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:

@@ -37,7 +37,6 @@ SHUTDOWN_TIMEOUT = 30  # seconds for rank 0 to raise by itself after a worker pr
 
 _cpu_group: Any = None  # gloo group of the run, for the collectives below
 _store: Any = None  # of the processes that a launcher has started
-_work_sent = False
 
 
 class ProcessLost(NoTraceback, Exception):
@@ -155,14 +154,13 @@ def connection_errors(info: ProcessInfo, workers: "Workers | None" = None) -> It
     except RuntimeError as error:
         text = str(error).lower()
         if isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text:
-            lost = workers.failure(wait=2) if workers else ""
-            raise ProcessLost(lost or _not_responding(info)) from error
+            silent = f"not responded for {info.timeout:g} s (trainer.timeout)"
+            lost = f"another process of the run has ended, or {silent}"
+            if workers:
+                workers.thread.join(2)
+                lost = workers.error or lost
+            raise ProcessLost(lost) from error
         raise
-
-
-def _not_responding(info: ProcessInfo) -> str:
-    text = "another process of the run has ended, or not responded for"
-    return f"{text} {info.timeout:g} s (trainer.timeout)"
 
 
 @contextlib.contextmanager
@@ -188,26 +186,21 @@ def all_ranks(
         if info.launcher is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             info = replace(info, rendezvous=f"file://{folder}/store")
-            workers = stack.enter_context(Workers(info, worker, on_worker_lost))
+            workers = Workers(info, worker, on_worker_lost)
+            stack.callback(workers.close)
         stack.enter_context(connection_errors(info, workers))
         store = connect(info)
-        _send_work(store, work)
+        store.set("work", json.dumps(work, default=str))
         keys = [f"ready/{rank}" for rank in range(1, info.world_size)]
         deadline = time.monotonic() + SETUP_TIMEOUT.total_seconds()
         while not store.check(keys):
             if time.monotonic() > deadline or (workers and workers.error):
-                raise ProcessLost((workers and workers.error) or _not_responding(info))
+                raise dist.DistError
             time.sleep(0.05)
         with process_group(info, store, device):
             yield
         if workers:
             workers.thread.join(SHUTDOWN_TIMEOUT)
-
-
-def _send_work(store: Any, work: dict[str, Any] | None) -> None:
-    global _work_sent
-    store.set("work", json.dumps(work))
-    _work_sent = True
 
 
 def receive_work(info: ProcessInfo, store: Any) -> dict[str, Any] | None:
@@ -220,13 +213,13 @@ def receive_work(info: ProcessInfo, store: Any) -> dict[str, Any] | None:
 
 def dismiss(info: ProcessInfo) -> None:
     """At the end of rank 0: end the processes of a launcher that have not received any work."""
-    if _work_sent:
-        return
-    _send_work(store := connect(info), None)
+    store = connect(info)
     # srun's store is in this process. A rank that does not respond has ended.
     with contextlib.suppress(dist.DistError):
-        keys = [f"dismissed/{rank}" for rank in range(1, info.world_size)]
-        store.wait(keys, timedelta(seconds=SHUTDOWN_TIMEOUT))
+        if not store.check(["work"]):
+            store.set("work", json.dumps(None))
+            keys = [f"dismissed/{rank}" for rank in range(1, info.world_size)]
+            store.wait(keys, timedelta(seconds=SHUTDOWN_TIMEOUT))
 
 
 class Workers:
@@ -238,22 +231,19 @@ class Workers:
         worker: Callable[[int, ProcessInfo], None],
         on_worker_lost: Callable[[str], None],
     ):
-        self.info, self.worker, self.on_worker_lost = info, worker, on_worker_lost
-        self.error, self.closed = "", threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "Workers":
         # A worker imports nothing of the user's script, which need not be guarded by __name__.
         main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
         try:
             self.context = torch_mp.start_processes(
-                self.worker, (self.info,), self.info.world_size - 1, join=False, daemon=True
+                worker, (info,), info.world_size - 1, join=False, daemon=True
             )
         finally:
             sys.modules["__main__"] = main
         interruption.children += self.context.processes
+        self.world_size, self.on_worker_lost = info.world_size, on_worker_lost
+        self.error, self.closed = "", threading.Event()  # how the first worker has failed
+        self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
-        return self
 
     def _watch(self) -> None:
         try:
@@ -262,9 +252,9 @@ class Workers:
         except (torch_mp.ProcessExitedException, torch_mp.ProcessRaisedException) as error:
             how = f"has ended: {str(error).strip().splitlines()[-1]}"
             if isinstance(error, torch_mp.ProcessExitedException):
-                how = f"has ended with exit code {error.exit_code}"
-                how = f"was killed by {error.signal_name}" if error.signal_name else how
-            self.error = f"process {error.error_index + 2} of {self.info.world_size} {how}"
+                ended = f"has ended with exit code {error.exit_code}"
+                how = f"was killed by {error.signal_name}" if error.signal_name else ended
+            self.error = f"process {error.error_index + 2} of {self.world_size} {how}"
         # Rank 0 may be blocked in a collective, as on a GPU.
         if self.error and not self.closed.wait(SHUTDOWN_TIMEOUT):
             with contextlib.suppress(Exception):
@@ -272,12 +262,7 @@ class Workers:
             write_stderr(f"\ncnntrain: {self.error}")
             os._exit(1)
 
-    def failure(self, wait: float = 0) -> str:
-        """How the first worker that failed has ended; empty if none has within `wait` seconds."""
-        self.thread.join(wait)
-        return self.error
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.closed.set()
         for process in self.context.processes:
             process.kill()

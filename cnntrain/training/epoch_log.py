@@ -1,23 +1,20 @@
 """Metrics of each epoch in metrics.csv, TensorBoard and the log, and the progress bar."""
 
+import codecs
 import csv
-import io
 import logging
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-from omegaconf import DictConfig
-from torch import nn
 from tqdm.auto import tqdm
 
 from cnntrain.atomic import replacing
 from cnntrain.training.insights import Insights
 from cnntrain.training.nan_guard import learning_rate
-from cnntrain.training.tensorboard import METRICS, TensorBoard
+from cnntrain.training.tensorboard import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -34,20 +31,13 @@ class EpochLog(lightning.Callback):
         seconds: Time of fitting in all, once it has ended.
     """
 
-    def __init__(self, directory: Path, tensorboard: TensorBoard, insights: Insights):
-        self.file, self.tensorboard = directory / "metrics.csv", tensorboard
+    def __init__(self, directory: Path, insights: Insights):
+        self.file, self.tensorboard = directory / "metrics.csv", insights.board
         self.insights = insights
         self.epochs: list[dict[str, Any]] = []
         self.images = 0
         self.seconds_before = self.seconds = 0.0
         self.epoch_seconds_before = 0.0  # of an epoch that was interrupted
-
-    def begin(
-        self, cfg: DictConfig, network: nn.Module, labels: Mapping[str, Any] | None = None
-    ) -> None:
-        """Log the config and the network of a new run; `labels` as in `TensorBoard.begin`."""
-        self.tensorboard.begin(cfg, labels)
-        self.insights.begin(cfg, network)
 
     def resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
         """Continue the logs of an interrupted run from its checkpoint."""
@@ -60,7 +50,7 @@ class EpochLog(lightning.Callback):
         return {
             "epochs": self.epochs,
             "images": self.images,
-            "seconds": self.seconds_before + now - self.fit_began,
+            "seconds": now - self.fit_began,
             "epoch_seconds": now - self.epoch_began,
             "event_files": self.tensorboard.sizes,
         }
@@ -70,20 +60,17 @@ class EpochLog(lightning.Callback):
         self.seconds_before, self.epoch_seconds_before = state["seconds"], state["epoch_seconds"]
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
-        self.fit_began = time.perf_counter()
+        self.fit_began = time.perf_counter() - self.seconds_before
         self._write()
 
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        self._begin_epoch(trainer)
-        self.epoch_began -= self.epoch_seconds_before
-
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
-        self._begin_epoch(trainer)
-
-    def _begin_epoch(self, trainer: Any) -> None:
         self.epoch_began = time.perf_counter()
         self.loading_before = trainer.train_dataloader.seconds
         self.train_seconds: float | None = None
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.on_train_epoch_start(trainer, module)  # not called within an epoch that is resumed
+        self.epoch_began -= self.epoch_seconds_before
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         module.running["train"].metrics("train")  # synchronises, so that the time is right
@@ -101,64 +88,47 @@ class EpochLog(lightning.Callback):
         self.tensorboard.log_metrics(scalars, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        train, val = module.totals["train"], module.totals.get("val")
-        epoch = trainer.current_epoch + 1
-        row = {
-            "epoch": epoch,
-            "step": trainer.global_step,
-            "lr": learning_rate(trainer),
-            **train.metrics("train"),
-            **(val.metrics("val") if val else {}),
-            "grad_norm": float(module.grad_norm) if module.grad_norm is not None else None,
-        }
-        self.epochs.append(row)
+        epoch, images = trainer.current_epoch + 1, module.totals["train"].images
+        metrics: dict[str, float] = {}
+        line = [f"epoch {epoch:>{len(str(trainer.max_epochs))}}/{trainer.max_epochs}"]
+        for stage, totals in module.totals.items():
+            if found := totals.metrics(stage):
+                metrics |= found
+                loss, accuracy = found.values()
+                line.append(f"{stage} loss {loss:.4f} acc {accuracy:7.2%}")
+                if self.insights.charts:
+                    self.tensorboard.curve(stage, {"loss": loss, "acc": accuracy}, epoch)
+        norm = float(module.grad_norm) if module.grad_norm is not None else None
+        position = {"epoch": epoch, "step": trainer.global_step, "lr": learning_rate(trainer)}
+        self.epochs.append({**position, **metrics, "grad_norm": norm})
         self._write()
-        self.images += train.images
+        self.images += images
         seconds = time.perf_counter() - self.epoch_began
         train_seconds = self.train_seconds or seconds
-        speed = train.images / train_seconds
-        metrics = {name: row[name] for name in METRICS if name in row}
+        speed = images / train_seconds
         if self.insights.speed:
             metrics["wall_time/images_per_second"] = speed
             loading = trainer.train_dataloader.seconds - self.loading_before
             metrics["wall_time/data_share"] = loading / train_seconds
         self.tensorboard.log_metrics(metrics, epoch)
-        for stage in ("train", "val") if self.insights.charts else ():
-            values = {m: row[f"{stage}/{m}"] for m in ("loss", "acc") if f"{stage}/{m}" in row}
-            self.tensorboard.curve(stage, values, epoch)
         self.tensorboard.experiment.flush()
-
-        width = len(str(trainer.max_epochs))
-        line = [f"epoch {epoch:>{width}}/{trainer.max_epochs}"]
-        for stage in [stage for stage in ("train", "val") if f"{stage}/loss" in row]:
-            line.append(f"{stage} loss {row[f'{stage}/loss']:.4f} acc {row[f'{stage}/acc']:7.2%}")
-        line += [f"{speed:,.0f} images/s", f"{seconds:.1f} s"]
-        log.info("  ".join(line))
+        log.info("  ".join([*line, f"{speed:,.0f} images/s", f"{seconds:.1f} s"]))
 
     def on_fit_end(self, trainer: Any, module: Any) -> None:
-        self.seconds = self.seconds_before + time.perf_counter() - self.fit_began
+        self.seconds = time.perf_counter() - self.fit_began
 
     def _write(self) -> None:
         """Write metrics.csv, without the epochs after the checkpoint of a resumed run."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)
-        writer.writeheader()
-        writer.writerows(self.epochs)
         with replacing(self.file) as file:
-            file.write(text.getvalue().encode())
+            writer = csv.DictWriter(codecs.getwriter("utf-8")(file), COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.epochs)
 
     def so_far(self) -> dict[str, Any]:
         """The content of result.json for a run that is not completed."""
         last = self.epochs[-1] if self.epochs else {}
         metrics = {name: last[name] for name in METRICS if name in last}
         return {"metrics": metrics, "epochs": len(self.epochs)}
-
-    def tested(self, trainer: Any) -> dict[str, Any]:
-        """The row of the epoch whose weights are tested."""
-        best = trainer.checkpoints.best
-        if trainer.test_checkpoint == "last" or best is None:
-            return self.epochs[-1]
-        return self.epochs[best["epoch"]]
 
 
 class ProgressBar(lightning.Callback):
@@ -167,10 +137,7 @@ class ProgressBar(lightning.Callback):
     In a distributed run, loss and accuracy are those of this process's images.
     """
 
-    INTERVAL = 0.2  # seconds between updates, each of which synchronises with the device
-
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
+    bar: Any = None
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if self.bar is not None:
@@ -184,13 +151,13 @@ class ProgressBar(lightning.Callback):
             leave=False,
             disable=False if "ipykernel" in sys.modules else None,  # None: but for a terminal
             dynamic_ncols=True,
-            mininterval=self.INTERVAL,
+            mininterval=0.2,  # seconds: each update synchronises with the device
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
             "{postfix} {rate_noinv_fmt}",
         )
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        if self.bar is not None and self.bar.update():  # the bar was drawn
+        if self.bar.update():  # the bar was drawn
             metrics = module.running["train"].metrics("train")
             text = f"loss {metrics['train/loss']:.4f} acc {metrics['train/acc']:.2%}"
             self.bar.set_postfix_str(text, refresh=False)

@@ -1,6 +1,7 @@
 """TensorBoard content besides the epoch metrics: images, feature maps, histograms, PR curves."""
 
 import logging
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +15,7 @@ from torch import Tensor, nn
 from cnntrain import pictures
 from cnntrain.data import ImageData
 from cnntrain.models import layer_graph
-from cnntrain.models.introspection import (
-    feature_maps,
-    named_convolutions,
-    penultimate_features,
-)
+from cnntrain.models.introspection import feature_maps, named_convolutions, penultimate_features
 from cnntrain.training.metrics import Predictions
 from cnntrain.training.run_directory import environment
 from cnntrain.training.tensorboard import TensorBoard
@@ -33,12 +30,7 @@ POINTS, NUMBERS = 2000, 1_000_000  # limits of the projector: points, numbers in
 SPRITE = 64  # pixels: longest side of an image in the projector
 CURVES = 100  # above this number of classes there are no per-class curves
 
-CHARTS = {
-    "training and validation": {
-        "loss": ["Multiline", ["^loss$"]],
-        "accuracy": ["Multiline", ["^acc$"]],
-    }
-}
+CHARTS = {"loss": ["Multiline", ["^loss$"]], "accuracy": ["Multiline", ["^acc$"]]}
 
 
 class Insights(lightning.Callback):
@@ -67,16 +59,14 @@ class Insights(lightning.Callback):
         # Epochs between images, histograms and PR curves, which also follow the last of max_epochs.
         # None: after epochs 1, 2, 4, 8, ..., since TensorBoard keeps only ten images per tag.
         every_n_epochs: PositiveInt | None = None,
-        board: TensorBoard | None = None,
-        data: ImageData | None = None,
+        board: TensorBoard,
+        data: ImageData,
     ):
         self.speed, self.text, self.graph, self.batch = speed, text, graph, batch
         self.kernels, self.features, self.histograms = kernels, features, histograms
         self.classes, self.confusion, self.mistakes = classes, confusion, mistakes
         self.pr_curves, self.embedding, self.charts = pr_curves, embedding, charts
-        self.every_n_epochs = every_n_epochs
-        if board and data:  # left out only to validate a config
-            self.board, self.data = board, data
+        self.every_n_epochs, self.board, self.data = every_n_epochs, board, data
 
     @classmethod
     def none(cls, board: TensorBoard, data: ImageData) -> "Insights":
@@ -91,19 +81,19 @@ class Insights(lightning.Callback):
         if self.text:
             facts = environment()
             facts["git"].pop("diff")  # may be long, and is in environment.json
-            writer.add_text("config", _code_block(OmegaConf.to_yaml(cfg, resolve=True)), 0)
-            writer.add_text("environment", _code_block(OmegaConf.to_yaml(facts)), 0)
+            texts = {"config": OmegaConf.to_yaml(cfg, resolve=True)}
+            texts["environment"] = OmegaConf.to_yaml(facts)
+            for tag, text in texts.items():
+                writer.add_text(tag, textwrap.indent(text, "    "), 0)  # a code block in Markdown
         if self.charts:
-            writer.add_custom_scalars(CHARTS)
+            writer.add_custom_scalars({"training and validation": CHARTS})
         if self.graph:
             try:
                 self.board.graph(layer_graph(network, self.data.shape))
             except ValueError as error:
                 log.warning(f"no graph in TensorBoard: {error}")
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if self.batch and trainer.current_epoch == batch_idx == 0:
             images, labels = (part[:BATCH].cpu() for part in batch)
             names = [self.data.classes[label] for label in labels]
@@ -190,7 +180,7 @@ class Insights(lightning.Callback):
         images = pictures.framed(images[:, :, ::stride, ::stride], labels, len(names))
         pairs = zip(labels, found.predicted.tolist(), strict=False)
         rows = [[names[true], names[predicted]] for true, predicted in pairs]
-        self.board.embed(points, [["class", "predicted"], *rows], images, epoch)
+        self.board.embed(points, rows, images, epoch)
 
     def _examples(self, labels: Tensor) -> Tensor:
         """The first image of each of the first classes, and more of them if there are few."""
@@ -216,18 +206,14 @@ def worst(
     return pictures.captioned(pictures.in_colour(images(wrong)), captions)
 
 
-def _code_block(text: str) -> str:
-    """Text as a Markdown code block."""
-    return "".join(f"    {line}\n" for line in text.splitlines())
-
-
 def _kernels(weight: Tensor) -> pictures.Picture:
     """Kernels (out, in, H, W): in colour for three input channels, otherwise a tile per input
     channel; at most 64 kernels with 16 input channels each."""
     kernels, channels = weight.shape[:2]
     weight = weight[:64] if channels == 3 else weight[:64, :16]
-    shown = f" (the first {len(weight)} of {kernels})" if kernels > len(weight) else ""
-    numbers, columns, below = [str(i) for i in range(len(weight))], 16, "number of the kernel"
+    shown, tiled = weight.shape[:2]
+    numbers, columns = [str(i) for i in range(shown)], 16
+    below = f"number of the kernel{_part(shown, kernels)}"
     if channels == 3:
         low, high = weight.amin(), weight.amax()
         tiles = ((weight - low) / (high - low).clamp(min=1e-12) * 255).to(torch.uint8)
@@ -235,12 +221,10 @@ def _kernels(weight: Tensor) -> pictures.Picture:
     else:
         tiles, legend = pictures.signed(weight).flatten(0, 1), pictures.legend(weight)
     if channels not in (1, 3):
-        tiled = weight.shape[1]
         numbers = [f"{number}, {channel}" for number in numbers for channel in range(tiled)]
         columns = tiled * (16 // tiled)
-        below = f"kernel{shown}, input channel"
-        shown = f" (the first {tiled} of {channels})" if channels > tiled else ""
-    heading = f"Below each: {below}{shown}. {legend}"
+        below = f"kernel{_part(shown, kernels)}, input channel{_part(tiled, channels)}"
+    heading = f"Below each: {below}. {legend}"
     return pictures.captioned(tiles, numbers, columns=columns, size=56, heading=heading)
 
 
@@ -256,10 +240,12 @@ def _maps(maps: Tensor, inputs: Tensor) -> pictures.Picture:
     maps = maps[:, :CHANNELS]
     tiles = pictures.signed(maps)  # (N, C, 3, H, W)
     first = F.interpolate(inputs.float().cpu(), tiles.shape[3:], mode="area").to(torch.uint8)
-    tiles = torch.cat([first[:, None], tiles], 1)
-    captions = ["image", *map(str, range(maps.shape[1]))] * len(maps)
-    shown = f" (the first {CHANNELS} of {channels})" if channels > CHANNELS else ""
-    heading = f"Below each: number of the channel{shown}. {pictures.legend(maps)}"
-    return pictures.captioned(
-        tiles.flatten(0, 1), captions, columns=tiles.shape[1], size=56, heading=heading
-    )
+    tiles = torch.cat([first[:, None], tiles], 1).flatten(0, 1)
+    captions, columns = ["image", *map(str, range(maps.shape[1]))], maps.shape[1] + 1
+    below = f"number of the channel{_part(maps.shape[1], channels)}"
+    heading, captions = f"Below each: {below}. {pictures.legend(maps)}", captions * len(maps)
+    return pictures.captioned(tiles, captions, columns=columns, size=56, heading=heading)
+
+
+def _part(shown: int, total: int) -> str:
+    return f" (the first {shown} of {total})" if total > shown else ""

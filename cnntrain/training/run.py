@@ -15,30 +15,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from cnntrain.config import ConfigError, folder_problem, run_directory_problem
-from cnntrain.config.resume import (
-    CHECKPOINTS,
-    CONFIG,
-    RESULT,
-    DamagedRecord,
-    completed,
-    read_config,
-    read_sealed,
-    resume_problems,
-    run_options,
-)
-from cnntrain.data import ImageData
+from cnntrain.config import resume as run_files
 from cnntrain.interruption import interruptible, interruption, watching
 from cnntrain.models import layer_table
 from cnntrain.process_info import launched
 from cnntrain.terminal import UNLIMITED, NoTraceback, table_text, width
-from cnntrain.training.building import (
-    build_record,
-    build_run,
-    build_trainer,
-    fit_and_test,
-    spawned_rank,
-    this_process,
-)
+from cnntrain.training import building
 from cnntrain.training.checkpoint_file import BEST, LAST, CheckpointError, Content, newest, read
 from cnntrain.training.checkpoints import shape_differences
 from cnntrain.training.classifier import Classifier
@@ -99,8 +81,8 @@ def train(
     if cfg.get("profile"):
         callbacks = [*callbacks, Profile(path)]
     writes_log = True  # a completed run is not changed, train.log included
-    with contextlib.suppress(OSError, DamagedRecord):
-        writes_log = read_sealed(path / RESULT)["status"] != "completed"
+    with contextlib.suppress(OSError, run_files.DamagedRecord):
+        writes_log = run_files.read_sealed(path / run_files.RESULT)["status"] != "completed"
     try:
         with interruptible(f"; resume with train(cfg, {str(path)!r}, resume=True)"):
             result = run_training(
@@ -149,30 +131,42 @@ def run_training(
         ProcessLost: Another process of this run has ended.
         OSError: A file cannot be written.
     """
-    cfg = run_options(cfg)
-    data, module = build_run(cfg)
-    info = this_process(cfg, launched())
+    cfg = run_files.run_options(cfg)
+    data, module = building.build_run(cfg)
+    info = building.this_process(cfg, launched())
     locked = RunDirectory(directory, resume=resume, option=option)
     with watching(), share_cores(info), locked as run, console or contextlib.nullcontext():
-        if resume and (recorded := completed(directory, cfg)):
+        if resume and (recorded := run_files.completed(directory, cfg)):
             log.info("already completed")
             return Result.of(recorded, directory, lambda: _tested_network(directory, cfg, module))
         saved = _checkpoint_to_resume(directory, cfg, module) if resume else None
         run.begin(cfg, overrides)
-        record = build_record(cfg, directory, data)
+        record = building.build_record(cfg, directory, data)
         with _final_status(run, record):
             started = time.perf_counter()
             with interruption.answering("raise"):  # a partial download is removed
                 data.prepare()
-            trainer = build_trainer(cfg, info, directory, data, module, record, callbacks)
-            _print_network(trainer, data, module)
+            trainer = building.build_trainer(cfg, info, directory, data, module, record, callbacks)
+            log.info(f"device: {device_text(trainer)}")
+            table = layer_table(module.network, data.shape)
+            optional = "output", "type", "parameters"  # left out if there is no room
+            fitted = table_text(table, optional, width())
+            log.info(table_text(table, optional, UNLIMITED), extra={"terminal": fitted})
             checkpoint = saved[0] if saved else None
             if saved:
                 record.resume(*saved)
             else:
-                record.begin(cfg, module.network, labels)
-            with _all_ranks(trainer, run, record, checkpoint):
-                fit_and_test(trainer, data, module, checkpoint)
+                record.tensorboard.begin(cfg, labels)
+                record.insights.begin(cfg, module.network)
+            config = trainer.checkpoints.facts["config"]
+            work = {"config": config, "directory": directory.absolute(), "checkpoint": checkpoint}
+
+            def on_worker_lost(reason: str) -> None:
+                run.write_result("failed", **record.so_far(), error=f"ProcessLost: {reason}")
+
+            device = trainer.strategy.root_device
+            with all_ranks(trainer.info, device, work, building.spawned_rank, on_worker_lost):
+                building.fit_and_test(trainer, data, module, checkpoint)
             content = _final_metrics(cfg, trainer, module, record)
             seconds = record.seconds_before + time.perf_counter() - started
             speed = record.images / record.seconds
@@ -184,7 +178,7 @@ def run_training(
 def _tested_network(directory: Path, cfg: DictConfig, module: Classifier) -> nn.Module:
     """The network of a completed run with the weights that were tested."""
     name = LAST if cfg.trainer.get("test_checkpoint") == "last" else BEST
-    module.load_state_dict(read(directory / CHECKPOINTS / name)["state_dict"])
+    module.load_state_dict(read(directory / run_files.CHECKPOINTS / name)["state_dict"])
     return module.network.eval()
 
 
@@ -192,15 +186,15 @@ def _checkpoint_to_resume(
     directory: Path, cfg: DictConfig, module: Classifier
 ) -> tuple[Path, Content] | None:
     """The newest checkpoint; None if there is none. Raises if this config cannot resume it."""
-    saved = newest(directory / CHECKPOINTS)
+    saved = newest(directory / run_files.CHECKPOINTS)
     if not saved:
-        if before := read_config(directory / CONFIG):
-            _reject(resume_problems(before, cfg), directory / CONFIG)
+        if before := run_files.read_config(directory / run_files.CONFIG):
+            _reject(run_files.resume_problems(before, cfg), directory / run_files.CONFIG)
         return None
     path, content = saved
     if different := shape_differences(content["state_dict"], module.state_dict()):
         raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
-    problems = resume_problems(DictConfig(content["config"]), cfg)
+    problems = run_files.resume_problems(DictConfig(content["config"]), cfg)
     done, begun = content["position"]["epoch"], content["position"]["batch"] > 0
     epochs, least = cfg.trainer.max_epochs, done + begun
     if least > epochs:
@@ -238,31 +232,6 @@ def _final_status(run: RunDirectory, record: EpochLog) -> Iterator[None]:
         interruption.before_leaving = None
 
 
-def _print_network(trainer: Trainer, data: ImageData, module: Classifier) -> None:
-    """Print the device and the table of layers."""
-    log.info(f"device: {device_text(trainer)}")
-    table, optional = layer_table(module.network, data.shape), ("output", "type", "parameters")
-    whole, fitted = (table_text(table, optional, columns) for columns in (UNLIMITED, width()))
-    log.info(whole, extra={"terminal": fitted})
-
-
-def _all_ranks(
-    trainer: Trainer, run: RunDirectory, record: EpochLog, checkpoint: Path | None
-) -> AbstractContextManager[None]:
-    """Within, the other ranks fit and test as well."""
-    work = {
-        "config": trainer.checkpoints.facts["config"],
-        "directory": str(run.path.absolute()),
-        "checkpoint": str(checkpoint) if checkpoint else None,
-    }
-
-    def on_worker_lost(reason: str) -> None:
-        run.write_result("failed", **record.so_far(), error=f"ProcessLost: {reason}")
-
-    device = trainer.strategy.root_device
-    return all_ranks(trainer.info, device, work, spawned_rank, on_worker_lost)
-
-
 def _final_metrics(
     cfg: DictConfig, trainer: Trainer, module: Classifier, record: EpochLog
 ) -> dict[str, Any]:
@@ -270,7 +239,7 @@ def _final_metrics(
     test = module.totals["test"].metrics("test")
     record.tensorboard.log_metrics(test, record.epochs[-1]["epoch"])
     record.tensorboard.end(cfg)
-    tested = record.tested(trainer)
+    tested = record.epochs[trainer.tested["epoch"] if trainer.tested else -1]
     return {
         "metrics": {name: tested[name] for name in METRICS if name in tested} | test,
         "epochs": len(record.epochs),

@@ -35,7 +35,7 @@ from cnntrain.terminal import TerminalHandler, png_html, table_html
 PACKAGES = ["torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy"]
 
 
-class RunDirectory:
+class RunDirectory(contextlib.ExitStack):
     """A directory locked for one process: a context manager.
 
     Raises ConfigError, which calls the directory `option`, if another process is training there,
@@ -43,32 +43,20 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, *, resume: bool = False, option: str = "hydra.run.dir"):
-        self.path, self.result = path, path / RESULT
+        super().__init__()
+        self.path = path
         self.facts: dict[str, Any] = {}
         if not resume and (problem := run_directory_problem(str(path), option)):
             raise ConfigError([problem])  # before the lock is written there
         path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(path / LOCK)
         try:
             # Released by the system however this process ends; held briefly by `is_running`.
-            self.lock.acquire(timeout=1, poll_interval=0.02)
+            self.enter_context(FileLock(path / LOCK).acquire(timeout=1, poll_interval=0.02))
         except Timeout:
             raise ConfigError([in_use(path, option)]) from None
-        if not resume and (problem := run_directory_problem(str(path), option)):
-            self.lock.release()
-            raise ConfigError([problem])
-
-    def __enter__(self) -> "RunDirectory":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
 
     def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
-        """Write config, overrides, environment and the first result.json.
-
-        Not left to Hydra, which would write before the directory is locked by this run.
-        """
+        """Write the first files. Hydra would do it before the directory is locked by this run."""
         self.facts = {"config_hash": config_hash(cfg), "seed": cfg.seed}
         (self.path / CONFIG).parent.mkdir(exist_ok=True)
         with replacing(self.path / CONFIG) as file:
@@ -76,27 +64,22 @@ class RunDirectory:
         if overrides is not None or not (self.path / OVERRIDES).exists():
             with replacing(self.path / OVERRIDES) as file:
                 file.write(OmegaConf.to_yaml(OmegaConf.create(list(overrides or ()))).encode())
-        self._write_environment()
-        self.write_result("running")
-
-    def write_result(self, status: str, **content: Any) -> None:
-        """`status` is running, completed, failed, interrupted or pruned."""
-        write_json(self.result, add_checksum({"status": status, **self.facts, **content}))
-
-    def _write_environment(self) -> None:
-        """environment.json of the first start, with those of resumed ones in a list."""
         path, now = self.path / "environment.json", environment()
-        try:
+        try:  # the environments of resumed starts are added to that of the first
             first = json.loads(path.read_bytes())
             first["resumed"] = [*first.get("resumed", []), now]
         except (OSError, ValueError, AttributeError, TypeError):  # none, or damaged
             first = now
         write_json(path, first)
+        self.write_result("running")
+
+    def write_result(self, status: str, **content: Any) -> None:
+        """`status` is running, completed, failed, interrupted or pruned."""
+        write_json(self.path / RESULT, add_checksum({"status": status, **self.facts, **content}))
 
 
 def environment() -> dict[str, Any]:
     """Versions, machine, git revision and command line."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "versions": versions(),
@@ -105,7 +88,7 @@ def environment() -> dict[str, Any]:
             "processor": platform.processor() or platform.machine(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "gpus": gpus,
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "git": {"revision": _git("rev-parse", "HEAD"), "diff": _git("diff", "HEAD")},
     }
@@ -120,25 +103,17 @@ def versions() -> dict[str, str]:
 
 def conditions() -> dict[str, str]:
     """What can change the last bits of a result, beside the config."""
-    return {
-        **versions(),
-        "threads": str(torch.get_num_threads()),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-    }
+    threads, processor = str(torch.get_num_threads()), torch.backends.cpu.get_cpu_capability()
+    return versions() | {"threads": threads, "processor": processor}
 
 
 def _git(*arguments: str) -> str | None:
     """Output of git in this checkout, or else in the working directory; None without git."""
     for folder in (Path(__file__).parent, Path.cwd()):
         command = ["git", "-C", str(folder), *arguments]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, encoding="utf-8", errors="replace", timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode == 0:
-            return done.stdout.strip()
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            output = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10)
+            return output.decode(errors="replace").strip()
     return None
 
 
@@ -250,7 +225,11 @@ def logged(directory: Path, record: bool) -> Iterator[None]:
     if record:
         added.append(logging.FileHandler(directory / "train.log", encoding="utf-8", delay=True))
         added[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    if not any(map(_prints, [*logger.handlers, *logging.getLogger().handlers])):
+    standard = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    for handler in [*logger.handlers, *logging.getLogger().handlers]:
+        if isinstance(handler, RichHandler) or getattr(handler, "stream", None) in standard:
+            break  # it writes to the terminal or the notebook
+    else:
         added.append(TerminalHandler(sys.stdout))
     for handler in added:
         logger.addHandler(handler)
@@ -261,9 +240,3 @@ def logged(directory: Path, record: bool) -> Iterator[None]:
         for handler in added:
             logger.removeHandler(handler)
             handler.close()
-
-
-def _prints(handler: logging.Handler) -> bool:
-    """Whether a handler, of logging or rich, writes to the terminal or the notebook."""
-    standard = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-    return isinstance(handler, RichHandler) or getattr(handler, "stream", None) in standard

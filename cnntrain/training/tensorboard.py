@@ -31,8 +31,7 @@ FILES = "events.out.tfevents.*"
 
 class TensorBoard(Logger):
     """Writes the event files of a run. A resumed run continues in new ones, after truncating those
-    of before to the checkpoint, which Lightning's TensorBoardLogger cannot do.
-    """
+    of before to the checkpoint, which Lightning's TensorBoardLogger cannot do."""
 
     experiment: SummaryWriter  # once `begin` or `resume` was called
     name = version = None
@@ -115,20 +114,19 @@ class TensorBoard(Logger):
             self.experiment.add_histogram(tag, values.float(), step, bins=64)
 
     def embed(self, points: Tensor, rows: list[list[str]], images: Tensor, step: int) -> None:
-        """Write the files of the projector for points (N, D): `rows` are a header and N rows of
-        texts, `images` uint8 (N, 3, H, W); `step` names the folder."""
-        folder = self.directory / f"{step:05}"
+        """Write the files of the projector for points (N, D): N `rows` of true and predicted class,
+        `images` uint8 (N, 3, H, W); `step` names the folder."""
         # The test of an interrupted run is repeated. A config that names damaged files would keep
         # the whole projector from loading.
         (self.directory / "projector_config.pbtxt").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.directory / f"{step:05}", ignore_errors=True)
         self.experiment.add_embedding(
             points.cpu(),
-            [[" ".join(text.split()) for text in row] for row in rows[1:]],
+            [[" ".join(text.split()) for text in row] for row in rows],
             (images + 0.5) / 255,  # not k / 255, as it rounds down
             step,
             "projector",
-            rows[0],
+            ["class", "predicted"],
         )
 
     def end(self, cfg: DictConfig) -> None:

@@ -10,7 +10,6 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
 
 from cnntrain.process_info import TIMEOUT, ProcessInfo
 from cnntrain.training.checkpoints import EMA, CheckpointFiles, Checkpoints
@@ -85,11 +84,11 @@ class Trainer(lightning.Trainer):
         processes: ProcessEnvironment | None = None,
         **lightning_options: Any,
     ):
-        self.average = EMA(ema) if ema is not None else None
+        average = EMA(ema) if ema is not None else None
         self.checkpoints = Checkpoints(
             Path(default_root_dir or ".") / "checkpoints",
             monitor,
-            self.average,
+            average,
             every_n_epochs=checkpoint_every_n_epochs,
             every_n_steps=checkpoint_every_n_steps,
             every_n_minutes=checkpoint_every_n_minutes,
@@ -98,8 +97,7 @@ class Trainer(lightning.Trainer):
         processes = processes or ProcessEnvironment(info)
         self.info = info = processes.info
         own: list[lightning.Callback] = [ProgressBar()] if progress_bar and info.rank == 0 else []
-        own.extend(callbacks or [])
-        own.extend([self.average] if self.average else [])
+        own += [*(callbacks or []), *([average] if average else [])]
         if early_stopping is not None:
             mode = "max" if monitor.endswith("acc") else "min"
             own.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
@@ -108,8 +106,7 @@ class Trainer(lightning.Trainer):
                 cluster_environment=processes, timeout=timedelta(seconds=timeout)
             )
         self.compile_network, self.cuda_graphs = compile, cuda_graphs
-        self.channels_last, self.monitor = channels_last, monitor
-        self.test_checkpoint = test_checkpoint
+        self.channels_last, self.test_checkpoint = channels_last, test_checkpoint
         super().__init__(
             accelerator=accelerator,
             devices=devices,
@@ -131,10 +128,9 @@ class Trainer(lightning.Trainer):
         )
 
     @property
-    def chosen_weights(self) -> dict[str, Tensor]:
-        """The state_dict to be tested."""
-        best = self.checkpoints.best if self.test_checkpoint == "best" else None
-        return best["state_dict"] if best else self.checkpoints.weights
+    def tested(self) -> dict[str, Any] | None:
+        """The best epoch if its weights are to be tested; None: the last one."""
+        return self.checkpoints.best if self.test_checkpoint == "best" else None
 
 
 def device_text(trainer: lightning.Trainer) -> str:
