@@ -20,15 +20,10 @@ import yaml
 
 Pair = tuple[int, int]  # (height, width)
 OneOrTwo = int | Pair
-Array = np.ndarray
-Expected = dict[str, Array]  # quantity -> expected values; BIAS only for layers with a bias
+Expected = dict[str, np.ndarray]  # quantity -> expected values; BIAS only for layers with a bias
 
-OUTPUT, INPUT, WEIGHT, BIAS = QUANTITIES = (
-    "output",
-    "input gradient",
-    "weight gradient",
-    "bias gradient",
-)
+QUANTITIES = ("output", "input gradient", "weight gradient", "bias gradient")
+OUTPUT, INPUT, WEIGHT, BIAS = QUANTITIES
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,6 +76,11 @@ class Case:
         return self.out_channels, self.in_channels // self.groups, *pair(self.kernel_size)
 
     @property
+    def steps(self) -> tuple[Pair, Pair]:
+        """Stride and dilation, each (down, right)."""
+        return pair(self.stride), pair(self.dilation)
+
+    @property
     def window(self) -> Pair:
         """Height and width of the dilated kernel."""
         (kh, kw), (dh, dw) = pair(self.kernel_size), pair(self.dilation)
@@ -106,11 +106,10 @@ class Case:
         """Whether nn.Conv2d accepts it: a window fits, and each padding mode has enough pixels."""
         if self.padding == "same" and pair(self.stride) != (1, 1):
             return False
-        most = {"reflect": -1, "circular": 0}.get(self.padding_mode)
-        within = most is None or all(
-            max(pads) <= size + most for size, pads in zip(self.size[-2:], self.pads, strict=True)
-        )
-        return within and min(self.output_size) > 0
+        most = {"reflect": -1, "circular": 0}.get(self.padding_mode, math.inf)
+        (above, below), (left, right) = self.pads
+        room = self.size[-2] - max(above, below), self.size[-1] - max(left, right)
+        return min(room) + most >= 0 and min(self.output_size) > 0
 
 
 def pair(value: OneOrTwo) -> Pair:
@@ -131,19 +130,12 @@ def grid(short_from: int | None = None) -> list[Case]:
     """stride x padding x mode x dilation x groups x bias x unbatched, with kernels and sizes in
     turn. A short grid is every 43rd case, since 43 has no factor in common with an axis's length.
     """
-    product = itertools.product(
-        STRIDES, PADDINGS, MODES, DILATIONS, CHANNELS, [True, False], [True, False]
-    )
+    lists = STRIDES, PADDINGS, MODES, DILATIONS, CHANNELS, [True, False], [(), (2,)]
     kernels, sizes = itertools.cycle(KERNELS), itertools.cycle([(7, 8), (8, 7), (7, 7)])
     cases = []
-    for (stride, padding, mode, dilation, channels, bias, unbatched), kernel, size in zip(
-        product, kernels, sizes, strict=False
-    ):
-        groups, c, o = channels
-        case = Case(
-            c, o, kernel, size if unbatched else (2, *size),
-            stride, padding, dilation, groups, bias, mode,
-        )  # fmt: skip
+    for values, kernel, size in zip(itertools.product(*lists), kernels, sizes, strict=False):
+        stride, padding, mode, dilation, (groups, c, o), bias, batch = values
+        case = Case(c, o, kernel, (*batch, *size), stride, padding, dilation, groups, bias, mode)
         if case.valid:
             cases.append(case)
     return cases if short_from is None else cases[short_from::43]
@@ -165,14 +157,19 @@ def _as_tuple(value: Any) -> Any:
 def corners() -> list[Case]:
     """Limits of the options, and combinations of them."""
     cases = listed("corners")
-    even: list[tuple[OneOrTwo, OneOrTwo]] = [
-        (2, 1), (4, 1), ((2, 3), (3, 1)), ((3, 4), (1, 3)), ((4, 2), 1),
-    ]  # fmt: skip
+    even: list[Any] = [(2, 1), (4, 1), ((2, 3), (3, 1)), ((3, 4), (1, 3)), ((4, 2), 1)]
     for kernel, dilation in even:
         cases += [Case(2, 3, kernel, (2, 6, 7), 1, "same", dilation, 1, True, m) for m in MODES]
     for mode, pixels in [("reflect", (4, 5)), ("circular", (5, 6)), ("replicate", (8, 9))]:
         cases += [Case(2, 3, (3, 2), (2, 5, 6), (2, 1), pixels, 1, 1, True, mode)]
     return cases
+
+
+def grids(part: int, short: bool) -> list[Case]:
+    """Corners and grid, divided among two oracles."""
+    if short:
+        return [*corners()[part::2], *grid(SHORT_GRIDS[part])]
+    return [*corners(), *grid()[part::2]]
 
 
 def random_cases(seed: int, count: int) -> Iterator[Case]:
@@ -211,10 +208,10 @@ class Problem:
     """A case with numbers: x, w, b (None: no bias), and g, the gradient of the output."""
 
     case: Case
-    x: Array
-    w: Array
-    b: Array | None
-    g: Array
+    x: np.ndarray
+    w: np.ndarray
+    b: np.ndarray | None
+    g: np.ndarray
 
     @classmethod
     def normal(cls, case: Case, seed: int) -> Problem:
@@ -248,12 +245,12 @@ class Problem:
         return replace(cls.integers(case, seed, 1), **{factor: values})
 
     @classmethod
-    def _filled(cls, case: Case, draw: Callable[[Any], Array]) -> Problem:
+    def _filled(cls, case: Case, draw: Callable[[Any], np.ndarray]) -> Problem:
         shapes = (case.input_shape, case.weight_shape, (case.out_channels,), case.output_shape)
         x, w, b, g = map(draw, shapes)
         return cls(case, x, w, b if case.bias else None, g)
 
-    def map(self, function: Callable[[Array], Array]) -> Problem:
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Problem:
         """With a function applied to all numbers."""
         b = None if self.b is None else function(self.b)
         return Problem(self.case, function(self.x), function(self.w), b, function(self.g))

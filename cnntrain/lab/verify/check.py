@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Array, Case, Expected, Problem
+from cnntrain.lab.verify.cases import QUANTITIES, Case, Expected, Problem, corners, random_cases
 
-WITHOUT = " without gradients"
 Results = dict[str, Tensor | None]  # quantity -> what the backend computed
 
 # Limits of an algorithm that its class may declare, with defaults; see docs/convolutions.md.
@@ -69,6 +68,14 @@ class Candidate:
         list's length, so that any two values of two lists occur together."""
         return itertools.islice(itertools.product(*lists), 0, None, step if self.short else full)
 
+    def random_cases(self) -> list[Case]:
+        return list(random_cases(self.seed, self.cases))
+
+    def some_cases(self) -> list[Case]:
+        """Corners, and random cases other than `random_cases`."""
+        others = random_cases(self.seed + 1, max(self.cases // 10, 1))
+        return [*corners()[:: 3 if self.short else 1], *others]
+
     def layer(self, p: Problem, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
         """A new layer with the problem's weight and bias."""
         positional = (p.case.in_channels, p.case.out_channels, p.case.kernel_size)
@@ -78,25 +85,36 @@ class Candidate:
 
     def load(self, layer: nn.Conv2d, p: Problem) -> None:
         with torch.no_grad():
-            layer.weight.copy_(self.tensor(p.w, layer.weight.dtype))
-            if p.b is not None:
-                if layer.bias is None:
-                    raise TypeError("the layer has no bias")
-                layer.bias.copy_(self.tensor(p.b, layer.weight.dtype))
+            for name, values in self.parameters(p, layer.weight.dtype).items():
+                layer.get_parameter(name).copy_(values)
 
-    def tensor(self, values: Array, dtype: torch.dtype = torch.float64) -> Tensor:
+    def parameters(self, p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
+        given = {"weight": p.w, "bias": p.b}
+        return {n: self.tensor(t, dtype) for n, t in given.items() if t is not None}
+
+    def tensor(self, values: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def inputs(self, p: Problem, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """x and g, the gradient of the output."""
         return self.tensor(p.x, dtype), self.tensor(p.g, dtype)
 
-    def results(self, p: Problem, dtype: torch.dtype = torch.float64) -> Results:
-        """Results of a new layer, and its output once more without gradients."""
+    def results(
+        self, p: Problem, dtype: torch.dtype = torch.float64, autocast: torch.dtype | None = None
+    ) -> Results:
+        """Results of a new layer: in a dtype, and its output once more without gradients; or under
+        autocast to another dtype."""
         layer, (x, g) = self.layer(p, dtype), self.inputs(p, dtype)
-        found = results(layer, x, g)
-        with torch.no_grad():
-            return {**found, OUTPUT + WITHOUT: layer(x)}
+        if autocast is None:
+            found = results(layer, x, g)
+            with torch.no_grad():
+                return {**found, "output without gradients": layer(x)}
+        with torch.autocast(self.device.type, autocast):
+            y = layer(x.requires_grad_())
+        if y.dtype != autocast:
+            raise TypeError(f"the output is {y.dtype} under autocast to {autocast}")
+        y.backward(g.to(autocast))
+        return {q: None if t is None else t.float() for q, t in collected(layer, x, y).items()}
 
 
 def results(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Results:
@@ -108,53 +126,22 @@ def results(layer: nn.Conv2d, x: Tensor, g: Tensor) -> Results:
     return collected(layer, x, y)
 
 
-def parameters(layer: nn.Conv2d) -> list[Tensor]:
-    """Weight and, if there is one, bias."""
-    return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-
-
 def collected(layer: nn.Conv2d, x: Tensor, y: Tensor) -> Results:
     """Output and accumulated gradients."""
-    found = {OUTPUT: y.detach(), INPUT: x.grad, WEIGHT: layer.weight.grad}
-    return found if layer.bias is None else {**found, BIAS: layer.bias.grad}
+    gradients = (t.grad for t in (x, *layer.parameters()))
+    return dict(zip(QUANTITIES, (y.detach(), *gradients), strict=False))
 
 
 class CaseError(NamedTuple):
     """An error measured on one case."""
 
-    error: float
+    error: float  # or True for a failure
     text: str = ""  # description for the report
-    line: str = ""  # of the report, for checks with several
+    part: str = ""  # quantity or other part of the check, where each has a line in the report
     note: str = ""  # an optional use that is not supported
 
 
-CaseErrors = Iterator[CaseError]
-
-
-def deviation(
-    found: Tensor | None,
-    expected: Array,
-    scale: Array | float | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> CaseError:
-    """The largest error in units of `scale`: by default the largest expected number, at least 1.
-    Infinite for NaN, and for a wrong shape or dtype."""
-    if found is None:
-        return CaseError(math.inf, "is missing")
-    if tuple(found.shape) != expected.shape:
-        return CaseError(math.inf, f"has shape {tuple(found.shape)}, not {expected.shape}")
-    if found.dtype != dtype:
-        return CaseError(math.inf, f"is {found.dtype}, not {dtype}")
-    values = array(found)
-    if np.array_equal(values, expected):
-        return CaseError(0.0)
-    if scale is None:
-        scale = max(1.0, float(abs(expected).max()))
-    error = abs(values - expected) / scale
-    error[np.isnan(error)] = np.inf
-    index = np.unravel_index(int(np.argmax(error)), error.shape)
-    text = f"is {values[index]:.9g} at {tuple(map(int, index))}, not {expected[index]:.9g}"
-    return CaseError(float(error[index]), text)
+Errors = Iterator[CaseError]
 
 
 def compare(
@@ -162,19 +149,44 @@ def compare(
     expected: Expected,
     scale: dict[str, Any] | float | None = None,
     dtype: torch.dtype = torch.float64,
-    line: str = "",
-) -> CaseErrors:
-    """The deviation of each quantity. `line` is formatted with the quantity."""
-    for name in [*expected, *(name for name in found if name not in expected)]:
-        quantity = name.removesuffix(WITHOUT)
+    allowed: dict[str, Any] | None = None,
+) -> Errors:
+    """The largest error of each quantity. Infinite for NaN, and for a wrong shape or dtype.
+
+    Args:
+        scale: unit of the errors: by default the largest expected number, at least 1.
+        allowed: errors that are subtracted.
+    """
+    for name in dict.fromkeys([*expected, *found]):
+        quantity = name.partition(" without")[0]
         if quantity in expected:
-            right = expected.get(name, expected[quantity])
             unit = scale[quantity] if isinstance(scale, dict) else scale
-            error, text, *_ = deviation(found.get(name), right, unit, dtype)
-            yield CaseError(error, f"{name} {text}", line.format(quantity))
+            slack = allowed[quantity] if allowed else 0.0
+            error, text = _deviation(found.get(name), expected[quantity], unit, dtype, slack)
+            yield CaseError(error, f"{name} {text}", quantity)
 
 
-def array(t: Tensor) -> Array:
+def _deviation(
+    found: Tensor | None, expected: np.ndarray, scale: Any, dtype: torch.dtype, allowed: Any
+) -> tuple[float, str]:
+    if found is None:
+        return math.inf, "is missing"
+    if tuple(found.shape) != expected.shape:
+        return math.inf, f"has shape {tuple(found.shape)}, not {expected.shape}"
+    if found.dtype != dtype:
+        return math.inf, f"is {found.dtype}, not {dtype}"
+    values = array(found)
+    if np.array_equal(values, expected):
+        return 0.0, ""
+    scale = max(1.0, abs(expected).max()) if scale is None else scale
+    error = np.maximum(abs(values - expected) - allowed, 0) / scale
+    error[np.isnan(error)] = np.inf
+    index = np.unravel_index(int(np.argmax(error)), error.shape)
+    text = f"is {values[index]:.9g} at {tuple(map(int, index))}, not {expected[index]:.9g}"
+    return float(error[index]), text
+
+
+def array(t: Tensor) -> np.ndarray:
     return t.detach().cpu().double().numpy()
 
 
@@ -184,28 +196,18 @@ def arrays(found: Results) -> Expected:
 
 @dataclass
 class CheckResult:
-    """A line of the report.
-
-    Attributes:
-        budget: the largest allowed error.
-        unit: of error and budget.
-        cases, failed: number of cases, and of those whose error exceeds the budget.
-        error: the largest error; infinite after an exception.
-        failure: the smallest failed case and its error; empty if all passed.
-        rerun: a line of Python that repeats it.
-        notes: optional uses that are not supported.
-    """
+    """A line of the report."""
 
     name: str
-    budget: float
-    unit: str
+    budget: float  # the largest allowed error
+    unit: str  # of error and budget
     cases: int = 0
-    failed: int = 0
-    error: float = 0.0
-    failure: str = ""
-    rerun: str = ""
-    smallest: int = 0
-    notes: list[str] = field(default_factory=list)
+    failed: int = 0  # cases whose error exceeds the budget
+    error: float = 0.0  # the largest; infinite after an exception
+    failure: str = ""  # the smallest failed case and its error; empty if all passed
+    rerun: str = ""  # a line of Python that repeats it
+    smallest: int = 0  # numbers in input and weight of that case
+    notes: list[str] = field(default_factory=list)  # optional uses that are not supported
 
     @property
     def passed(self) -> bool:
@@ -214,8 +216,8 @@ class CheckResult:
     def add(self, candidate: Candidate, arguments: tuple, measured: CaseError) -> None:
         """Count a case, and describe it if it is the smallest that failed."""
         self.cases += 1
-        self.error = max(self.error, measured.error)
-        if not measured.error > self.budget:
+        self.error = max(self.error, float(measured.error))
+        if measured.error <= self.budget:
             self.notes += [measured.note] if measured.note else []
             return
         self.failed += 1
@@ -232,20 +234,33 @@ class CheckResult:
             self.rerun = f"{imports}; rerun(backend, {given}, seed={candidate.seed})"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Check:
-    """A function that measures cases, and the lines of the report that it fills.
+    """Decorator of a function that measures a case: yields errors, and fails it by any exception.
 
     Attributes:
-        cases: the arguments of `measure`: a Case, a tuple of a Case and strings, or a string.
-        measure: yields errors; any exception fails the case.
+        line: of the report; formatted with the parts, where each has a line.
+        cases: arguments of the function: Cases, strings, or tuples of a Case and strings.
+        limit: the largest allowed error.
+        unit: the default is 1 for a failure; "relative" is the largest expected number.
     """
 
-    lines: tuple[str, ...]
+    line: str
     cases: Callable[[Candidate], Iterable[Any]]
-    measure: Callable[..., CaseErrors]
-    budget: Callable[[Candidate], float]
-    unit: str
+    limit: float | Callable[[Candidate], float] = 0.0
+    unit: str = "failures"
+    parts: Sequence[str] = QUANTITIES
+
+    def __call__(self, measure: Callable[..., Errors]) -> Check:
+        self.measure = measure
+        return self
+
+    def budget(self, candidate: Candidate) -> float:
+        return self.limit(candidate) if callable(self.limit) else self.limit
+
+    @property
+    def lines(self) -> list[str]:
+        return list(dict.fromkeys(map(self.line.format, self.parts)))
 
     def run(self, candidate: Candidate) -> list[CheckResult]:
         found = {name: CheckResult(name, self.budget(candidate), self.unit) for name in self.lines}
@@ -263,32 +278,12 @@ class Check:
         worst: dict[str, CaseError] = {}
         try:
             for measured in self.measure(candidate, *arguments):
-                name = measured.line or self.lines[0]
+                name = self.line.format(measured.part)
                 if name not in worst or measured.error > worst[name].error:
                     worst[name] = measured
         except (Exception, SystemExit) as error:
             text = str(error).strip().split("\n")[0]
             raised = CaseError(math.inf, f"{type(error).__name__}: {text}")
-            worst.update({n: raised for n in self.lines if n not in worst or len(self.lines) == 1})
+            lines = self.lines
+            worst.update({n: raised for n in lines if n not in worst or len(lines) == 1})
         return worst
-
-
-# Options of checks on integers. The results of an algorithm that divides are rounded first.
-EXACT: dict[str, Any] = {
-    "budget": lambda candidate: 0.0 if candidate.declared("exact_on_integers") else 0.49,
-    "unit": "absolute",
-}
-
-
-def check(
-    *lines: str,
-    cases: Callable[[Candidate], Iterable[Any]],
-    budget: float | Callable[[Candidate], float] = 0.0,
-    unit: str = "",
-) -> Callable[[Callable[..., CaseErrors]], Check]:
-    """Decorator: makes a Check of a function that measures a case. The default unit is the largest
-    expected number, or, if the budget is 0, 1 for a failure."""
-    limit = budget if callable(budget) else lambda candidate: budget
-    return lambda measure: Check(
-        lines, cases, measure, limit, unit or ("relative" if budget else "failures")
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -10,28 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnntrain.lab.verify.cases import INPUT, OUTPUT, QUANTITIES, Case, Problem, listed
-from cnntrain.lab.verify.check import (
-    EXACT,
-    Candidate,
-    CaseErrors,
-    Check,
-    Results,
-    check,
-    compare,
-    parameters,
-    results,
-)
+from cnntrain.lab.verify.cases import INPUT, OUTPUT, QUANTITIES, Case, Expected, Problem, listed
+from cnntrain.lab.verify.check import Candidate, Check, Errors, Results, collected, compare
 from cnntrain.lab.verify.numerics import expected
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
-
-SMALL_LAYERS, WIDE_LAYERS, THREADED_LAYERS = map(listed, ("small", "wide", "threaded"))
+SMALL_LAYERS = listed("small")
 NON_FINITE = SMALL_LAYERS + listed("non_finite")
-EMPTY_BATCHES = [
-    *(replace(c, size=(0, *c.size[-2:])) for c in SMALL_LAYERS if c.padding_mode == "zeros"),
-    *(Case(3, 2, 3, (0, 5, 6), padding=1, padding_mode=m) for m in ("replicate", "circular")),
-]
 
 
 def size_cases(short: bool) -> list[Case]:
@@ -100,53 +86,58 @@ class IntegerLayer:
         x, g = self.candidate.inputs(p or self.p, self.dtype)
         return x.requires_grad_(), g
 
-    def new_parameters(self, p: Problem) -> dict[str, Tensor]:
-        given = {"weight": p.w, "bias": p.b}
-        return {n: self.candidate.tensor(t, self.dtype) for n, t in given.items() if t is not None}
-
-    def compare(self, found: Results, p: Problem, *quantities: str) -> CaseErrors:
-        """With all quantities of the problem, or with some."""
-        right = {q: t for q, t in expected(p).items() if not quantities or q in quantities}
+    def compare(self, found: Results, right: Problem | Expected, *quantities: str) -> Errors:
+        """With all expected quantities, or with some."""
+        right = expected(right) if isinstance(right, Problem) else right
+        right = {q: t for q, t in right.items() if not quantities or q in quantities}
         yield from compare(found, right, 1.0, self.dtype)
+
+    def collected(self, x: Tensor, y: Tensor) -> Results:
+        return collected(self.layer, x, y)
 
     def call(self, x: Tensor, g: Tensor, gradients: bool = True) -> Results:
         """Output, and if wanted the gradients of input and parameters."""
         with torch.set_grad_enabled(gradients):
             y = self.layer(x)
-        leaves = [x, *parameters(self.layer)]
+        leaves = [x, *self.layer.parameters()]
         found = (y, *(torch.autograd.grad(y, leaves, g) if gradients else ()))
         return dict(zip(QUANTITIES, found, strict=False))
 
-    def differentiated(
-        self, y: Tensor, inputs: Iterable[Tensor], p: Problem, **options: Any
-    ) -> CaseErrors:
+    def differentiated(self, y: Tensor, inputs: list[Tensor], p: Problem) -> Errors:
         """The output and its gradients by autograd.grad."""
         g = self.candidate.tensor(p.g, self.dtype)
-        gradients = torch.autograd.grad(y, list(inputs), g, **options)
+        gradients = torch.autograd.grad(y, inputs, g, retain_graph=True)
         return self.compare(dict(zip(expected(p), (y, *gradients), strict=True)), p)
 
-    def one_pass(self, p: Problem | None = None, mode: str = "train") -> CaseErrors:
+    def forward(self, x: Tensor, mode: str) -> Tensor:
+        """The output in a mode."""
+        if self.layer.training == mode.startswith("eval"):  # calling `train` may clear a cache
+            self.layer.train(not self.layer.training)
+        self.layer.requires_grad_(mode != "frozen")
+        with CONTEXTS.get(mode.removeprefix("eval and "), contextlib.nullcontext)():
+            return self.layer(x)
+
+    def one_pass(self, p: Problem | None = None, mode: str = "train") -> Errors:
         """Output and gradients in a mode."""
         p = p or self.p
-        (x, g), layer = self.inputs(p), self.layer
-        if layer.training == mode.startswith("eval"):  # calling `train` may clear a cache
-            layer.train(not layer.training)
-        for t in parameters(layer):
-            t.requires_grad_(mode != "frozen")
+        x, g = self.inputs(p)
         if MODES[mode] == (OUTPUT,):
-            with without_gradients(mode):
-                found: Results = {OUTPUT: layer(x.detach())}
+            found: Results = {OUTPUT: self.forward(x.detach(), mode)}
         else:
-            found = results(layer, x, g)
+            self.layer.zero_grad()
+            y = self.forward(x, mode)
+            y.backward(g)
+            found = self.collected(x, y)
         yield from self.compare(found, p, *MODES[mode])
 
-    def passes(self, *problems: Problem) -> CaseErrors:
+    def passes(self, *problems: Problem) -> Errors:
         """All problems in one mode, then in the next."""
         few = ["train", "no_grad", "eval and inference_mode"]
         for mode, p in itertools.product(few if self.candidate.short else UNFROZEN, problems):
             yield from self.one_pass(p, mode)
 
 
+CONTEXTS: dict[str, Any] = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 MODES = {
     "train": QUANTITIES,
     "eval": QUANTITIES,
@@ -159,32 +150,34 @@ MODES = {
 UNFROZEN = [mode for mode in MODES if mode != "frozen"]
 
 
-def without_gradients(mode: str) -> Any:
-    return torch.inference_mode() if mode.endswith("inference_mode") else torch.no_grad()
-
-
-def small_layers(
-    *words: Iterable[str], step: int = 1, full: int = 1
-) -> Callable[[Candidate], Iterable[Any]]:
-    """Each small layer in each dtype with all words, thinned."""
-    return lambda candidate: candidate.thinned(step, SMALL_LAYERS, DTYPES, *words, full=full)
-
-
 def layer_check(
-    line: str, cases: Callable[[Candidate], Iterable[Any]] | None = None, exact: bool = True
-) -> Callable[[Callable[..., CaseErrors]], Check]:
+    line: str,
+    *words: Iterable[str],
+    step: int = 1,
+    full: int = 1,
+    cases: Callable[[Candidate], Iterable[Any]] | None = None,
+    exact: bool = True,
+) -> Callable[[Callable[..., Errors]], Check]:
     """Decorator: makes a Check of a function of an `IntegerLayer` and words.
 
     Args:
-        cases: by default all small layers in all dtypes, without words.
-        exact: the errors are those of results, not 1 for a failure.
+        words, step, full: each small layer in each dtype with all words, `Candidate.thinned`.
+        cases: others.
+        exact: the errors are those of results, not 1 for a failure. The results of an algorithm
+            that divides are rounded first.
     """
 
-    def enter(measure: Callable[..., CaseErrors]) -> Check:
-        def on_layer(candidate: Candidate, case: Case, dtype: str, *words: str) -> CaseErrors:
+    def small_layers(candidate: Candidate) -> Iterable[Any]:
+        return candidate.thinned(step, SMALL_LAYERS, DTYPES, *words, full=full)
+
+    def budget(candidate: Candidate) -> float:
+        return 0.49 if exact and not candidate.declared("exact_on_integers") else 0.0
+
+    def enter(measure: Callable[..., Errors]) -> Check:
+        def on_layer(candidate: Candidate, case: Case, dtype: str, *words: str) -> Errors:
             return measure(IntegerLayer(candidate, case, dtype), *words)
 
-        options = EXACT if exact else {}
-        return check(line, cases=cases or small_layers(), **options)(on_layer)
+        unit = "absolute" if exact else "failures"
+        return Check(line, cases or small_layers, budget, unit)(on_layer)
 
     return enter

@@ -23,39 +23,15 @@ from torch import Tensor
 
 from cnntrain.conv.geometry import Geometry
 from cnntrain.conv.naive import conv2d_reference
-from cnntrain.lab.verify.cases import (
-    BIAS,
-    INPUT,
-    OUTPUT,
-    QUANTITIES,
-    SHORT_GRIDS,
-    WEIGHT,
-    Array,
-    Case,
-    Expected,
-    Problem,
-    corners,
-    grid,
-    pair,
-    random_cases,
-)
-from cnntrain.lab.verify.check import (
-    Candidate,
-    CaseError,
-    CaseErrors,
-    Check,
-    check,
-    compare,
-    deviation,
-    parameters,
-)
+from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case, Expected, Problem, grids
+from cnntrain.lab.verify.check import Candidate, CaseError, Check, Errors, Results, compare
 
 FLOAT64 = 1e-12  # budget: some thousand roundings
 NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 @lru_cache(10_000)
-def padding_sources(case: Case) -> Array:
+def padding_sources(case: Case) -> np.ndarray:
     """The pixel that each pixel of the padded plane is copied from: (H', W'), -1 for zeros."""
     height, width = case.size[-2:]
     plane = np.arange(height * width).reshape(height, width)
@@ -64,7 +40,7 @@ def padding_sources(case: Case) -> Array:
     return np.pad(plane, case.pads, NUMPY_MODES[case.padding_mode])  # type: ignore[call-overload]
 
 
-def padded(p: Problem) -> Array:
+def padded(p: Problem) -> np.ndarray:
     """x (N, C, H', W')"""
     planes = _batched(p.x)
     pixels = planes.reshape(*planes.shape[:2], math.prod(planes.shape[2:]))
@@ -72,7 +48,7 @@ def padded(p: Problem) -> Array:
     return np.append(pixels, zero, axis=2)[..., padding_sources(p.case)]
 
 
-def _unpadded(p: Problem, dx: Array) -> Array:
+def _unpadded(p: Problem, dx: np.ndarray) -> np.ndarray:
     """The gradient of x from that of the padded x: the sum over each pixel's copies."""
     if p.case.padding_mode == "zeros":
         (top, _), (left, _) = p.case.pads
@@ -85,7 +61,7 @@ def _unpadded(p: Problem, dx: Array) -> Array:
     return pixels.T.reshape(p.x.shape)
 
 
-def _from_padded(p: Problem, y: Array, dx: Array, dw: Array) -> Expected:
+def _from_padded(p: Problem, y: np.ndarray, dx: np.ndarray, dw: np.ndarray) -> Expected:
     """All quantities, from an oracle's results on the padded input without bias."""
     found = {OUTPUT: y.reshape(p.g.shape), INPUT: _unpadded(p, dx), WEIGHT: dw}
     if p.b is not None:
@@ -98,7 +74,7 @@ def reference_loops(p: Problem) -> Expected:
     """The nested loops of the definition. Every product w x of an output's sum adds g w to the
     gradient of its pixel and g x to that of its weight."""
     x, g, filters = padded(p), _batched(p.g), p.case.out_channels // p.case.groups
-    (sh, sw), (dh, dw) = pair(p.case.stride), pair(p.case.dilation)
+    (sh, sw), (dh, dw) = p.case.steps
     geometry = Geometry((sh, sw), (dh, dw), p.case.groups)
     y = conv2d_reference(torch.from_numpy(x), torch.from_numpy(p.w), None, geometry)
     pixels, weights, gradients = x.tolist(), p.w.tolist(), g.tolist()
@@ -118,7 +94,7 @@ def scipy_signal(p: Problem) -> Expected:
     """scipy.signal on planes: for a dilation, with zeros between the kernel's values; for a stride,
     with zeros between the gradient's pixels."""
     x, g, filters = padded(p), _batched(p.g), p.case.out_channels // p.case.groups
-    (sh, sw), (dh, dw), channels = pair(p.case.stride), pair(p.case.dilation), p.w.shape[1]
+    (sh, sw), (dh, dw), channels = *p.case.steps, p.w.shape[1]
     kernels, gradients = _spread(p.w, dh, dw), _spread(g, sh, sw)
     # The pixels that windows cover: a stride may leave a remainder at the bottom and on the right.
     height, width = (a + b - 1 for a, b in zip(gradients.shape[2:], kernels.shape[2:], strict=True))
@@ -135,7 +111,7 @@ def scipy_signal(p: Problem) -> Expected:
 def by_kernel_position(p: Problem) -> Expected:
     """For each of the kernel's kh * kw positions, the products with the pixels under it."""
     x, g, groups = padded(p), _batched(p.g), p.case.groups
-    (sh, sw), (dh, dw) = pair(p.case.stride), pair(p.case.dilation)
+    (sh, sw), (dh, dw) = p.case.steps
     (n, o, oh, ow), c = g.shape, x.shape[1]
     gradients = g.reshape(n, groups, o // groups, oh * ow)
     y, x_g, w_g = np.zeros_like(gradients), np.zeros_like(x), np.zeros_like(p.w)
@@ -160,11 +136,11 @@ def expected(p: Problem) -> Expected:
     return _EXPECTED[p]
 
 
-def _batched(t: Array) -> Array:
+def _batched(t: np.ndarray) -> np.ndarray:
     return t if t.ndim == 4 else t[None]
 
 
-def _spread(t: Array, down: int, right: int) -> Array:
+def _spread(t: np.ndarray, down: int, right: int) -> np.ndarray:
     """Zeros between the pixels of the last two dimensions."""
     *others, height, width = t.shape
     spread = np.zeros((*others, down * (height - 1) + 1, right * (width - 1) + 1), t.dtype)
@@ -172,55 +148,35 @@ def _spread(t: Array, down: int, right: int) -> Array:
     return spread
 
 
-def each_quantity(line: str) -> list[str]:
-    return [line.format(quantity) for quantity in QUANTITIES]
-
-
 def _against(
     oracle: Callable[[Problem], Expected], name: str, cases: Callable[[Candidate], list[Case]]
 ) -> Check:
     """Output and gradients in float64 against an oracle."""
 
-    @check(*each_quantity(f"{{}}, {name}"), cases=cases, budget=FLOAT64)
-    def measure(candidate: Candidate, case: Case) -> CaseErrors:
+    @Check(f"{{}}, {name}", cases, FLOAT64, "relative")
+    def measure(candidate: Candidate, case: Case) -> Errors:
         p = Problem.normal(case, candidate.seed)
-        yield from compare(candidate.results(p), oracle(p), line=f"{{}}, {name}")
+        yield from compare(candidate.results(p), oracle(p))
 
     return measure
 
 
-def _part(candidate: Candidate, part: int) -> list[Case]:
-    """Corners and grid, shared between two oracles."""
-    if candidate.short:
-        return [*corners()[part::2], *grid(SHORT_GRIDS[part])]
-    return [*corners(), *grid()[part::2]]
-
-
-def all_random(candidate: Candidate) -> list[Case]:
-    return list(random_cases(candidate.seed, candidate.cases))
-
-
-def some_cases(candidate: Candidate) -> list[Case]:
-    """Corners, and random cases other than `all_random`."""
-    others = random_cases(candidate.seed + 1, max(candidate.cases // 10, 1))
-    return [*corners()[:: 3 if candidate.short else 1], *others]
-
-
-against_loops = _against(reference_loops, "reference loops", lambda c: _part(c, 0))
-against_scipy = _against(scipy_signal, "scipy.signal", lambda c: _part(c, 1))
-random_layers = _against(by_kernel_position, "random layers", all_random)
+against_loops = _against(reference_loops, "reference loops", lambda c: grids(0, c.short))
+against_scipy = _against(scipy_signal, "scipy.signal", lambda c: grids(1, c.short))
+random_layers = _against(by_kernel_position, "random layers", Candidate.random_cases)
 
 FROZEN = {"nothing frozen": "xw", "all but the input frozen": "x", "the input frozen": "w"}
 PENALTY = "a gradient penalty"
-HIGHER = "second derivatives", "third derivatives"
 
 
-@check(
-    *HIGHER,
-    cases=lambda candidate: itertools.product(some_cases(candidate), [*FROZEN, PENALTY]),
-    budget=FLOAT64,
+@Check(
+    "{} derivatives",
+    lambda c: itertools.product(c.some_cases(), [*FROZEN, PENALTY]),
+    FLOAT64,
+    "relative",
+    ["second", "third"],
 )
-def higher_derivatives(candidate: Candidate, case: Case, words: str) -> CaseErrors:
+def higher_derivatives(candidate: Candidate, case: Case, words: str) -> Errors:
     """A convolution is linear in input x and weight w, so that its derivatives are convolutions and
     gradients again. In directions h of x, k of w and m of the bias (0 where it is frozen) that of
     s = <g, conv(x, w)> is t = <h, ds/dx> + <k, ds/dw> + <m, ds/db>, whose gradients are
@@ -236,9 +192,8 @@ def higher_derivatives(candidate: Candidate, case: Case, words: str) -> CaseErro
     p, q, r = (Problem.normal(case, candidate.seed + i) for i in range(3))
     wanted = FROZEN.get(words, "xw")
     layer, (x, g) = candidate.layer(p), candidate.inputs(p)
-    for tensor in parameters(layer):
-        tensor.requires_grad_("w" in wanted)
-    leaves = [t for t in (x.requires_grad_("x" in wanted), *parameters(layer)) if t.requires_grad]
+    layer.requires_grad_("w" in wanted)
+    leaves = [t for t in (x.requires_grad_("x" in wanted), *layer.parameters()) if t.requires_grad]
     first = torch.autograd.grad(layer(x), leaves, g.requires_grad_(), create_graph=True)
     h, k, m = q.x, q.w, q.b
     if words == PENALTY:
@@ -247,35 +202,39 @@ def higher_derivatives(candidate: Candidate, case: Case, words: str) -> CaseErro
         directions = [d for d, name in ((h, "x"), (k, "w"), (m, "w")) if name in wanted]
         t = _along([d for d in directions if d is not None], first)
     h, k, m = h * ("x" in wanted), k * ("w" in wanted), m if "w" in wanted else None
-    of_h, of_k = expected(replace(p, x=h, b=None)), expected(replace(p, w=k, b=m))
-    second = {OUTPUT: (g, of_h[OUTPUT] + of_k[OUTPUT])}
-    if "w" in wanted and x.requires_grad:
-        second[INPUT] = x, of_k[INPUT]
-    if "x" in wanted and layer.weight.requires_grad:
-        second[WEIGHT] = layer.weight, of_h[WEIGHT]
-    found = yield from _derivatives(HIGHER[0], t, second)
-    if words in FROZEN and len(second) == 3 and candidate.declared("third_derivatives"):
-        of_h, of_k = expected(replace(r, x=h, b=None)), expected(replace(r, w=k, b=None))
-        third = {
-            OUTPUT: (g, of_h[OUTPUT] + of_k[OUTPUT]),
-            INPUT: (x, of_k[INPUT]),
-            WEIGHT: (layer.weight, of_h[WEIGHT]),
+
+    def gradients(h_of: Problem, k_of: Problem) -> dict[str, tuple[Tensor, np.ndarray]]:
+        """Of a sum of two convolutions, with respect to g, x and w."""
+        of_h, of_k = expected(h_of), expected(k_of)
+        return {
+            "output gradient": (g, of_h[OUTPUT] + of_k[OUTPUT]),
+            "input": (x, of_k[INPUT]),
+            "weight": (layer.weight, of_h[WEIGHT]),
         }
-        yield from _derivatives(HIGHER[1], _along([r.g, r.x, r.w], found), third)
+
+    second = gradients(replace(p, x=h, b=None), replace(p, w=k, b=m))
+    if "w" not in wanted or not x.requires_grad:
+        del second["input"]
+    if "x" not in wanted or not layer.weight.requires_grad:
+        del second["weight"]
+    found = yield from _derivatives("second", t, second)
+    if words in FROZEN and len(second) == 3 and candidate.declared("third_derivatives"):
+        third = gradients(replace(r, x=h, b=None), replace(r, w=k, b=None))
+        yield from _derivatives("third", _along([r.g, r.x, r.w], found), third)
 
 
-def _along(directions: list[Array], tensors: Sequence[Tensor]) -> Tensor:
+def _along(directions: list[np.ndarray], tensors: Sequence[Tensor]) -> Tensor:
     """The sum of inner products."""
     pairs = zip(directions, tensors, strict=True)
     return torch.stack([(torch.from_numpy(d).to(t) * t).sum() for d, t in pairs]).sum()
 
 
 def _derivatives(
-    line: str, of: Tensor, right: dict[str, tuple[Tensor, Array]]
+    order: str, of: Tensor, right: dict[str, tuple[Tensor, np.ndarray]]
 ) -> Generator[CaseError, None, tuple[Tensor, ...]]:
     found = torch.autograd.grad(of, [t for t, _ in right.values()], create_graph=True)
-    for (name, (_, values)), tensor in zip(right.items(), found, strict=True):
-        error, text, *_ = deviation(tensor, values)
-        word = "output gradient" if name == OUTPUT else name.removesuffix(" gradient")
-        yield CaseError(error, f"the derivative with respect to the {word} {text}", line)
+    results: Results = dict(zip(right, found, strict=True))
+    for error in compare(results, {name: values for name, (_, values) in right.items()}):
+        text = f"the derivative with respect to the {error.text}"
+        yield error._replace(text=text, part=order)
     return found

@@ -20,20 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case, Expected, Problem, corners
-from cnntrain.lab.verify.check import (
-    WITHOUT,
-    Candidate,
-    CaseError,
-    CaseErrors,
-    Check,
-    Results,
-    arrays,
-    check,
-    collected,
-    compare,
-)
+from cnntrain.lab.verify.check import Candidate, CaseError, Check, Errors, arrays, compare
 from cnntrain.lab.verify.layers import DTYPES, NON_FINITE, SMALL_LAYERS, network_layers, size_cases
-from cnntrain.lab.verify.numerics import all_random, each_quantity, expected, some_cases
+from cnntrain.lab.verify.numerics import expected
 
 FACTORS = {"input": "x", "weight": "w", "output gradient": "g"}
 
@@ -56,17 +45,17 @@ def float32_unit(p: Problem, local: bool = True) -> Expected:
     return {q: math.sqrt(terms[q]) * 2**-24 * sums[q] for q in sums}
 
 
-@check(
-    *each_quantity("{}, float32"),
+@Check(
+    "{}, float32",
     cases=lambda s: itertools.product(network_layers(s.short), ["normal", "positive"]),
-    budget=lambda s: s.declared("rounding_budget"),
+    limit=lambda s: s.declared("rounding_budget"),
     unit="sqrt(K)uS",
 )
-def float32(candidate: Candidate, case: Case, numbers: str) -> CaseErrors:
+def float32(candidate: Candidate, case: Case, numbers: str) -> Errors:
     """Float32 sums against float64 ones."""
     p = getattr(Problem, numbers)(case, candidate.seed).map(lambda t: t.astype("f4").astype("f8"))
     found = candidate.results(p, torch.float32)
-    yield from compare(found, expected(p), float32_unit(p), torch.float32, "{}, float32")
+    yield from compare(found, expected(p), float32_unit(p), torch.float32)
 
 
 NUMBERS = "positive", "integers", "integers under autocast", "normal"
@@ -74,25 +63,24 @@ NUMBERS = "positive", "integers", "integers under autocast", "normal"
 
 def half(dtype: torch.dtype) -> Check:
     """Output and gradients in a half type against exact sums, rounded once."""
-    line, first = f"{{}}, {str(dtype).removeprefix('torch.')}", int(dtype == torch.float16)
 
     def numbered(candidate: Candidate) -> Iterator[tuple[Case, str]]:
         """Layers with all kinds of numbers; in the short form with two kinds each."""
-        for i, case in enumerate(network_layers(candidate.short), first):
+        for i, case in enumerate(network_layers(candidate.short), int(dtype == torch.float16)):
             for numbers in (NUMBERS[0], NUMBERS[1 + i % 2]) if candidate.short else NUMBERS:
                 yield case, numbers
 
-    @check(*each_quantity(line), cases=numbered, budget=1.0, unit="roundings")
-    def measure(candidate: Candidate, case: Case, words: str) -> CaseErrors:
+    @Check(f"{{}}, {str(dtype).removeprefix('torch.')}", numbered, 1.0, "roundings")
+    def measure(candidate: Candidate, case: Case, words: str) -> Errors:
         numbers, *autocast = words.split(" under ")
         p: Problem = getattr(Problem, numbers)(case, candidate.seed)
         quantum = min(1.0, 2.0 ** (12 - math.frexp(p.g.size // case.out_channels)[1]))
         p = replace(p, g=p.g * quantum)  # float16 has no sums above 65504
         p = p.map(lambda t: torch.tensor(t).to(dtype).double().numpy())
         quantum = quantum if numbers == "integers" else 0
-        kind = torch.float32 if autocast else dtype
-        found, allowed = found_and_allowed(candidate, p, kind, dtype, quantum)
-        yield from compare(found, expected(p), allowed, kind, line)
+        kind, cast = (torch.float32, dtype) if autocast else (dtype, None)
+        found, allowed = found_and_allowed(candidate, p, kind, cast, quantum)
+        yield from compare(found, expected(p), allowed, kind)
 
     return measure
 
@@ -106,22 +94,17 @@ def integer_check(
     make: Callable[..., Problem] = lambda case, seed, dtype: Problem.integers(
         case, seed, 2 if dtype.itemsize == 2 else 21
     ),
-    quantities: int = 4,
+    **options: Any,
 ) -> Check:
     """Sums of integers: no rounding in float32, one in a half type."""
 
-    @check(*each_quantity(line)[:quantities], cases=cases, unit="absolute")
-    def measure(candidate: Candidate, case: Case, dtype: str, *words: Any) -> CaseErrors:
+    @Check(line, cases, unit="absolute", **options)
+    def measure(candidate: Candidate, case: Case, dtype: str, *words: Any) -> Errors:
         kind = getattr(torch, dtype)
         p = make(case, candidate.seed, kind, *words)
         quantum = min(abs(t[t != 0]).min(initial=1) for t in (p.x, p.w, p.g))
-        found, allowed = found_and_allowed(candidate, p, kind, kind, quantum)
-        nearest = dict(expected(p))  # the allowed values next to the results
-        for name, t in arrays(found).items():
-            right = expected(p).get(q := name.removesuffix(WITHOUT))
-            if right is not None and t.shape == right.shape:
-                nearest[name] = t.clip(right - allowed[q], right + allowed[q])
-        yield from compare(found, nearest, 1.0, kind, line)
+        found, allowed = found_and_allowed(candidate, p, kind, None, quantum)
+        yield from compare(found, expected(p), 1.0, kind, allowed)
 
     return measure
 
@@ -144,7 +127,7 @@ def one_scaled(case: Case, seed: int, dtype: torch.dtype, factor: str, how: str)
 
 small_integers = integer_check(
     "{}, small integers",
-    lambda s: in_dtypes(s, [*corners(), *all_random(s)[:: 4 if s.short else 2]]),
+    lambda s: in_dtypes(s, [*corners(), *s.random_cases()[:: 4 if s.short else 2]]),
 )
 block_sizes = integer_check("{}, sizes", lambda s: in_dtypes(s, size_cases(s.short)))
 wide_integers = integer_check(
@@ -154,28 +137,30 @@ wide_integers = integer_check(
 )
 magnitudes = integer_check(
     "{}, large and small numbers",
-    lambda s: s.thinned(
-        7, some_cases(s), ["float32", "bfloat16", "float16"], FACTORS, ["large", "small"], full=5
-    ),
+    lambda s: s.thinned(7, s.some_cases(), DTYPES[:3], FACTORS, ["large", "small"], full=5),
     one_scaled,
-    quantities=3,
+    parts=[OUTPUT, INPUT, WEIGHT],
 )
 
 
 def found_and_allowed(
-    candidate: Candidate, p: Problem, kind: torch.dtype, dtype: torch.dtype, quantum: float
-) -> tuple[Results, Expected]:
-    """Results in `dtype` of a layer of dtype `kind` (float32 under autocast), and allowed errors.
+    candidate: Candidate,
+    p: Problem,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    quantum: float,
+) -> tuple[dict[str, Tensor | None], Expected]:
+    """Results of a layer of a dtype, if wanted under autocast to another, and allowed errors.
 
     With u the largest relative error of a rounding, the allowed error is the sum of u |y| for the
     result, u |y - b| where a bias is added to a rounded sum, the spacing of subnormal numbers, and
     the error of a float32 sum. The last is 0 for sums of multiples of `quantum`; for an algorithm
     that divides, it is below half of the quantum.
     """
-    right, half, info = expected(p), dtype.itemsize == 2, torch.finfo(dtype)
-    calls = ConvolutionCalls()
+    right, info, calls = expected(p), torch.finfo(autocast or dtype), ConvolutionCalls()
+    half = info.bits == 16
     with calls if half else contextlib.nullcontext():
-        found = results_in(candidate, p, kind, dtype)
+        found = candidate.results(p, dtype, autocast)
     u, smallest = (info.eps / 2, info.smallest_normal * info.eps) if half else (0.0, 0.0)
     rounded = {q: abs(t) for q, t in right.items()}
     if p.b is not None:
@@ -196,26 +181,13 @@ def found_and_allowed(
     # the half type on some CPUs.
     for own in (nn.Conv2d, ChannelsLast):
         if half and calls.seen and exceeds(allowed):
-            native = arrays(results_in(replace(candidate, backend=own), p, kind, dtype))
+            native = arrays(replace(candidate, backend=own).results(p, dtype, autocast))
             allowed = {q: np.maximum(t, abs(native[q] - right[q])) for q, t in allowed.items()}
     roundings = candidate.declared("half_roundings")
     if half and roundings > 1:
         sums = expected(p.map(np.abs))
         allowed = {q: np.maximum(t, roundings * u * sums[q]) for q, t in allowed.items()}
     return found, allowed
-
-
-def results_in(candidate: Candidate, p: Problem, kind: torch.dtype, dtype: torch.dtype) -> Results:
-    """Results in `dtype` of a layer of dtype `kind`; under autocast if these differ."""
-    if kind == dtype:
-        return candidate.results(p, dtype)
-    layer, (x, g) = candidate.layer(p, kind), candidate.inputs(p, kind)
-    with torch.autocast(candidate.device.type, dtype):
-        y = layer(x.requires_grad_())
-    if y.dtype != dtype:
-        raise TypeError(f"the output is {y.dtype} under autocast to {dtype}")
-    y.backward(g.to(y.dtype))
-    return {q: None if t is None else t.float() for q, t in collected(layer, x, y).items()}
 
 
 class ChannelsLast(nn.Conv2d):
@@ -233,16 +205,14 @@ class ConvolutionCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-NON_FINITE_LINE = "{}, NaN, Inf and -0.0"
-
-
-@check(
-    *(NON_FINITE_LINE.format(quantity) for quantity in (OUTPUT, INPUT, WEIGHT)),
+@Check(
+    "{}, NaN, Inf and -0.0",
     # A bias would hide the sign of a zero.
-    cases=lambda s: s.thinned(7, [replace(c, bias=False) for c in NON_FINITE], DTYPES, FACTORS),
+    lambda s: s.thinned(7, [replace(c, bias=False) for c in NON_FINITE], DTYPES, FACTORS),
     unit="elements",
+    parts=[OUTPUT, INPUT, WEIGHT],
 )
-def non_finite(candidate: Candidate, case: Case, dtype: str, name: str) -> CaseErrors:
+def non_finite(candidate: Candidate, case: Case, dtype: str, name: str) -> Errors:
     """One number of a tensor is set to NaN, Inf or 1. Results that it is a factor of must be NaN,
     Inf or finite; all others keep their bits. NaN or Inf times a zero of the padding may be either,
     as with nn.Conv2d, which depends on dtype and CPU."""
@@ -268,8 +238,7 @@ def non_finite(candidate: Candidate, case: Case, dtype: str, name: str) -> CaseE
         of_inf = np.isnan if words == "times -0.0" else np.isposinf
         for value, right in (math.nan, np.isnan), (math.inf, of_inf), (1.0, np.isfinite):
             for name, y in arrays(candidate.results(with_value(value, base), kind)).items():
-                quantity = name.removesuffix(WITHOUT)
-                reference = of_inf_input[quantity]
+                reference = of_inf_input[quantity := name.partition(" without")[0]]
                 hit, padding = np.isinf(reference), np.isnan(reference)
                 equal = y == before[name]
                 same = equal & (np.signbit(y) == np.signbit(before[name]))
@@ -281,4 +250,4 @@ def non_finite(candidate: Candidate, case: Case, dtype: str, name: str) -> CaseE
                     good = (value == 1) | np.where(hit, ~np.isfinite(y), near)
                 wrong = int((~good).sum())
                 text = f"{value} {words} makes {wrong} of {y.size} numbers of the {name} wrong"
-                yield CaseError(wrong, text, NON_FINITE_LINE.format(quantity))
+                yield CaseError(wrong, text, quantity)

@@ -21,28 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnntrain.lab.verify.cases import OUTPUT, Case
-from cnntrain.lab.verify.check import (
-    Candidate,
-    CaseError,
-    CaseErrors,
-    array,
-    check,
-    collected,
-    results,
-)
-from cnntrain.lab.verify.layers import (
-    DTYPES,
-    MODES,
-    SMALL_LAYERS,
-    THREADED_LAYERS,
-    UNFROZEN,
-    WIDE_LAYERS,
-    IntegerLayer,
-    layer_check,
-    small_layers,
-    without_gradients,
-)
+from cnntrain.lab.verify.cases import OUTPUT, Case, listed
+from cnntrain.lab.verify.check import Candidate, CaseError, Check, Errors, array, results
+from cnntrain.lab.verify.layers import DTYPES, MODES, UNFROZEN, IntegerLayer, layer_check
+
+SMALL_LAYERS, WIDE_LAYERS, THREADED_LAYERS = map(listed, ("small", "wide", "threaded"))
 
 # Layouts: each makes a tensor of the same shape and values, with NaN around it in memory, so that
 # reading there makes the result NaN. The expanded ones change the values.
@@ -86,15 +69,14 @@ def _layouts(candidate: Candidate) -> Iterator[tuple]:
             yield case, dtype, layout, tensor
 
 
-@layer_check("memory formats and strides", _layouts)
-def strides(t: IntegerLayer, layout: str, tensor: str) -> CaseErrors:
-    p, candidate = t.p, t.candidate
-    names = [name for name in "xwgb" if getattr(p, name) is not None]
-    given = {name: candidate.tensor(getattr(p, name), t.dtype) for name in names}
+@layer_check("memory formats and strides", cases=_layouts)
+def strides(t: IntegerLayer, layout: str, tensor: str) -> Errors:
+    names = [name for name in "xwgb" if getattr(t.p, name) is not None]
+    given = {name: t.candidate.tensor(getattr(t.p, name), t.dtype) for name in names}
     for name in TENSORS[tensor]:
         given[name] = LAYOUTS[layout](given[name])
     values: dict[str, Any] = {name: array(tensor) for name, tensor in given.items()}
-    p = replace(p, **values)
+    p = replace(t.p, **values)
     t.layer.weight = nn.Parameter(given["w"])
     if "b" in given:
         t.layer.bias = nn.Parameter(given["b"])
@@ -104,19 +86,19 @@ def strides(t: IntegerLayer, layout: str, tensor: str) -> CaseErrors:
     yield from t.compare({OUTPUT: y}, p, OUTPUT)
     if tensor in ("output gradient", "bias"):
         text = f"the output is not contiguous: strides {y.stride()} for shape {(*y.shape,)}"
-        yield CaseError(float(not y.is_contiguous()), text)
+        yield CaseError(not y.is_contiguous(), text)
 
 
 @layer_check("inputs not modified", exact=False)
-def in_place(t: IntegerLayer) -> CaseErrors:
+def in_place(t: IntegerLayer) -> Errors:
     layer, (x, g) = t.layer, t.inputs()
     tensors = {"input": x, "output gradient": g, **dict(layer.named_parameters())}
     before = {name: values.detach().clone() for name, values in tensors.items()}
 
-    def changed(by: str) -> CaseErrors:
+    def changed(by: str) -> Errors:
         for name, values in tensors.items():
             same = torch.equal(values, before[name])
-            yield CaseError(float(not same), f"{by} changes the {name}")
+            yield CaseError(not same, f"{by} changes the {name}")
 
     for no_gradients in (torch.no_grad, torch.inference_mode):
         with no_gradients():
@@ -127,25 +109,22 @@ def in_place(t: IntegerLayer) -> CaseErrors:
     after = y.detach().clone()
     y.backward(g)
     yield from changed("the backward")
-    yield CaseError(float(not torch.equal(y, after)), "the backward changes the output")
+    yield CaseError(not torch.equal(y, after), "the backward changes the output")
 
 
-@check("no tensors kept after a call", cases=small_layers(UNFROZEN, step=17, full=5))
-def released(candidate: Candidate, case: Case, dtype: str, mode: str) -> CaseErrors:
+@layer_check("no tensors kept after a call", UNFROZEN, step=17, full=5, exact=False)
+def released(t: IntegerLayer, mode: str) -> Errors:
     """Inputs, outputs and the layer are freed, and the number of tensors does not grow."""
     gc.freeze()  # exclude older objects
     try:
-        t, made, counts = IntegerLayer(candidate, case, dtype), [], []
-        p = t.p
+        t.layer = t.candidate.layer(t.p, t.dtype)
+        made, counts, p, size = [], [], t.p, t.case.size
         for number in range(34):  # from the tenth on with another size each time
             if number > 9:
-                p = t.problem(size=(*case.size[:-1], case.size[-1] + number))
+                p = t.problem(size=(*size[:-1], size[-1] + number))
             x, g = t.inputs(p)
-            if MODES[mode] == (OUTPUT,):
-                with without_gradients(mode):
-                    y = t.layer(x)
-            else:
-                y = t.layer.train(mode == "train")(x)
+            y = t.forward(x, mode)
+            if MODES[mode] != (OUTPUT,):
                 y.backward(g)
             made += [weakref.ref(x), weakref.ref(y)]
             del x, g, y
@@ -153,25 +132,25 @@ def released(candidate: Candidate, case: Case, dtype: str, mode: str) -> CaseErr
         if any(ref() is not None for ref in made):
             gc.collect()
         alive = sum(ref() is not None for ref in made)
-        yield CaseError(float(alive), f"keeps {alive} inputs and outputs of 34 calls")
+        yield CaseError(alive, f"keeps {alive} inputs and outputs of 34 calls")
         grown = counts[9] - counts[3]
-        yield CaseError(float(grown > 0), f"six calls leave {grown} tensors")
+        yield CaseError(grown > 0, f"six calls leave {grown} tensors")
         grown = counts[-1] - counts[-13]
-        yield CaseError(float(grown > 8), f"twelve calls with inputs of other sizes leave {grown}")
+        yield CaseError(grown > 8, f"twelve calls with inputs of other sizes leave {grown}")
         last = weakref.ref(t.layer)
         del t
         gc.collect()
-        yield CaseError(float(last() is not None), "the layer is kept after its last use")
+        yield CaseError(last() is not None, "the layer is kept after its last use")
     finally:
         gc.unfreeze()
 
 
-def _intra_op_threads(t: IntegerLayer, count: int) -> CaseErrors:
+def _intra_op_threads(t: IntegerLayer, count: int) -> Errors:
     torch.set_num_threads(count)
     yield from t.one_pass()
 
 
-def _two_threads(t: IntegerLayer, calls: int = 4, gradients: bool = True) -> CaseErrors:
+def _two_threads(t: IntegerLayer, calls: int = 4, gradients: bool = True) -> Errors:
     """One layer called by two threads."""
     problems = [t.problem(1), t.p] * calls
     inputs = [t.inputs(q) for q in problems]
@@ -182,15 +161,15 @@ def _two_threads(t: IntegerLayer, calls: int = 4, gradients: bool = True) -> Cas
         yield from t.compare(found, q, *found)
 
 
-def _backward_in_thread(t: IntegerLayer) -> CaseErrors:
+def _backward_in_thread(t: IntegerLayer) -> Errors:
     x, g = t.inputs()
     y = t.layer(x)
     with ThreadPoolExecutor(1) as threads:
         threads.submit(y.backward, g).result()
-    yield from t.compare(collected(t.layer, x, y), t.p)
+    yield from t.compare(t.collected(x, y), t.p)
 
 
-THREADS: dict[str, Callable[[IntegerLayer], CaseErrors]] = {
+THREADS: dict[str, Callable[[IntegerLayer], Errors]] = {
     "in two threads": _two_threads,
     "in two threads without gradients": lambda t: _two_threads(t, 20, gradients=False),
     "backward in another thread": _backward_in_thread,
@@ -203,8 +182,8 @@ def _threaded(candidate: Candidate) -> Iterator[tuple]:
     yield from itertools.product(THREADED_LAYERS, ["float32"], THREADS)
 
 
-@layer_check("threads", _threaded)
-def threads(t: IntegerLayer, word: str) -> CaseErrors:
+@layer_check("threads", cases=_threaded)
+def threads(t: IntegerLayer, word: str) -> Errors:
     before = torch.get_num_threads()
     try:
         yield from THREADS[word](t)
@@ -240,11 +219,8 @@ def _generators() -> dict[str, Any]:
     }
 
 
-@check(
-    "global state unchanged",
-    cases=lambda c: c.thinned(5, [*SMALL_LAYERS, *THREADED_LAYERS], DTYPES),
-)
-def global_state(candidate: Candidate, case: Case, dtype: str) -> CaseErrors:
+@Check("global state unchanged", lambda c: c.thinned(5, SMALL_LAYERS + THREADED_LAYERS, DTYPES))
+def global_state(candidate: Candidate, case: Case, dtype: str) -> Errors:
     """From the construction of a layer to its deletion. What nn.Conv2d prints or warns of is
     allowed; log messages, as those of torch.compile, are ignored."""
     threads, logged = torch.get_num_threads(), logging.root.manager.disable
@@ -257,7 +233,7 @@ def global_state(candidate: Candidate, case: Case, dtype: str) -> CaseErrors:
     finally:
         torch.set_num_threads(threads)
         logging.disable(logged)
-    yield CaseError(float(bool(effects)), "; ".join(sorted(effects)))
+    yield CaseError(bool(effects), "; ".join(sorted(effects)))
 
 
 def _effects(candidate: Candidate, case: Case, dtype: str) -> set[str]:

@@ -15,31 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Case, Problem
-from cnntrain.lab.verify.check import (
-    Candidate,
-    CaseError,
-    CaseErrors,
-    arrays,
-    check,
-    collected,
-    compare,
-    parameters,
-    results,
-)
-from cnntrain.lab.verify.layers import (
-    DTYPES,
-    MODES,
-    UNFROZEN,
-    IntegerLayer,
-    layer_check,
-    small_layers,
-)
+from cnntrain.lab.verify.cases import BIAS, INPUT, OUTPUT, WEIGHT, Problem
+from cnntrain.lab.verify.check import CaseError, Errors, arrays, results
+from cnntrain.lab.verify.layers import DTYPES, MODES, UNFROZEN, IntegerLayer, layer_check
 from cnntrain.lab.verify.numerics import expected
 
 
-@layer_check("modes in any order", small_layers(MODES, MODES, step=11))
-def modes(t: IntegerLayer, first: str, then: str) -> CaseErrors:
+@layer_check("modes in any order", MODES, MODES, step=11)
+def modes(t: IntegerLayer, first: str, then: str) -> Errors:
     for mode in (first, then, "train"):
         yield from t.one_pass(mode=mode)
 
@@ -68,18 +51,15 @@ CHANGES: dict[str, Callable[[nn.Conv2d, dict[str, Tensor]], Any]] = {
 }
 
 
-@layer_check(
-    "parameters changed between calls",
-    small_layers(CHANGES, UNFROZEN, UNFROZEN, step=31, full=5),
-)
-def changed_parameters(t: IntegerLayer, change: str, before: str, after: str) -> CaseErrors:
+@layer_check("parameters changed between calls", CHANGES, UNFROZEN, UNFROZEN, step=31, full=5)
+def changed_parameters(t: IntegerLayer, change: str, before: str, after: str) -> Errors:
     yield from t.one_pass(mode=before)
     with torch.no_grad():
-        CHANGES[change](t.layer, t.new_parameters(q := t.problem(weights=1)))
+        CHANGES[change](t.layer, t.candidate.parameters(q := t.problem(weights=1), t.dtype))
     yield from t.one_pass(q, after)
 
 
-def _other_sizes(t: IntegerLayer) -> CaseErrors:
+def _other_sizes(t: IntegerLayer) -> Errors:
     *batch, height, width = t.case.size
     sizes = [(*batch, height + 1, width), (*batch, height, width + 3), (7, height, width)]
     if t.case.padding and width != height:  # the same number of pixels in another shape
@@ -88,7 +68,7 @@ def _other_sizes(t: IntegerLayer) -> CaseErrors:
     return t.passes(*(t.problem(size=size) for size in order))
 
 
-def _same_memory(t: IntegerLayer) -> CaseErrors:
+def _same_memory(t: IntegerLayer) -> Errors:
     """A loader may fill one buffer again and again."""
     q, (x, g) = t.problem(1), t.inputs()
     yield from t.compare(results(t.layer, x, g), t.p)
@@ -97,48 +77,49 @@ def _same_memory(t: IntegerLayer) -> CaseErrors:
     yield from t.compare(results(t.layer, x, g), q)
 
 
-def _two_layers(t: IntegerLayer) -> CaseErrors:
+def _two_layers(t: IntegerLayer) -> Errors:
     others = [(t.candidate.layer(q, t.dtype), q) for q in (t.problem(1, 1), t.p)]
-    yield from _interleaved(t, [(t.layer, t.p), *others])
+    yield from _interleaved(t, *others)
 
 
-def _interleaved(t: IntegerLayer, pairs: list[tuple[nn.Conv2d, Problem]]) -> CaseErrors:
+def _interleaved(t: IntegerLayer, *others: tuple[nn.Conv2d, Problem]) -> Errors:
     """All outputs, then all gradients."""
+    pairs = [(t.layer, t.p), *others]
     passes = [(layer, p, x := t.inputs(p)[0], layer(x)) for layer, p in pairs]
     for layer, p, x, y in passes:
-        yield from t.differentiated(y, [x, *parameters(layer)], p)
+        yield from t.differentiated(y, [x, *layer.parameters()], p)
 
 
-def _moved(t: IntegerLayer) -> CaseErrors:
+def _moved(t: IntegerLayer) -> Errors:
     for dtype in (*DTYPES, *DTYPES[1::2]):
         t.dtype = getattr(torch, dtype)
         t.layer.to(t.dtype)
         yield from t.passes(t.p)
 
 
-def _functional_call(t: IntegerLayer) -> CaseErrors:
+def _functional_call(t: IntegerLayer) -> Errors:
     q = t.problem(1, 1)
-    for p, given in ((t.p, None), (q, t.new_parameters(q)), (t.p, None)):
-        used: dict[str, Any] = given or dict(t.layer.named_parameters())
+    for p, given in ((t.p, {}), (q, t.candidate.parameters(q, t.dtype)), (t.p, {})):
+        used: dict[str, Tensor] = given or dict(t.layer.named_parameters())
         (x, _), tensors = t.inputs(p), [tensor.requires_grad_() for tensor in used.values()]
         yield from t.differentiated(functional_call(t.layer, used, (x,)), [x, *tensors], p)
 
 
-def _graph_twice(t: IntegerLayer) -> CaseErrors:
+def _graph_twice(t: IntegerLayer) -> Errors:
     y = t.layer(x := t.inputs()[0])
     for p in (t.p, replace(t.p, g=t.problem(1).g), t.p):
-        yield from t.differentiated(y, [x, *parameters(t.layer)], p, retain_graph=True)
+        yield from t.differentiated(y, [x, *t.layer.parameters()], p)
 
 
-def _accumulated(t: IntegerLayer) -> CaseErrors:
+def _accumulated(t: IntegerLayer) -> Errors:
     x, g = t.inputs()
     for _ in range(3):
         t.layer(x).backward(g)
-    found = collected(t.layer, x, t.layer(x))
+    found = t.collected(x, t.layer(x))
     yield from t.compare(found, replace(t.p, g=3 * t.p.g))
 
 
-def _input_changed(t: IntegerLayer) -> CaseErrors:
+def _input_changed(t: IntegerLayer) -> Errors:
     """Between forward and backward: autograd raises, or the backward does not need the input."""
     leaf, g = t.inputs()
     x = leaf * 1
@@ -146,20 +127,20 @@ def _input_changed(t: IntegerLayer) -> CaseErrors:
     x.detach().zero_()  # changes the version of x, and no graph
     with contextlib.suppress(RuntimeError):
         y.backward(g)
-        yield from t.compare(collected(t.layer, leaf, y), t.p)
+        yield from t.compare(t.collected(leaf, y), t.p)
 
 
-def _output_changed(t: IntegerLayer) -> CaseErrors:
+def _output_changed(t: IntegerLayer) -> Errors:
     """By ReLU(inplace=True), before the backward."""
     x, g = t.inputs()
     output = expected(t.p)[OUTPUT]
     g = g * t.candidate.tensor(abs(output) > 0.5)  # the sign of an inexact zero is arbitrary
     (y := t.layer(x).relu_()).backward(g)
     right = expected(replace(t.p, g=t.p.g * (output > 0))) | {OUTPUT: output.clip(0)}
-    yield from compare(collected(t.layer, x, y), right, 1.0, t.dtype)
+    yield from t.compare(t.collected(x, y), right)
 
 
-def _many_calls(t: IntegerLayer, gradients: bool) -> CaseErrors:
+def _many_calls(t: IntegerLayer, gradients: bool) -> Errors:
     """Thirty calls, of which ten outputs are kept: none may reuse the memory of another, and an
     implementation that benchmarks several algorithms in its first calls has chosen one."""
     problems, made = [t.problem(i) for i in range(7)], []
@@ -171,7 +152,7 @@ def _many_calls(t: IntegerLayer, gradients: bool) -> CaseErrors:
         yield from t.compare(found, p, *found)
 
 
-def _other_options(t: IntegerLayer) -> CaseErrors:
+def _other_options(t: IntegerLayer) -> Errors:
     """nn.Conv2d reads its options at each call."""
     yield from t.passes(t.p)
     options: dict[str, Any] = {"stride": (1, 2), "dilation": (2, 1), "padding": (1, 2)}
@@ -189,15 +170,11 @@ def _other_options(t: IntegerLayer) -> CaseErrors:
     yield from t.passes(t.p)
 
 
-HISTORIES: dict[str, Callable[[IntegerLayer], CaseErrors]] = {
+HISTORIES: dict[str, Callable[[IntegerLayer], Errors]] = {
     "after inputs of other sizes": _other_sizes,
-    "after another input of the same size": lambda t: t.passes(
-        *(t.problem(number) for number in (0, 1, 0))
-    ),
+    "after another input of the same size": lambda t: t.passes(*map(t.problem, (0, 1, 0))),
     "after another input in the same memory": _same_memory,
-    "two outputs before their gradients": lambda t: _interleaved(
-        t, [(t.layer, t.p), (t.layer, t.problem(1))]
-    ),
+    "two outputs before their gradients": lambda t: _interleaved(t, (t.layer, t.problem(1))),
     "layers of the same shape in turns": _two_layers,
     "after a move to other dtypes": _moved,
     "functional_call with other parameters": _functional_call,
@@ -211,13 +188,13 @@ HISTORIES: dict[str, Callable[[IntegerLayer], CaseErrors]] = {
 }
 
 
-@layer_check("no state between calls", small_layers(HISTORIES, step=3))
-def history(t: IntegerLayer, name: str) -> CaseErrors:
+@layer_check("no state between calls", HISTORIES, step=3)
+def history(t: IntegerLayer, name: str) -> Errors:
     return HISTORIES[name](t)
 
 
 @layer_check("results share no memory", exact=False)
-def shared(t: IntegerLayer) -> CaseErrors:
+def shared(t: IntegerLayer) -> Errors:
     """Activations and optimizers work in place on results, which may change no other tensor."""
     x, g = t.inputs()
     inputs = {"input": x, **dict(t.layer.named_parameters())}
@@ -229,49 +206,46 @@ def shared(t: IntegerLayer) -> CaseErrors:
         for name, values in {"output": y, **made}.items():
             for other, u in known.items():
                 same = values.untyped_storage().data_ptr() == u.untyped_storage().data_ptr()
-                yield CaseError(float(same), f"{name}{call} shares memory with the {other}")
+                yield CaseError(same, f"{name}{call} shares memory with the {other}")
             known[name] = values
 
 
-@check("bitwise repeatable", cases=small_layers())
-def repeated(candidate: Candidate, case: Case, dtype: str) -> CaseErrors:
+@layer_check("bitwise repeatable", exact=False)
+def repeated(t: IntegerLayer) -> Errors:
     """For any seed, and in evaluation mode as well."""
-    if candidate.device.type != "cpu" and case.padding_mode in ("reflect", "replicate"):
+    if t.candidate.device.type != "cpu" and t.case.padding_mode in ("reflect", "replicate"):
         return  # on a GPU, PyTorch adds up the gradients of these paddings in any order
-    layer = candidate.layer(p := Problem.normal(case, candidate.seed), getattr(torch, dtype))
-    x, g = candidate.inputs(p, layer.weight.dtype)
-    first = arrays(results(layer, x, g))
-    torch.manual_seed(candidate.seed + 1)
+    t.candidate.load(t.layer, p := Problem.normal(t.case, t.candidate.seed))
+    x, g = t.inputs(p)
+    first = arrays(results(t.layer, x, g))
+    torch.manual_seed(t.candidate.seed + 1)
     for mode in (True, False, True):
-        for quantity, values in arrays(results(layer.train(mode), x, g)).items():
+        for quantity, values in arrays(results(t.layer.train(mode), x, g)).items():
             same = np.array_equal(values, first[quantity])
-            yield CaseError(float(not same), f"{quantity} has other bits")
+            yield CaseError(not same, f"{quantity} has other bits")
 
 
-SUBSETS = [
-    *("nothing", INPUT, WEIGHT, BIAS),
-    *(f"{INPUT} and {WEIGHT}", f"{INPUT} and {BIAS}", f"{WEIGHT} and {BIAS}"),
-]
+SUBSETS = ["nothing", INPUT, WEIGHT, BIAS]
+SUBSETS += [f"{INPUT} and {WEIGHT}", f"{INPUT} and {BIAS}", f"{WEIGHT} and {BIAS}"]
 
 
-@layer_check("only required gradients", small_layers(SUBSETS, step=3))
-def required_gradients(t: IntegerLayer, needs: str) -> CaseErrors:
+@layer_check("only required gradients", SUBSETS, step=3)
+def required_gradients(t: IntegerLayer, needs: str) -> Errors:
     layer, (x, g) = t.layer, t.inputs()
-    tensors = {INPUT: x, **dict(zip((WEIGHT, BIAS), parameters(layer), strict=False))}
+    tensors = {INPUT: x, **dict(zip((WEIGHT, BIAS), layer.parameters(), strict=False))}
     for quantity, values in tensors.items():
         values.requires_grad_(quantity in needs)
     y = layer(x)
     right = any(values.requires_grad for values in tensors.values())
-    yield CaseError(float(y.requires_grad != right), f"the output's requires_grad is {not right}")
+    yield CaseError(y.requires_grad != right, f"the output's requires_grad is {not right}")
     if right:
         y.backward(g)
     for quantity, values in tensors.items():
-        if quantity not in needs:
-            yield CaseError(float(values.grad is not None), f"there is a {quantity}")
-    found = collected(layer, x, y)
+        surplus = quantity not in needs and values.grad is not None
+        yield CaseError(surplus, f"there is a {quantity}")
+    found = t.collected(x, y)
     yield from t.compare(found, t.p, OUTPUT, *(q for q in found if q in needs))
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y = layer(x)
-        text = f"the output under {mode.__name__} requires a gradient"
-        yield CaseError(float(y.requires_grad), text)
+        yield CaseError(y.requires_grad, f"the output under {mode.__name__} requires a gradient")

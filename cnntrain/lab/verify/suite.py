@@ -23,6 +23,7 @@ from torch import nn
 
 import cnntrain
 from cnntrain.config import ConfigError
+from cnntrain.config.errors import format_value
 from cnntrain.lab.verify import interface, numerics, rounding, side_effects, state, uses
 from cnntrain.lab.verify.check import Candidate, Check, CheckResult
 
@@ -33,21 +34,13 @@ CHECKS.sort(key=lambda c: c is not side_effects.global_state)  # first: others m
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """Results of a verification.
+    """Results of a verification, a line for each check."""
 
-    Attributes:
-        backend: the class's dotted name.
-        options: those of `verify`, with defaults filled in.
-        lines: one for each check.
-        seconds: wall-clock time.
-        total: number of checks, including those that `only` left out.
-    """
-
-    backend: str
-    options: dict[str, Any]
+    backend: str  # dotted name of the class
+    options: dict[str, Any]  # those of `verify`, with defaults filled in
     lines: list[CheckResult]
-    seconds: float
-    total: int
+    seconds: float  # wall-clock time
+    total: int  # number of checks, including those that `only` left out
 
     @property
     def passed(self) -> bool:
@@ -61,7 +54,7 @@ class VerificationReport:
             part = f"{run} checks" if failed else f"all {run} checks"
         kept = {"only": "", "short": False, "cases": 200 if self.options["short"] else 1000}
         given = {k: self.options[k] for k, default in kept.items() if self.options[k] != default}
-        how = [f"{k}={'true' if value is True else value}" for k, value in given.items()]
+        how = [f"{k}={format_value(value)}" for k, value in given.items()]
         verdict = f"fails {failed} of {part}" if failed else f"passes {part}"
         return f"{self.backend} {verdict} ({', '.join([*how, f'{self.seconds:.0f} s'])})"
 
@@ -128,13 +121,13 @@ def verify(
                     lines.append(line)
                     if report:
                         report(line)
+    seconds = time.perf_counter() - start
     options = {"cases": candidate.cases, "seed": seed, "short": short, "only": only}
     options["device"] = device
     if isinstance(backend, partial):
         options["backend"] = dict(backend.keywords)
     name = f"{candidate.kind.__module__}.{candidate.name}"
-    total = sum(len(check.lines) for check in CHECKS)
-    found = VerificationReport(name, options, lines, time.perf_counter() - start, total)
+    found = VerificationReport(name, options, lines, seconds, sum(len(c.lines) for c in CHECKS))
     if json:
         Path(json).write_text(found.json() + "\n", encoding="utf-8")
     return found
@@ -145,7 +138,7 @@ def rerun(backend: Callable[..., nn.Conv2d], line: str, *case: Any, seed: int = 
     check = next(c for c in CHECKS if line in c.lines)
     candidate = Candidate(backend, 1, seed, False, torch.device("cpu"))
     for measured in check.measure(candidate, *case):
-        if (measured.line or line) == line and measured.error > check.budget(candidate):
+        if check.line.format(measured.part) == line and measured.error > check.budget(candidate):
             print(measured.text)
 
 

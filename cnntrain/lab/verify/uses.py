@@ -7,38 +7,33 @@ a note of the report.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from cnntrain.lab.verify.check import Candidate, CaseError, CaseErrors, check
-from cnntrain.lab.verify.interface import (
-    USES,
-    Parameters,
-    Unsupported,
-    compiled,
-    exported,
-    functional,
-    gradients,
-    parameters_of,
-    use,
-)
+from cnntrain.lab.verify.check import Candidate, CaseError, Check, Errors
+from cnntrain.lab.verify.interface import USES, compiled, exported, gradients, parameters_of, use
 
 # im2col computes a batch of 64 of this layer in parts.
-LARGE: dict[str, Any] = {"in_channels": 576, "kernel_size": 4, "stride": 4, "dilation": 1}
-LARGE["size"] = (8, 9)
+LARGE = {"in_channels": 576, "kernel_size": 4, "stride": 4, "dilation": 1, "size": (8, 9)}
+FLOAT32 = {"dtype": torch.float32}
 
 
-def cubic_loss(conv: nn.Conv2d) -> Callable[[Parameters, Tensor], Tensor]:
+class Unsupported(Exception):
+    """A result is right, and not of the kind that was asked for."""
+
+
+def cubic_loss(conv: nn.Conv2d) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
     """sum y^3 as a function of parameters and input: its second derivatives are not constant."""
-    return lambda parameters, x: functional(conv)(parameters, x).pow(3).sum()
+    return lambda parameters, x: functional_call(conv, parameters, x).pow(3).sum()
 
 
-def ensemble(conv: nn.Conv2d) -> Parameters:
+def ensemble(conv: nn.Conv2d) -> dict[str, Tensor]:
     """Parameters of three models, stacked."""
     factors = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
     stacked = parameters_of(conv).items()
@@ -72,7 +67,8 @@ def vmap_inputs(conv: nn.Conv2d, x: Tensor) -> Any:
 
 @use("`vmap` over weights, biases, both, with inputs, nested")
 def vmap_weights(conv: nn.Conv2d, x: Tensor) -> Any:
-    call, models, inputs = functional(conv), ensemble(conv), torch.stack([x, -x, x + 1], dim=1)
+    call = partial(functional_call, conv)
+    models, inputs = ensemble(conv), torch.stack([x, -x, x + 1], dim=1)
     one = parameters_of(conv)
     alone = [vmap(lambda v, n=name: call(one | {n: v}, x))(models[name]) for name in models]
     pairs = vmap(call, (0, 1))(models, inputs)
@@ -86,7 +82,7 @@ def vmap_of_grad(conv: nn.Conv2d, x: Tensor) -> Any:
     return vmap(call, (None, 0))(parameters_of(conv), x), vmap(call, (0, None))(ensemble(conv), x)
 
 
-@use("`torch.compile(fullgraph=True)`, forward and backward", slow=True, **LARGE)
+@use("`torch.compile(fullgraph=True)`, forward and backward", slow=True, options=LARGE)
 def compile_layer(conv: nn.Conv2d, x: Tensor) -> Any:
     function, results = compiled(conv, conv), []
     for n in (3, 2, 64, 5):  # the second size is compiled for any size
@@ -108,14 +104,18 @@ def export(conv: nn.Conv2d, x: Tensor) -> Any:
     return exported(conv, x)(x)
 
 
-@use("`torch.export` for batches of 1 to 64", slow=True, **LARGE)
+@use("`torch.export` for batches of 1 to 64", slow=True, options=LARGE)
 def export_any_batch(conv: nn.Conv2d, x: Tensor) -> Any:
     program = exported(conv, x, {0: torch.export.Dim("batch", min=1, max=64)})
     x = x.repeat(22, 1, 1, 1)
     return [program(x[:n]) for n in (3, 1, 64)]
 
 
-@use("`torch.export` for any batch, height and width", slow=True, stride=2, size=(9, 21))
+@use(
+    "`torch.export` for any batch, height and width",
+    slow=True,
+    options={"stride": 2, "size": (9, 21)},
+)
 def export_any_size(conv: nn.Conv2d, x: Tensor) -> Any:
     names = {0: "batch", 2: "height", 3: "width"}
     sizes = {i: torch.export.Dim(name, min=1 + 6 * (i > 0), max=64) for i, name in names.items()}
@@ -123,7 +123,7 @@ def export_any_size(conv: nn.Conv2d, x: Tensor) -> Any:
     return [program(x[:n, :, :h, :w]) for n, h, w in [(3, 9, 21), (1, 8, 7), (2, 7, 20)]]
 
 
-@use("complex numbers", slow=True, dtype=torch.complex128)
+@use("complex numbers", slow=True, options={"dtype": torch.complex128})
 def complex_numbers(conv: nn.Conv2d, x: Tensor) -> Any:
     return gradients(conv, x, *conv.parameters())
 
@@ -131,7 +131,7 @@ def complex_numbers(conv: nn.Conv2d, x: Tensor) -> Any:
 @use("integers")
 def integers(conv: nn.Conv2d, x: Tensor) -> Any:
     whole = {name: (9 * value).long() for name, value in parameters_of(conv).items()}
-    return functional(conv)(whole, (9 * x).long())
+    return functional_call(conv, whole, (9 * x).long())
 
 
 @use("`channels_last` outputs for such inputs")
@@ -147,7 +147,7 @@ def meta(conv: nn.Conv2d, x: Tensor) -> Any:
     return list(conv.to("meta")(x.to("meta")).shape)
 
 
-@use("saves input and weight for the backward, no more", padding=1)
+@use("saves input and weight for the backward, no more", options={"padding": 1})
 def saved_for_backward(conv: nn.Conv2d, x: Tensor) -> Any:
     saved: list[Tensor] = []
 
@@ -169,7 +169,7 @@ def by_keyword(conv: nn.Conv2d, x: Tensor) -> Any:
     return conv(input=x)
 
 
-@use("autocast to bfloat16 and float16", required=True, tolerance=2**-6, dtype=torch.float32)
+@use("autocast to bfloat16 and float16", required=True, tolerance=2**-6, options=FLOAT32)
 def autocast(conv: nn.Conv2d, x: Tensor) -> Any:
     results: list[Tensor] = []
     for dtype in (torch.bfloat16, torch.float16):
@@ -178,7 +178,7 @@ def autocast(conv: nn.Conv2d, x: Tensor) -> Any:
     return results
 
 
-@use("a part without autocast", required=True, tolerance=2**-16, dtype=torch.float32)
+@use("a part without autocast", required=True, tolerance=2**-16, options=FLOAT32)
 def without_autocast(conv: nn.Conv2d, x: Tensor) -> Any:
     with torch.autocast("cpu"), torch.autocast("cpu", enabled=False):
         return gradients(conv, x, *conv.parameters())
@@ -216,11 +216,11 @@ def spectral_norm(conv: nn.Conv2d, x: Tensor) -> Any:
     return gradients(parametrizations.spectral_norm(conv), x, *conv.parameters())
 
 
-@check(
+@Check(
     "uses of nn.Conv2d",
     cases=lambda c: [f"Conv2d, {name}" for name, u in USES.items() if not (c.short and u.slow)],
 )
-def uses(candidate: Candidate, name: str) -> CaseErrors:
+def uses(candidate: Candidate, name: str) -> Errors:
     tried = USES[name := name.removeprefix("Conv2d, ")]
     try:
         reason, counts = tried.attempt(candidate.backend), tried.required
@@ -228,4 +228,4 @@ def uses(candidate: Candidate, name: str) -> CaseErrors:
         reason, counts = str(error).strip().split("\n")[0], True
     # Rounded results are converted to integers as they are.
     counts &= candidate.declared("exact_on_integers") or tried is not integers
-    yield CaseError(float(bool(reason) and counts), reason, note=reason and f"{name}: {reason}")
+    yield CaseError(bool(reason) and counts, reason, note=reason and f"{name}: {reason}")
