@@ -1,25 +1,11 @@
 """Networks. A network receives its convolution and never imports one."""
 
-from cnntrain.models.introspection import (
-    GraphNode,
-    LayerSummary,
-    layer_graph,
-    layer_table,
-    summarise,
-    uncalled_layers,
-)
-from cnntrain.models.lenet5 import LeNet5
-from cnntrain.models.shallow import Shallow
-from cnntrain.models.torchvision import TorchVision
-
-__all__ = [
-    "GraphNode",
-    "LayerSummary",
-    "LeNet5",
-    "Shallow",
-    "TorchVision",
-    "layer_graph",
-    "layer_table",
-    "summarise",
-    "uncalled_layers",
-]
+from cnntrain.models.introspection import GraphNode as GraphNode
+from cnntrain.models.introspection import LayerSummary as LayerSummary
+from cnntrain.models.introspection import layer_graph as layer_graph
+from cnntrain.models.introspection import layer_table as layer_table
+from cnntrain.models.introspection import summarise as summarise
+from cnntrain.models.introspection import uncalled_layers as uncalled_layers
+from cnntrain.models.lenet5 import LeNet5 as LeNet5
+from cnntrain.models.shallow import Shallow as Shallow
+from cnntrain.models.torchvision import TorchVision as TorchVision

@@ -142,11 +142,9 @@ def layer_table(network: nn.Module, in_shape: tuple[int, int, int]) -> Table:
     at_least = "> " if uncalled_layers(network, rows) else ""
     table.add_column("layer", "total")
     table.add_column("type")
-    for title, footer in [
-        ("output", ""),
-        ("parameters", f"{parameters:,}"),
-        ("MACs / image", f"{at_least}{sum(row.macs for row in rows):,}"),
-    ]:
+    macs = f"{at_least}{sum(row.macs for row in rows):,}"
+    totals = {"output": "", "parameters": f"{parameters:,}", "MACs / image": macs}
+    for title, footer in totals.items():
         table.add_column(title, footer, justify="right")
     for row in rows if len(rows) <= 30 else [row for row in rows if row.parameters]:
         shape = "x".join(map(str, row.shape))

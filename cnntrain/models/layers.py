@@ -53,11 +53,7 @@ def initialise(network: nn.Module, init: Init) -> None:
 
 
 def flat_features(features: nn.Module, in_shape: tuple[int, ...]) -> int:
-    """Number of outputs of `features` for one image (C, H, W).
-
-    Raises:
-        ValueError: The image is too small; with the reason of the layer.
-    """
+    """Number of outputs of `features` for an image (C, H, W); ValueError if it is too small."""
     try:
         with evaluation_mode(features):
             return features(torch.zeros(1, *in_shape)).numel()

@@ -45,17 +45,24 @@ class TorchVision(nn.Module):
         small_images: bool = False,
     ):
         super().__init__()
-        import torchvision.models  # takes a second, which other networks should not cost
+        from torchvision import models  # takes a second, which other networks should not cost
 
-        names = torchvision.models.list_models(module=torchvision.models)
+        names = models.list_models(module=models)
         if name not in names:
             near = difflib.get_close_matches(name, names) or names
             raise ValueError(
                 f"model.name={name}: torchvision has no such classification network; choose from "
                 f"{', '.join(near)}"
             )
+        options: dict[str, Any] = {"weights": None, "num_classes": num_classes}
+        if name in ("googlenet", "inception_v3"):  # otherwise several outputs in training
+            options |= {"aux_logits": False, "init_weights": True}
+        elif name.startswith("vit_"):
+            options["image_size"] = in_shape[1]
+        elif name.startswith("maxvit_"):
+            options["input_size"] = in_shape[1:]
         try:
-            self.network = _build(name, in_shape, num_classes)
+            self.network = models.get_model(name, **options)
             _adapt_stem(self.network, in_shape[0], small_images)
             with evaluation_mode(self.network):  # raises if the images are too small
                 self.network(torch.zeros(1, *in_shape))
@@ -72,28 +79,13 @@ class TorchVision(nn.Module):
         return self.network(images)
 
 
-def _build(name: str, in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    import torchvision.models
-
-    options: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):  # otherwise several outputs in training
-        options = {"aux_logits": False, "init_weights": True}
-    elif name.startswith("vit_"):
-        options = {"image_size": in_shape[1]}
-    elif name.startswith("maxvit_"):
-        options = {"input_size": in_shape[1:]}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-
-
 def _adapt_stem(network: nn.Module, in_channels: int, small_images: bool) -> None:
     """Replace the first convolution by one with `in_channels`; see `small_images` above."""
     layers = list(network.named_modules())
     name, stem = next((name, layer) for name, layer in layers if isinstance(layer, nn.Conv2d))
     if in_channels == stem.in_channels and not small_images:
         return
-    geometry: dict[str, Any] = {
-        name: getattr(stem, name) for name in ("kernel_size", "stride", "padding")
-    }
+    geometry: dict[str, Any] = {k: getattr(stem, k) for k in ("kernel_size", "stride", "padding")}
     if small_images:
         geometry = {"kernel_size": 3, "stride": 1, "padding": 1}
         pooling = [name for name, layer in layers if isinstance(layer, nn.MaxPool2d)]
