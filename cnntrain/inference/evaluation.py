@@ -109,9 +109,8 @@ class Evaluation:
         (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier evaluation
         images = {"confusion.png": pictures.confusion(confusion, names, self.split)}
         if self.mistakes:
-            images["mistakes.png"] = worst(
-                self.outcome, self.images.__getitem__, names, MAX_MISTAKES
-            )
+            stored = self.images.__getitem__
+            images["mistakes.png"] = worst(self.outcome, stored, names, MAX_MISTAKES)
         for name, picture in images.items():
             (folder / name).write_bytes(pictures.png(picture))
         return [folder / name for name in ("evaluation.json", *images)]

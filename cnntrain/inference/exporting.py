@@ -90,13 +90,13 @@ def export(
     file = Path(folder or trained.run / "export") / f"{trained.checkpoint.stem}{SUFFIXES[format]}"
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}")
-    write, load = (_write_onnx, _load_onnx) if format == "onnx" else (_write_torch, _load_torch)
+    write = _write_onnx if format == "onnx" else _write_torch
     try:
         with _silence():
             try:
                 # Zeros, as the program keeps its example; a batch of one would fix the batch size.
-                write(network, torch.zeros(2, *data.shape), _metadata(trained), temporary)
-                exported = load(temporary)
+                example = torch.zeros(2, *data.shape)
+                exported = write(network, example, _metadata(trained), temporary)
             except OSError:
                 raise
             except Exception as error:  # exporters raise many classes
@@ -154,16 +154,15 @@ def _compare(network: Network, exported: Network, images: Tensor, file: Path) ->
     return Exported(file, len(images), max(errors), largest, same)
 
 
-def _write_onnx(network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path) -> None:
-    program = torch.onnx.export(
-        network,
-        (images,),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
-    )
+def _write_onnx(
+    network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path
+) -> Network:
+    """Write the file, and load it again."""
+    import onnxruntime
+
+    options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(network, (images,), dynamo=True, verbose=False, **options)
     assert program is not None
     graph = program.model.graph  # the metadata of its parts contains paths of this machine
     for part in (graph, *graph, *graph.initializers.values(), *graph.inputs, *graph.outputs):
@@ -171,26 +170,21 @@ def _write_onnx(network: nn.Module, images: Tensor, metadata: dict[str, Any], fi
     for name, value in metadata.items():
         program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
     program.save(str(file), external_data=False)
-
-
-def _load_onnx(file: Path) -> Network:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(str(file), quiet, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _write_torch(network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path) -> None:
+def _write_torch(
+    network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path
+) -> Network:
+    """Write the file, and load it again."""
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(network, (images,), dynamic_shapes=(batch,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # contains paths of this machine
     torch.export.save(program, str(file), extra_files={METADATA_FILE: json.dumps(metadata)})
-
-
-def _load_torch(file: Path) -> Network:
     return torch.export.load(str(file)).module()
 
 

@@ -21,27 +21,20 @@ CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 ImageSource = Path | tuple[str, Image.Image]  # a file; or an image in memory and its name
 
 
-class UnreadableError(Exception):
-    """A file without a usable image; the message is the reason, without the file name."""
-
-
 @dataclass(frozen=True)
 class InputImage:
-    """An image as the input of a network."""
+    """An image as the input of a network, or the error that it cannot be read."""
 
     name: str  # of the file, with an index for IDX files
-    pixels: np.ndarray  # uint8 (C, H, W)
-    light_border: bool
+    pixels: np.ndarray | None = None  # uint8 (C, H, W)
+    light_border: bool = False
+    error: str | None = None  # without the file name
 
 
 def find_images(images: Any) -> list[ImageSource]:
-    """Files and images in the argument of `predict`.
+    """Files and images in the argument of `predict`; ConfigError for anything else.
 
     Of a folder these are all PNG, JPEG and IDX files below it, without hidden and label files.
-
-    Raises:
-        ConfigError: A file does not exist, a folder has no images, an object is not an image, or
-            the shape, dtype or values of an array are not supported.
     """
     if sources := list(_sources(images, "images")):
         return sources
@@ -113,34 +106,26 @@ def read_images(
     """All images in a PNG, JPEG or IDX file, or the one in memory, as (C, H, W) = `shape`.
 
     An image is scaled to fit and centred on black. 16 bits become 8; colour becomes grey (ITU-R
-    601) where C is 1; transparent pixels become background, which is black. A grey image of the
-    size `shape` is not changed.
-
-    Args:
-        source: File, or name and image.
-        shape: Channels, height and width of the network's input.
-        invert: Whether dark becomes light first, as for ink on paper.
-
-    Raises:
-        UnreadableError: The file is damaged, of another format or too large, or the network has
-            neither 1 nor 3 channels.
+    601) where C is 1; transparent pixels become background, which is black; with `invert`, as for
+    ink on paper, dark becomes light first. A grey image of the size `shape` is not changed. It has
+    an `error` if the file is damaged, of another format or too large, or if C is neither 1 nor 3.
     """
     channels, height, width = shape
-    if channels not in (1, 3):
-        raise UnreadableError(f"is grey or colour, but the network expects {channels} channels")
     name = str(source if isinstance(source, Path) else source[0])
     try:
+        if channels not in (1, 3):
+            raise ValueError(f"is grey or colour, but the network expects {channels} channels")
         for suffix, image in _decode(source):
             image = _convert(image, "RGB" if channels == 3 else "L", invert)
             image = ImageOps.contain(image, (width, height), Image.Resampling.BILINEAR)
             pixels = np.asarray(ImageOps.pad(image, (width, height)))
             pixels = pixels.reshape(height, width, channels).transpose(2, 0, 1)
             yield InputImage(name + suffix, pixels, _has_light_border(image))
-    except UnidentifiedImageError as error:
-        raise UnreadableError("is not a PNG, JPEG or IDX file") from error
+    except UnidentifiedImageError:
+        yield InputImage(name, error="is not a PNG, JPEG or IDX file")
     except Exception as error:  # decoders raise many classes
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableError(reason.removeprefix(f"{name}: ").split("\n")[0]) from error
+        yield InputImage(name, error=reason.removeprefix(f"{name}: ").split("\n")[0])
 
 
 def _decode(source: ImageSource) -> Iterator[tuple[str, Image.Image]]:
@@ -153,7 +138,7 @@ def _decode(source: ImageSource) -> Iterator[tuple[str, Image.Image]]:
     if head.startswith(GZIP_MAGIC) or head[:3] == b"\0\0\x08":
         images = read_idx(source)
         if images.ndim != 3:
-            raise UnreadableError(f"contains an array of {images.ndim} dimensions, not (N, H, W)")
+            raise ValueError(f"contains an array of {images.ndim} dimensions, not (N, H, W)")
         for index, pixels in enumerate(images):
             yield f"[{index}]", Image.fromarray(pixels)
         return

@@ -16,13 +16,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from cnntrain import pictures
-from cnntrain.inference.images import (
-    ImageSource,
-    InputImage,
-    UnreadableError,
-    find_images,
-    read_images,
-)
+from cnntrain.inference.images import ImageSource, InputImage, find_images, read_images
 from cnntrain.inference.trained import Device, Trained, load_trained
 from cnntrain.interruption import interruptible
 from cnntrain.models.introspection import evaluation_mode
@@ -112,44 +106,33 @@ def predict(
 def predictions(
     trained: Trained, sources: Iterable[ImageSource], *, top: int, invert: bool
 ) -> Iterator[Prediction]:
-    """PredictionList of the images, one after the other; see `predict`."""
-    images = _read(sources, trained.data.shape, invert)
+    """Predictions of the images, one after the other; see `predict`."""
+    shape = trained.data.shape
+    images = (image for s in sources for image in read_images(s, shape, invert=invert))
     # Where the standard deviation exceeds the mean, most pixels are dark, as the background of
     # digits and clothes; in photographs it is about half the mean.
     mean, std = trained.data.mean, trained.data.std
     light_on_dark = all(m < s for m, s in zip(mean, std, strict=True)) and not invert
     while batch := list(islice(images, BATCH_SIZE)):
-        readable = [image for image in batch if isinstance(image, InputImage)]
-        classes = iter(_classify(trained, readable, top))
+        classes = iter(_classify(trained, batch, top))
         for image in batch:
-            if isinstance(image, Prediction):
-                yield image
-                continue
-            best = next(classes)
-            error = None if math.isfinite(best[0][1]) else "the output of the network is not finite"
+            best, error = [] if image.error else next(classes), image.error
+            if best and not math.isfinite(best[0][1]):
+                error = "the output of the network is not finite"
             hint = light_on_dark and image.light_border
             yield Prediction(image.name, best, image.pixels, error, hint)
-
-
-def _read(
-    sources: Iterable[ImageSource], shape: tuple[int, int, int], invert: bool
-) -> Iterator[InputImage | Prediction]:
-    for source in sources:
-        try:
-            yield from read_images(source, shape, invert=invert)
-        except UnreadableError as error:
-            name = source if isinstance(source, Path) else source[0]
-            yield Prediction(str(name), [], error=str(error))
 
 
 def _classify(
     trained: Trained, images: list[InputImage], top: int
 ) -> list[list[tuple[str, float]]]:
-    if not images:
+    """Names and probabilities of the most probable classes of the images that can be read."""
+    pixels = [image.pixels for image in images if image.pixels is not None]
+    if not pixels:
         return []
-    pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
+    inputs = trained.data.normalised(torch.from_numpy(np.stack(pixels)), trained.device)
     with evaluation_mode(trained.network):
-        logits = trained.network(trained.data.normalised(pixels, trained.device))
+        logits = trained.network(inputs)
     best = logits.float().softmax(1).topk(min(top, trained.data.num_classes))
     names = trained.data.classes
     return [

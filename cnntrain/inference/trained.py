@@ -36,8 +36,7 @@ class Trained:
     @property
     def backend(self) -> str:
         """Class name of the convolutions."""
-        target: str = self.cfg.backend._target_
-        return target.rpartition(".")[2]
+        return str(self.cfg.backend._target_).rpartition(".")[2]
 
 
 def load_trained(
@@ -74,11 +73,8 @@ def load_trained(
     with as_config_error("data"):
         data = build(cfg.data)
     network = build_network(cfg, data)
-    weights = {
-        name.removeprefix("network."): tensor
-        for name, tensor in content["state_dict"].items()
-        if name.startswith("network.")
-    }
+    own = {k: tensor for k, tensor in content["state_dict"].items() if k.startswith("network.")}
+    weights = {name.removeprefix("network."): tensor for name, tensor in own.items()}
     if differences := shape_differences(weights, network.state_dict()):
         raise CheckpointError(f"{path}: is of another network: {'; '.join(differences)}")
     network.load_state_dict(weights)
@@ -123,15 +119,10 @@ def _config(path: Path, content: Content, backend: str | DictConfig | None) -> D
 
 
 def choose_device(device: Device) -> torch.device:
-    """Device by name; auto: the first available of cuda, mps and cpu.
-
-    Raises:
-        ConfigError: The device is not available.
-    """
+    """Device by name; auto: the first available of cuda, mps and cpu. Raises ConfigError."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     available = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     if device == "auto" or device in available:
         return torch.device(available[0] if device == "auto" else device)
-    raise ConfigError(
-        [f"device={device}: this machine has no GPU that PyTorch can use; use device=cpu or auto"]
-    )
+    problem = f"device={device}: this machine has no GPU that PyTorch can use"
+    raise ConfigError([f"{problem}; use device=cpu or auto"])

@@ -17,7 +17,7 @@ from PIL import Image
 from cnntrain.config import ConfigError
 from cnntrain.data import FashionMNISTMini
 from cnntrain.inference import predict
-from cnntrain.inference.images import UnreadableError, find_images, read_images
+from cnntrain.inference.images import find_images, read_images
 
 SHAPE = (1, 28, 28)
 
@@ -34,7 +34,14 @@ def pixels() -> np.ndarray:
 
 def one(file: Path, **options: object) -> np.ndarray:
     (picture,) = read_images(file, SHAPE, **{"invert": False, **options})
+    assert picture.error is None
     return picture.pixels
+
+
+def error(file: Path, shape: tuple[int, int, int] = SHAPE) -> str:
+    (picture,) = read_images(file, shape, invert=False)
+    assert picture.pixels is None
+    return picture.error
 
 
 def test_grey_image_of_the_right_size_is_not_changed(tmp_path: Path, pixels) -> None:
@@ -151,8 +158,7 @@ def test_idx_files_of_any_size(tmp_path: Path, pixels) -> None:
 )
 def test_unreadable_files(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(UnreadableError, match=message):
-        one(tmp_path / "a")
+    assert message in error(tmp_path / "a")
 
 
 def test_truncated_and_too_large_images(
@@ -164,12 +170,10 @@ def test_truncated_and_too_large_images(
         whole = file.read_bytes()
         for cut in (20, len(whole) // 2, len(whole) - 30):
             file.write_bytes(whole[:cut])
-            with pytest.raises(UnreadableError):
-                one(file)
+            assert error(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
     Image.new("1", (200, 250)).save(tmp_path / "bomb.png")
-    with pytest.raises(UnreadableError, match=r"\(50000 pixels\) exceeds limit"):
-        one(tmp_path / "bomb.png")
+    assert "(50000 pixels) exceeds limit" in error(tmp_path / "bomb.png")
     Image.new("1", (200, 150)).save(tmp_path / "large.png")
     assert one(tmp_path / "large.png").shape == SHAPE
 
@@ -187,10 +191,8 @@ def test_folders(tmp_path: Path) -> None:
 
 def test_network_with_two_channels(tmp_path: Path) -> None:
     Image.new("L", (28, 28)).save(tmp_path / "a.png")
-    with pytest.raises(
-        UnreadableError, match="is grey or colour, but the network expects 2 channels"
-    ):
-        list(read_images(tmp_path / "a.png", (2, 28, 28), invert=False))
+    message = "is grey or colour, but the network expects 2 channels"
+    assert error(tmp_path / "a.png", (2, 28, 28)) == message
 
 
 def test_probabilities_are_those_of_the_network(run: Path, tmp_path: Path, pixels) -> None:
