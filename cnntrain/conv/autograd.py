@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -46,7 +44,47 @@ def grad_weight(g: Tensor, x: Tensor, kernel_size: Pair, *how: Any) -> Tensor:
     return (_GradWeight if is_compiling() else GradWeight).apply(g, x, kernel_size, *how)
 
 
-class Forward(Function):
+class _Product(Function):
+    """Linear in its first two inputs, a and b; the third is the bias, or the size of the result."""
+
+    # Where vmap puts groups: 0 in a weight, 1 in images. One of b and the result is a weight.
+    channels_of_b = 0
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        a, b, third, *ctx.how = inputs
+        ctx.size = None if isinstance(third, Tensor) else third
+        ctx.shape = output.shape
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+        ctx.set_materialize_grads(False)  # no products with undefined, that is zero, gradients
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> Tensor:
+        (a, b), (da, db, dbias, *_) = ctx.saved_tensors, tangents
+        terms = [] if da is None else [cls.apply(da, b, ctx.size, *ctx.how)]
+        terms += [] if db is None else [cls.apply(a, db, ctx.size, *ctx.how)]
+        terms += [] if dbias is None else [dbias.view(-1, 1, 1)]
+        return sum(terms[1:], terms[0]).expand(ctx.shape)
+
+    @classmethod
+    def vmap(cls, info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
+        """B convolutions with B weights are one convolution with B times the groups, so that an
+        algorithm receives no batched tensors and may write in place."""
+        (a, b, third, geometry, *others), (a_dim, b_dim, third_dim, *_) = inputs, dims
+        has_bias, result_dim = isinstance(third, Tensor), 1 - cls.channels_of_b
+        if result_dim == 1 and b_dim is None and not (has_bias and third_dim is not None):
+            result_dim = 0  # one weight: B times the images
+            a = a.movedim(a_dim, 0).flatten(0, 1)
+        else:
+            a, b = _join(a, a_dim, 1, info), _join(b, b_dim, cls.channels_of_b, info)
+            third = _join(third, third_dim, 0, info) if has_bias else third
+            geometry = replace(geometry, groups=geometry.groups * info.batch_size)
+        result = cls.apply(a, b, third, geometry, *others)
+        return result.unflatten(result_dim, (info.batch_size, -1)), result_dim
+
+
+class Forward(_Product):
     """y = x * w + bias"""
 
     @staticmethod
@@ -54,12 +92,6 @@ class Forward(Function):
         geometry, algorithm, zeros = how
         y = _run(algorithm.padded_forward, x, w, bias, geometry, zeros)
         return y.clone() if is_compiling() and bias is None else y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, w, _, *ctx.how = inputs
-        ctx.size = output.shape
-        _save(ctx, x, w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple:
@@ -74,46 +106,8 @@ class Forward(Function):
                 db = g.sum((0, 2, 3))
         return dx, dw, db, None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (x, w), (dx, dw, db, *_) = ctx.saved_tensors, tangents
-        dy = _sum(
-            None if dx is None else convolve(dx, w, None, *ctx.how),
-            None if dw is None else convolve(x, dw, None, *ctx.how),
-            None if db is None else db.view(-1, 1, 1),
-        )
-        return dy.expand(ctx.size)
 
-    @staticmethod
-    def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
-        (x, w, bias, *how), (x_dim, w_dim, bias_dim, *_) = inputs, dims
-        if w_dim is None and bias_dim is None:
-            y = convolve(x.movedim(x_dim, 0).flatten(0, 1), w, bias, *how)
-            return y.unflatten(0, (info.batch_size, -1)), 0
-        x, w = _join(x, x_dim, 1, info), _join(w, w_dim, 0, info)
-        bias = None if bias is None else _join(bias, bias_dim, 0, info)
-        y = convolve(x, w, bias, *_grouped(how, info))
-        return y.unflatten(1, (info.batch_size, -1)), 1
-
-
-class _Gradient(Function):
-    """What the two gradients have in common: each is linear in g and in another factor."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        g, factor, ctx.size, *ctx.how = inputs
-        _save(ctx, g, factor)
-
-    @classmethod
-    def jvp(cls, ctx: Any, *tangents: Any) -> Tensor:
-        (g, factor), (dg, dfactor, *_) = ctx.saved_tensors, tangents
-        return _sum(
-            None if dg is None else cls.apply(dg, factor, ctx.size, *ctx.how),
-            None if dfactor is None else cls.apply(g, dfactor, ctx.size, *ctx.how),
-        )
-
-
-class GradInput(_Gradient):
+class GradInput(_Product):
     """dx, the input gradient: linear in g and in w."""
 
     @staticmethod
@@ -132,19 +126,11 @@ class GradInput(_Gradient):
                 dw = grad_weight(g.conj_physical(), h, w.shape[-2:], *ctx.how)
         return dg, dw, None, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
-        (g, w, input_size, *how), (g_dim, w_dim, *_) = inputs, dims
-        if w_dim is None:
-            dx = grad_input(g.movedim(g_dim, 0).flatten(0, 1), w, input_size, *how)
-            return dx.unflatten(0, (info.batch_size, -1)), 0
-        g, w = _join(g, g_dim, 1, info), _join(w, w_dim, 0, info)
-        dx = grad_input(g, w, input_size, *_grouped(how, info))
-        return dx.unflatten(1, (info.batch_size, -1)), 1
 
-
-class GradWeight(_Gradient):
+class GradWeight(_Product):
     """dw, the weight gradient: linear in g and in x."""
+
+    channels_of_b = 1
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, kernel_size: Pair, *how: Any) -> Tensor:
@@ -162,13 +148,6 @@ class GradWeight(_Gradient):
                 dx = grad_input(g.conj_physical(), h, x.shape[-2:], *ctx.how)
         return dg, dx, None, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
-        (g, x, kernel_size, *how), (g_dim, x_dim, *_) = inputs, dims
-        g, x = _join(g, g_dim, 1, info), _join(x, x_dim, 1, info)
-        dw = grad_weight(g, x, kernel_size, *_grouped(how, info))
-        return dw.unflatten(0, (info.batch_size, -1)), 0
-
 
 # torch.compile rejects a Function with a forward mode; these have none.
 
@@ -185,30 +164,11 @@ class _GradWeight(GradWeight):
     jvp = Function.jvp
 
 
-def _sum(*terms: Tensor | None) -> Tensor:
-    return reduce(add, (term for term in terms if term is not None))
-
-
-# Under torch.vmap, B convolutions with B weights are one convolution with B times the groups, so
-# that an algorithm receives no batched tensors and may write in place.
-
-
 def _join(t: Tensor, batched: int | None, channels: int, info: Any) -> Tensor:
     """Merges the vmapped dimension (None: the same tensor B times) into the channels' one."""
     size = info.batch_size
     t = t.expand(size, *t.shape) if batched is None else t.movedim(batched, 0)
     return t.movedim(0, channels).flatten(channels, channels + 1)
-
-
-def _grouped(how: Any, info: Any) -> tuple:
-    geometry, *others = how
-    return replace(geometry, groups=geometry.groups * info.batch_size), *others
-
-
-def _save(ctx: Any, a: Tensor, b: Tensor) -> None:
-    ctx.save_for_backward(a, b)
-    ctx.save_for_forward(a, b)
-    ctx.set_materialize_grads(False)  # no products with undefined, that is zero, gradients
 
 
 def _required(ctx: Any, i: int) -> bool:

@@ -2,12 +2,6 @@
 
 Copying windows into columns takes as long as multiplying them, so each class arranges the matrix
 products of one kind of convolution to copy little or nothing.
-
-Every class computes the three functions of a convolution for padded images of one size:
-
-    forward(x, w)        y (N, O, OH, OW)
-    grad_input(g, w)     dx (N, C, H, W)
-    grad_weight(g, x)    dw (O, C/groups, kh, kw)
 """
 
 from __future__ import annotations

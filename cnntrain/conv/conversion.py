@@ -33,13 +33,12 @@ COSMETIC |= {"__annotate__", "__annotate_func__"}  # where annotations are compu
 
 
 def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
-    """Convert every ``nn.Conv2d`` in ``model`` to ``backend``, in place.
+    """Convert every ``nn.Conv2d`` in ``model``, of any backend, to ``backend``, in place.
 
-    Layers on another backend are converted too, and ``model`` itself if it is a layer. Parameters
-    stay the same objects, with their device, dtype, memory format, gradients and ties; training
-    mode, hooks and ``state_dict`` keys are kept. No random numbers are drawn, and at most one
-    layer's weights exist twice at a time. Transposed, 1d and 3d convolutions are not converted,
-    with a warning, nor are calls of ``F.conv2d`` in a ``forward``.
+    Parameters stay the same objects, with their device, dtype, memory format, gradients and ties;
+    training mode, hooks and ``state_dict`` keys are kept. No random numbers are drawn, and at most
+    one layer's weights exist twice at a time. Transposed, 1d and 3d convolutions are not converted,
+    with a warning, nor are calls of ``F.conv2d``.
 
     Args:
         model: any network.
@@ -51,9 +50,8 @@ def convert(model: M, backend: str | Callable[..., nn.Conv2d]) -> M:
         ``model``.
 
     Raises:
-        ValueError: unknown backend; or a layer cannot be converted (uninitialised, parametrized,
-            with a ``forward`` of its own, or with options that the backend rejects). Then nothing
-            is changed.
+        ValueError: unknown backend; or a layer is uninitialised, parametrized, with a ``forward``
+            of its own, or with options that the backend rejects. Then nothing is changed.
         TypeError: ``backend`` or ``model`` is of another type.
     """
     if not isinstance(model, nn.Module):
@@ -167,9 +165,7 @@ def _properties(conv: nn.Conv2d) -> dict[str, Any]:
     return {
         "weight": tuple(conv.weight.shape),
         "bias": conv.bias is not None,
-        "stride": geometry.stride,
-        "dilation": geometry.dilation,
-        "groups": geometry.groups,
+        **vars(geometry),  # stride, dilation, groups
         "padding": padding_amounts(conv.padding, conv.weight.shape[2:], geometry.dilation),
         "padding_mode": conv.padding_mode,
     }
@@ -178,17 +174,14 @@ def _properties(conv: nn.Conv2d) -> dict[str, Any]:
 def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
     """Constructor arguments of a layer."""
     # From the weight, as F.conv2d does: a replaced weight may not match `in_channels`.
-    out_channels, in_channels, *kernel_size = conv.weight.shape
+    out_channels, depth, *kernel_size = conv.weight.shape
+    sizes: dict[str, Any] = {"out_channels": out_channels, "kernel_size": tuple(kernel_size)}
     # Without defaults: a user's class need not accept options that its network does not use.
     usual = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "bias": True}
     usual |= {"padding": (0, 0), "padding_mode": "zeros"}
     own = {**_properties(conv), "padding": conv.padding}
-    return {
-        "in_channels": in_channels * conv.groups,
-        "out_channels": out_channels,
-        "kernel_size": tuple(kernel_size),
-        **{name: own[name] for name in usual if own[name] != usual[name]},
-    }
+    changed = {name: own[name] for name in usual if own[name] != usual[name]}
+    return {"in_channels": depth * conv.groups, **sizes, **changed}
 
 
 def _restore_attributes(conv: nn.Conv2d, attributes: dict[str, Any]) -> None:

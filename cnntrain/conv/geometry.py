@@ -42,6 +42,10 @@ class Geometry:
         top, left = i * dh, j * dw
         return slice(top, top + sh * (oh - 1) + 1, sh), slice(left, left + sw * (ow - 1) + 1, sw)
 
+    def filter_matrix(self, w: Tensor) -> Tensor:
+        """(O, C/groups, kh, kw) -> (groups, O/groups, K), K = C/groups * kh * kw"""
+        return w.flatten(1).unflatten(0, (self.groups, -1))
+
     def macs(
         self, in_channels: int, out_channels: int, kernel_size: Pair, output_size: Pair
     ) -> int:
@@ -81,11 +85,7 @@ def crop(x: Tensor, amounts: Amounts) -> Tensor:
 
 
 def pad(x: Tensor, amounts: Amounts, mode: str = "zeros") -> Tensor:
-    """Pads (N, C, H, W), so that algorithms need not.
-
-    amounts: pixels at (left, right, top, bottom).
-    mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-    """
+    """Pads (N, C, H, W); the mode is 'zeros', 'reflect', 'replicate' or 'circular'."""
     if not any(amounts):
         return x
     return F.pad(x, amounts, mode="constant" if mode == "zeros" else mode)

@@ -25,7 +25,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from cnntrain.conv.columns import Layout, layout
-from cnntrain.conv.geometry import NONE, Amounts, Geometry, Pair, crop, pad, padded
+from cnntrain.conv.geometry import Amounts, Geometry, Pair, crop, pad, padded
 from cnntrain.conv.module import Algorithm, Conv2d, upcast
 
 # On a CPU, parts that fit into its caches are fastest. Best of 6, 8, 10, 12 and 16.
@@ -43,13 +43,13 @@ class Unfolded(Algorithm):
 
     def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         oh, ow = geometry.output_size(x.shape[2:], w.shape[2:])
-        y = torch.bmm(_filters(w, geometry), _columns(x, w.shape[2:], geometry))
+        y = torch.bmm(geometry.filter_matrix(w), _columns(x, w.shape[2:], geometry))
         return y.view(w.shape[0], x.shape[0], oh, ow).transpose(0, 1).contiguous()
 
     def grad_input(self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry) -> Tensor:
         (n, _, oh, ow), (_, depth, kh, kw) = g.shape, w.shape
         (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
-        columns = torch.bmm(_filters(w, geometry).mT, _rows(g, geometry))
+        columns = torch.bmm(geometry.filter_matrix(w).mT, _rows(g, geometry))
         columns = columns.view(depth * geometry.groups, kh, kw, n, oh, ow)
         dx = g.new_zeros(columns.shape[0], n, *input_size)
         channel, image, row, _ = dx.stride()
@@ -80,13 +80,8 @@ def _rows(g: Tensor, geometry: Geometry) -> Tensor:
     return g.transpose(0, 1).flatten(1).unflatten(0, (geometry.groups, -1))
 
 
-def _filters(w: Tensor, geometry: Geometry) -> Tensor:
-    """(O, C/groups, kh, kw) -> (groups, O/groups, K)"""
-    return w.flatten(1).unflatten(0, (geometry.groups, -1))
-
-
 @dataclass(frozen=True)
-class Im2col(Algorithm):
+class Im2col(Unfolded):
     """im2col in parts of some images and one group of channels.
 
     A call allocates at most ``max_column_mib`` MiB besides input, weight and result, unless a
@@ -98,15 +93,6 @@ class Im2col(Algorithm):
 
     def traceable(self) -> Algorithm:
         return Unfolded()
-
-    def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
-        return self.padded_forward(x, w, None, geometry, NONE)
-
-    def grad_input(self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry) -> Tensor:
-        return self.padded_grad_input(g, w, input_size, geometry, NONE)
-
-    def grad_weight(self, g: Tensor, x: Tensor, kernel_size: Pair, geometry: Geometry) -> Tensor:
-        return self.padded_grad_weight(g, x, kernel_size, geometry, NONE)
 
     def padded_forward(
         self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, zeros: Amounts

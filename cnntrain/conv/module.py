@@ -11,11 +11,8 @@ from torch.compiler import is_compiling
 from cnntrain.conv.autograd import autocasts, convolve
 from cnntrain.conv.geometry import NONE, Amounts, Geometry, Pair, crop, pad, padded, padding_amounts
 
-ACCUMULATION_DTYPES = {
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.complex32: torch.complex64,
-}
+ACCUMULATION_DTYPES = dict.fromkeys((torch.bfloat16, torch.float16), torch.float32)
+ACCUMULATION_DTYPES[torch.complex32] = torch.complex64
 
 
 def upcast(t: Tensor) -> Tensor:

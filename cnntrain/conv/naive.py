@@ -21,7 +21,7 @@ class Naive(Algorithm):
 
     def forward(self, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         x = batch_last(x)  # (C, H, W, N)
-        filters = filter_matrix(w, geometry)  # (groups, O/groups, K)
+        filters = geometry.filter_matrix(w)  # (groups, O/groups, K)
         oh, ow = geometry.output_size(x.shape[1:3], w.shape[2:])
         y = x.new_empty(*filters.shape[:2], oh, ow, x.shape[3])
         for row in range(oh):
@@ -34,7 +34,7 @@ class Naive(Algorithm):
     def grad_input(self, g: Tensor, w: Tensor, input_size: Pair, geometry: Geometry) -> Tensor:
         oh, ow = g.shape[2:]
         g = batch_last(g).unflatten(0, (geometry.groups, -1))  # (groups, O/groups, OH, OW, N)
-        filters = filter_matrix(w, geometry).mT  # (groups, K, O/groups)
+        filters = geometry.filter_matrix(w).mT  # (groups, K, O/groups)
         dx = g.new_zeros(w.shape[1] * geometry.groups, *input_size, g.shape[4])  # (C, H, W, N)
         for row in range(oh):
             for column in range(ow):
@@ -63,11 +63,6 @@ def window(x: Tensor, row: int, column: int, kernel: Pair, geometry: Geometry) -
     return x[:, top : top + dh * (kh - 1) + 1 : dh, left : left + dw * (kw - 1) + 1 : dw]
 
 
-def filter_matrix(w: Tensor, geometry: Geometry) -> Tensor:
-    """(O, C/groups, kh, kw) -> (groups, O/groups, K)"""
-    return w.reshape(geometry.groups, w.shape[0] // geometry.groups, w[0].numel())
-
-
 class NaiveConv2d(Conv2d):
     """``nn.Conv2d`` by sliding windows. Slow for large outputs."""
 
@@ -77,16 +72,9 @@ class NaiveConv2d(Conv2d):
 def conv2d_reference(
     x: Tensor, w: Tensor, bias: Tensor | None = None, geometry: Geometry | None = None
 ) -> list:
-    """The convolution in float64, one multiplication at a time. Slow: for checks only.
+    """The convolution in float64, one multiplication at a time: nested lists [N][O][OH][OW].
 
-    Args:
-        x: input (N, C, H, W), already padded.
-        w: weight (O, C/groups, kh, kw).
-        bias: (O,), or None.
-        geometry: stride, dilation and groups; default 1, 1 and 1.
-
-    Returns:
-        The output as nested lists [N][O][OH][OW].
+    Slow: for checks only. x (N, C, H, W) is already padded, w (O, C/groups, kh, kw), bias (O,).
     """
     geometry = geometry or Geometry()
     (sh, sw), (dh, dw) = geometry.stride, geometry.dilation

@@ -10,6 +10,7 @@ from torch import nn
 from cnntrain.conv import Geometry, Im2colConv2d
 from cnntrain.conv import im2col as module
 from cnntrain.conv.columns import Depthwise, Pointwise, Rows, Whole, layout
+from cnntrain.conv.geometry import NONE
 from cnntrain.conv.im2col import Im2col, Unfolded
 
 # in_channels, out_channels, kernel, stride, dilation, groups, (height, width), its layout
@@ -36,9 +37,9 @@ SHAPES = {
 
 def primitives(algorithm, x, w, g, geometry):
     return (
-        algorithm.forward(x, w, geometry),
-        algorithm.grad_input(g, w, x.shape[2:], geometry),
-        algorithm.grad_weight(g, x, w.shape[2:], geometry),
+        algorithm.padded_forward(x, w, None, geometry, NONE),
+        algorithm.padded_grad_input(g, w, x.shape[2:], geometry, NONE),
+        algorithm.padded_grad_weight(g, x, w.shape[2:], geometry, NONE),
     )
 
 
@@ -150,7 +151,8 @@ def test_memory_of_a_call_is_limited(name, dtype):
 
 def test_larger_limit_is_used():
     x, w = randn(64, 64, 20, 20).float(), randn(64, 64, 3, 3, seed=1).float()
-    taken = [peak(lambda m=m: Im2col(m).forward(x, w, Geometry()))[1] for m in (1, 64)]
+    how = x, w, None, Geometry(), NONE
+    taken = [peak(lambda m=m: Im2col(m).padded_forward(*how))[1] for m in (1, 64)]
     assert taken[1] > taken[0] + 2 * 2**20
 
 
