@@ -94,18 +94,14 @@ class ImageData(ABC):
     def prepare(self) -> None:
         """Read the training set, downloaded if necessary; the test set is not opened.
 
-        Raises:
-            DataError: It cannot be read, or does not agree with the attributes of the class.
+        Raises DataError: it cannot be read, or does not agree with the attributes of the class.
         """
         if self._train is None:
             self._train = self._checked("train")
 
     def split(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices in the training set to train on and to validate with, ascending.
-
-        They are the same for all versions of NumPy, which guarantees the raw numbers of a bit
-        generator, but not its shuffles.
-        """
+        """Indices in the training set to train on and to validate with, ascending."""
+        # For all versions of NumPy: the raw numbers of a bit generator are guaranteed.
         raw = np.random.PCG64(self.split_seed).random_raw(self.train_size)
         order = np.argsort(raw, kind="stable")
         return np.sort(order[self.val_size :]), np.sort(order[: self.val_size])
@@ -135,11 +131,7 @@ class ImageData(ABC):
         return self._train_part(1, self.eval_batch_size, device=device, **share)
 
     def test_loader(self, device: torch.device | str = "cpu", **share: int) -> Loader:
-        """Test batches, in the stored order; see `train_loader`. Reads the test set.
-
-        Raises:
-            DataError: See `prepare`.
-        """
+        """Test batches, in the stored order; see `train_loader`. Reads the test set."""
         images, labels = self._checked("test")
         options: dict[str, Any] = {"mean": self.mean, "std": self.std, "device": device, **share}
         return Loader(images, labels, self.eval_batch_size, **options)

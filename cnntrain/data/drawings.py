@@ -12,9 +12,7 @@ class Drawings(ImageData):
     """A few drawings, `#` white and `.` black: the training, validation and test set at once.
 
     They show how a network learns, not how it generalises. Pixels are normalised to 0 and 1.
-
-    Args:
-        options: See `ImageData`, without `val_size` and `split_seed`.
+    Options: see `ImageData`, without `val_size` and `split_seed`.
     """
 
     mean = (0.0,)

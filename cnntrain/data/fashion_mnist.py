@@ -85,10 +85,8 @@ class FashionMNIST(ImageData):
 class FashionMNISTMini(ImageData):
     """A tenth of FashionMNIST, part of the package: 5,000 images to train, 1,000 to test.
 
-    The images are drawn from the original sets, the same number of each class.
-
-    Args:
-        options: See `ImageData`.
+    The images are drawn from the original sets, the same number of each class. Options: see
+    `ImageData`.
     """
 
     shape = FashionMNIST.shape
@@ -113,8 +111,7 @@ def _read_cache(root: Path, names: tuple[str, ...]) -> list[np.ndarray]:
 
     Of the other files only the size is checked: the test set is not opened before the test.
     """
-    for name, size in SIZES.items():
-        path = root / name
+    for path, size in [(root / name, size) for name, size in SIZES.items()]:
         if not os.path.isfile(path):  # unlike path.is_file(), False where the name is too long
             raise DataError(f"{path}: is missing")
         if (found := path.stat().st_size) != size:
@@ -134,10 +131,8 @@ def _download(root: Path, reason: DataError) -> None:
     """Fill the cache folder under a lock; processes that waited for the lock find the files."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with (
-            FileLock(root / LOCK),
-            TemporaryDirectory(prefix="cnntrain-", ignore_cleanup_errors=True) as scratch,
-        ):
+        temporary = TemporaryDirectory(prefix="cnntrain-", ignore_cleanup_errors=True)
+        with temporary as scratch, FileLock(root / LOCK):
             _fill(root, Path(scratch))
     except OSError as error:
         problem = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
@@ -169,11 +164,10 @@ def _fill(root: Path, scratch: Path) -> None:
             except (DataError, OSError, ValueError) as error:  # also of requests and of pooch
                 tried.append(f"{source}: {shorten(str(error), 200, placeholder=' ...')}")
                 break
-            if (root / name).exists():  # kept, as it may belong to another data set
-                log.warning(
-                    "FashionMNIST: %s is not the original; renamed to %s.bad", root / name, name
-                )
-            with replacing(root / name, keep=root / f"{name}.bad") as file:
+            path, bad = root / name, root / f"{name}.bad"
+            if path.exists():  # kept, as it may belong to another data set
+                log.warning("FashionMNIST: %s is not the original; renamed to %s", path, bad.name)
+            with replacing(path, keep=bad) as file:
                 file.write(data)
             missing.remove(name)
     if missing:
@@ -184,13 +178,8 @@ def _fill(root: Path, scratch: Path) -> None:
     log.info("FashionMNIST: %s is complete", root)
 
 
-def _in_folder(folder: Path, name: str, scratch: Path) -> Path:
+def _in_folder(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_file() else folder / f"{name}.gz"
-
-
-def system_folder(name: str, scratch: Path) -> Path:
-    """File installed by Debian's package."""
-    return _in_folder(SYSTEM_FOLDER, name, scratch)
 
 
 def torchvision_mirror(name: str, scratch: Path) -> Path:
@@ -221,7 +210,7 @@ def debian_package(name: str, scratch: Path) -> Path:
         _run(scratch, *apt, "download", PACKAGE)
         package = next(scratch.glob(f"{PACKAGE}*.deb"), PACKAGE)
         _run(scratch, "dpkg-deb", "-x", str(package), str(unpacked))
-    return _in_folder(unpacked / SYSTEM_FOLDER.relative_to("/"), name, scratch)
+    return _in_folder(unpacked / SYSTEM_FOLDER.relative_to("/"), name)
 
 
 def _run(folder: Path, *command: str) -> None:
@@ -233,12 +222,12 @@ def _run(folder: Path, *command: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise DataError(f"{command[0]}: timed out after {PROGRAM_TIMEOUT} s") from error
     if done.returncode:
-        lines = done.stdout.split("\n") if done.stdout.strip() else [f"exit code {done.returncode}"]
-        raise DataError(f"{command[0]}: {[line for line in lines if line.strip()][-1]}")
+        last_line = done.stdout.strip().rpartition("\n")[2]
+        raise DataError(f"{command[0]}: {last_line or f'exit code {done.returncode}'}")
 
 
 SOURCES: dict[str, Source] = {
-    f"system folder {SYSTEM_FOLDER}": system_folder,
+    f"system folder {SYSTEM_FOLDER}": lambda name, _: _in_folder(SYSTEM_FOLDER, name),
     "torchvision's mirror": torchvision_mirror,
     f"apt-get download {PACKAGE}": debian_package,
 }

@@ -18,11 +18,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read_bytes(path: Path) -> bytes:
-    """Content of a file, decompressed if it is gzipped, whatever its name.
-
-    Raises:
-        DataError: The file cannot be read, or is a damaged gzip file.
-    """
+    """Content of a file, decompressed if it is gzipped, whatever its name. Raises DataError."""
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data
@@ -33,18 +29,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_idx(data: bytes, name: str | Path) -> np.ndarray:
-    """Array stored in the content of an IDX file.
-
-    Args:
-        data: Decompressed content.
-        name: File name for error messages.
-
-    Returns:
-        Read-only uint8 array of the declared shape.
+    """Read-only uint8 array stored in the decompressed content of an IDX file.
 
     Raises:
-        DataError: `data` is not an IDX file of unsigned bytes, or its length differs from its
-            declared shape.
+        DataError: `data`, of the file `name`, is not an IDX file of unsigned bytes, or its length
+            differs from its declared shape.
     """
     if data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * (dimensions := (data[3:4] or b"\0")[0]):
         raise DataError(

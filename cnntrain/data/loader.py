@@ -58,8 +58,7 @@ class Loader:
         images: uint8 (M, C, H, W), with any strides.
         labels: int64 (N,).
         batch_size: Samples per batch, summed over all processes; the last batch has the rest.
-        mean: Mean of the pixels scaled to 0..1; one number, or one per channel.
-        std: Standard deviation, likewise.
+        mean, std: See `Normalise`.
         rows: int64 (N,), indices of the images that belong to `labels`; None: all, M = N. On the
             CPU the images are indexed, not copied.
         shuffle: Whether each epoch has a new order instead of the stored one.
@@ -68,8 +67,7 @@ class Loader:
         augment_epochs: Number of epochs, from the first on, with crop and erase; None: all.
         device: Device of the batches. The images are moved there once if they take at most half
             of its free memory, else each batch is moved.
-        rank: Rank of this process.
-        world: Number of processes.
+        rank, world: Rank of this process, and number of processes.
     """
 
     def __init__(
