@@ -83,8 +83,8 @@ class Predictions:
             batches = []
             for parts in zip_longest(*gathered):  # the last batch may have fewer
                 logits, labels = map(torch.cat, zip(*filter(None, parts), strict=True))
-                places = [torch.arange(rank, len(labels), len(parts)) for rank in range(len(parts))]
-                order = torch.cat(places).argsort()
+                places, world = torch.arange(len(labels)), len(parts)
+                order = torch.cat([places[rank::world] for rank in range(world)]).argsort()
                 batches.append((logits[order], labels[order]))
         logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
         return cls(logits.float().softmax(1), labels)
