@@ -16,7 +16,7 @@ LENGTHS = ("T_max", "T_0", "total_iters", "step_size", "milestones")
 
 def cross_check(cfg: DictConfig) -> list[str]:
     """One line for each pair of options of a checked config that exclude each other."""
-    checks = (_device, _graphs, _processes, _limits, _trainer, _lengths)
+    checks = (_device, _graphs, _processes, _trainer, _lengths)
     return [problem for check in checks for problem in check(cfg)]
 
 
@@ -89,7 +89,7 @@ def _processes(cfg: DictConfig) -> Iterator[str]:
             yield "trainer.sync_batchnorm=true: PyTorch has it for GPUs only; leave it out"
 
 
-def _limits(cfg: DictConfig) -> Iterator[str]:
+def _trainer(cfg: DictConfig) -> Iterator[str]:
     trainer = cfg.trainer
     for part in ("train", "val", "test"):
         limit = trainer.get(f"limit_{part}_batches")
@@ -100,10 +100,6 @@ def _limits(cfg: DictConfig) -> Iterator[str]:
             yield f"{option}: trainer.overfit_batches sets it; leave one of them out"
         elif part == "test" and isinstance(limit, float) and 0 < limit < 1:
             yield f"{option}: must not be a fraction; take a whole number, or leave it out"
-
-
-def _trainer(cfg: DictConfig) -> Iterator[str]:
-    trainer = cfg.trainer
     algorithm, clip = trainer.get("gradient_clip_algorithm"), trainer.get("gradient_clip_val")
     if algorithm and clip is None:
         yield (
@@ -133,9 +129,9 @@ def _lengths(cfg: DictConfig) -> Iterator[str]:
     epochs = cfg.trainer.get("max_epochs")
     if not cfg.get("scheduler") or "total_steps" in signature(cfg.scheduler._target_).types:
         return
+    scheduler: Any = OmegaConf.to_container(cfg.scheduler, resolve=True)
     for name in LENGTHS:
-        value: Any = cfg.scheduler.get(name)
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        value = scheduler.get(name)
         values = value if isinstance(value, list) else [value]
         numbers = [number for number in values if isinstance(number, (int, float))]
         option = f"scheduler.{name}={format_value(value)}"

@@ -104,13 +104,8 @@ def folder_problem(directory: str, option: str) -> str | None:
         return f"{option}={directory}: ~ is not expanded; write {option}={home}"
     path = Path(directory).absolute()
     above = next(p for p in (path, *path.parents) if os.path.lexists(p))
-    return None if writable(above) else f"{option}={directory}: {above} is not a writable folder"
-
-
-def writable(folder: Path) -> bool:
-    """Whether files can be created in a folder: tried, as root ignores permissions."""
     try:
-        with tempfile.TemporaryFile(dir=folder):  # has no name
-            return True
+        tempfile.TemporaryFile(dir=above).close()  # has no name; tried, as root ignores permissions
     except OSError:
-        return False
+        return f"{option}={directory}: {above} is not a writable folder"
+    return None

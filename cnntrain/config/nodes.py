@@ -9,6 +9,11 @@ from typing import Any
 
 LEAVE_OUT = "leave it out"
 
+
+def _given(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, LEAVE_OUT)
+
+
 # Arguments of Lightning's trainer that a run sets itself, and what to use instead.
 TRAINER_GIVEN = {
     "default_root_dir": "hydra.run.dir is the run directory",
@@ -30,11 +35,8 @@ TRAINER_GIVEN = {
     "profiler": "take profile=true",
     "detect_anomaly": "a run ends at the first NaN or Inf and names the layer; leave it out",
     "model_registry": "`cnntrain export` writes a model",
-    "enable_model_summary": LEAVE_OUT,
-    "num_sanity_val_steps": LEAVE_OUT,
-    "use_distributed_sampler": LEAVE_OUT,
-    "reload_dataloaders_every_n_epochs": LEAVE_OUT,
-    "enable_autolog_hparams": LEAVE_OUT,
+    **_given("enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler"),
+    **_given("reload_dataloaders_every_n_epochs", "enable_autolog_hparams"),
 }
 
 
@@ -48,10 +50,6 @@ class Node:
     filled: bool = False  # all of `given` must be parameters of the target
     unfit: Mapping[str, str] = field(default_factory=dict)  # unusable classes of that kind, and why
     extra: str | None = None  # package that must be installed
-
-
-def _given(*names: str) -> dict[str, str]:
-    return dict.fromkeys(names, LEAVE_OUT)
 
 
 NODES = {

@@ -82,13 +82,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
 def run_config(
     directory: Path, newest: Callable[[Path], tuple[Path, Mapping[str, Any]] | None]
 ) -> DictConfig:
-    """The config of the run in a directory, `resume` left out.
+    """The config of the run in a directory, `resume` left out; ConfigError if it cannot be read.
 
-    Args:
-        newest: Reads the newest checkpoint of a folder, which has the config as well.
-
-    Raises:
-        ConfigError: The config cannot be read from anything in the directory.
+    `newest` reads the newest checkpoint of a folder, which has the config as well.
     """
     result, cfg = read_result(directory), read_config(directory / CONFIG)
     if cfg is not None:
@@ -110,10 +106,7 @@ def with_overrides(
     overrides: Sequence[str],
     compose: Callable[[Sequence[str]], DictConfig] = compose,
 ) -> DictConfig:
-    """The config of a run as if the overrides had been given at its start.
-
-    Raises ConfigError, as `compose` does.
-    """
+    """The config of a run as if the overrides had been given at its start. Raises ConfigError."""
     if not overrides:
         return run
     given = read_overrides(directory)

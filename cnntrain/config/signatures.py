@@ -16,8 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Signature:
-    """Parameters that a call accepts by keyword, with their types (Any without an annotation); any
-    others too if `open`."""
+    """Parameters that a call accepts by keyword, with their types; any others too if `open`."""
 
     types: Mapping[str, Any] = field(default_factory=dict)
     open: bool = False
