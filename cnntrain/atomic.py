@@ -23,12 +23,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def replacing(path: Path, *, keep: Path | None = None) -> Iterator[IO[bytes]]:
     """A binary file that replaces `path` once it is complete and on the disk.
 
-    Args:
-        path: The file.
-        keep: New name of the previous file; None: it is deleted.
+    Raises OSError with the name of the file, which is then unchanged.
 
-    Raises:
-        OSError: With the name of the file, which is unchanged.
+    Args:
+        keep: New name of the previous file; None: it is deleted.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:

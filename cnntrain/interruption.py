@@ -1,7 +1,4 @@
-"""Signal handling: SIGINT, SIGTERM and SIGUSR1 save a checkpoint and stop the run.
-
-Imports no torch, as a signal may come while that is imported.
-"""
+"""Signal handling: SIGINT, SIGTERM and SIGUSR1 save a checkpoint and end the run. No torch."""
 
 from __future__ import annotations
 
@@ -60,9 +57,9 @@ class InterruptedScript(InterruptedCall, SystemExit):
 class Interruption:
     """The signal state of the process; there is one instance.
 
-    `answer` is what a signal does: `leave` exits at once, as while modules are imported; `raise`
-    raises Interrupted; `note` records it for `check`, as while training. A second SIGINT exits at
-    once, or raises Interrupted where the process belongs to a caller, such as a notebook.
+    A signal exits at once (`answer` is `leave`, as while modules are imported), raises Interrupted
+    (`raise`) or is recorded for `check` (`note`, as while training). A second SIGINT exits at once,
+    or raises Interrupted where the process belongs to a caller, such as a notebook.
 
     Python runs handlers in the main thread, which may be blocked in a collective. A watcher thread
     then exits in its place: at once where the handler would, otherwise after SIGNAL_TIMEOUT.
@@ -164,11 +161,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def watching(answer: Answer = "raise") -> Iterator[None]:
-    """Handle signals within, unless they are handled already or this is not the main thread.
-
-    With `leave`, for a whole process, they stay handled: shutting Python down takes a second, in
-    which a signal would print a traceback.
-    """
+    """Handle signals within, unless they are handled already or this is not the main thread."""
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     main = threading.current_thread() is threading.main_thread()
     if not main or interruption._handle in before.values():
@@ -181,7 +174,7 @@ def watching(answer: Answer = "raise") -> Iterator[None]:
         yield
     finally:
         interruption.before_leaving = None
-        if answer != "leave":
+        if answer != "leave":  # else a signal while Python shuts down would print a traceback
             interruption.received = None
             for signum, handler in before.items():
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
@@ -189,10 +182,7 @@ def watching(answer: Answer = "raise") -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible(hint: str = "") -> Iterator[None]:
-    """Turn Interrupted into InterruptedCall, with `hint` at the end of its message.
-
-    For functions called from Python; also a decorator.
-    """
+    """Turn Interrupted into InterruptedCall, with `hint` at the end of its message."""
     try:
         with watching():
             yield

@@ -1,7 +1,4 @@
-"""Rank and world size of this process, as torchrun or Slurm's srun set them.
-
-Imports no torch, so that an error in a command line is reported before that is imported.
-"""
+"""Rank and world size of this process, as torchrun or Slurm's srun set them; without torch."""
 
 import contextlib
 import os

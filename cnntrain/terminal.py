@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def write_stderr(line: str) -> None:
 def safe_streams() -> Iterator[None]:
     """Standard streams of a command that never raise, whatever they are connected to.
 
-    A closed stream becomes the null device, and a closed pipe is ignored. If standard output could
-    not be written for another reason, exit code 0 becomes 1.
+    A closed stream becomes the null device. If standard output could not be written, but for a
+    closed pipe, exit code 0 becomes 1.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
@@ -112,35 +112,6 @@ def encodable(text: str) -> str:
     return text.encode(encoding, ERRORS).decode(encoding)
 
 
-def fit_lines(
-    build: Callable[[Sequence[str]], str], optional: Sequence[str], columns: int | None = None
-) -> tuple[str, list[str]]:
-    """Leave out optional parts, in this order, until lines are narrow enough.
-
-    Args:
-        build: Makes the lines without the parts of these names.
-        optional: Names of the parts that may be left out.
-        columns: Maximum width in characters; None: that of the terminal.
-
-    Returns:
-        The lines, and the names that were left out.
-    """
-
-    def measure(text: str) -> int:
-        return max(map(len, text.splitlines()))
-
-    left_out: list[str] = []
-    shown = build(left_out)
-    for name in optional:
-        if measure(shown) <= (columns or width()):
-            break
-        narrower = build([*left_out, name])
-        if measure(narrower) < measure(shown):  # else there is no such part
-            shown = narrower
-            left_out.append(name)
-    return shown, left_out
-
-
 def print_table(table: Table, optional: Sequence[str], where: str = "") -> None:
     """Print a table, in color on a terminal; see `table_text`."""
     print(table_text(table, optional, width(), where, styled=sys.stdout.isatty()))
@@ -149,45 +120,43 @@ def print_table(table: Table, optional: Sequence[str], where: str = "") -> None:
 def table_text(
     table: Table, optional: Sequence[str], columns: int, where: str = "", *, styled: bool = False
 ) -> str:
-    """A table without the columns of `optional` for which there is no room.
+    """A table without the columns of `optional`, in this order, for which there is no room.
 
     A column's name is the first line of its header. A line names the columns that are left out, and
-    `where` they can be found. Cells of a table that is still too wide are folded.
-
-    Args:
-        columns: Maximum width in characters.
-        styled: Whether to add ANSI codes for color and bold.
+    `where` they can be found. Cells of a table that is still wider than `columns` are folded.
     """
+    left_out: list[str] = []
+    needed = UNLIMITED
+    for names in ([], *([name] for name in optional)):
+        if needed > columns:
+            text = _render(table, [*left_out, *names])
+            narrower = max(map(len, text.splitlines()))
+            if narrower < needed:  # else there is no such column
+                needed = narrower
+                left_out += names
+    lines = [_render(table, left_out, columns, styled)]
+    if left_out:
+        text = f"No room for {', '.join(left_out)}: a wider terminal{where} shows them."
+        lines += _wrapped(text, columns)
+    return "\n".join(lines)
+
+
+def _render(
+    table: Table, left_out: Sequence[str], columns: int = UNLIMITED, styled: bool = False
+) -> str:
     from rich.console import Console
 
-    def build(left_out: Sequence[str], columns: int = UNLIMITED, styled: bool = False) -> str:
-        kept = [c for c in table.columns if str(c.header).strip().split("\n")[0] not in left_out]
-        new = type(table)(**{name: getattr(table, name) for name in TABLE_OPTIONS})
-        for c in kept:
-            options = {name: getattr(c, name) for name in COLUMN_OPTIONS}
-            new.add_column(**options, overflow="fold")
-        for row, *cells in zip(table.rows, *(c.cells for c in kept), strict=True):
-            new.add_row(*cells, style=row.style)
-        console = Console(
-            file=io.StringIO(),
-            width=columns,
-            force_terminal=styled,
-            force_jupyter=False,
-            color_system="auto" if styled else None,
-        )
-        console.print(new, crop=False)
-        return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
-
-    left_out = fit_lines(build, optional, columns)[1]
-    return "\n".join([build(left_out, columns, styled), *left_out_lines(left_out, where, columns)])
-
-
-def left_out_lines(
-    left_out: Sequence[str], where: str = "", columns: int | None = None
-) -> list[str]:
-    """Lines that name the columns a narrow terminal does not show, if any."""
-    text = f"No room for {', '.join(left_out)}: a wider terminal{where} shows them."
-    return _wrapped(text, columns or width()) if left_out else []
+    kept = [c for c in table.columns if str(c.header).strip().split("\n")[0] not in left_out]
+    new = type(table)(**{name: getattr(table, name) for name in TABLE_OPTIONS})
+    for c in kept:
+        new.add_column(**{name: getattr(c, name) for name in COLUMN_OPTIONS}, overflow="fold")
+    for row, *cells in zip(table.rows, *(c.cells for c in kept), strict=True):
+        new.add_row(*cells, style=row.style)
+    file = io.StringIO()
+    color = "auto" if styled else None
+    Console(file=file, width=columns, force_terminal=styled, force_jupyter=False,
+            color_system=color).print(new, crop=False)  # fmt: skip
+    return file.getvalue().rstrip("\n")
 
 
 def paragraph(text: str) -> None:

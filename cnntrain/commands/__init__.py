@@ -27,24 +27,20 @@ def main(command: str | None = None) -> None:
     A closed pipe (`| head`) does not change the exit code.
     """
     with watching("leave"), safe_streams():  # also while what the command needs is imported
-        _main(command)
-
-
-def _main(command: str | None) -> None:
-    if command is None:
-        command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-        sys.argv[:2] = [f"cnntrain {command}"]
-    if command in ("--version", "version") or "--version" in sys.argv[1:]:
-        print(f"cnntrain {cnntrain.__version__}")
-    elif command in COMMANDS:
-        entry = f"finished_run:{command}" if command in ON_FINISHED_RUNS else f"{command}:main"
-        pkgutil.resolve_name(f"cnntrain.commands.{entry}")()
-    elif command in ("--help", "-h", "help"):
-        print("cnntrain COMMAND [...]      (cnntrain COMMAND --help shows its options)\n")
-        for name, purpose in COMMANDS.items():
-            print(f"  {name:12}{purpose}")
-    else:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(COMMANDS)}"
-        print(f"cnntrain: no command {command!r}; {hint}", file=sys.stderr)
-        sys.exit(2)
+        if command is None:
+            command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+            sys.argv[:2] = [f"cnntrain {command}"]
+        if command in ("--version", "version") or "--version" in sys.argv[1:]:
+            print(f"cnntrain {cnntrain.__version__}")
+        elif command in COMMANDS:
+            entry = f"finished_run:{command}" if command in ON_FINISHED_RUNS else f"{command}:main"
+            pkgutil.resolve_name(f"cnntrain.commands.{entry}")()
+        elif command in ("--help", "-h", "help"):
+            print("cnntrain COMMAND [...]      (cnntrain COMMAND --help shows its options)\n")
+            for name, purpose in COMMANDS.items():
+                print(f"  {name:12}{purpose}")
+        else:
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(COMMANDS)}"
+            print(f"cnntrain: no command {command!r}; {hint}", file=sys.stderr)
+            sys.exit(2)

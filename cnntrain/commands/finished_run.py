@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 100  # classes in evaluate's table; evaluation.json has all
 MAX_LINES = 40  # of predict, without json=true
+
+PATHS = ("run", "checkpoint", "root", "hydra.run.dir")  # options whose value is a path
 
 Loaded = TypeVar("Loaded")
 
@@ -58,7 +60,7 @@ def predict() -> None:
             files = find_images(cfg.images)
         return _load(cfg), files
 
-    _start("predict", load, lambda cfg, loaded: _predict(cfg, *loaded), path_lists=["images"])
+    _start("predict", load, lambda cfg, loaded: _predict(cfg, *loaded))
 
 
 def export() -> None:
@@ -88,21 +90,16 @@ def export() -> None:
 
 
 def _start(
-    name: str,
-    load: Callable[[DictConfig], Loaded],
-    run: Callable[[DictConfig, Loaded], None],
-    *,
-    path_lists: Sequence[str] = (),
+    name: str, load: Callable[[DictConfig], Loaded], run: Callable[[DictConfig, Loaded], None]
 ) -> None:
     """`start`, with `load` as its dry run; `run` receives what `load` returns."""
-    _quote_paths(["run", "checkpoint", "root", "hydra.run.dir"], path_lists)
+    sys.argv[1:] = map(_with_quoted_paths, sys.argv[1:])
     loaded: list[Loaded] = []
-    start(
-        name,
-        lambda cfg: run(cfg, loaded[-1]),
-        dry_run=lambda cfg: loaded.append(load(cfg)),
-        one="run",
-    )
+
+    def dry_run(cfg: DictConfig) -> None:
+        loaded.append(load(cfg))
+
+    start(name, lambda cfg: run(cfg, loaded[-1]), dry_run=dry_run, one="run")
 
 
 def _load(cfg: DictConfig) -> "Trained":
@@ -117,34 +114,25 @@ def _output_folder() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def _quote_paths(options: Sequence[str], path_lists: Sequence[str]) -> None:
-    """Quote the paths in sys.argv, which may contain characters that Hydra's grammar interprets.
+def _with_quoted_paths(text: str) -> str:
+    """An override with its paths quoted: Hydra's grammar interprets some of their characters.
 
     Interpolations are not quoted, nor quoted texts and lists that are no existing path.
-
-    Args:
-        options: Options whose value is a path.
-        path_lists: Options whose value is a list of paths, separated by commas.
     """
-    for i, text in enumerate(sys.argv[1:], start=1):
-        name, _, value = text.partition("=")
-        exists = os.path.exists(value)
-        raw = value not in ("", "null", "???") and value[0] not in "'\"["
-        if "${" in value or not (raw or exists):
-            continue
-        if name in options:
-            sys.argv[i] = f"{name}={quoted(value)}"
-        elif name in path_lists:
-            values = [value] if exists else value.split(",")
-            sys.argv[i] = f"{name}=[{','.join(map(quoted, values))}]"
+    name, _, value = text.partition("=")
+    exists = os.path.exists(value)
+    raw = value not in ("", "null", "???") and value[0] not in "'\"["
+    if "${" in value or not (raw or exists):
+        return text
+    if name == "images":  # a list, separated by commas
+        paths = [value] if exists else value.split(",")
+        return f"{name}=[{','.join(map(quoted, paths))}]"
+    return f"{name}={quoted(value)}" if name in PATHS else text
 
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """Print errors of files, data and networks on one line; exit code 1.
-
-    The output directory is removed if it is empty.
-    """
+    """Print errors of files, data and networks on one line; exit code 1."""
     try:
         yield
     except Exception as error:
@@ -155,7 +143,7 @@ def report_errors() -> Iterator[None]:
         if not isinstance(error, (OSError, CheckpointError, DataError, ExportError)):
             raise
         if HydraConfig.initialized():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it is not empty
                 os.removedirs(_output_folder())
         if isinstance(error, OSError):
             exit_with_os_error(error)
@@ -192,13 +180,10 @@ def _print_evaluation(result: "Evaluation") -> None:
         print(f"the {len(rows)} classes of {len(names):,} with the lowest F1:")
     for row in rows:
         metrics = [row[metric] for metric in ("precision", "recall", "f1")]
+        cells = [row["class"], f"{row['images']:,}"]
+        cells += ["–" if metric is None else f"{metric:.1%}" for metric in metrics]
         count, other = confused.get(row["class"], (0, ""))
-        cells = [
-            row["class"],
-            f"{row['images']:,}",
-            *("–" if metric is None else f"{metric:.1%}" for metric in metrics),
-            f"{other} ({count})" if count else "",
-        ]
+        cells.append(f"{other} ({count})" if count else "")
         table.add_row(*(Text(terminal.encodable(cell)) for cell in cells))
     optional = ("precision", "images", "F1", "most often confused with")
     terminal.print_table(table, optional, " or evaluation.json")

@@ -18,12 +18,7 @@ COMMENTS = 36  # their column, where there is room
 
 
 def show_help(cfg: DictConfig, name: str, folder: Path, extra: Path | None) -> None:
-    """Print the help of a composed config, `hydra` included.
-
-    Args:
-        name: The root config, `name`.yaml in `folder`.
-        extra: A further config folder.
-    """
+    """Print the help of a composed config with `hydra`, whose root is `name`.yaml in `folder`."""
     with config_folders(folder, extra, name):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
@@ -33,9 +28,8 @@ def show_help(cfg: DictConfig, name: str, folder: Path, extra: Path | None) -> N
     files = {name: ""} | {f"{k}/{v}": k.replace("/", ".") for k, v in chosen.items() if v}
     comments: dict[str, str] = {}
     for path, package in files.items():
-        for root in (folder, extra):
-            if root:
-                comments |= _comments(root / f"{path}.yaml", package)
+        for root in filter(None, (folder, extra)):
+            comments |= _comments(root / f"{path}.yaml", package)
     text = "\n".join(_lines(options, comments, min(width(), PARAGRAPH)))
     template = string.Template(cfg.hydra.help.template)
     paragraph(template.safe_substitute(APP_CONFIG_GROUPS=groups, CONFIG=f"{text}\n"))

@@ -4,9 +4,9 @@ import logging
 import sys
 from pathlib import Path
 
-from cnntrain.commands.app import exit_with_problems, short
+from cnntrain.commands.app import exit_with_os_error, exit_with_problems, short
 from cnntrain.config import ConfigError, folder_problem
-from cnntrain.config.errors import format_os_error, unknown
+from cnntrain.config.errors import unknown
 from cnntrain.sweeps.records import METRICS, collect
 
 OPTIONS = ("metric", "out")
@@ -46,15 +46,11 @@ def main() -> None:
     from cnntrain.sweeps.report import write_report
     from cnntrain.sweeps.tables import print_ranked
 
-    files, problem = [], None
+    print_ranked(collection)
     try:
         files = write_report(collection, options.get("out", folder / "report"))
     except OSError as error:
-        problem = f"cnntrain: {format_os_error(error)}; out=<folder> writes elsewhere"
-    print_ranked(collection)
-    if problem:
-        print(problem, file=sys.stderr)
-        sys.exit(1)
+        exit_with_os_error(error, "; out=<folder> writes elsewhere")
     print("\n" + "\n".join(short(file) for file in files))
 
 
