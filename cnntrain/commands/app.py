@@ -10,35 +10,23 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain import config
-from cnntrain.commands.plan import Plan, places, plan, show_config
+from cnntrain.commands.plan import Plan, check_flags, places, plan, show_config
 from cnntrain.config.composition import output_problems
 from cnntrain.config.cross_checks import cross_check_data
-from cnntrain.config.errors import format_error, format_os_error
+from cnntrain.config.errors import collect, format_error, format_os_error
 from cnntrain.config.hydra_compat import get_args_parser
 from cnntrain.config.overrides import merged
 from cnntrain.process_info import launched
 
 Run = Callable[[DictConfig], float | None]
 DryRun = Callable[[DictConfig], None]
-
-
-class Multirun(Protocol):
-    """What a command does for `-m` in place of Hydra."""
-
-    def __init__(self, arguments: argparse.Namespace): ...
-
-    def reject_options(self) -> None: ...
-
-    def plan(self, planned: Plan) -> list[DictConfig]: ...
-
-    def run(self) -> None: ...
 
 
 def start(
@@ -49,23 +37,22 @@ def start(
     dry_run: DryRun | None = None,
     resuming: bool = False,
     one: str | None = None,
-    multirun: type[Multirun] | None = None,
+    multirun: Callable[[argparse.Namespace, Plan], Any] | None = None,
 ) -> None:
     """Check the command line against conf/<name>.yaml, then call `run` with the config.
 
     Exit codes: 2 for a wrong command line or config, 1 for a file that cannot be written.
 
     Args:
-        arguments: What `command_line` has returned; default: it is called.
-        dry_run: Builds what a run builds, for every run before the first begins, and writes
-            nothing.
+        dry_run: Builds what a run builds, for every run before the first, and writes nothing.
         resuming: The run directory holds a run to be continued.
         one: What the command takes one of, so that it has no `-m`.
-        multirun: Runs `-m` in place of Hydra.
+        multirun: Returns an object whose method `run` runs `-m` in place of Hydra, and whose
+            `configs` are those still to be run.
     """
     arguments = arguments or command_line()
-    sweep = multirun(arguments) if multirun else None
     try:
+        check_flags(arguments)
         if arguments.cfg:
             return show_config(arguments, name)
         if not (arguments.hydra_help or arguments.shell_completion):
@@ -76,8 +63,12 @@ def start(
                 root = arguments.config_name or name
                 return show_help(planned.cfgs[0], root, **places(arguments))
             if not arguments.info:
-                _check(arguments, name, planned, dry_run, resuming, one, sweep)
-                if sweep and planned.sweep:
+                own_sweep = multirun if planned.sweep else None
+                _check(arguments, name, planned, resuming, one, by_program=own_sweep is not None)
+                sweep = own_sweep(arguments, planned) if own_sweep else None
+                with config.config_folders(**places(arguments), name=name):
+                    _build(sweep.configs if sweep else planned.cfgs, dry_run, resuming)
+                if sweep:
                     return sweep.run()
     except config.ConfigError as error:
         exit_with_problems(error)
@@ -164,31 +155,28 @@ def printable(text: str) -> str:
 
 def build_problems(cfg: DictConfig, dry_run: DryRun | None) -> list[str]:
     """Problems of a valid config that only constructors find, or the size of the data."""
-    try:
-        if dry_run:
+    problems: list[str] = []
+    if dry_run:
+        with collect(problems):
             dry_run(cfg)
-        if dry_run and "data" in cfg:
-            with config.as_config_error("data"):
-                return cross_check_data(cfg, config.build(cfg.data))
-    except config.ConfigError as error:
-        return list(error.problems)
-    return []
+            if "data" in cfg:
+                with config.as_config_error("data"):
+                    problems += cross_check_data(cfg, config.build(cfg.data))
+    return problems
 
 
 def _check(
     arguments: argparse.Namespace,
     name: str,
     planned: Plan,
-    dry_run: DryRun | None,
     resuming: bool,
     one: str | None,
-    multirun: Multirun | None,
+    by_program: bool,
 ) -> None:
     """Raise ConfigError with the problems of composed configs, before anything is written."""
-    cfgs, sweep, problems = planned.cfgs, planned.sweep, list[str]()
-    for key in config.ROOTS[name].required:
-        if OmegaConf.is_missing(cfgs[0], key):
-            problems.append(f"{key}: has to be given, {key}=...")
+    cfgs, sweep = planned.cfgs, planned.sweep
+    required = [key for key in config.ROOTS[name].required if OmegaConf.is_missing(cfgs[0], key)]
+    problems = [f"{key}: has to be given, {key}=..." for key in required]
     if sweep and one:
         problems.append(f"-m: {name} takes one {one}; start it once for each")
     if sweep and (info := launched()):
@@ -196,34 +184,29 @@ def _check(
             f"-m: {info.launcher} has started the processes of one run; leave {info.launcher} out, "
             f"and add trainer=ddp trainer.devices={info.devices}"
         )
+    if not sweep:
+        typed = [t for t in arguments.overrides if t.lstrip("+~").startswith(("sweep.", "search"))]
+        problems += [f"{text}: is an option of a sweep; add -m" for text in typed]
     chosen = cfgs[0].get("resume")
     if chosen and f"resume={chosen}" not in arguments.overrides and not resuming:
         problems.append(f"resume={chosen}: has to be on the command line, exactly so")
     problems = problems or output_problems(
-        cfgs, sweep=sweep, resuming=resuming, by_program=sweep and multirun is not None
+        cfgs, sweep=sweep, resuming=resuming, by_program=by_program
     )
     if problems:
         raise config.ConfigError(problems)
-    if multirun and sweep:
-        cfgs = multirun.plan(planned)
-    elif multirun:
-        multirun.reject_options()
-    with config.config_folders(**places(arguments), name=name):
-        if resuming and dry_run:
-            dry_run(cfgs[0])
-        elif not resuming:
-            problems = [line for cfg in _different(cfgs) for line in build_problems(cfg, dry_run)]
-    if problems:
-        raise config.ConfigError(problems)
 
 
-def _different(cfgs: list[DictConfig]) -> list[DictConfig]:
-    """The configs without `hydra`; one of those that differ only in the seed."""
-    found = {}
-    for cfg in cfgs:
+def _build(cfgs: list[DictConfig], dry_run: DryRun | None, resuming: bool) -> None:
+    """Dry runs of the configs, one of those that differ only in the seed. Raises ConfigError."""
+    if resuming and dry_run:
+        return dry_run(cfgs[0])
+    different = {}
+    for cfg in map(config.without_hydra, cfgs):
         content: Any = OmegaConf.to_container(cfg)
-        found[repr({k: v for k, v in content.items() if k not in ("hydra", "seed")})] = cfg
-    return list(map(config.without_hydra, found.values()))
+        different[repr({k: v for k, v in content.items() if k != "seed"})] = cfg
+    if problems := [line for cfg in different.values() for line in build_problems(cfg, dry_run)]:
+        raise config.ConfigError(problems)
 
 
 def _on_thread_error(error: threading.ExceptHookArgs) -> None:

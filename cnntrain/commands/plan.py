@@ -4,22 +4,18 @@ import argparse
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from cnntrain import config
 from cnntrain.config import ConfigError
 from cnntrain.config.composition import as_if_running
-from cnntrain.config.errors import collect, format_error
+from cnntrain.config.errors import format_error
 from cnntrain.config.overrides import combinations, key_of, parsed, sweeps
-from cnntrain.config.resume import run_options
-from cnntrain.sweeps.members import ComposedRun, without_sweep_options
 
 PLAIN = (bool, int, float, str)
 MOST_RUNS = 10_000  # of a sweep: all configs are composed before the first run starts
@@ -40,56 +36,45 @@ def is_basic(plugin: DictConfig | None) -> bool:
 class Plan:
     """The checked runs of a command line."""
 
-    cfgs: list[DictConfig]  # composed by Hydra, with the node `hydra`
-    runs: list[ComposedRun]  # all runs of a sweep
+    cfgs: list[DictConfig]  # with the node `hydra`
     sweep: bool
     varied: list[str]  # the options with several values, in the order typed
 
 
 def plan(arguments: argparse.Namespace, name: str) -> Plan:
     """Compose and check a command line for conf/<name>.yaml. ConfigError with all problems."""
-    if problems := _flag_problems(arguments):
-        raise ConfigError(problems)
     if arguments.multirun and name == "train":
         print("sweep: checking the config of every run", flush=True)
-    where: dict[str, Any] = {
-        "name": arguments.config_name or name,
-        "command": name,
-        **places(arguments),
-        "types": not arguments.help,
-    }
-    overrides: list[str] = arguments.overrides
+    where = {"name": arguments.config_name or name, "command": name, **places(arguments)}
+    overrides, types = arguments.overrides, not arguments.help
     fixed = [text for text in overrides if not sweeps(text)]
-    cfgs = _compose([fixed], where, problems)
-    sweep = arguments.multirun or _select(cfgs, "hydra.mode") == RunMode.MULTIRUN
-    varied, runs = list[str](), list[ComposedRun]()
+    cfg, problems = config.compose_valid(fixed, **where, types=types)
+    varied: list[str] = []
+    sweep = arguments.multirun or _select(cfg, "hydra.mode") == RunMode.MULTIRUN
     if not sweep and fixed != overrides:
-        cfgs = _compose([overrides], where, problems)
+        cfg, problems = config.compose_valid(overrides, **where, types=types)
+    cfgs = [cfg] if cfg else []
     # Only Hydra's own sweeper expands overrides in a known way.
-    elif sweep and is_basic(_select(cfgs, "hydra.sweeper")):
+    if sweep and is_basic(_select(cfg, "hydra.sweeper")):
         problems.clear()  # the fixed overrides alone need not be a valid run
-        params = _select(cfgs, "hydra.sweeper.params") or {}
+        params = _select(cfg, "hydra.sweeper.params") or {}
         overrides = [*(f"{key}={value}" for key, value in params.items()), *overrides]
         varied = [key_of(text) for text in overrides if sweeps(text)]
         expanded = combinations(overrides, where["folder"], MOST_RUNS + 1)
         if len(expanded) > MOST_RUNS:
             problems.append(f"-m: makes more than {MOST_RUNS:,} runs; sweep over fewer values")
-        elif name == "train":
-            plain = [k for k in varied if not cfgs or isinstance(_select(cfgs, k), PLAIN)]
-            cfgs, runs = _compose_sweep(expanded, plain, where, problems)
         else:
-            cfgs = _compose(expanded, where, problems)
+            plain = [k for k in varied if _is_plain(_select(cfg, k)) and "_target_" not in k]
+            cfgs = _compose_runs(expanded, plain, where, problems)
         empty = [o for o in overrides if sweeps(o) and not combinations([o], where["folder"], 1)]
         problems += [f"{text}: expands to no value" for text in empty]
     if problems:
         raise ConfigError(problems)
-    return Plan(cfgs, runs, sweep, list(dict.fromkeys(varied)))
+    return Plan(cfgs, sweep, list(dict.fromkeys(varied)))
 
 
 def show_config(arguments: argparse.Namespace, name: str) -> None:
     """`--cfg`: print the config, as far as it can be composed; ConfigError with all problems."""
-    if problems := _flag_problems(arguments):
-        raise ConfigError(problems)
     cfg, problems = config.compose_valid(
         arguments.overrides, arguments.config_name or name, name, **places(arguments), types=False
     )
@@ -115,72 +100,54 @@ def show_config(arguments: argparse.Namespace, name: str) -> None:
         raise ConfigError(problems)
 
 
-def _compose(
-    runs: Sequence[Sequence[str]], where: dict[str, Any], problems: list[str]
-) -> list[DictConfig]:
-    cfgs = []
-    for overrides in runs:
-        with collect(problems):
-            cfgs.append(config.compose_all(overrides, **where))
-    return cfgs
-
-
-def _compose_sweep(
+def _compose_runs(
     expanded: Sequence[Sequence[str]],
     plain: Collection[str],
     where: dict[str, Any],
     problems: list[str],
-) -> tuple[list[DictConfig], list[ComposedRun]]:
-    """The runs of a sweep, and those of their configs that were composed by Hydra.
+) -> list[DictConfig]:
+    """The config of every run of a sweep.
 
     Hydra takes about 150 ms per config. Of runs that differ only in the values of `plain` options,
     it composes one; in copies of that config the values are replaced.
     """
-    cfgs, runs, invalid = list[DictConfig](), list[ComposedRun](), set[tuple[str, ...]]()
-    alike: dict[tuple[str, ...], tuple[DictConfig, ComposedRun]] = {}
+    cfgs, composed = list[DictConfig](), dict[tuple[str, ...], DictConfig | None]()
     for overrides in expanded:
-        values = {t: pair for t in overrides if (pair := _assigned(t)) and pair[0] in plain}
+        values = {}
+        for text in overrides:
+            key = text.partition("=")[0]
+            if key in plain and _is_plain(value := parsed(text).value()):
+                values[text] = key, value
         kind = tuple(values[text][0] if text in values else text for text in overrides)
-        if kind in alike:
-            full, like = alike[kind]
-            full = full.copy()
-            for key, value in values.values():
-                OmegaConf.update(full, key, value)
-            problems += config.config_problems(full, config.ROOTS["train"])
-            typed = [text for text in overrides if not text.lstrip("+~").startswith("hydra")]
-            run = ComposedRun(run_options(full), without_sweep_options(typed), like.choices)
-            runs.append(run)
-        elif kind not in invalid:
-            composed = _compose([overrides], where, new := list[str]())
-            if new and not set(new) - set(problems):
-                invalid.add(kind)  # the others have the same problems
+        if kind not in composed:
+            cfg, new = config.compose_valid(overrides, **where, types=False)
             problems += new
-            for cfg in composed:
-                cfgs.append(cfg)
-                runs.append(ComposedRun.of(cfg))
-                full = config.without_hydra(cfg)
-                if all(OmegaConf.select(full, key) == value for key, value in values.values()):
-                    alike[kind] = full, runs[-1]
-    return cfgs, runs
+            cfg = composed[kind] = None if new else cfg  # the others have the same problems
+        elif (cfg := composed[kind]) is not None:
+            cfg = cfg.copy()
+            for key, value in values.values():
+                OmegaConf.update(cfg, key, value)
+            task = [text for text in overrides if not text.lstrip("+~").startswith("hydra")]
+            with read_write(cfg.hydra):
+                cfg.hydra.overrides.task = task
+            config.adapt_types(cfg, cfg.hydra)
+        if cfg is not None:
+            cfgs.append(cfg)
+            command = config.ROOTS[where["command"]]
+            problems += config.config_problems(config.without_hydra(cfg), command)
+    return cfgs
 
 
-@cache
-def _assigned(text: str) -> tuple[str, Any] | None:
-    """The option and the value of an override with a plain value."""
-    try:
-        key, value = text.partition("=")[0], parsed(text).value()
-    except HydraException:
-        return None
-    fixed = key.endswith("_target_") or not isinstance(value, PLAIN)
-    return None if fixed or "${" in str(value) or value == "???" else (key, value)
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, PLAIN) and "${" not in str(value) and value != "???"
 
 
-def _select(cfgs: Sequence[DictConfig], option: str) -> Any:
-    return OmegaConf.select(cfgs[0], option) if cfgs else None
+def _select(cfg: DictConfig | None, option: str) -> Any:
+    return OmegaConf.select(cfg, option) if cfg else None
 
 
-def _flag_problems(arguments: argparse.Namespace) -> list[str]:
-    """Problems of Hydra's flags: missing folders, contradictions, unsafe ones."""
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for Hydra's flags: missing folders, contradictions, unsafe ones."""
     problems = []
     for flag in ("config_path", "config_dir"):
         given = getattr(arguments, flag)
@@ -195,4 +162,5 @@ def _flag_problems(arguments: argparse.Namespace) -> list[str]:
     modes["--shell-completion"] = "shell_completion"
     if len(given := [flag for flag, name in modes.items() if getattr(arguments, name)]) > 1:
         problems.append(f"{' '.join(given)}: only one of them at a time")
-    return problems
+    if problems:
+        raise ConfigError(problems)

@@ -1,7 +1,6 @@
 """`-m`: a sweep or search from a command line, on one of Hydra's launchers."""
 
 import argparse
-import contextlib
 import multiprocessing
 import os
 import shlex
@@ -9,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
@@ -24,40 +23,21 @@ from cnntrain.config.errors import format_error
 from cnntrain.config.hydra_compat import Callbacks
 from cnntrain.config.resume import run_options
 from cnntrain.interruption import Interrupted, interruption
-from cnntrain.sweeps.members import ComposedRun, SweepFolder
-from cnntrain.sweeps.processes import (
-    STOP_FILE,
-    InterruptibleJobs,
-    MemberTask,
-    sigint_blocked,
-    start_server,
-)
+from cnntrain.sweeps import processes
+from cnntrain.sweeps.members import ComposedRun
 from cnntrain.sweeps.records import collect
 from cnntrain.sweeps.sweep import GridSweep, Sweep, SweepRunner
 from cnntrain.terminal import paragraph
-
-if TYPE_CHECKING:
-    from cnntrain.sweeps.search_sweep import SearchSweep
 
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 
 
 class SweepCommand:
-    """The sweep of a command line; implements `cnntrain.commands.app.Multirun`."""
+    """The sweep of a command line, for `app.start`. Raises ConfigError."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-
-    def reject_options(self) -> None:
-        """Raise ConfigError for options of a sweep without -m."""
-        typed = self.arguments.overrides
-        options = [text for text in typed if text.lstrip("+~").startswith(("sweep.", "search"))]
-        if options:
-            raise ConfigError([f"{text}: is an option of a sweep; add -m" for text in options])
-
-    def plan(self, planned: Plan) -> list[DictConfig]:
-        """The configs still to be run. Raises ConfigError."""
-        cfg = planned.cfgs[0]
+    def __init__(self, arguments: argparse.Namespace, planned: Plan):
+        self.arguments, self.cfg = arguments, planned.cfgs[0]
+        cfg = self.cfg
         if not cfg.get("sweep"):
             raise ConfigError(["~sweep: has the options of the sweep; leave it in"])
         if problems := list(self._problems(cfg, planned.varied)):
@@ -65,15 +45,17 @@ class SweepCommand:
         # multiprocessing's resource tracker warns of what killed processes leave behind.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         if is_basic(cfg.hydra.launcher):
-            start_server()
+            processes.start_server()
         options: Sweep = build(cfg.sweep)
-        self.sweep: GridSweep | SearchSweep
+        folder = _folder(cfg, options)
+        self.sweep: Any
         if cfg.get("search"):
-            self.sweep = self._search(cfg, _folder(cfg, options), options)
-            return [run_options(cfg)]
-        self.sweep = GridSweep(_folder(cfg, options), options, planned.runs, planned.varied)
-        pending = {member.config_hash for member in self.sweep.pending}
-        return [m.run.config for m in self.sweep.members if m.config_hash in pending]
+            self.sweep = self._search(cfg, folder, options)
+            self.configs = [run_options(cfg)]
+        else:
+            runs = list(map(ComposedRun.of, planned.cfgs))
+            self.sweep = GridSweep(folder, options, runs, planned.varied)
+            self.configs = [member.run.config for member in self.sweep.pending]
 
     def run(self) -> None:
         """Run the sweep and print the ranking; exit code 1 if not all members are completed."""
@@ -81,7 +63,7 @@ class SweepCommand:
         each = f", {threads} thread{'s' * (threads > 1)} each" if threads else ""
         paragraph(f"sweep {path.name}: {self.sweep.size}{each}; {path}")
         try:
-            runner = self.sweep.run(self._launch)
+            self.sweep.run(self._launch)
         except Interrupted as error:
             unnamed = self.sweep.options.name is None and not self.sweep.folder.search
             named = f" with sweep={path.name}" if unnamed else ""
@@ -90,30 +72,24 @@ class SweepCommand:
             for worker in multiprocessing.active_children():  # idle ones of joblib
                 worker.terminate()
             os._exit(error.exit_code)  # the interpreter's shutdown would take seconds
-        _finish(runner)
+        _finish(self.sweep)
 
-    def _launch(self, jobs: list[list[str]], task: MemberTask) -> None:
+    def _launch(self, jobs: list[list[str]], task: processes.MemberTask) -> None:
         """Run jobs of this task function on Hydra's configured launcher."""
-        arguments, folder = self.arguments, self.sweep.folder.path
-        name = arguments.config_name or "train"
-        with config_folders(**places(arguments), name="train"):
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
-            cfg = hydra.compose_config(
-                name, arguments.overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False
-            )
+        cfg, folder = self.cfg, self.sweep.folder.path
+        with config_folders(**places(self.arguments), name="train"):
             with open_dict(cfg):
+                cfg.hydra.mode = RunMode.MULTIRUN
                 cfg.hydra.sweep.dir = str(folder.absolute())
                 cfg.hydra.hydra_logging.root.level = "WARNING"
-            callbacks = Callbacks(cfg)
-            context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+            callbacks, name = Callbacks(cfg), cfg.hydra.job.config_name
+            context = HydraContext(GlobalHydra.instance().config_loader(), callbacks)
             launcher = Plugins.instance().instantiate_launcher(context, task, cfg)
             callbacks.on_multirun_start(config=cfg, config_name=name)
             if cfg.hydra.launcher._target_ == RAY:
                 _init_ray(launcher)
-            workers = not is_basic(cfg.hydra.launcher)
-            with sigint_blocked() if workers else contextlib.nullcontext():
-                jobs = InterruptibleJobs(jobs, folder / STOP_FILE, workers=workers)
+            with processes.sigint_blocked():  # other threads receive it
+                jobs = processes.InterruptibleJobs(jobs, folder / processes.STOP_FILE)
                 launcher.launch(jobs, initial_job_idx=0)
             callbacks.on_multirun_end(config=cfg, config_name=name)
 
@@ -131,7 +107,7 @@ class SweepCommand:
         if not is_basic(cfg.hydra.sweeper):
             yield "hydra/sweeper: is not supported; leave it out, and search with search=<choice>"
 
-    def _search(self, cfg: DictConfig, folder: Path, options: Sweep) -> "SearchSweep":
+    def _search(self, cfg: DictConfig, folder: Path, options: Sweep) -> SweepRunner:
         from cnntrain.sweeps.search_sweep import SearchSweep, search_problems
 
         base = ComposedRun.of(cfg).typed
@@ -145,15 +121,12 @@ class SweepCommand:
         if found := search_problems(cfg.search, compose, base):
             raise ConfigError(found)
         options.metric = cfg.search.metric
-        return SearchSweep(
-            SweepFolder(folder, search=True),
-            options,
-            cfg.search,
-            seed=cfg.seed,
-            command=lambda own: restart(self.arguments, [*searchpath, *base, *own]),
-            compose=compose,
-            at_once=cfg.search.at_once or _at_once(cfg.hydra.launcher),
-        )
+        at_once = cfg.search.at_once or _at_once(cfg.hydra.launcher)
+
+        def command(own: Sequence[str]) -> str:
+            return restart(self.arguments, [*searchpath, *base, *own])
+
+        return SearchSweep(folder, options, cfg, command, compose, at_once)
 
 
 def _at_once(launcher: DictConfig) -> int:
@@ -181,23 +154,16 @@ def _folder(cfg: DictConfig, options: Sweep) -> Path:
 
 
 def _init_ray(launcher: Any) -> None:
-    """Initialise Ray ahead of the launcher.
-
-    The launcher would ask for object memory, which a running cluster rejects; and Ray installs
-    signal handlers.
-    """
+    """Initialise Ray ahead of the launcher, whose object memory a running cluster would reject."""
     import ray
 
     options: Any = OmegaConf.to_container(launcher.ray_cfg.init, resolve=True)
     ray.init(**{"logging_level": "WARNING", **options})
-    interruption.install()
+    interruption.install()  # Ray has replaced the handlers
 
 
 def _finish(runner: SweepRunner) -> None:
-    """Print the ranking, the summary of a search and the counts; write the report.
-
-    An error in the report does not fail the sweep.
-    """
+    """Print the ranking, the summary of a search and the counts; write the report."""
     from cnntrain.sweeps.tables import print_ranked
 
     collection = collect(runner.folder.path)
@@ -209,7 +175,7 @@ def _finish(runner: SweepRunner) -> None:
 
         page, *_ = write_report(collection, collection.folder / "report")
         print(f"\nreport       {short(page)}", flush=True)
-    except Exception as error:
+    except Exception as error:  # does not fail the sweep
         again = shlex.join(["cnntrain", "report", short(collection.folder)])
         print(f"\nreport       not written ({format_error(error)}); try again: {again}", flush=True)
     counts = {"failed": len(runner.failed), "unfinished": len(runner.waiting)}

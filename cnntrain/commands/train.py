@@ -7,40 +7,26 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cnntrain.commands.app import (
-    command_line,
-    exit_with_os_error,
-    exit_with_problems,
-    short,
-    start,
-)
+from cnntrain import config
+from cnntrain.commands import app
+from cnntrain.commands.app import short
 from cnntrain.commands.plan import places
 from cnntrain.commands.sweeping import SweepCommand
-from cnntrain.config import ConfigError, check, compose_all, cross_check, quoted, without_hydra
+from cnntrain.config import ConfigError, quoted, resume
 from cnntrain.config.composition import fixed_run_directory
 from cnntrain.config.errors import first_line
-from cnntrain.config.resume import (
-    CONFIG,
-    completed,
-    has_run,
-    in_use,
-    is_running,
-    read_overrides,
-    resume_problems,
-    run_config,
-    run_options,
-    with_overrides,
-)
 from cnntrain.interruption import Interrupted, watching
 from cnntrain.process_info import ProcessInfo, launched
 from cnntrain.terminal import paragraph
+
+# Config and overrides, of all its starts, of a run to be continued; None: as recorded.
+Resumed = tuple[DictConfig, list[str] | None]
 
 
 def main() -> None:
@@ -57,20 +43,20 @@ def main() -> None:
         try:
             if info:
                 _connect(info)
-            arguments = command_line()
+            arguments = app.command_line()
             resumed = _resumed(arguments)
-            start(
+            app.start(
                 "train",
                 lambda cfg: _train(cfg, resumed),
                 arguments=arguments,
-                dry_run=lambda cfg: _dry_run(resumed.cfg if resumed else cfg),
+                dry_run=lambda cfg: _dry_run(resumed[0] if resumed else cfg),
                 resuming=resumed is not None,
                 multirun=SweepCommand,
             )
         except ConfigError as error:
-            exit_with_problems(error)
+            app.exit_with_problems(error)
         except OSError as error:
-            exit_with_os_error(error)
+            app.exit_with_os_error(error)
         except Interrupted as error:
             _leave(error)
         finally:
@@ -108,14 +94,6 @@ def _connect(info: ProcessInfo) -> None:
         _end(1, str(error))
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """A run to be continued."""
-
-    cfg: DictConfig
-    overrides: list[str] | None  # of all its starts; None: as recorded
-
-
 def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     from cnntrain.data import DataError
     from cnntrain.training import CheckpointError, NonFiniteError, ProcessLost, Profile
@@ -125,14 +103,11 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     directory = Path(hydra.runtime.output_dir)
     again = f"resume={shlex.quote(short(directory))}"
     typed = [text for text in hydra.overrides.task if not _sets(text, "resume", "profile")]
-    run = resumed or Resumed(cfg, typed)
+    callbacks = [Profile(directory)] if cfg.get("profile") else []
+    cfg, overrides = resumed or (cfg, typed)
     try:
         result = run_training(
-            run.cfg,
-            directory,
-            resume=resumed is not None,
-            overrides=run.overrides,
-            callbacks=[Profile(directory)] if cfg.get("profile") else [],
+            cfg, directory, resume=resumed is not None, overrides=overrides, callbacks=callbacks
         )
     except Interrupted as error:
         _leave(error, f"; resume with {again}")
@@ -143,9 +118,9 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
         # Not sys.exit: the process group would wait for the lost process once more.
         _end(1, f"{error}; resume with {again}")
     except OSError as error:
-        exit_with_os_error(error, f"; once that is fixed, resume with {again}")
+        app.exit_with_os_error(error, f"; once that is fixed, resume with {again}")
     _show(result.metrics, result.seconds, directory)
-    return result.metrics[run.cfg.trainer.monitor]
+    return result.metrics[cfg.trainer.monitor]
 
 
 def _dry_run(cfg: DictConfig) -> None:
@@ -155,58 +130,57 @@ def _dry_run(cfg: DictConfig) -> None:
 
 
 def _resumed(arguments: argparse.Namespace) -> Resumed | None:
-    """The run that `resume` continues, if it has begun.
-
-    If it is completed, its result is printed and the process exits.
-    """
+    """The run that `resume` continues, if it has begun. Prints one that is completed, and exits."""
     given = [text for text in arguments.overrides if text.startswith("resume=")]
     prints_only = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
-    chosen = _unquoted(given[-1].partition("=")[2]) if given else "null"
+    chosen = given[-1].partition("=")[2].strip("'\"") if given else "null"
     if chosen == "null" or any(prints_only):
         return None
     overrides = [text for text in arguments.overrides if text not in given]
-    hydra = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
-    profile = [text for text in overrides if _sets(text, "profile")]
-    own = [text for text in overrides if text not in [*hydra, *profile]]
+    hydra = [t for t in overrides if t.lstrip("+~").startswith("hydra") or _sets(t, "profile")]
+    own = [text for text in overrides if text not in hydra]
     files: dict[str, Any] = {"name": arguments.config_name or "train"} | places(arguments)
     if arguments.multirun:
         raise ConfigError([f"{given[-1]}: continues one run; leave out -m"])
 
     def compose(chosen: Sequence[str]) -> DictConfig:
-        return compose_all(chosen, **files, command="train", types=False)
+        return config.compose_all(chosen, **files, command="train", types=False)
 
     if chosen == "auto":
         cfg = compose(overrides)
         directory = fixed_run_directory(cfg)
-        if arguments.cfg or not has_run(directory):
+        if arguments.cfg or not resume.has_run(directory):
             return None
     else:
         directory = Path(chosen)
-        if not chosen or not has_run(directory):
+        if not chosen or not resume.has_run(directory):
             raise ConfigError([f"{given[-1]}: holds no run; give the folder of one, or auto"])
         if arguments.cfg:
-            problem = f"--cfg: shows a new run; the config of this one is {directory / CONFIG}"
-            raise ConfigError([problem])
+            problem = "--cfg: shows a new run; the config of this one is"
+            raise ConfigError([f"{problem} {directory / resume.CONFIG}"])
         if placed := [text for text in hydra if _sets(text, "hydra.run.dir")]:
             raise ConfigError([f"{placed[0]}: goes with resume=auto; a run stays where it is"])
-    if is_running(directory):
-        raise ConfigError([in_use(directory)])
-    run = run_config(directory, _newest_checkpoint)
+    if resume.is_running(directory):
+        raise ConfigError([resume.in_use(directory)])
+    run = resume.run_config(directory, _newest_checkpoint)
     if chosen == "auto":
-        wanted = run_options(cfg)
+        wanted = resume.run_options(cfg)
     else:
-        wanted = with_overrides(run, directory, own, lambda texts: without_hydra(compose(texts)))
-    if result := completed(directory, wanted):  # was checked when it ran
+        wanted = resume.with_overrides(
+            run, directory, own, lambda texts: config.without_hydra(compose(texts))
+        )
+    if result := resume.completed(directory, wanted):  # was checked when it ran
         print("already completed")
         _show(result["metrics"], result["timings"]["seconds"], directory)
         sys.exit(0)
-    if problems := check(wanted) or cross_check(wanted) or resume_problems(run, wanted):
+    problems = config.check(wanted) or config.cross_check(wanted)
+    if problems := problems or resume.resume_problems(run, wanted):
         raise ConfigError(problems)
-    # Hydra gets only the run directory.
-    others = [*profile, *(text for text in hydra if not _sets(text, "hydra.run.dir"))]
-    arguments.overrides = [*others, f"hydra.run.dir={quoted(str(directory))}"]
-    before = read_overrides(directory) if own and chosen != "auto" else []
-    return Resumed(wanted, [*before, *own] if own else None)
+    # Hydra gets the run directory and its own options.
+    arguments.overrides = [text for text in hydra if not _sets(text, "hydra.run.dir")]
+    arguments.overrides.append(f"hydra.run.dir={quoted(str(directory))}")
+    before = resume.read_overrides(directory) if own and chosen != "auto" else []
+    return wanted, [*before, *own] if own else None
 
 
 def _newest_checkpoint(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
@@ -232,10 +206,6 @@ def _end(code: int, message: str = "", before: str = "") -> NoReturn:
 
 def _sets(override: str, *keys: str) -> bool:
     return override.lstrip("+").partition("=")[0] in keys
-
-
-def _unquoted(value: str) -> str:
-    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
 def _show(metrics: dict[str, Any], seconds: float, directory: Path) -> None:

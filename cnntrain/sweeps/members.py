@@ -13,18 +13,10 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.atomic import write_json
-from cnntrain.config import ConfigError, flat, incidental, options_hash, quoted
+from cnntrain.config import ConfigError, flat, incidental, options_hash, quoted, resume
 from cnntrain.config.overrides import key_of, parsed
-from cnntrain.config.resume import CONFIG, LOCK, holds_another_run, read_config, run_options
-from cnntrain.sweeps.records import (
-    SWEEP_FILE,
-    BaseConfig,
-    MemberEntry,
-    SweepRecord,
-    as_typed,
-    distinct,
-    read_record,
-)
+from cnntrain.sweeps import records
+from cnntrain.sweeps.records import BaseConfig, as_typed
 
 LONGEST = 120  # characters of a directory name, so that paths stay below 255 bytes
 UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+@\[\]-]")
@@ -35,10 +27,10 @@ OTHER_NAME = "set another name, sweep=<name>"
 
 @dataclass(frozen=True)
 class ComposedRun:
-    """The composed config of a run, whether it is started alone or in a sweep."""
+    """The composed config of a member."""
 
     config: DictConfig  # without `hydra` and the options of the sweep
-    typed: list[str]  # all its overrides
+    typed: list[str]  # the overrides, without those of the sweep
     choices: dict[str, str]  # by group: {"backend": "im2col", "model": "lenet5"}
 
     @classmethod
@@ -46,8 +38,9 @@ class ComposedRun:
         """From a config with the node `hydra`."""
         choices: Any = OmegaConf.to_container(cfg.hydra.runtime.choices)
         choices = {str(k): v for k, v in choices.items() if v is not None and "hydra/" not in k}
-        typed: Any = OmegaConf.to_container(cfg.hydra.overrides.task)  # not interpolated
-        return cls(run_options(cfg), without_sweep_options(typed), choices)
+        task: Any = OmegaConf.to_container(cfg.hydra.overrides.task)  # not interpolated
+        typed = [text for text in task if not text.lstrip("+~").startswith(("sweep.", "search"))]
+        return cls(resume.run_options(cfg), typed, choices)
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -78,16 +71,17 @@ def plan_members(runs: Iterable[ComposedRun], keys: Iterable[str]) -> list[Plann
     """A member for each distinct run; `keys` are the varying options."""
     found: dict[str, PlannedMember] = {}
     for run in runs:
-        values = {key: _value(key, run) for key in keys}
+        typed = {key_of(text): text for text in run.typed}
+        values = {
+            key: parsed(typed[key]).value()
+            if key in typed
+            else run.options.get(key, run.choices.get(key))
+            for key in keys
+        }
         name = member_name(values) or directory_name(",".join(sorted(run.typed)) or "defaults")
         member = PlannedMember(name, run, values)
         found.setdefault(member.identity, member)
     return list(found.values())
-
-
-def without_sweep_options(typed: Iterable[str]) -> list[str]:
-    """Overrides without those of the nodes `sweep` and `search`."""
-    return [text for text in typed if not text.lstrip("+~").startswith(("sweep.", "search"))]
 
 
 def member_name(values: Mapping[str, Any]) -> str:
@@ -106,22 +100,17 @@ def directory_name(full: str) -> str:
 
 def typed(value: Any) -> str:
     """A plain value in the syntax of Hydra's command line, from which it reads this very value."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(typed, value)) + "]"
     if isinstance(value, str) and (not PLAIN.fullmatch(value) or value.lower() in KEYWORDS):
         return quoted(value)
-    return str(value)
+    return as_typed(value)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """An error line for each option of a sweep that is not as at its start."""
-    keys = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, ...) != now.get(key, ...) and not incidental(key)
-    ]
+    known = sorted(before.keys() | now.keys())
+    keys = [k for k in known if before.get(k, ...) != now.get(k, ...) and not incidental(k)]
     problems = []
     for key in keys:
         if not any(key.startswith(f"{other}.") for other in keys):  # belongs to another choice
@@ -140,7 +129,7 @@ class SweepFolder:
 
     def __init__(self, path: Path, *, search: bool = False):
         self.path, self.search = path, search
-        self.record = read_record(path) or SweepRecord(name=path.name)
+        self.record = records.read_record(path) or records.SweepRecord(name=path.name)
         self.record.name = path.name  # the folder may have been renamed
         self.names = {entry.identity: name for name, entry in self.record.members.items()}
         if self.record.members and bool(self.record.search) != search:
@@ -152,28 +141,27 @@ class SweepFolder:
         """Keep other processes from running the same sweep; ConfigError if one does."""
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.path / LOCK, timeout=0):
+            with FileLock(self.path / resume.LOCK, timeout=0):
                 yield
         except Timeout:
             busy = "another process is running this sweep; wait for it or end it"
             raise ConfigError([f"sweep.name={self.path.name}: {busy}"]) from None
 
-    def extend(
-        self, members: Sequence[PlannedMember], varied: Iterable[str]
-    ) -> list[PlannedMember]:
-        """Add members that vary in these options; returns them under their names in the folder.
+    def extend(self, members: Sequence[PlannedMember], keys: Sequence[str]) -> list[PlannedMember]:
+        """Add members; returns them under their names in the folder. `write` writes them.
 
-        Nothing is written before `write`. Raises ConfigError, with the differences, if the options
-        that do not vary differ from those at the sweep's start.
+        Raises ConfigError, with the differences, if the options that do not vary differ from those
+        at the sweep's start.
+
+        Args:
+            keys: The options that vary, those of `record.over` included.
         """
-        record = self.record
-        keys = list(dict.fromkeys([*record.over, *varied]))
-        base = _base(members, keys)
+        record, base = self.record, _base(members, keys)
         if record.base is not None:
             _check_base(record.base, base, keys)
-            for key in (key for key in keys if key not in record.over):  # constant until now
-                for entry in record.members.values():
-                    entry.values.setdefault(key, record.base.values.get(key))
+            constant = {k: record.base.values.get(k) for k in keys if k not in record.over}
+            for entry in record.members.values():
+                entry.values = constant | entry.values
             base = BaseConfig(
                 options=_shared([record.base.options, base.options]),
                 choices=_shared([record.base.choices, base.choices]),
@@ -181,27 +169,33 @@ class SweepFolder:
             )
         found = []
         for member in members:
-            name = self.names.setdefault(member.identity, member.name)
-            if holds_another_run(directory := self.path / name, member.config_hash):
-                cfg = read_config(directory / CONFIG)
+            identity, values = member.identity, member.values
+            name = self.names.setdefault(identity, member.name)
+            if resume.holds_another_run(directory := self.path / name, member.config_hash):
+                cfg = resume.read_config(directory / resume.CONFIG)
                 changed = differences(flat(cfg), member.run.options) if cfg is not None else []
                 changed = changed or ["holds another run; move it out of the sweep"]
                 raise ConfigError([f"{directory}: {text}" for text in changed])
-            record.members[name] = MemberEntry(values=member.values, identity=member.identity)
+            record.members[name] = records.MemberEntry(values=values, identity=identity)
             found.append(replace(member, name=name))
-        values = [entry.values for entry in record.members.values()]
-        # Not listed for a search, whose values are all different.
-        record.over = {
-            key: [] if self.search else distinct(v[key] for v in values if key in v) for key in keys
-        }
+        record.over = {key: [] for key in keys}
+        if not self.search:  # whose values are all different
+            for key in keys:
+                known = (e.values[key] for e in record.members.values() if key in e.values)
+                record.over[key] = records.distinct(known)
         record.base = base
         return found
+
+    def ended(self, member: PlannedMember, *statuses: str) -> bool:
+        """Whether a member has ended with one of these statuses."""
+        directory = self.path / member.name
+        return bool(resume.result_with_status(directory, member.config_hash, statuses))
 
     def write(self, metric: str, search: dict[str, Any] | None = None) -> None:
         """Write sweep.json."""
         self.record = self.record.model_copy(update={"metric": metric, "search": search})
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / SWEEP_FILE, self.record.model_dump(exclude_none=True))
+        write_json(self.path / records.SWEEP_FILE, self.record.model_dump(exclude_none=True))
 
 
 def _base(members: Sequence[PlannedMember], keys: Sequence[str]) -> BaseConfig:
@@ -240,10 +234,3 @@ def _shared(tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _within(option: str, keys: Iterable[str]) -> bool:
     """Whether an option varies itself or belongs to a varying choice."""
     return any(option == key or option.startswith(f"{key}.") for key in keys)
-
-
-def _value(key: str, run: ComposedRun) -> Any:
-    for text in reversed(run.typed):
-        if key_of(text) == key:
-            return parsed(text).value()
-    return run.options.get(key, run.choices.get(key))

@@ -25,16 +25,7 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.atomic import write_json
-from cnntrain.config import ConfigError, adapt_types, config_hash
-from cnntrain.config.resume import (
-    RESULT,
-    add_checksum,
-    holds_another_run,
-    is_running,
-    read_result,
-    result_with_status,
-    run_options,
-)
+from cnntrain.config import ConfigError, adapt_types, config_hash, resume
 from cnntrain.interruption import Interrupted, interruption, watching
 from cnntrain.terminal import output
 
@@ -67,18 +58,17 @@ class MemberTask:
         directory = Path(hydra.runtime.output_dir)
         if os.getpid() != self.sweep_pid:  # a launcher's worker
             os.chdir(self.cwd)
-            _exit_with_launcher()
+            _end_with_launcher()
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 # The worker waits until its member has saved.
                 signal.signal(signal.SIGINT, lambda s, _: setattr(interruption, "received", s))
             mask_sigint("SIG_UNBLOCK")
         adapt_types(cfg, hydra)
-        config: Any = OmegaConf.to_container(run_options(cfg), resolve=True)
+        config: Any = OmegaConf.to_container(resume.run_options(cfg), resolve=True)
         logs: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
-        environment = dict(os.environ)
-        _run(MemberJob(self, config, directory, [*hydra.overrides.task], logs, environment))
+        _run(MemberJob(self, config, directory, [*hydra.overrides.task], logs, dict(os.environ)))
         # Here and not in the sweep's process, which might only see it after the next has started.
-        if self.fail_fast and (read_result(directory) or {}).get("status") == "failed":
+        if self.fail_fast and (resume.read_result(directory) or {}).get("status") == "failed":
             (directory.parent / STOP_FILE).touch()
 
 
@@ -97,21 +87,19 @@ class MemberJob:
 class InterruptibleJobs(list[list[str]]):
     """The members' overrides; a launcher iterating over them gets no more once `stop` exists.
 
-    A launcher's workers are started with SIGINT blocked, as it would end them with a traceback
-    while they import; MemberTask unblocks it. It is blocked again for each job because loky's
-    resource tracker unblocks it.
+    Workers start with SIGINT blocked, which would end them with a traceback while they import;
+    MemberTask unblocks it. For each job it is blocked again, as loky's resource tracker unblocks.
     """
 
-    def __init__(self, jobs: Iterable[list[str]], stop: Path, *, workers: bool):
+    def __init__(self, jobs: Iterable[list[str]], stop: Path):
         super().__init__(jobs)
-        self.stop, self.workers = stop, workers
+        self.stop = stop
 
     def __iter__(self) -> Iterator[list[str]]:
         for job in super().__iter__():
             if self.stop.exists():
                 return
-            if self.workers:
-                mask_sigint("SIG_BLOCK")
+            mask_sigint("SIG_BLOCK")
             yield job
 
 
@@ -150,7 +138,7 @@ def mask_sigint(how: str) -> None:
 def result_version(directory: Path) -> tuple[int, int] | None:
     """Differs after each write of result.json; None without one."""
     try:
-        found = (directory / RESULT).stat()
+        found = (directory / resume.RESULT).stat()
     except FileNotFoundError:
         return None
     return found.st_mtime_ns, found.st_ino
@@ -161,11 +149,11 @@ def record_failure(directory: Path, config: Any, reason: str) -> None:
     cfg = OmegaConf.create(config)
     facts = {"status": "failed", "config_hash": config_hash(cfg), "seed": cfg.seed}
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / RESULT, add_checksum({**facts, "error": reason}))
+    write_json(directory / resume.RESULT, resume.add_checksum({**facts, "error": reason}))
 
 
 @cache
-def _exit_with_launcher() -> None:
+def _end_with_launcher() -> None:
     """End a launcher's worker when its parent is gone; loky's would wait forever."""
     parent = os.getppid()
 
@@ -184,80 +172,77 @@ def _run(job: MemberJob) -> None:
     """
     directory, stop = job.directory, job.directory.parent / STOP_FILE
     own_hash = config_hash(OmegaConf.create(job.config))
-    while not stop.exists() and is_running(directory):
+    while not stop.exists() and resume.is_running(directory):
         time.sleep(POLL_INTERVAL)
-    if stop.exists() or interruption.received is not None:
+    completed = resume.result_with_status(directory, own_hash)
+    if completed or resume.holds_another_run(directory, own_hash):
         return
-    if result_with_status(directory, own_hash) or holds_another_run(directory, own_hash):
+    if stop.exists() or interruption.received is not None:
         return
     before = result_version(directory)
     reason = _run_process(job, stop)
-    # It may have exited before it began, or another process has taken the directory's lock.
-    if stop.exists() or interruption.received is not None or is_running(directory):
-        return
-    result = read_result(directory) or {}
-    if result_version(directory) == before or result.get("status") not in FINISHED:
-        record_failure(directory, job.config, reason)
+    # It may have exited before it began.
+    if not stop.exists() and interruption.received is None:
+        _record_unless_recorded(job, before, reason)
+
+
+def _record_unless_recorded(job: MemberJob, before: Any, reason: str) -> None:
+    """Record a failure, unless result.json has it or another process trains in the directory."""
+    status = (resume.read_result(job.directory) or {}).get("status")
+    recorded = result_version(job.directory) != before and status in FINISHED
+    if not recorded and not resume.is_running(job.directory):
+        record_failure(job.directory, job.config, reason)
 
 
 def _run_process(job: MemberJob, stop: Path) -> str:
-    """Train in a new process, which the stop file may end; returns the reason of a failure."""
+    """Train in a new process, which the stop file may end; returns how it ended."""
     start_server()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *START_METHODS):
         multiprocessing.set_start_method(METHOD, force=True)  # loky's is unknown to the child
-    receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_main, args=(job, sender), name=job.directory.name)
+    process = PROCESSES.Process(target=_main, args=(job,), name=job.directory.name)
     try:
         process.start()
     except (EOFError, ConnectionError):
         return "the server of members' processes has ended"
-    finally:
-        sender.close()
     terminated = False
     while process.is_alive():
         process.join(POLL_INTERVAL)
         if not terminated and stop.exists() and stop.read_text(encoding="utf-8") == SAVE_AND_EXIT:
             process.terminate()  # SIGTERM: it saves a checkpoint and its result.json
             terminated = True
-    try:
-        return str(receiver.recv())
-    except EOFError:
-        return _exit_reason(process.exitcode)
+    if process.exitcode >= 0:
+        return f"its process ended with exit code {process.exitcode}; its {LOG} may say why"
+    name = signal.Signals(-process.exitcode).name
+    hint = " (by the system, if memory ran out)" if name == "SIGKILL" else ""
+    return f"its process was ended by {name}{hint}"
 
 
-def _exit_reason(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        hint = " (by the system, if memory ran out)" if name == "SIGKILL" else ""
-        return f"its process was ended by {name}{hint}"
-    return f"its process ended with exit code {exit_code}; its {LOG} may say why"
-
-
-def _main(job: MemberJob, reason: Any) -> None:
-    """The member's process; `reason` is a pipe for the message of an error."""
+def _main(job: MemberJob) -> None:
+    """The member's process."""
     os.environ.clear()
     os.environ.update(job.environment)
     os.chdir(job.task.cwd)
-    log = os.open(job.directory / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for standard in (1, 2):  # what libraries print, and tracebacks
-        os.dup2(log, standard)
-    os.close(log)
+    with (job.directory / LOG).open("ab") as log:
+        for standard in (1, 2):  # what libraries print, and tracebacks
+            os.dup2(log.fileno(), standard)
     sys.stdout, sys.stderr = output(1, "utf-8"), output(2, "utf-8")
     with watching("leave"):
         mask_sigint("SIG_UNBLOCK")
-        _exit_with_parent()
+        threading.Thread(target=_save_with_parent, daemon=True).start()
         configure_log(OmegaConf.create(job.logging), False)
         root = logging.getLogger()  # its own handler writes to the log already
         root.handlers = [h for h in root.handlers if getattr(h, "stream", None) is not sys.stdout]
+        before = result_version(job.directory)
         try:
             _train(job)
         except Interrupted as error:
             os._exit(error.exit_code)
         except ConfigError as error:
-            reason.send("; ".join(error.problems))
+            _record_unless_recorded(job, before, "; ".join(error.problems))
             sys.exit(2)
         except Exception as error:
-            reason.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            _record_unless_recorded(job, before, reason)
             raise  # its traceback goes to the log
 
 
@@ -280,13 +265,8 @@ def _train(job: MemberJob) -> None:
                      callbacks=callbacks)  # fmt: skip
 
 
-def _exit_with_parent() -> None:
-    """Save and exit when the parent process is gone, however it ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _save_with_parent() -> None:
+    """Wait until the parent process is gone, however it ended; then save and exit."""
+    parent: Any = multiprocessing.parent_process()
+    connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

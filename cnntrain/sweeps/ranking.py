@@ -16,16 +16,12 @@ ALPHA = 0.05  # significance level
 
 @dataclass(frozen=True)
 class Group:
-    """Members that differ only in the seed.
-
-    `samples` are the finite values of every metric and of `seconds`, one per seed with a completed
-    member. Repetitions of a seed are no independent samples and are averaged.
-    """
+    """Members that differ only in the seed; repetitions of a seed are averaged."""
 
     values: dict[str, Any]
     members: tuple[Member, ...]
     metric: str  # for the ranking
-    samples: dict[str, list[float]]
+    samples: dict[str, list[float]]  # of every metric and `seconds`: one per completed seed
     difference: float | None = None  # of the means, to the best group
     p: float | None = None  # of Welch's t-test against the best group
 
@@ -40,8 +36,12 @@ class Group:
 
     @property
     def label(self) -> str:
-        """`im2col, lenet5, lr=0.01`"""
-        return label(self.values)
+        """`im2col, lenet5, lr=0.01`: an option with a dot in its name by the last part."""
+        parts = [
+            v if isinstance(v, str) and "." not in option else f"{short(option)}={text(v)}"
+            for option, v in self.values.items()
+        ]
+        return ", ".join(parts) or "all"
 
     def mean(self, metric: str | None = None) -> float | None:
         samples = self.samples[metric or self.metric]
@@ -80,13 +80,11 @@ def rank(collection: Collection) -> Ranking:
     groups = [_group(members, collection) for members in together.values()]
     sign = -1 if collection.maximise else 1
     groups.sort(key=lambda g: math.inf if (mean := g.mean()) is None else sign * mean)
-    ranked = [group.samples[collection.metric] for group in groups if group.n]
-    groups[1:] = [
-        replace(g, difference=fmean(own) - fmean(ranked[0]), p=welch_p(own, ranked[0]))
-        if (own := g.samples[collection.metric])
-        else g
-        for g in groups[1:]
-    ]
+    for i, group in enumerate(groups[1:], 1):
+        if own := group.samples[collection.metric]:
+            best = groups[0].samples[collection.metric]
+            difference, p = fmean(own) - fmean(best), welch_p(own, best)
+            groups[i] = replace(group, difference=difference, p=p)
     return Ranking(collection, tuple(groups))
 
 
@@ -102,15 +100,12 @@ def welch_p(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class OptionEffect:
-    """Effect of one value of an option against another, over pairs equal in all other options.
-
-    `gains` are differences of the ranking metric, positive where `value` is better.
-    """
+    """Effect of one value of an option against another, over pairs equal in all other options."""
 
     option: str
     value: Any
     instead: Any
-    gains: tuple[float, ...]
+    gains: tuple[float, ...]  # of the ranking metric, positive where `value` is better
 
     @property
     def gain(self) -> float:
@@ -118,11 +113,8 @@ class OptionEffect:
 
 
 def option_effects(ranking: Ranking) -> list[OptionEffect]:
-    """For each option with two values the better one, largest effect first.
-
-    Needs at least two completed pairs; empty for a search, whose trials form no pairs.
-    """
-    if ranking.collection.search is not None:
+    """For each option with two values and completed pairs the better one, largest effect first."""
+    if ranking.collection.search is not None:  # whose trials form no pairs
         return []
     found = [_effect(ranking, option) for option in ranking.collection.options]
     return sorted(filter(None, found), key=lambda effect: -effect.gain)
@@ -137,15 +129,6 @@ def mean_curve(
         if math.isfinite(row.get(metric, math.nan)):
             epochs.setdefault(row["epoch"], []).append(row[metric])
     return [(e, fmean(v), stdev(v) if len(v) > 1 else 0.0) for e, v in sorted(epochs.items())]
-
-
-def label(values: dict[str, Any]) -> str:
-    """Values on one line; an option with a dot in its name is given by its last part."""
-    parts = [
-        value if isinstance(value, str) and "." not in option else f"{short(option)}={text(value)}"
-        for option, value in values.items()
-    ]
-    return ", ".join(parts) or "all"
 
 
 def clipped(text: str, most: int) -> str:
@@ -185,15 +168,12 @@ def _seed(member: Member) -> Any:
 
 def _group(members: Sequence[Member], collection: Collection) -> Group:
     values = {o: members[0].values[o] for o in collection.options if o in members[0].values}
-    done = [member for member in members if member.status == "completed"]
-    samples = {name: _samples(done, name) for name in (*METRICS, "seconds")}
+    samples = {}
+    for name in (*METRICS, "seconds"):
+        by_seed: dict[Any, list[float]] = {}
+        for member in members:
+            value = {**member.metrics, "seconds": member.seconds}.get(name)
+            if member.status == "completed" and value is not None and math.isfinite(value):
+                by_seed.setdefault(_seed(member), []).append(value)
+        samples[name] = list(map(fmean, by_seed.values()))
     return Group(values, tuple(members), collection.metric, samples)
-
-
-def _samples(members: Sequence[Member], metric: str) -> list[float]:
-    by_seed: dict[Any, list[float]] = {}
-    for member in members:
-        value = member.seconds if metric == "seconds" else member.metrics.get(metric)
-        if value is not None and math.isfinite(value):
-            by_seed.setdefault(_seed(member), []).append(value)
-    return [fmean(values) for values in by_seed.values()]

@@ -1,7 +1,4 @@
-"""Run records: the runs below a folder with their status, metrics and the options that differ.
-
-Imports no torch, so that a report does not wait for it.
-"""
+"""Run records: status, metrics and varying options of the runs below a folder; without torch."""
 
 import contextlib
 import csv
@@ -17,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 
 from cnntrain.config import ConfigError, config_hash, flat, incidental, resume
 from cnntrain.config.options import choice
-from cnntrain.config.resume import CONFIG, RESULT, has_run, is_running, read_config, read_sealed
 
 Metric = Literal["val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss"]
 
@@ -59,16 +55,13 @@ class SweepRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Member:
-    """The record of a run in a sweep, started or not.
-
-    `values` are those of the varying options and the seed. `metrics` are losses in nats and
-    accuracies in [0, 1]: of the selected epoch if the run is completed, else of the last epoch.
-    """
+    """The record of a run in a sweep, started or not."""
 
     name: str  # its directory, relative to the folder
     directory: Path
-    values: dict[str, Any]
+    values: dict[str, Any]  # of the varying options and the seed
     status: str
+    # Losses in nats, accuracies in [0, 1]: of the selected epoch if completed, else of the last.
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     error: str | None = None
@@ -107,13 +100,10 @@ class Collection:
 def collect(folder: str | os.PathLike[str], metric: str | None = None) -> Collection:
     """Read the members listed in sweep.json or, without that file, all runs below the folder.
 
-    Args:
-        folder: A sweep's folder, or any folder with runs below it.
-        metric: Metric for the ranking; default: the one in sweep.json, or the one monitored.
+    Raises ConfigError if there is no such metric or folder, no run, or sweep.json is damaged.
 
-    Raises:
-        ConfigError: `metric` is unknown, `folder` is not a folder or contains no run, or
-            sweep.json is damaged.
+    Args:
+        metric: For the ranking; default: the one in sweep.json, or the one monitored.
     """
     folder = Path(folder)
     if metric is not None and metric not in METRICS:
@@ -144,17 +134,15 @@ def read_record(folder: Path) -> SweepRecord | None:
 def read_member(name: str, directory: Path, values: dict[str, Any]) -> Member:
     """The record in a run directory; a run that has not started is pending."""
     try:
-        result = read_sealed(directory / RESULT)
+        result = resume.read_sealed(directory / resume.RESULT)
     except FileNotFoundError:
-        status = "running" if is_running(directory) else "pending"
-        if status == "pending" and has_run(directory):
-            status = "interrupted"  # killed before it wrote result.json
-        result = {"status": status}
+        begun = resume.has_run(directory) or resume.is_running(directory)
+        result = {"status": "running" if begun else "pending"}
     except (resume.DamagedRecord, OSError) as error:
         return Member(name, directory, values, "damaged", error=str(error).split("; ")[0])
     status = result["status"]
-    if status == "running" and not is_running(directory):
-        status = "interrupted"  # killed by SIGKILL or a power loss
+    if status == "running" and not resume.is_running(directory):
+        status = "interrupted"  # by SIGKILL or a power loss
     metrics, epochs = result.get("metrics"), result.get("epochs")
     if metrics is None and (rows := history(directory)):
         metrics, epochs = {k: v for k, v in rows[-1].items() if k in METRICS}, len(rows)
@@ -251,9 +239,9 @@ def _collect_directories(folder: Path, metric: str | None) -> Collection:
     for directory in directories:
         name = directory.relative_to(folder).as_posix()
         member = read_member(name if name != "." else directory.absolute().name, directory, {})
-        cfg = read_config(directory / CONFIG)
+        cfg = resume.read_config(directory / resume.CONFIG)
         if cfg is None or member.config_hash not in (None, config_hash(cfg)):
-            error = f"{directory / CONFIG}: is damaged or not the run's"
+            error = f"{directory / resume.CONFIG}: is damaged or not the run's"
             member = Member(member.name, directory, {}, "damaged", error=error)
         else:
             known.append((member, flat(cfg)))
@@ -275,7 +263,7 @@ def _collect_directories(folder: Path, metric: str | None) -> Collection:
 
 def _runs(folder: Path) -> Iterator[Path]:
     for path, below, _ in os.walk(folder):
-        if has_run(Path(path)):
+        if resume.has_run(Path(path)):
             below.clear()  # runs are not nested
             yield Path(path)
         else:

@@ -105,10 +105,7 @@ def colour(place: int) -> str:
 
 
 def learning_curves(ranking: Ranking) -> list[Figure]:
-    """Validation and training metric against the epoch: mean ± standard deviation by group.
-
-    The label of a figure is its caption.
-    """
+    """Metrics against the epoch: mean ± standard deviation by group; labels are the captions."""
     kind = ranking.collection.metric.partition("/")[2]
     runs = [[history(m.directory) for m in group.members] for group in ranking.groups]
     return [it for s in ("val", "train") if (it := _curves(ranking, f"{s}/{kind}", runs))]

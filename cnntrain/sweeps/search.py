@@ -10,7 +10,6 @@ from pydantic import PositiveInt
 
 from cnntrain.config import ConfigError
 from cnntrain.config.errors import collect, format_error, format_value, unknown
-from cnntrain.config.overrides import parsed
 from cnntrain.sweeps.members import typed
 from cnntrain.sweeps.records import is_number
 
@@ -44,42 +43,25 @@ class Search:
     ):
         self.space, self.sampler, self.pruner = Space(space), sampler, pruner
         self.trials, self.metric, self.at_once = trials, metric, at_once
+        self.direction: Any = "maximize" if metric.endswith("acc") else "minimize"
 
-    @property
-    def direction(self) -> Literal["maximize", "minimize"]:
-        return "maximize" if self.metric.endswith("acc") else "minimize"
+
+KINDS = {"categorical": CategoricalDistribution, "int": IntDistribution, "float": FloatDistribution}
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """An option of the space. Choices are stored as typed on the command line.
-
-    `when` maps other options to choices, one of which each must have.
-    """
+    """An option of the space."""
 
     option: str
-    distribution: Any
-    when: dict[str, list[str]]
-
-    @property
-    def choices(self) -> list[str] | None:
-        categorical = isinstance(self.distribution, CategoricalDistribution)
-        return list(self.distribution.choices) if categorical else None
+    kind: str  # a name in KINDS
+    arguments: dict[str, Any]  # of the distribution; choices as typed on the command line
+    when: dict[str, list[str]]  # other options, each with choices of which it must have one
 
     @property
     def corners(self) -> list[Any]:
         """The choices, or the bounds of the range."""
-        return self.choices or [self.distribution.low, self.distribution.high]
-
-    def suggest(self, trial: Any) -> None:
-        """Have an Optuna trial suggest a value."""
-        d = self.distribution
-        if self.choices:
-            trial.suggest_categorical(self.option, self.choices)
-        elif isinstance(d, IntDistribution):
-            trial.suggest_int(self.option, d.low, d.high, step=d.step, log=d.log)
-        else:
-            trial.suggest_float(self.option, d.low, d.high, step=d.step, log=d.log)
+        return self.arguments.get("choices") or [self.arguments["low"], self.arguments["high"]]
 
     def active(self, params: Mapping[str, Any]) -> bool:
         """Whether its conditions are met by these values of other options."""
@@ -106,15 +88,9 @@ class Space:
 
     def suggest(self, trial: Any) -> None:
         """Have an Optuna trial suggest a value for each option whose conditions are met."""
-        for dimension in self.dimensions:
-            if dimension.active(trial.params):
-                dimension.suggest(trial)
-
-    def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Option -> value, from the parameters of an Optuna trial."""
-        return {
-            o: parsed(f"{o}={v}").value() if isinstance(v, str) else v for o, v in params.items()
-        }
+        for d in self.dimensions:
+            if d.active(trial.params):
+                getattr(trial, f"suggest_{d.kind}")(d.option, **d.arguments)
 
     def completed(self, made: Mapping[str, Any]) -> dict[str, Any]:
         """Some values with the first value of every other option that applies."""
@@ -126,7 +102,7 @@ class Space:
 
     def _condition_problems(self) -> Iterator[str]:
         free = [dimension for dimension in self.dimensions if not dimension.when]
-        known = [f"{d.option}={choice}" for d in free for choice in d.choices or []]
+        known = [f"{d.option}={choice}" for d in free for choice in d.arguments.get("choices", [])]
         for d in self.dimensions:
             for text in (f"{o}={value}" for o, values in d.when.items() for value in values):
                 if text not in known:
@@ -145,25 +121,25 @@ def _dimension(option: str, entry: Any) -> Dimension:
     ):
         text = "must be choices [a, b], or {low: 1, high: 2}; with when: {option: choice}"
         raise ConfigError([f"{where}={format_value(entry)}: {text}"])
-    known = ("choices", "when") if "choices" in given else ("low", "high", "log", "step", "when")
-    if wrong := [str(key) for key in given if key not in known]:
-        text = "an option with choices has" if "choices" in given else "a range has"
-        raise ConfigError([f"{where}.{k}: {unknown(text, 'option', k, known)}" for k in wrong])
-    bounds = {key: value for key, value in given.items() if key not in ("choices", "when")}
-    if wrong := [key for key, v in bounds.items() if key != "log" and not is_number(v)]:
-        raise ConfigError(
-            [f"{where}.{key}={format_value(bounds[key])}: must be a number" for key in wrong]
-        )
-    integers = all(isinstance(v, int) for k, v in bounds.items() if k != "log")
+    categorical = "choices" in given
+    known = ("choices", "when") if categorical else ("low", "high", "log", "step", "when")
+    has = "an option with choices has" if categorical else "a range has"
+    bounds = {key: value for key, value in given.items() if key in ("low", "high", "step")}
+    texts = {key: format_value(value) for key, value in bounds.items() if not is_number(value)}
+    wrong = [f"{k}: {unknown(has, 'option', str(k), known)}" for k in given if k not in known]
+    if wrong := wrong or [f"{key}={value}: must be a number" for key, value in texts.items()]:
+        raise ConfigError([f"{where}.{problem}" for problem in wrong])
+    arguments = {key: value for key, value in given.items() if key != "when"}
+    if categorical:
+        kind, arguments = "categorical", {"choices": [typed(choice) for choice in choices]}
+    else:
+        kind = "int" if all(isinstance(value, int) for value in bounds.values()) else "float"
     try:
-        if "choices" in given:
-            distribution: Any = CategoricalDistribution([typed(choice) for choice in choices])
-        else:
-            distribution = (IntDistribution if integers else FloatDistribution)(**bounds)
+        KINDS[kind](**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError([f"{where}: {format_error(error)}"]) from None
     conditions = {
         str(o): [typed(value) for value in (values if isinstance(values, list) else [values])]
         for o, values in when.items()
     }
-    return Dimension(option, distribution, conditions)
+    return Dimension(option, kind, arguments, conditions)

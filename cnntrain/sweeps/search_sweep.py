@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from cnntrain.config import ConfigError, as_config_error, build
-from cnntrain.config.resume import read_result, result_with_status
+from cnntrain.config.resume import read_result
 from cnntrain.sweeps.members import ComposedRun, PlannedMember, SweepFolder, directory_name
 from cnntrain.sweeps.search import WHERE, Search
 from cnntrain.sweeps.study import SearchStudy, no_warnings, suggest_trial, summary
@@ -17,64 +17,56 @@ from cnntrain.sweeps.sweep import Launch, Sweep, SweepRunner, write_hparams_sche
 Compose = Callable[[Sequence[str]], DictConfig]  # from further overrides to a checked config
 
 
-@dataclass(frozen=True)
-class SearchSweep:
-    """The trials of a search as members of a sweep's folder."""
+class SearchSweep(SweepRunner):
+    """The trials of a search as members of a sweep's folder.
 
-    folder: SweepFolder
-    options: Sweep
-    node: DictConfig  # the checked config node `search`
-    seed: int  # of the samplers
-    command: Callable[[Sequence[str]], str]  # formats a trial's command line from its overrides
-    compose: Compose  # composes and checks a trial's config, with the node `hydra`
-    at_once: int  # trials per round
+    Args:
+        cfg: The checked config, whose seed is that of the samplers.
+        command: Formats a trial's command line from its overrides.
+        compose: Composes and checks a trial's config, with the node `hydra`.
+        at_once: Trials per round.
+    """
 
-    @property
-    def size(self) -> str:
-        return f"{self.node.trials} trials, {self.at_once} at once"
+    def __init__(
+        self,
+        folder: Path,
+        options: Sweep,
+        cfg: DictConfig,
+        command: Callable[[Sequence[str]], str],
+        compose: Compose,
+        at_once: int,
+    ):
+        super().__init__(SweepFolder(folder, search=True), options)
+        self.node, self.seed, self.at_once = cfg.search, cfg.seed, at_once
+        self.command, self.compose = command, compose
+        self.size = f"{self.node.trials} trials, {at_once} at once"
 
-    def run(self, launch: Launch) -> SweepRunner:
-        """Run rounds of trials until there are `trials` in all.
-
-        Raises ConfigError if another process runs the same search or its settings have changed, and
-        Interrupted after a signal, when the running trials have saved.
-        """
+    def run(self, launch: Launch) -> None:
+        """Run rounds of trials until there are `trials` in all. Raises as SearchStudy does."""
         path = self.folder.path
         with self.folder.locked():
             study = SearchStudy(path, self.node, seed=self.seed)
-            columns = {d.option: d.corners for d in study.search.space.dimensions}
-            write_hparams_schema(path, columns)
-            done = sum(trial.state.is_finished() for trial in study.trials)
-            total = max(study.search.trials, len(study.trials))
-            runner = SweepRunner(self.folder, self.options, columns, total, done)
+            self.columns = {d.option: d.corners for d in study.search.space.dimensions}
+            write_hparams_schema(path, self.columns)
+            self.done = sum(trial.state.is_finished() for trial in study.trials)
+            self.total = max(study.search.trials, len(study.trials))
             settings: Any = OmegaConf.to_container(self.node, resolve=True)
             while asked := study.ask(self.at_once):
-                trials = [
-                    PlannedMember(
-                        directory_name(trial.name),
-                        ComposedRun.of(self.compose(trial.overrides)),
-                        trial.values,
-                        trial.number,
-                    )
-                    for trial in asked
-                ]
-                members = self.folder.extend(trials, list(columns))
+                trials = []
+                for t in asked:
+                    run = ComposedRun.of(self.compose(t.overrides))
+                    trials.append(PlannedMember(directory_name(t.name), run, t.values, t.number))
+                members = self.folder.extend(trials, list(self.columns))
                 self.folder.write(self.options.metric, settings)
-                runner.write_csv()
-                ended = ("completed", "pruned")
-                left = [
-                    m
-                    for m in members
-                    if not result_with_status(path / m.name, m.config_hash, ended)
-                ]
-                runner.run(left, launch)
-                results = {m.trial: read_result(path / m.name) for m in members}
-                study.tell({number: r for number, r in results.items() if number is not None})
-                if self.options.fail_fast and runner.failed:
+                self.write_csv()
+                left = [m for m in members if not self.folder.ended(m, "completed", "pruned")]
+                self.run_members(left, launch)
+                results = [read_result(path / member.name) for member in members]
+                study.tell({t.number: r for t, r in zip(asked, results, strict=True)})
+                if self.options.fail_fast and self.failed:
                     break
-            runner.write_csv()
-            runner.summary = summary(study, self.command)
-            return runner
+            self.write_csv()
+            self.summary = summary(study, self.command)
 
 
 def search_problems(node: DictConfig, compose: Compose, given: Sequence[str] = ()) -> list[str]:
@@ -90,12 +82,8 @@ def search_problems(node: DictConfig, compose: Compose, given: Sequence[str] = (
     except ConfigError as error:
         return error.problems
     options = [d.option for d in search.space.dimensions]
-    if found := [
-        f"{text}: is searched over, see search.space; leave it out"
-        for text in given
-        if text.lstrip("+").partition("=")[0] in options
-    ]:
-        return found
+    if typed := [text for text in given if text.lstrip("+").partition("=")[0] in options]:
+        return [f"{text}: is searched over, see search.space; leave it out" for text in typed]
     problems: dict[str, str] = {}
     for d in search.space.dimensions:
         conditions = [[(o, value) for value in values] for o, values in d.when.items()]

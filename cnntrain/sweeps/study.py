@@ -1,8 +1,4 @@
-"""Optuna study stored in the sweep folder: asks for trials, records results, resumes.
-
-The storage is Optuna's journal and not SQLite, whose locks do not work on the network file systems
-of clusters.
-"""
+"""Optuna study stored in the sweep folder: asks for trials, records results, resumes."""
 
 import contextlib
 import json
@@ -17,24 +13,22 @@ import numpy as np
 import optuna
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
-from optuna.pruners import NopPruner
-from optuna.samplers import BruteForceSampler, RandomSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.storages import JournalStorage, journal
+from optuna.trial import FrozenTrial, TrialState
 
 from cnntrain.config import ConfigError, as_config_error, build, flat
 from cnntrain.config.errors import format_error
+from cnntrain.config.overrides import parsed
 from cnntrain.sweeps.members import OTHER_NAME, differences
 from cnntrain.sweeps.records import number, text, unit
 from cnntrain.sweeps.search import Search
 
-STUDY = "study.journal"
+STUDY = "study.journal"  # not SQLite, whose locks do not work on clusters' network file systems
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-class JournalLock(JournalFileOpenLock):
+class JournalLock(journal.JournalFileOpenLock):
     """A lock of the operating system, released when its process ends.
 
     Optuna's own lock is a file, which a killed writer leaves behind. An incomplete last line of
@@ -62,7 +56,7 @@ def open_storage(folder: Path) -> JournalStorage:
     """The storage in a folder, created if there is none. ConfigError if it is damaged."""
     file = folder.absolute() / STUDY
     try:
-        storage = JournalStorage(JournalFileBackend(str(file), JournalLock(file)))
+        storage = JournalStorage(journal.JournalFileBackend(str(file), JournalLock(file)))
         complete = file.read_bytes().rpartition(b"\n")[0]
         # Optuna reports a damaged last line only after another one.
         json.loads(complete.rpartition(b"\n")[2] or "null")
@@ -72,28 +66,17 @@ def open_storage(folder: Path) -> JournalStorage:
         raise ConfigError([problem]) from None
 
 
-def load_study(storage: JournalStorage) -> optuna.Study:
-    """The study in a storage, without the search's sampler and pruner."""
-    passive: Any = {"sampler": RandomSampler(), "pruner": NopPruner()}
-    return optuna.load_study(study_name=None, storage=storage, **passive)
-
-
 def open_trial(folder: Path, number: int) -> optuna.trial.Trial:
     """A running trial, to report intermediate values and attributes to."""
     storage = open_storage(folder)
-    study = load_study(storage)
+    study = optuna.load_study(study_name=None, storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
     trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
     return optuna.trial.Trial(study, trial_id)
 
 
 def pruning_callback(folder: Path, number: int) -> Any:
-    """A Lightning callback that reports a trial's metric and raises Pruned if the pruner says so.
-
-    Args:
-        folder: The folder of the study.
-        number: The trial's number in it.
-    """
+    """A Lightning callback that reports the metric of a trial, and raises Pruned."""
     from lightning.pytorch.callbacks import LambdaCallback
 
     from cnntrain.training import Pruned
@@ -133,16 +116,19 @@ class PlannedTrial:
     overrides: list[str]
     values: dict[str, Any]
 
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> "PlannedTrial":
+        params = trial.params
+        name = [f"trial={trial.number:03}", *(f"{o}={text(params[o])}" for o in sorted(params))]
+        typed = [f"{option}={value}" for option, value in params.items()]
+        values = {o: parsed(t).value() for o, t in zip(params, typed, strict=True)}
+        return cls(trial.number, ",".join(name), typed, values)
+
 
 class SearchStudy:
     """The study in a sweep's folder, created if there is none.
 
-    Args:
-        folder: The sweep's folder.
-        node: The checked config node `search`.
-        seed: Seed of the samplers.
-
-    Raises ConfigError if the existing study has another space, metric or seed.
+    Raises ConfigError if an existing one has another space, metric or seed of its samplers.
     """
 
     def __init__(self, folder: Path, node: DictConfig, *, seed: int):
@@ -157,8 +143,6 @@ class SearchStudy:
             study_name="search",
             storage=open_storage(folder),
             direction=self.search.direction,
-            sampler=RandomSampler(),
-            pruner=NopPruner(),
             load_if_exists=True,
         )
         if problems := differences(self.study.user_attrs.get("settings", settings), settings):
@@ -189,42 +173,30 @@ class SearchStudy:
             left.append(self.trials[-1])
             number += 1
         self.asked |= {trial.number for trial in left[:most]}
-        return [self.planned(trial) for trial in left[:most]]
+        return [PlannedTrial.of(trial) for trial in left[:most]]
 
     def tell(self, results: Mapping[int, Mapping[str, Any] | None]) -> None:
         """Record results by trial number: the content of result.json, or None.
 
-        A trial without one of these results will be asked for again when the search is started
-        again, as will a failed one, unless it diverged, which depends on its parameters alone.
+        Other trials are asked for again by the next start, failed ones too, unless they diverged.
         """
         trials = self.trials
         for n, result in results.items():
-            status = result["status"] if result else None
             if trials[n].state.is_finished() or result is None:
                 continue
-            if status == "completed":
-                value = result["metrics"][self.search.metric]
-                self.study.tell(n, value, TrialState.COMPLETE)
-            elif status == "pruned":
+            if result["status"] == "completed":
+                self.study.tell(n, result["metrics"][self.search.metric])
+            elif result["status"] == "pruned":
                 self.study.tell(n, state=TrialState.PRUNED)
-            elif status == "failed" and "not_finite" in result:
+            elif result["status"] == "failed" and "not_finite" in result:
                 self.study.tell(n, state=TrialState.FAIL)
-
-    def planned(self, trial: FrozenTrial) -> PlannedTrial:
-        values = [f"{o}={text(v)}" for o, v in sorted(trial.params.items())]
-        return PlannedTrial(
-            trial.number,
-            ",".join([f"trial={trial.number:03}", *values]),
-            [f"{option}={value}" for option, value in trial.params.items()],
-            self.search.space.values(trial.params),
-        )
 
 
 def suggest_trial(search: Search, trials: Sequence[FrozenTrial], seed: int) -> FrozenTrial | None:
-    """The trial that the sampler suggests after these, with all its parameters.
+    """The trial that the sampler suggests after these; None if a grid search has tried all.
 
     A pure function: the sampler is created anew, with a seed from `seed` and the number of trials,
-    and works on a copy of the study. None if a grid search has tried every combination.
+    and works on a copy of the study.
     """
     with no_warnings():
         own_seed = np.random.SeedSequence([seed, len(trials)]).generate_state(1)
@@ -234,33 +206,25 @@ def suggest_trial(search: Search, trials: Sequence[FrozenTrial], seed: int) -> F
         )
         study.add_trials(trials)
         search.space.suggest(study.ask())
-        found = study.get_trials(deepcopy=False)[-1]
+        found = study.get_trials()[-1]
     # 0.35, not 0.35000000000000003
     params = {k: float(f"{v:.12g}") if isinstance(v, float) else v for k, v in found.params.items()}
-    if isinstance(sampler, BruteForceSampler) and any(t.params == params for t in trials):
+    grid = isinstance(sampler, optuna.samplers.BruteForceSampler)
+    if grid and any(trial.params == params for trial in trials):
         return None
-    return create_trial(
-        state=TrialState.RUNNING,
-        params=params,
-        distributions=found.distributions,
-        user_attrs=found.user_attrs,
-        system_attrs=found.system_attrs,
-    )
+    found.params = params
+    return found
 
 
 def summary(study: SearchStudy, command: Callable[[Sequence[str]], str]) -> list[str]:
-    """Lines for the end of a search: counts, the best trial and its command.
-
-    `command` formats the command line of a trial with given overrides.
-    """
+    """Lines for the end of a search: counts, the best trial and its command, from its overrides."""
     states = [trial.state for trial in study.trials]
     completed, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
     counts = f"{completed} completed, {pruned} pruned, {len(states) - completed - pruned} failed"
     lines = [f"search       {len(states)} of {study.search.trials} trials: {counts}"]
     if completed:
-        best = study.study.best_trial
-        name = study.planned(best).name.partition(",")[0]
-        metric = study.search.metric
-        lines.append(f"best trial   {name}, {metric} {number(metric, best.value)}{unit(metric)}")
-        lines.append(f"             {command(study.planned(best).overrides)}")
+        best, metric = study.study.best_trial, study.search.metric
+        value = f"{number(metric, best.value)}{unit(metric)}"
+        lines.append(f"best trial   trial={best.number:03}, {metric} {value}")
+        lines.append(f"             {command(PlannedTrial.of(best).overrides)}")
     return lines

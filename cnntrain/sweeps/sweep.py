@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -12,27 +13,21 @@ from typing import Any
 from pydantic import PositiveInt
 
 from cnntrain.config import quoted
-from cnntrain.config.resume import is_running, read_result, result_with_status
+from cnntrain.config.resume import is_running, read_result
 from cnntrain.interruption import interruption
+from cnntrain.sweeps import processes
 from cnntrain.sweeps.members import ComposedRun, PlannedMember, SweepFolder, plan_members
-from cnntrain.sweeps.processes import (
-    FINISHED,
-    LOG,
-    POLL_INTERVAL,
-    SAVE_AND_EXIT,
-    STOP_FILE,
-    MemberTask,
-    record_failure,
-    result_version,
-)
 from cnntrain.sweeps.records import METRICS, Metric, as_typed, collect, is_number, number, unit
 from cnntrain.terminal import paragraph
 
-Launch = Callable[[list[list[str]], MemberTask], None]  # a launcher, called with overrides
+Launch = Callable[
+    [list[list[str]], processes.MemberTask], None
+]  # a launcher, called with overrides
 
 CSV = "sweep.csv"
 
 
+@dataclass(kw_only=True)
 class Sweep:
     """Options of a sweep.
 
@@ -44,58 +39,10 @@ class Sweep:
         fail_fast: Start no further members once one has failed.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str | int | None = None,
-        metric: Metric = "val/acc",
-        threads: PositiveInt | None = 1,
-        fail_fast: bool = False,
-    ):
-        self.name, self.metric, self.threads, self.fail_fast = name, metric, threads, fail_fast
-
-
-class GridSweep:
-    """The sweep over given runs.
-
-    Construction writes nothing. Raises ConfigError if the folder belongs to a sweep with another
-    base config, with the differences.
-    """
-
-    def __init__(
-        self, folder: Path, options: Sweep, runs: Sequence[ComposedRun], varied: Iterable[str]
-    ):
-        self.folder, self.options = SweepFolder(folder), options
-        keys = list(dict.fromkeys([*self.folder.record.over, *varied]))
-        self.members = self.folder.extend(plan_members(runs, keys), keys)
-        self.pending = [
-            m
-            for m in self.members
-            if not result_with_status(self.folder.path / m.name, m.config_hash)
-        ]
-
-    @property
-    def size(self) -> str:
-        done = len(self.members) - len(self.pending)
-        return f"{len(self.members)} members" + (f", {done} completed before" if done else "")
-
-    def run(self, launch: Launch) -> "SweepRunner":
-        """Run the members that are not completed; their errors are not raised.
-
-        Raises ConfigError if another process runs the same sweep, and Interrupted after a signal,
-        when the members have saved.
-        """
-        with self.folder.locked():
-            self.folder.write(self.options.metric)
-            over = self.folder.record.over
-            write_hparams_schema(self.folder.path, over)
-            total, done = len(self.members), len(self.members) - len(self.pending)
-            runner = SweepRunner(self.folder, self.options, over, total, done)
-            runner.write_csv()
-            if self.pending:
-                runner.run(self.pending, launch)
-            runner.write_csv()
-            return runner
+    name: str | int | None = None
+    metric: Metric = "val/acc"
+    threads: PositiveInt | None = 1
+    fail_fast: bool = False
 
 
 class SweepRunner:
@@ -103,28 +50,18 @@ class SweepRunner:
 
     It watches the members' directories, so a launcher need not report anything and may use machines
     that share only the disk.
-
-    Args:
-        columns: The varying options and their values.
-        total: Number of members in all, of which `done` are completed.
     """
 
-    def __init__(
-        self,
-        folder: SweepFolder,
-        options: Sweep,
-        columns: Mapping[str, Sequence[Any]],
-        total: int,
-        done: int,
-    ):
-        self.folder, self.options, self.columns = folder, options, columns
-        self.total, self.done = total, done
+    def __init__(self, folder: SweepFolder, options: Sweep):
+        self.folder, self.options = folder, options
+        self.columns: Mapping[str, Sequence[Any]] = {}  # the varying options and their values
+        self.total = self.done = 0  # members in all, and completed ones
         # Members not finished or not started, with the version of an earlier result.json.
         self.waiting: dict[str, tuple[int, int] | None] = {}
         self.results: dict[str, dict[str, Any]] = {}  # the last of each member
-        self.summary: list[str] = []  # lines, of a search
-        self.started = time.monotonic()
-        self.stop = folder.path / STOP_FILE
+        self.summary: list[str] = []  # lines for the end, of a search
+        self.started = 0.0
+        self.stop = folder.path / processes.STOP_FILE
         self.stop_requested = False
 
     @property
@@ -132,28 +69,26 @@ class SweepRunner:
         """Names of the failed members."""
         return [name for name, result in self.results.items() if result["status"] == "failed"]
 
-    def run(self, members: Sequence[PlannedMember], launch: Launch) -> None:
-        """Run members until each has a result.json or the launcher has ended."""
+    def run_members(self, members: Sequence[PlannedMember], launch: Launch) -> None:
+        """Run members until each has a result.json or the launcher has ended.
+
+        Their errors are not raised. Raises Interrupted after a signal, when they have saved.
+        """
+        self.started = self.started or time.monotonic()
         hparams = {
             member.name: {k: hparam_value(v, self.columns[k]) for k, v in member.values.items()}
             for member in members
         }
         trials = {m.name: m.trial for m in members if m.trial is not None}
-        options, parent = self.options, str(self.folder.path.absolute())
-        task = MemberTask(
+        options = self.options
+        task = processes.MemberTask(
             os.getpid(), os.getcwd(), options.threads, options.fail_fast, hparams, trials
         )
-        jobs = [
-            [
-                *member.run.typed,
-                f"hydra.sweep.dir={quoted(parent)}",
-                f"hydra.sweep.subdir={quoted(member.name)}",
-            ]
-            for member in members
-        ]
+        above = f"hydra.sweep.dir={quoted(str(self.folder.path.absolute()))}"
+        jobs = [[*m.run.typed, above, f"hydra.sweep.subdir={quoted(m.name)}"] for m in members]
         reason = "its process ended without a result"
         self.stop.unlink(missing_ok=True)
-        interruption.quiet = True  # `_poll` reports signals
+        interruption.quiet = True  # `_watching` reports signals
         with interruption.answering("note"):
             with self._watching([member.name for member in members]):
                 try:
@@ -162,13 +97,16 @@ class SweepRunner:
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     paragraph(f"the launcher failed: {reason}")
                 while self._running():  # of a launcher that has given up
-                    time.sleep(POLL_INTERVAL)
+                    time.sleep(processes.POLL_INTERVAL)
             if not self.stop.exists() and interruption.received is None:
-                self._record_failures(members, reason)
+                for member in members:  # whose machine or launcher ended without a result
+                    name, directory = member.name, self.folder.path / member.name
+                    if name in self.waiting and name not in self.results and directory.exists():
+                        processes.record_failure(directory, member.run.config, reason)
+                self.check_results()
             self.stop.unlink(missing_ok=True)
             interruption.quiet = False
-            if interruption.received is not None:
-                self.write_csv()
+            self.write_csv()
             interruption.check()
 
     def check_results(self) -> None:
@@ -176,9 +114,9 @@ class SweepRunner:
         ended = False
         for name, before in list(self.waiting.items()):
             directory = self.folder.path / name
-            version = result_version(directory)
+            version = processes.result_version(directory)
             result = read_result(directory) if version != before else None
-            if result is None or result["status"] not in FINISHED:
+            if result is None or result["status"] not in processes.FINISHED:
                 continue
             self.results[name], ended = result, True
             if result["status"] == "interrupted":  # a cluster may start it again
@@ -201,13 +139,20 @@ class SweepRunner:
 
     @contextlib.contextmanager
     def _watching(self, names: list[str]) -> Iterator[None]:
-        """Poll these members in a thread, and once more at the end."""
-        self.waiting |= {name: result_version(self.folder.path / name) for name in names}
+        """Poll these members in a thread, which passes a signal on to them through a file."""
+        self.waiting |= {name: processes.result_version(self.folder.path / name) for name in names}
         over = Event()
 
         def watch() -> None:
-            while not over.wait(POLL_INTERVAL):
-                self._poll()
+            while not over.wait(processes.POLL_INTERVAL):
+                self.check_results()
+                if interruption.received is not None and not self.stop_requested:
+                    self.stop.write_text(processes.SAVE_AND_EXIT, encoding="utf-8")
+                    self.stop_requested, interruption.quiet = True, False
+                    if self._running():
+                        paragraph(
+                            "\nrunning members save a checkpoint; Ctrl-C again leaves at once"
+                        )
 
         thread = Thread(target=watch, daemon=True)
         thread.start()
@@ -218,25 +163,8 @@ class SweepRunner:
             thread.join()
             self.check_results()
 
-    def _poll(self) -> None:
-        """Report results; pass a signal on to the members through a file."""
-        self.check_results()
-        if interruption.received is not None and not self.stop_requested:
-            self.stop.write_text(SAVE_AND_EXIT, encoding="utf-8")
-            self.stop_requested, interruption.quiet = True, False
-            if self._running():
-                paragraph("\nrunning members save a checkpoint; Ctrl-C again leaves at once")
-
     def _running(self) -> bool:
         return any(is_running(self.folder.path / name) for name in [*self.waiting])
-
-    def _record_failures(self, members: Sequence[PlannedMember], reason: str) -> None:
-        """Record members whose machine or launcher ended without a result."""
-        for member in members:
-            directory, name = self.folder.path / member.name, member.name
-            if name in self.waiting and name not in self.results and directory.exists():
-                record_failure(directory, member.run.config, reason)
-        self.check_results()
 
     def _line(self, name: str, result: dict[str, Any]) -> str:
         status, metric = result["status"], self.options.metric
@@ -244,7 +172,7 @@ class SweepRunner:
             ending = f"{metric} {number(metric, result['metrics'].get(metric))}{unit(metric)}"
             ending += f", {result['timings']['seconds']:.0f} s"
         elif status == "failed":
-            log = self.folder.path / name / LOG
+            log = self.folder.path / name / processes.LOG
             ending = f"failed: {result.get('error')} ({log})"
         else:
             epochs = result.get("epochs", 0)
@@ -255,6 +183,31 @@ class SweepRunner:
             each = (time.monotonic() - self.started) / finished
             ending += f"; {timedelta(seconds=round(each * remaining))} left"
         return f"[{self.done:>{width}}/{self.total}] {name}: {ending}"
+
+
+class GridSweep(SweepRunner):
+    """The sweep over given runs; construction writes nothing. Raises as `SweepFolder.extend`."""
+
+    def __init__(
+        self, folder: Path, options: Sweep, runs: Sequence[ComposedRun], varied: Iterable[str]
+    ):
+        super().__init__(SweepFolder(folder), options)
+        keys = list(dict.fromkeys([*self.folder.record.over, *varied]))
+        members = self.folder.extend(plan_members(runs, keys), keys)
+        self.pending = [m for m in members if not self.folder.ended(m, "completed")]
+        self.columns, self.total = self.folder.record.over, len(members)
+        self.done = self.total - len(self.pending)
+        self.size = f"{self.total} members"
+        self.size += f", {self.done} completed before" if self.done else ""
+
+    def run(self, launch: Launch) -> None:
+        """`run_members` for those not completed; ConfigError if another process runs the sweep."""
+        with self.folder.locked():
+            self.folder.write(self.options.metric)
+            write_hparams_schema(self.folder.path, self.columns)
+            self.write_csv()
+            if self.pending:
+                self.run_members(self.pending, launch)
 
 
 def write_hparams_schema(folder: Path, over: Mapping[str, Sequence[Any]]) -> None:

@@ -42,10 +42,8 @@ def print_ranked(collection: Collection) -> None:
     terminal.paragraph(f"{headline(ranking)}\n\n")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for title in columns(ranking):
-        name = title.removesuffix(" %")
-        head = f"{name}\n%" if name != title else name
-        left = name in (*titles, "n", "verdict")
-        table.add_column(terminal.encodable(head), justify="left" if left else "right")
+        justify: Any = "left" if title in (*titles, "n", "verdict") else "right"
+        table.add_column(terminal.encodable(title.replace(" %", "\n%")), justify=justify)
     for row in rows(ranking)[:MOST_ROWS]:
         cells = [Text(terminal.encodable(cell)) for cell in row]
         table.add_row(*cells, style="bold" if row[-1] == "best" else "")

@@ -12,21 +12,22 @@ from run_folders import write_run
 
 from cnntrain.commands.app import command_line
 from cnntrain.commands.plan import plan
-from cnntrain.sweeps.members import PlannedMember
-from cnntrain.sweeps.sweep import GridSweep, Sweep, SweepRunner
+from cnntrain.sweeps.members import ComposedRun, PlannedMember
+from cnntrain.sweeps.sweep import GridSweep, Sweep
 
 COMPARE = ["model=shallow,lenet5", "seed=0,1"]
 
 
-def planned(*typed: str) -> Any:
-    """The plan of a command line with -m."""
+def planned(*typed: str) -> tuple[list[ComposedRun], list[str]]:
+    """The runs of a command line with -m, and the options that vary."""
     with patch.object(sys, "argv", ["cnntrain train", "-m", *typed]):
-        return plan(command_line(), "train")
+        found = plan(command_line(), "train")
+    return list(map(ComposedRun.of, found.cfgs)), found.varied
 
 
 def sweeping(folder: Path, *typed: str, **options: Any) -> GridSweep:
-    found = planned(*typed)
-    return GridSweep(folder, Sweep(**options), found.runs, found.varied)
+    runs, varied = planned(*typed)
+    return GridSweep(folder, Sweep(**options), runs, varied)
 
 
 class Launcher:
@@ -59,12 +60,13 @@ class Launcher:
         assert content["config_hash"] == member.config_hash
 
 
-def run(folder: Path, *typed: str, **how: Any) -> tuple[SweepRunner, Launcher, list[str]]:
+def run(folder: Path, *typed: str, **how: Any) -> tuple[GridSweep, Launcher, list[str]]:
     """Run the sweep on a Launcher; returns the printed lines as well."""
     sweep = sweeping(folder, *typed)
     launcher, printed = Launcher(sweep, **how), list[str]()
     with patch("cnntrain.sweeps.sweep.paragraph", printed.append):
-        return sweep.run(launcher), launcher, printed
+        sweep.run(launcher)
+    return sweep, launcher, printed
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

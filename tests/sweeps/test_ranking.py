@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from run_folders import write_run
 
-from cnntrain.sweeps.ranking import label, rank, welch_p
+from cnntrain.sweeps.ranking import Group, rank, welch_p
 from cnntrain.sweeps.records import Collection, collect, history
 from cnntrain.sweeps.tables import group_csv, markdown, print_ranked, rows
 
@@ -185,7 +185,7 @@ def test_labels() -> None:
         "model.norm": False,
         "model.act": "relu",
     }
-    assert label(values) == "im2col, lr=0.003123, norm=false, act=relu"
+    assert Group(values, (), "val/acc", {}).label == "im2col, lr=0.003123, norm=false, act=relu"
 
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:

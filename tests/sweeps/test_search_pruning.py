@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import optuna
 import pytest
 from searches import QUIET, search
 
@@ -16,7 +17,6 @@ from cnntrain.sweeps.study import (
     STUDY,
     PlannedTrial,
     SearchStudy,
-    load_study,
     open_storage,
     open_trial,
     pruning_callback,
@@ -57,6 +57,11 @@ def run(
     )
 
 
+def stored(sweep: Path, asked: PlannedTrial) -> optuna.trial.FrozenTrial:
+    study = optuna.load_study(study_name=None, storage=open_storage(sweep))
+    return study.trials[asked.number]
+
+
 def values(directory: Path) -> dict[int, float]:
     with (directory / "metrics.csv").open() as file:
         return {int(row["epoch"]): float(row["val/acc"]) for row in csv.DictReader(file)}
@@ -90,7 +95,7 @@ def test_a_trial_that_is_not_pruned(
     study, asked = begin(sweep, others, *overrides)
     result = run(sweep, asked)
     reported = values(sweep / asked.name)
-    assert load_study(open_storage(sweep)).trials[asked.number].intermediate_values == reported
+    assert stored(sweep, asked).intermediate_values == reported
     assert len(reported) == 4
     study.tell({asked.number: read_result(sweep / asked.name)})
     assert study.study.trials[asked.number].value == result.metrics["val/acc"]
@@ -114,14 +119,14 @@ def test_a_repeated_epoch_is_reported_once(tmp_path: Path) -> None:
     study, asked = begin(sweep, 0.01)
     with pytest.raises(OSError, match="cut"):
         run(sweep, asked, Cut(1))
-    before = load_study(open_storage(sweep)).trials[asked.number].intermediate_values
+    before = stored(sweep, asked).intermediate_values
     assert list(before) == [1, 2]
     add_others(study, 8, 0.999)
     with pytest.raises(Pruned, match="the pruner stopped the trial in epoch 2"):
         run(sweep, asked, resume=True)
     reported = values(sweep / asked.name)
     assert list(reported) == [1, 2]
-    trial = load_study(open_storage(sweep)).trials[asked.number]
+    trial = stored(sweep, asked)
     assert trial.intermediate_values == reported
     assert {k: reported[k] for k in before} == before
     steps = [

@@ -14,7 +14,7 @@ from cnntrain.config import CONF, ConfigError, build, compose, flat
 from cnntrain.sweeps.members import typed
 from cnntrain.sweeps.search import Space
 from cnntrain.sweeps.search_sweep import search_problems
-from cnntrain.sweeps.study import no_warnings, suggest_trial
+from cnntrain.sweeps.study import PlannedTrial, no_warnings, suggest_trial
 
 LR = {"low": 1e-4, "high": 1e-1, "log": True}
 
@@ -193,7 +193,7 @@ def test_a_run_has_the_values_of_its_trial() -> None:
     for _ in range(6):
         trial = study.ask()
         space.suggest(trial)
-        values = space.values(trial.params)
+        values = PlannedTrial.of(trial).values
         assert ("optimizer.momentum" in values) == (values["optimizer"] == "sgd")
         options = flat(compose([f"{o}={v}" for o, v in trial.params.items()]))
         target = {"adam": "torch.optim.Adam", "sgd": "torch.optim.SGD"}[values["optimizer"]]

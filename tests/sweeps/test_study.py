@@ -29,7 +29,6 @@ from cnntrain.sweeps.study import (
     STUDY,
     JournalLock,
     SearchStudy,
-    load_study,
     open_storage,
     summary,
 )
@@ -45,7 +44,7 @@ def sweep(tmp_path: Path) -> Path:
 
 def known(sweep: Path) -> Known:
     """What does not depend on the time at which trials were run."""
-    trials = load_study(open_storage(sweep)).get_trials()
+    trials = optuna.load_study(study_name=None, storage=open_storage(sweep)).get_trials()
     return [(t.number, t.state.name, t.params, t.value) for t in trials]
 
 

@@ -105,11 +105,11 @@ def test_launcher_that_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         begun.mkdir()
         raise RuntimeError("the cluster\nis gone")
 
-    outcome = under_way.run(launch)
+    under_way.run(launch)
     reason = "RuntimeError: the cluster is gone"
     assert f"\nthe launcher failed: {reason}\n" in capsys.readouterr().out
-    assert outcome.failed == [begun.name]
-    assert len(outcome.waiting) == 3
+    assert under_way.failed == [begun.name]
+    assert len(under_way.waiting) == 3
     assert [row["status"] for row in rows(tmp_path / "s")] == ["failed", *["pending"] * 3]
     assert rows(tmp_path / "s")[0]["error"] == reason
 
@@ -118,7 +118,8 @@ def test_progress_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     printed: list[str] = []
     monkeypatch.setattr("cnntrain.sweeps.sweep.paragraph", printed.append)
     clock = iter([0.0, 40.0, 50.0, 60.0])
-    runner = SweepRunner(SweepFolder(tmp_path), Sweep(metric="val/loss"), {}, 12, 3)
+    runner = SweepRunner(SweepFolder(tmp_path), Sweep(metric="val/loss"))
+    runner.total, runner.done = 12, 3
     runner.started = next(clock)
     monkeypatch.setattr("cnntrain.sweeps.sweep.time.monotonic", lambda: next(clock))
     runner.waiting |= dict.fromkeys("abcd")
@@ -142,7 +143,7 @@ def test_progress_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_rounds_of_a_search(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path, search=True)
     for number, lr in enumerate((0.001, 1e-5, 0.5)):
-        (run,) = planned("data=fashion_mnist_mini", f"optimizer.lr={lr}").runs
+        ((run,), _) = planned("data=fashion_mnist_mini", f"optimizer.lr={lr}")
         trial = PlannedMember(f"trial={number:03},a: b", run, {"optimizer.lr": lr}, number)
         folder.extend([trial], ["optimizer.lr"])
         folder.write("val/acc", {"trials": 3})

@@ -79,7 +79,7 @@ MISTAKES = [
 def test_rejected_with_nothing_written(
     reject: Reject, monkeypatch: pytest.MonkeyPatch, typed: list[str], error: str
 ) -> None:
-    monkeypatch.setattr("cnntrain.commands.sweeping.start_server", lambda: None)
+    monkeypatch.setattr("cnntrain.sweeps.processes.start_server", lambda: None)
     (line,) = reject("data=fashion_mnist_mini", *typed)
     assert error in line
 
