@@ -116,33 +116,38 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 def test_stopped_resumed_and_extended(stopped: Path, uninterrupted: tuple[Path, list[str]]) -> None:
-    """A member of the extended sweep is running already, as in a cluster's job."""
+    """A member of the extended sweep is running already, as in a cluster's job.
+
+    One seed is extended: one member is completed, one is resumed, two are new.
+    """
     folder, clip = stopped / "outputs/sweeps/s", "trainer.gradient_clip_val"
-    name = f"{MEMBERS[3]},{clip}=1.0"
-    typed = ["model.dropout=0.1", "seed=1", f"{clip}=1.0", f"hydra.run.dir='{folder / name}'"]
+    name = f"{MEMBERS[2]},{clip}=1.0"
+    typed = ["model.dropout=0.1", "seed=0", f"{clip}=1.0", f"hydra.run.dir='{folder / name}'"]
     alone = Command(["train", *TINY, *typed], stopped)
     wait_until(alone, (folder / name / "metrics.csv").exists)
     alone.send_signal(signal.SIGSTOP)
     done = completed(folder)
-    sweep = start(stopped, f"{clip}=null,1.0", *reversed(FOUR))
-    wait_until(sweep, lambda: len(completed(folder)) == 7)
+    sweep = start(stopped, f"{clip}=null,1.0", "seed=0", *reversed(FOUR[:-2]), "sweep=s")
+    wait_until(sweep, lambda: len(completed(folder)) == 4)
     status = rows(folder)[name]["status"]
     alone.send_signal(signal.SIGCONT)
     assert status == "running"
     lines = end(sweep)
-    assert lines[0].startswith("sweep s: 8 members, 2 completed before")
-    assert lines[-1] == "8 completed"
+    assert lines[0].startswith("sweep s: 4 members, 1 completed before")
+    assert lines[-1] == "4 completed"
     assert alone.wait() == 0
     assert done.items() <= completed(folder).items()
+    assert rows(folder)[MEMBERS[3]]["status"] == "pending"  # of the other seed
     for member in (*MEMBERS[:3], name):  # resumed, not started again
         assert (folder / member / "train.log").read_text().count("epoch 1/6 ") == 1
     found = {m: {k: v for k, v in row.items() if k != clip} for m, row in numbers(folder).items()}
-    assert {m: found[m] for m in MEMBERS} == numbers(uninterrupted[0])
+    alike = numbers(uninterrupted[0])
+    assert {m: found[m] for m in MEMBERS[:3]} == {m: alike[m] for m in MEMBERS[:3]}
     # Members completed before an option varied have its value, under one schema.
     columns, metrics, members = hparams(folder)
     varied = ["model.dropout", "seed", clip]
     assert (set(columns), metrics) == (set(varied), list(METRICS))
-    assert set(members) == set(rows(folder)) - {name}
+    assert set(members) == set(rows(folder)) - {name, MEMBERS[3]}
     for member, values in members.items():
         row = rows(folder)[member]
         for option in varied:
@@ -196,7 +201,8 @@ def test_a_parallel_search_is_interrupted_and_resumed(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna", reason="needs optuna")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
     folder = tmp_path / "outputs/sweeps/lenet5_lr"
-    typed = [*TINY, "search=lenet5_lr", "search.trials=3", "search.at_once=2"]
+    typed = [*TINY, "trainer.max_epochs=3", "search=lenet5_lr", "search.trials=3"]
+    typed.append("search.at_once=2")
     process = start(tmp_path, *typed, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     wait_until(process, lambda: len(list(folder.glob("*/checkpoints/last.ckpt"))) == 2)
     os.kill(process.pid, signal.SIGTERM)  # the sweep alone
