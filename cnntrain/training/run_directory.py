@@ -54,6 +54,9 @@ class RunDirectory(contextlib.ExitStack):
             self.enter_context(FileLock(path / LOCK).acquire(timeout=1, poll_interval=0.02))
         except Timeout:
             raise ConfigError([in_use(path, option)]) from None
+        if not resume and (problem := run_directory_problem(str(path), option)):
+            self.close()  # a run that has begun and ended since then
+            raise ConfigError([problem])
 
     def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
         """Write the first files. Hydra would do it before the directory is locked by this run."""
