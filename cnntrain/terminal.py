@@ -153,9 +153,8 @@ def _render(
     for row, *cells in zip(table.rows, *(c.cells for c in kept), strict=True):
         new.add_row(*cells, style=row.style)
     file = io.StringIO()
-    color = "auto" if styled else None
-    Console(file=file, width=columns, force_terminal=styled, force_jupyter=False,
-            color_system=color).print(new, crop=False)  # fmt: skip
+    console = Console(file=file, width=columns, force_terminal=styled, force_jupyter=False)
+    console.print(new, crop=False)
     return file.getvalue().rstrip("\n")
 
 
