@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from command_line import QUICK
 from conftest import ROOT
-from forked import run_command, run_process
+from forked import run_command
 from idx_files import idx_bytes
 from PIL import Image
 
@@ -154,12 +154,11 @@ def test_training_command(command: str, tmp_path: Path) -> None:
     few = ["search.trials=2"] if "search=" in command else []
     few += [] if "tensorboard=" in command else ["tensorboard=scalars"]
     few += ["data.batch_size=8"] if "model=torchvision" in command else []
-    if "search=lenet5_lr" in arguments:
-        arguments = [text for text in arguments if text != "hydra/launcher=joblib"]
-    arguments = [text.replace("seed=0,1,2", "seed=0,1") for text in arguments]
-    run = run_process if "hydra/launcher=joblib" in arguments else run_command
+    # Launchers and their processes are tested with the sweeps.
+    arguments = [text for text in arguments if text != "hydra/launcher=joblib"]
+    arguments = ["seed=0" if text == "seed=0,1,2" else text for text in arguments]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = run(["train", *arguments, *QUICK[1:], *LIMITS, *few], tmp_path, environment)
+    done = run_command(["train", *arguments, *QUICK[1:], *LIMITS, *few], tmp_path, environment)
     if "trainer=gpu" in arguments and not Path("/dev/nvidia0").exists():
         assert done.returncode == 2
         assert "this machine has no GPU that PyTorch can use" in done.stderr
@@ -181,11 +180,12 @@ def test_benchmark_writes_its_ratios(tmp_path: Path) -> None:
     """The README's measurement, one round on little data; what it measures is not tested."""
     command = [sys.executable, str(ROOT / "scripts/benchmark_training.py"), "--rounds", "1"]
     options = ["--batch-sizes", "512", "--data", "fashion_mnist_mini", "--csv", "ratios.csv"]
+    options += ["--implementations", "native", "bare", "usual"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, *options], cwd=tmp_path, env=environment, check=True, timeout=300)
     rows = list(csv.DictReader((tmp_path / "ratios.csv").open()))
     speed = {row["implementation"]: float(row["images_per_second"]) for row in rows}
-    assert set(speed) == {"native", "im2col", "naive", "bare", "usual"}
+    assert set(speed) == {"native", "bare", "usual"}
     for row in rows:
         ratio = speed[row["implementation"]] / speed["bare"]
         assert float(row["to_bare"]) == pytest.approx(ratio, abs=2e-3, rel=2e-3)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("torture")  # in one process: the script ru
 def tortured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of the runs of the script, and what it printed."""
     folder = tmp_path_factory.mktemp("torture") / "all"
-    numbers = ["--kills", "4", "--epochs", "2", "--corruptions", "8", "--seed", "0"]
+    numbers = ["--kills", "3", "--epochs", "2", "--corruptions", "6", "--seed", "0"]
     command = [sys.executable, str(ROOT / "scripts/torture.py"), *numbers, "--folder", str(folder)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
@@ -38,9 +38,9 @@ def right(tortured: tuple[Path, str]) -> dict[str, Any]:
 
 def test_short_form(tortured: tuple[Path, str]) -> None:
     _, printed = tortured
-    assert re.search(r"^4 kills over \d training", printed, re.MULTILINE)
+    assert re.search(r"^3 kills over \d training", printed, re.MULTILINE)
     assert re.search(r"^ +\d  SIGKILL in a write, ", printed, re.MULTILINE)
-    assert re.search(r"^8 corruptions$", printed, re.MULTILINE)
+    assert re.search(r"^6 corruptions$", printed, re.MULTILINE)
     assert re.search(r": recovered$", printed, re.MULTILINE)
     assert re.search(r"^0 problems", printed, re.MULTILINE)
 

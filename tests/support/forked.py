@@ -71,17 +71,6 @@ def run_command(
     return subprocess.CompletedProcess([*arguments], command.returncode, out, err)
 
 
-def run_process(
-    arguments: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ
-) -> subprocess.CompletedProcess[str]:
-    """As `run_command`, in a new Python process: for commands with worker processes of loky."""
-    command = [sys.executable, "-m", "cnntrain", *arguments]
-    paths = filter(None, [str(ROOT), environment.get("PYTHONPATH")])
-    environment = {**environment, "PYTHONPATH": os.pathsep.join(paths)}
-    pipes: Any = {"capture_output": True, "text": True, "timeout": 300}
-    return subprocess.run(command, cwd=folder, env=environment, **pipes)
-
-
 def _main(arguments: list[str], folder: str, environment: dict[str, str], streams: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
