@@ -62,7 +62,9 @@ class TensorBoard(Logger):
         """Start an event file, and truncate those before it to these `sizes`: the resumed run logs
         again what came after them."""
         for name, file in self._files().items():
-            if name not in sizes:
+            if not file.is_file():  # TensorBoard could not read it
+                file.rename(file.with_name(file.name.replace("tfevents", "damaged")))
+            elif name not in sizes:
                 file.unlink()
             elif file.stat().st_size > sizes[name]:
                 os.truncate(file, sizes[name])

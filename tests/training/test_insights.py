@@ -397,3 +397,17 @@ def test_mistyped_options_are_rejected() -> None:
         compose([*OPTIONS, "tensorboard.kernls=false"])
     with pytest.raises(ConfigError, match=r"tensorboard.every_n_epochs=0: input should be greater"):
         compose([*OPTIONS, "tensorboard.every_n_epochs=0"])
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_folder_in_place_of_an_event_file_is_renamed(known: bool, tmp_path: Path) -> None:
+    """So that TensorBoard, which reads what is called tfevents, can read the resumed run."""
+    name = "events.out.tfevents.1.a.1.0"
+    (tmp_path / name).mkdir()
+    board = TensorBoard(tmp_path)
+    board.resume({name: 10} if known else {})
+    board.log_metrics({"train/loss": 0.5}, 1)
+    board.experiment.close()
+    assert (tmp_path / name.replace("tfevents", "damaged")).is_dir()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == [0.5]
