@@ -20,9 +20,8 @@ from cnntrain.sweeps.members import ComposedRun, PlannedMember, SweepFolder, pla
 from cnntrain.sweeps.records import METRICS, Metric, as_typed, collect, is_number, number, unit
 from cnntrain.terminal import paragraph
 
-Launch = Callable[
-    [list[list[str]], processes.MemberTask], None
-]  # a launcher, called with overrides
+# A launcher, called with the overrides of each member.
+Launch = Callable[[list[list[str]], processes.MemberTask], None]
 
 CSV = "sweep.csv"
 
