@@ -161,7 +161,9 @@ def build_problems(cfg: DictConfig, dry_run: DryRun | None) -> list[str]:
             dry_run(cfg)
             if "data" in cfg:
                 with config.as_config_error("data"):
-                    problems += cross_check_data(cfg, config.build(cfg.data))
+                    data = config.build(cfg.data)
+                    data.open()
+                    problems += cross_check_data(cfg, data)
     return problems
 
 

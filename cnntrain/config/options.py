@@ -19,6 +19,8 @@ INCIDENTAL = (
     "resume",
     "tensorboard",
     "data.root",
+    "data.cache",
+    "data.recorded",  # by the run itself
     "trainer.accelerator",
     "trainer.timeout",
     "trainer.progress_bar",
@@ -48,8 +50,8 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
 
 
 def incidental(option: str) -> bool:
-    """Whether an option, or its node, is one of INCIDENTAL."""
-    return option in INCIDENTAL or option.partition(".")[0] in INCIDENTAL
+    """Whether an option, or a node above it, is one of INCIDENTAL."""
+    return any(f"{option}.".startswith(f"{name}.") for name in INCIDENTAL)
 
 
 def config_hash(cfg: DictConfig) -> str:

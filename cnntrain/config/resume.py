@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -146,8 +146,11 @@ def read_overrides(directory: Path) -> list[str]:
 
 
 def run_options(cfg: DictConfig) -> DictConfig:
-    """The config without the options that say how a run is started."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_RUN_OPTIONS])
+    """The config without what says how a run is started, and what the run has recorded in it."""
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_RUN_OPTIONS])
+    with open_dict(own):
+        own.get("data", {}).pop("recorded", None)
+    return own
 
 
 def resume_problems(run: DictConfig, wanted: DictConfig) -> list[str]:

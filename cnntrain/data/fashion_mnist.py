@@ -66,8 +66,14 @@ class FashionMNIST(ImageData):
     std = (0.3530,)
     train_size = 60_000
 
-    def __init__(self, *, root: str = "~/.cache/cnntrain/fashion_mnist", **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        *,
+        root: str = "~/.cache/cnntrain/fashion_mnist",
+        val_size: PositiveInt = 5000,
+        **options: Any,
+    ) -> None:
+        super().__init__(val_size=val_size, **options)
         if not root:
             raise ValueError("data.root='': name a folder")
         self.root = Path(os.path.expanduser(root)).absolute()

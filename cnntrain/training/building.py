@@ -59,6 +59,7 @@ def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
     lightning.seed_everything(cfg.seed, verbose=False)
     with as_config_error("data"):
         data = build(cfg.data)
+        data.open()
     network = build_network(cfg, data)
     with as_config_error("loss"):
         loss = build(cfg.loss)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from cnntrain.config import ConfigError, folder_problem, run_directory_problem
 from cnntrain.config import resume as run_files
+from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
 from cnntrain.models import layer_table
 from cnntrain.process_info import launched
@@ -139,13 +140,16 @@ def run_training(
         if resume and (recorded := run_files.completed(directory, cfg)):
             log.info("already completed")
             return Result.of(recorded, directory, lambda: _tested_network(directory, cfg, module))
-        saved = _checkpoint_to_resume(directory, cfg, module) if resume else None
+        saved = _checkpoint_to_resume(directory, cfg, data, module) if resume else None
         run.begin(cfg, overrides)
         record = building.build_record(cfg, directory, data)
         with _final_status(run, record):
             started = time.perf_counter()
             with interruption.answering("raise"):  # a partial download is removed
                 data.prepare()
+            if data.found:
+                OmegaConf.update(cfg, "data.recorded", data.found, force_add=True)
+                run.write_config(cfg)
             trainer = building.build_trainer(cfg, info, directory, data, module, record, callbacks)
             log.info(f"device: {device_text(trainer)}")
             table = layer_table(module.network, data.shape)
@@ -183,7 +187,7 @@ def _tested_network(directory: Path, cfg: DictConfig, module: Classifier) -> nn.
 
 
 def _checkpoint_to_resume(
-    directory: Path, cfg: DictConfig, module: Classifier
+    directory: Path, cfg: DictConfig, data: ImageData, module: Classifier
 ) -> tuple[Path, Content] | None:
     """The newest checkpoint; None if there is none. Raises if this config cannot resume it."""
     saved = newest(directory / run_files.CHECKPOINTS)
@@ -195,6 +199,12 @@ def _checkpoint_to_resume(
     if different := shape_differences(content["state_dict"], module.state_dict()):
         raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
     problems = run_files.resume_problems(DictConfig(content["config"]), cfg)
+    recorded = content["config"]["data"].get("recorded", {})
+    if recorded.get("files") != data.found.get("files"):
+        problems.append(
+            f"data.root={cfg.data.root}: has other images than when the run was started; restore "
+            "them, or start a new run"
+        )
     done, begun = content["position"]["epoch"], content["position"]["batch"] > 0
     epochs, least = cfg.trainer.max_epochs, done + begun
     if least > epochs:

@@ -62,8 +62,7 @@ class RunDirectory(contextlib.ExitStack):
         """Write the first files. Hydra would do it before the directory is locked by this run."""
         self.facts = {"config_hash": config_hash(cfg), "seed": cfg.seed}
         (self.path / CONFIG).parent.mkdir(exist_ok=True)
-        with replacing(self.path / CONFIG) as file:
-            file.write(OmegaConf.to_yaml(cfg).encode())
+        self.write_config(cfg)
         if overrides is not None or not (self.path / OVERRIDES).exists():
             with replacing(self.path / OVERRIDES) as file:
                 file.write(OmegaConf.to_yaml(OmegaConf.create(list(overrides or ()))).encode())
@@ -75,6 +74,10 @@ class RunDirectory(contextlib.ExitStack):
             first = now
         write_json(path, first)
         self.write_result("running")
+
+    def write_config(self, cfg: DictConfig) -> None:
+        with replacing(self.path / CONFIG) as file:
+            file.write(OmegaConf.to_yaml(cfg).encode())
 
     def write_result(self, status: str, **content: Any) -> None:
         """`status` is running, completed, failed, interrupted or pruned."""
