@@ -111,7 +111,7 @@ class ImageData(ABC):
         self.val_size = self.val_size or min(max(1, round(self.val_fraction * size)), size - 1)
         if not 0 < self.val_size < size:
             raise ValueError(
-                f"data.val_size={self.val_size}: leaves nothing of the {size} training "
+                f"data.val_size={self.val_size} leaves nothing of the {size} training "
                 f"images to train on: choose at most {size - 1}"
             )
 
@@ -195,11 +195,11 @@ class ImageData(ABC):
         return Decoder(self.shape, resize="pad")
 
     def _loader(self, part: Part, size: int, **options: Any) -> Loader:
-        images, labels, rows = self._part(part)
+        images, labels, rows = self.part(part)
         options |= {"rows": rows, "mean": self.mean, "std": self.std}
         return Loader(images, labels if rows is None else labels[rows], size, **options)
 
-    def _part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+    def part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
         """Images (M, C, H, W), their labels (M,), and which of them are the part; None: all."""
         if part == "test":
             return *self._checked("test"), None
@@ -209,7 +209,7 @@ class ImageData(ABC):
 
     def _statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of the images to train on, per channel."""
-        images, _, rows = self._part("train")
+        images, _, rows = self.part("train")
         assert rows is not None
         sums = torch.zeros(2, images.shape[1], dtype=torch.int64)
         for some in rows.split(1024):

@@ -100,6 +100,7 @@ class Loader:
         nbytes = len(labels) * images[:1].nbytes
         storage = self.device if fits(nbytes, self.device) else torch.device("cpu")
         self.images, self.index = images, rows  # (M, C, H, W), and (N,) or None
+        self.positions = torch.arange(len(labels)) if rows is None else rows  # in the data set
         if storage != images.device:
             moved = torch.empty((len(labels), *images.shape[1:]), dtype=torch.uint8, device=storage)
             for part in torch.arange(len(labels)).split(4096):  # without a second copy on the CPU

@@ -40,6 +40,7 @@ class Evaluation:
     outcome: Predictions
     images: Tensor  # uint8 (N, C, H, W), as stored in the data set
     positions: Tensor  # index of each image in the files of the data set (N,)
+    names: list[str] | None  # of the file of each image, if it has one
 
     @property
     def classes(self) -> list[dict[str, Any]]:
@@ -59,6 +60,7 @@ class Evaluation:
         return [
             {
                 "index": int(self.positions[i]),
+                **({"image": self.names[i]} if self.names else {}),
                 "class": names[int(outcome.labels[i])],
                 "predicted": names[int(outcome.predicted[i])],
                 "probability": float(outcome.confidence[i]),
@@ -110,7 +112,8 @@ class Evaluation:
         images = {"confusion.png": pictures.confusion(confusion, names, self.split)}
         if self.mistakes:
             stored = self.images.__getitem__
-            images["mistakes.png"] = worst(self.outcome, stored, names, MAX_MISTAKES)
+            shown = worst(self.outcome, stored, names, MAX_MISTAKES, self.names)
+            images["mistakes.png"] = shown
         for name, picture in images.items():
             (folder / name).write_bytes(pictures.png(picture))
         return [folder / name for name in ("evaluation.json", *images)]
@@ -164,11 +167,9 @@ def evaluate(
             f"{trained.checkpoint}: with these weights, on {trained.backend}, the loss is {loss}"
         )
     outcome = Predictions.of(answers)
-    positions = torch.arange(count) if split == "test" else torch.from_numpy(data.split()[1])
     stored = loader.stored().cpu()
-    return Evaluation(
-        trained, split, tta, loss / count, correct / count, outcome, stored, positions
-    )
+    names, means = data.names(split), (loss / count, correct / count)
+    return Evaluation(trained, split, tta, *means, outcome, stored, loader.positions, names)
 
 
 def evaluation_precision(trained: Trained, precision: Precision | None) -> Precision:
