@@ -76,10 +76,10 @@ def export() -> None:
         from cnntrain.inference import export
 
         with report_errors():
-            exported = export(trained, cfg.format, folder=_output_folder())
+            exported = export(trained, cfg.format, normalise=cfg.normalise, folder=_output_folder())
         print(
-            f"loaded again and compared with {trained.backend} on {exported.images} validation "
-            "images, in batches of several sizes:\n"
+            f"loaded again and compared with {trained.backend} on {exported.images} "
+            f"{exported.kind} images, in batches of several sizes:\n"
             f"largest difference of a logit   {exported.error:.1e}   (the largest logit is "
             f"{exported.largest:.3g})\n"
             f"same class                      {exported.same} of {exported.images}\n\n"

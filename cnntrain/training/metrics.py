@@ -109,7 +109,9 @@ class Predictions:
         pairs, counts = (self.labels * self.classes + self.predicted).unique(return_counts=True)
         size = self.classes, self.classes
         indices = torch.stack([pairs // self.classes, pairs % self.classes])
-        return torch.sparse_coo_tensor(indices, counts, size, check_invariants=True).coalesce()
+        return torch.sparse_coo_tensor(
+            indices, counts, size, check_invariants=True, is_coalesced=True
+        )
 
     @cached_property
     def support(self) -> Tensor:
