@@ -17,6 +17,7 @@ from torch import nn
 from cnntrain.config import ConfigError, folder_problem, run_directory_problem
 from cnntrain.config import resume as run_files
 from cnntrain.interruption import interruptible, interruption, watching
+from cnntrain.metric_names import EPOCH_METRICS
 from cnntrain.models import layer_table
 from cnntrain.process_info import launched
 from cnntrain.terminal import UNLIMITED, NoTraceback, table_text, width
@@ -28,7 +29,6 @@ from cnntrain.training.distributed import all_ranks, share_cores
 from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.profile import Profile
 from cnntrain.training.run_directory import Result, RunDirectory, conditions, logged
-from cnntrain.training.tensorboard import METRICS
 from cnntrain.training.trainer import Trainer, device_text
 
 log = logging.getLogger(__name__)
@@ -192,8 +192,6 @@ def _checkpoint_to_resume(
             _reject(run_files.resume_problems(before, cfg), directory / run_files.CONFIG)
         return None
     path, content = saved
-    if different := shape_differences(content["state_dict"], module.state_dict()):
-        raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
     problems = run_files.resume_problems(DictConfig(content["config"]), cfg)
     done, begun = content["position"]["epoch"], content["position"]["batch"] > 0
     epochs, least = cfg.trainer.max_epochs, done + begun
@@ -201,6 +199,8 @@ def _checkpoint_to_resume(
         what = f"epoch {least} has begun" if begun else f"{done} epochs are done"
         problems.append(f"trainer.max_epochs={epochs}: {what}; set {least} or more")
     _reject(problems, path)
+    if different := shape_differences(content["state_dict"], module.state_dict()):
+        raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
     for what, now in conditions().items():
         if (before := content["conditions"].get(what)) != now:
             log.warning(f"{what}: {now}, before {before}: results may differ in their last bits")
@@ -241,7 +241,7 @@ def _final_metrics(
     record.tensorboard.end(cfg)
     tested = record.epochs[trainer.tested["epoch"] if trainer.tested else -1]
     return {
-        "metrics": {name: tested[name] for name in METRICS if name in tested} | test,
+        "metrics": {name: tested[name] for name in EPOCH_METRICS if name in tested} | test,
         "epochs": len(record.epochs),
         "tested_epoch": tested["epoch"],
     }
