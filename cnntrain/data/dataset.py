@@ -46,6 +46,7 @@ class ImageData(ABC):
         crop: Pixels of padding before a random crop of a training image; 0: no crop.
         erase: Probability that a rectangle of a training image is erased.
         augment_epochs: Number of epochs, from the first on, with crop and erase; None: all.
+        sampler: Of training images; see `Loader`.
         recorded: What an earlier run found in the data, from its config; see `found`.
 
     Attributes:
@@ -82,6 +83,7 @@ class ImageData(ABC):
         crop: NonNegativeInt = 0,
         erase: Probability = 0.0,
         augment_epochs: NonNegativeInt | None = None,
+        sampler: Literal["balanced"] | None = None,
         recorded: Mapping[str, Any] | None = None,
     ) -> None:
         self.batch_size = batch_size
@@ -90,6 +92,7 @@ class ImageData(ABC):
         self.split_seed = split_seed
         self.augment = Augment(hflip=hflip, crop=crop, erase=erase)
         self.augment_epochs = augment_epochs
+        self.sampler = sampler
         self._train: tuple[Tensor, Tensor] | None = None
         self.found: dict[str, Any] = {}
         self.find(**(recorded or {}))
@@ -158,6 +161,16 @@ class ImageData(ABC):
         order = np.argsort(raw, kind="stable")
         return np.sort(order[self.val_size :]), np.sort(order[: self.val_size])
 
+    def class_counts(self) -> Tensor:
+        """Images of each class to train on, those held out left out: int64 (classes,), on the CPU.
+
+        Reads the training set.
+        """
+        self.prepare()
+        assert self._train is not None
+        labels = self._train[1][torch.from_numpy(self.split()[0])]
+        return labels.bincount(minlength=self.num_classes)
+
     def normalised(self, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Other images, uint8 (B, C, H, W), normalised as those of the loaders."""
         device = torch.device(device)
@@ -176,6 +189,7 @@ class ImageData(ABC):
         """
         options: dict[str, Any] = {"augment": self.augment, "augment_epochs": self.augment_epochs}
         options |= {"shuffle": True, "seed": seed, "device": device, "rank": rank, "world": world}
+        options["sampler"] = self.sampler
         return self._loader("train", self.batch_size, **options)
 
     def val_loader(self, device: torch.device | str = "cpu", **share: int) -> Loader:

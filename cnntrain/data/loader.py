@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -62,6 +63,8 @@ class Loader:
         rows: int64 (N,), indices of the images that belong to `labels`; None: all, M = N. On the
             CPU the images are indexed, not copied.
         shuffle: Whether each epoch has a new order instead of the stored one.
+        sampler: balanced: a shuffled epoch has as many samples, drawn with replacement, each class
+            in `labels` with the same probability; None: every sample once.
         seed: Determines order and augmentation.
         augment: Augmentation; None: none.
         augment_epochs: Number of epochs, from the first on, with crop and erase; None: all.
@@ -80,6 +83,7 @@ class Loader:
         std: float | Sequence[float],
         rows: Tensor | None = None,
         shuffle: bool = False,
+        sampler: Literal["balanced"] | None = None,
         seed: int = 0,
         augment: Augment | None = None,
         augment_epochs: int | None = None,
@@ -89,7 +93,7 @@ class Loader:
     ) -> None:
         self.batch_size = batch_size
         self.rank, self.world = rank, world
-        self.shuffle = shuffle
+        self.shuffle, self.sampler = shuffle, sampler
         self.seed = seed
         self.epoch = 0
         self.start = 0
@@ -194,10 +198,18 @@ class Loader:
         return [batch[..., self.rank :: self.world] for batch in batches]
 
     def _order(self, epoch: int) -> Tensor:
-        """Order of the epoch: every row once, int64 (N,), on the CPU."""
+        """Rows of the epoch in order: every row once, or sampled; int64 (N,), on the CPU."""
+        n, generator = len(self.labels), self._generator(epoch, ORDER)
         if not self.shuffle:
-            return torch.arange(len(self.labels))
-        return torch.randperm(len(self.labels), generator=self._generator(epoch, ORDER))
+            return torch.arange(n)
+        if self.sampler is None:
+            return torch.randperm(n, generator=generator)
+        # A class, then one of its images, in integers: the same on every machine.
+        labels = self.labels.cpu()
+        counts = labels.unique(return_counts=True)[1]  # of the classes in `labels`
+        classes = torch.randint(len(counts), (n,), generator=generator)
+        offsets = torch.randint(2**62, (n,), generator=generator) % counts[classes]
+        return labels.argsort(stable=True)[(counts.cumsum(0) - counts)[classes] + offsets]
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
         # SeedSequence: unlike seed + epoch, no two pairs of seed and epoch have the same stream.

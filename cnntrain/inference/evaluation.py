@@ -37,7 +37,7 @@ class Evaluation:
     tta: str | None
     loss: float  # mean over the images
     accuracy: float  # from 0 to 1
-    outcome: Predictions
+    outcome: Predictions  # with `class_means`: balanced accuracy and macro F1
     images: Tensor  # uint8 (N, C, H, W), as stored in the data set
     positions: Tensor  # index of each image in the files of the data set (N,)
     names: list[str] | None  # of the file of each image, if it has one
@@ -100,6 +100,7 @@ class Evaluation:
             "tta": self.tta,
             "images": len(self.images),
             "accuracy": self.accuracy,
+            **self.outcome.class_means,
             "loss": self.loss,
             "calibration_error": self.outcome.calibration_error,
             "classes": self.classes,
@@ -146,7 +147,7 @@ def evaluate(
     """
     trained = load_trained(run, checkpoint, backend=backend, device=device, root=root)
     with as_config_error("loss"):
-        criterion = build(trained.cfg.loss)
+        criterion = build(trained.cfg.loss).eval()
     data, kind = trained.data, trained.device
     dtype = AUTOCAST.get(str(evaluation_precision(trained, precision)))
     autocast = torch.autocast(kind.type, dtype) if dtype else contextlib.nullcontext()

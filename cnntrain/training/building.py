@@ -23,6 +23,7 @@ from cnntrain.training.classifier import Classifier
 from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.insights import Insights
 from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
+from cnntrain.training.optim import CrossEntropy
 from cnntrain.training.step_graph import CUDAGraphs
 from cnntrain.training.tensorboard import TensorBoard
 from cnntrain.training.trainer import ProcessEnvironment, Trainer
@@ -63,6 +64,8 @@ def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
     network = build_network(cfg, data)
     with as_config_error("loss"):
         loss = build(cfg.loss)
+        if isinstance(loss, CrossEntropy):  # the counts are known once the data have been read
+            loss.set_class_counts(torch.ones(data.num_classes, dtype=torch.int64))
     with as_config_error("optimizer"):
         optimizer = build(cfg.optimizer)
         optimizer(params=network.parameters())  # raises before the data is loaded
@@ -143,6 +146,8 @@ def fit_and_test(
     trainer: Trainer, data: ImageData, module: Classifier, checkpoint: Path | None
 ) -> None:
     """Train on this rank's share of every batch, then test the chosen weights once."""
+    if isinstance(module.loss, CrossEntropy):
+        module.loss.set_class_counts(data.class_counts())
     device, info = trainer.strategy.root_device, trainer.info
     share = {"rank": info.rank, "world": info.world_size}
     loaders = data.train_loader(module.seed, device, **share), data.val_loader(device, **share)

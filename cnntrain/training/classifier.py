@@ -208,6 +208,7 @@ class Classifier(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.predictions, self.batches = Predictions.of(self.batches), []
+        self.running[self.stage].class_means = self.predictions.class_means
         if not is_single_process():
             self.totals = {stage: metrics.total() for stage, metrics in self.running.items()}
         self._log(self.stage)

@@ -133,6 +133,7 @@ def test_interrupted_anywhere(
         "trainer.accumulate_grad_batches=3 trainer.checkpoint_every_n_epochs=2",
         "trainer.accumulate_grad_batches=1 optimizer.fused=true trainer.ema=null",
         "trainer.early_stopping=1 optimizer.lr=0 trainer.ema=null model.norm=false",
+        "loss.class_weights=balanced data.sampler=balanced trainer.monitor=val/balanced_acc",
     ],
 )
 def test_options_resume_bitwise(stops: Stops, tmp_path: Path, chosen: str) -> None:
