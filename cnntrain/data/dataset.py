@@ -96,7 +96,8 @@ class ImageData(ABC):
         self._train: tuple[Tensor, Tensor] | None = None
         self.found: dict[str, Any] = {}
         self.find(**(recorded or {}))
-        for name, values in {"mean": mean, "std": std}.items():
+        self.given = {"mean": mean, "std": std}
+        for name, values in self.given.items():
             if values is not None:
                 setattr(self, name, tuple(values))
         if hasattr(self, "train_size"):
@@ -108,6 +109,13 @@ class ImageData(ABC):
             value = tuple(value) if isinstance(value, Sequence) and name in LISTS else value
             setattr(self, name, value)
             self.found[name] = list(value) if isinstance(value, tuple) else value
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take the normalisation of pretrained weights, of RGB images, unless options give it."""
+        for name, values in {"mean": mean, "std": std}.items():
+            if self.given[name] is None:
+                values = values if self.shape[0] == 3 else [sum(values) / 3] * self.shape[0]
+                self.find(**{name: values})
 
     def _hold_out(self) -> None:
         size = self.train_size

@@ -1,5 +1,6 @@
 """Losses, learning rate schedules and the Muon optimizer."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from cnntrain.models import head
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -133,6 +136,48 @@ class WarmupCosine(LambdaLR):
             return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
 
         super().__init__(optimizer, factor)
+
+
+def build_optimizer(make: Callable[..., Optimizer], network: nn.Module) -> Optimizer:
+    """The optimizer of those parameters of a network that require a gradient.
+
+    Args:
+        make: Called with `params`. A `functools.partial` may have `backbone_lr_factor` among its
+            keywords, which is not passed on.
+
+    Raises:
+        ValueError: As `scale_backbone_lr`.
+    """
+    make = copy.deepcopy(make)  # of Hydra's own class, so that its keywords are changed in place
+    factor = getattr(make, "keywords", {}).pop("backbone_lr_factor", 1.0)
+    optimizer = make(params=[p for p in network.parameters() if p.requires_grad])
+    if factor != 1:
+        scale_backbone_lr(optimizer, network, factor)
+    return optimizer
+
+
+def scale_backbone_lr(
+    optimizer: Optimizer, network: nn.Module, backbone_lr_factor: PositiveFloat
+) -> None:
+    """Multiply the learning rates of all layers but the head, the last layer with parameters.
+
+    A parameter group with both is divided in two, the head's first.
+
+    Raises:
+        ValueError: Only the head is trained.
+    """
+    last = set(head(network)[1].parameters())
+    if all(p in last for group in optimizer.param_groups for p in group["params"]):
+        option = f"optimizer.backbone_lr_factor={backbone_lr_factor}"
+        raise ValueError(f"{option}: only the last layer is trained; leave it out")
+    for group in list(optimizer.param_groups):
+        backbone = [p for p in group["params"] if p not in last]
+        lr = group["lr"] * backbone_lr_factor
+        if len(backbone) == len(group["params"]):
+            group["lr"] = lr
+        elif backbone:
+            group["params"] = [p for p in group["params"] if p in last]
+            optimizer.add_param_group({**group, "params": backbone, "lr": lr})
 
 
 class Muon(Optimizer):

@@ -141,6 +141,8 @@ def run_training(
             log.info("already completed")
             return Result.of(recorded, directory, lambda: _tested_network(directory, cfg, module))
         saved = _checkpoint_to_resume(directory, cfg, data, module) if resume else None
+        if not saved:  # other ranks receive the weights from this one
+            building.load_initial_weights(module.network)
         run.begin(cfg, overrides)
         record = building.build_record(cfg, directory, data)
         with _final_status(run, record):
