@@ -22,7 +22,8 @@ def show_help(cfg: DictConfig, name: str, folder: Path, extra: Path | None) -> N
     with config_folders(folder, extra, name):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        groups = hydra.format_config_groups(lambda group: not group.startswith("hydra"))
+        hidden = ("hydra", "data/")  # parts of other files
+        groups = hydra.format_config_groups(lambda group: not group.startswith(hidden))
     options: Any = OmegaConf.to_container(cfg)
     chosen = options.pop("hydra")["runtime"]["choices"]
     files = {name: ""} | {f"{k}/{v}": k.replace("/", ".") for k, v in chosen.items() if v}
@@ -42,9 +43,9 @@ def _comments(file: Path, package: str) -> dict[str, str]:
     if "# @package _global_" in lines:
         package = ""
     for line in lines:
-        based_on = re.fullmatch(r"  - (\w+)(?: *#.*)?", line)
+        based_on = re.fullmatch(r"  - ([\w/]+)(?:@_here_)?(?: *#.*)?", line)
         if based_on and based_on[1] != "_self_":
-            found |= _comments(file.with_name(f"{based_on[1]}.yaml"), package)
+            found |= _comments(file.parent / f"{based_on[1]}.yaml", package)
         if option := re.match(r"( *)(\w+):.*?(?:\s# *(.*))?$", line):
             indent = len(option[1])
             parents = [(depth, key) for depth, key in parents if depth < indent]

@@ -95,5 +95,5 @@ def _values(path: Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for parent in own.pop("defaults", []):
         if isinstance(parent, str) and parent != "_self_":
-            merged |= _values(path.with_name(f"{parent}.yaml"))
+            merged |= _values(path.parent / f"{parent.removesuffix('@_here_')}.yaml")
     return merged | own

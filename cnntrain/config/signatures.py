@@ -26,7 +26,8 @@ class Signature:
 def signature(target: str) -> Signature:
     """The signature of the class or function with the dotted name `target`, which is imported.
 
-    `**kwargs` of a constructor stands for what the base class accepts.
+    `**kwargs` of a constructor stands for what the base class accepts, and then the class that the
+    attribute `kwargs_class` names, if there is one.
 
     Raises:
         ImportError: There is no such module or name, or its import fails.
@@ -35,7 +36,7 @@ def signature(target: str) -> Signature:
     if not isinstance(found, type):
         return _of(found)
     parameters: dict[str, Any] = {}
-    for cls in found.__mro__[:-1]:
+    for cls in (*found.__mro__[:-1], getattr(found, "kwargs_class", object)):
         if "__init__" in vars(cls):
             own = _of(vars(cls)["__init__"], skip=1)
             parameters = {**own.types, **parameters}

@@ -16,7 +16,6 @@ from cnntrain.data.loader import Loader, Normalise
 from cnntrain.terminal import NoTraceback
 
 Part = Literal["train", "val", "test"]
-Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 LISTS = ("classes", "shape", "mean", "std")  # attributes that are tuples
@@ -42,12 +41,10 @@ class ImageData(ABC):
         split_seed: Chooses them; independent of the run's seed.
         mean: Mean of the pixels scaled to 0..1, per channel; None: see the attribute.
         std: Standard deviation, likewise.
-        hflip: Probability of a horizontal flip of a training image.
-        crop: Pixels of padding before a random crop of a training image; 0: no crop.
-        erase: Probability that a rectangle of a training image is erased.
-        augment_epochs: Number of epochs, from the first on, with crop and erase; None: all.
+        augment_epochs: See `Loader`.
         sampler: Of training images; see `Loader`.
         recorded: What an earlier run found in the data, from its config; see `found`.
+        augmentation: Of training images; see `Augment`.
 
     Attributes:
         classes: Name of each label.
@@ -67,6 +64,7 @@ class ImageData(ABC):
     train_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    kwargs_class = Augment  # whose arguments the constructor takes too, for the checks of a config
     mapped = False  # whether the images are in a memory-mapped file
 
     def __init__(
@@ -79,18 +77,16 @@ class ImageData(ABC):
         split_seed: NonNegativeInt = 0,
         mean: Sequence[float] | None = None,
         std: Annotated[Sequence[PositiveFloat], Field(min_length=1)] | None = None,
-        hflip: Probability = 0.0,
-        crop: NonNegativeInt = 0,
-        erase: Probability = 0.0,
         augment_epochs: NonNegativeInt | None = None,
         sampler: Literal["balanced"] | None = None,
         recorded: Mapping[str, Any] | None = None,
+        **augmentation: Any,
     ) -> None:
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_size, self.val_fraction = val_size or 0, val_fraction
         self.split_seed = split_seed
-        self.augment = Augment(hflip=hflip, crop=crop, erase=erase)
+        self.augment = Augment(**augmentation)
         self.augment_epochs = augment_epochs
         self.sampler = sampler
         self._train: tuple[Tensor, Tensor] | None = None
@@ -219,6 +215,7 @@ class ImageData(ABC):
     def _loader(self, part: Part, size: int, **options: Any) -> Loader:
         images, labels, rows = self.part(part)
         options |= {"rows": rows, "mean": self.mean, "std": self.std}
+        options |= {"num_classes": self.num_classes, "prefetch": self.mapped}
         return Loader(images, labels if rows is None else labels[rows], size, **options)
 
     def part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:

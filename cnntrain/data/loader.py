@@ -4,8 +4,9 @@ No worker processes, no Python code per sample, after airbench's CifarLoader
 (https://github.com/KellerJordan/cifar10-airbench).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Literal
@@ -14,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnntrain.data.augment import Augment
+from cnntrain.data.augment import Augment, mix, transformed
 
 # Independent random streams of an epoch: augmentation does not change the order.
-ORDER, AUGMENT = 0, 1
+ORDER, AUGMENT, TRANSFORM, MIX = range(4)
 
 # Bytes of normalised images computed at once, as several small batches: launching a kernel costs
 # more than computing a small batch. On the CPU they should fit into the cache of a core.
@@ -53,7 +54,8 @@ class Loader:
     changed. Lightning calls `set_epoch`.
 
     In distributed training every batch is divided: a process gets every `world`-th image, starting
-    with image `rank`. Its share of the last batch may be empty.
+    with image `rank`. Its share of the last batch may be empty. mixup and CutMix mix images of the
+    same share.
 
     Args:
         images: uint8 (M, C, H, W), with any strides.
@@ -67,7 +69,12 @@ class Loader:
             in `labels` with the same probability; None: every sample once.
         seed: Determines order and augmentation.
         augment: Augmentation; None: none.
-        augment_epochs: Number of epochs, from the first on, with crop and erase; None: all.
+        augment_epochs: Number of epochs, from the first on, with more augmentation than flips;
+            None: all.
+        num_classes: For mixup and CutMix, with which labels are probabilities, float32 (B,
+            num_classes), instead of int64 (B,).
+        prefetch: Whether a background thread gathers images ahead, if they are not on a GPU: for
+            memory-mapped ones, so that training does not wait for the disk.
         device: Device of the batches. The images are moved there once if they take at most half
             of its free memory, else each batch is moved.
         rank, world: Rank of this process, and number of processes.
@@ -87,6 +94,8 @@ class Loader:
         seed: int = 0,
         augment: Augment | None = None,
         augment_epochs: int | None = None,
+        num_classes: int = 0,
+        prefetch: bool = False,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
@@ -100,6 +109,7 @@ class Loader:
         self.seconds = 0.0  # spent on making batches so far
         self.augment = augment or Augment()
         self.augment_epochs = augment_epochs
+        self.num_classes = num_classes
         self.device = torch.device(device)
         nbytes = len(labels) * images[:1].nbytes
         storage = self.device if fits(nbytes, self.device) else torch.device("cpu")
@@ -110,6 +120,7 @@ class Loader:
             for part in torch.arange(len(labels)).split(4096):  # without a second copy on the CPU
                 moved[part[0] : part[-1] + 1] = self.stored(part)
             self.images, self.index = moved, None
+        self.prefetch = prefetch and storage.type == "cpu"
         self.labels = labels.to(storage)  # (N,)
         self.normalise = Normalise(mean, std, self.device)
         chunk = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
@@ -178,19 +189,41 @@ class Loader:
         order = send(self._order(epoch), self.images.device)
         labels = self._shares(send(self.labels.index_select(0, order), self.device))
         rows = self._shares(order)
-        augment, parameters = self.augment, list[Tensor]()
+        augment = self.augment
         if self.augment_epochs is not None and epoch >= self.augment_epochs:
-            augment = replace(augment, crop=0, erase=0.0)
+            augment = augment.flips()
+        transforms = augment.transforms(height, width)
         if augment:
             drawn = augment.draw(n, height, width, self._generator(epoch, AUGMENT))
             parameters = self._shares(send(drawn, self.device))
-        for first in range(start, len(rows), self.chunk_batches):
-            group = slice(first, first + self.chunk_batches)
-            images = send(self.stored(torch.cat(rows[group])), self.device)
+        if transforms:
+            generator = self._generator(epoch, TRANSFORM)
+            seeds = self._shares(torch.randint(2**63 - 1, (n,), generator=generator))
+        if augment.mixes:
+            numbers = np.random.default_rng(self._seeds(epoch, MIX))
+            mixing = augment.draw_mixing(n, self.batch_size, height, width, numbers)
+            mixed = self._shares(send(mixing, self.device))
+
+        # Nothing else in the thread: pinning memory there would break the capture of a CUDA graph.
+        def gather(group: slice) -> Tensor:
+            return self.stored(torch.cat(rows[group]))
+
+        starts = range(start, len(rows), self.chunk_batches)
+        groups = [slice(first, first + self.chunk_batches) for first in starts]
+        gathered = ahead(gather, groups) if self.prefetch else map(gather, groups)
+        for group, images in zip(groups, gathered, strict=True):
+            images = send(images, self.device)
+            if transforms:
+                images = transformed(images, transforms, torch.cat(seeds[group]))
             if augment:
                 images = augment.apply(images, torch.cat(parameters[group], -1))
             sizes = [len(batch) for batch in rows[group]]
-            yield from zip(self.normalise(images).split(sizes), labels[group], strict=True)
+            batches = zip(self.normalise(images).split(sizes), labels[group], strict=True)
+            if augment.mixes:
+                for batch, drawn in zip(batches, mixed[group], strict=True):
+                    yield mix(*batch, drawn, self.num_classes)
+            else:
+                yield from batches
 
     def _shares(self, epoch: Tensor) -> list[Tensor]:
         """This process's share of every batch of an epoch: (..., N) in pieces of (..., B)."""
@@ -212,9 +245,12 @@ class Loader:
         return labels.argsort(stable=True)[(counts.cumsum(0) - counts)[classes] + offsets]
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
-        # SeedSequence: unlike seed + epoch, no two pairs of seed and epoch have the same stream.
-        mixed = np.random.SeedSequence([self.seed, epoch, stream])
+        mixed = self._seeds(epoch, stream)
         return torch.Generator().manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+
+    def _seeds(self, epoch: int, stream: int) -> np.random.SeedSequence:
+        # Unlike with seed + epoch, no two pairs of seed and epoch have the same stream.
+        return np.random.SeedSequence([self.seed, epoch, stream])
 
 
 def fits(nbytes: int, device: torch.device) -> bool:
@@ -232,3 +268,21 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def ahead(
+    function: Callable[[slice], Tensor], items: Iterable[slice], depth: int = 2
+) -> Iterator[Tensor]:
+    """`map`, computed in one background thread, which is `depth` results ahead of the consumer and
+    ends with the iteration, also with one that is abandoned."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = deque[Future[Tensor]]()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

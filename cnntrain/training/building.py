@@ -44,7 +44,8 @@ def dry_run(cfg: DictConfig, resuming: bool = False) -> None:
         if logits.shape != (2, data.num_classes):
             raise ValueError(f"gives {tuple(logits.shape)} for two images of {data.shape}")
     with as_config_error("loss"):
-        loss = module.loss(logits, torch.zeros(2, dtype=torch.long))
+        labels = torch.zeros(logits.shape) if data.augment.mixes else torch.zeros(2).long()
+        loss = module.loss(logits, labels)
         if loss.ndim:
             raise ValueError("must give one number for a batch")
         loss.backward()

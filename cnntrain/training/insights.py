@@ -96,7 +96,7 @@ class Insights(lightning.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if self.batch and trainer.current_epoch == batch_idx == 0:
             images, labels = (part[:BATCH].cpu() for part in batch)
-            names = [self.data.classes[label] for label in labels]
+            names = [_class_names(label, self.data.classes) for label in labels]
             shown = pictures.pixels(images, self.data.mean, self.data.std)
             self._image("train/batch", pictures.captioned(shown, names), trainer.current_epoch + 1)
 
@@ -251,6 +251,15 @@ def _maps(maps: Tensor, inputs: Tensor) -> pictures.Picture:
     below = f"number of the channel{_part(maps.shape[1], channels)}"
     heading, captions = f"Below each: {below}. {pictures.legend(maps)}", captions * len(maps)
     return pictures.captioned(tiles, captions, columns=columns, size=56, heading=heading)
+
+
+def _class_names(label: Tensor, names: Sequence[str]) -> str:
+    """Name of a label (), or names and shares of the largest of mixed labels (classes,)."""
+    if not label.ndim:
+        return names[label]
+    shares, labels = label.topk(min(2, len(label)))
+    pairs = zip(labels, shares.tolist(), strict=True)
+    return ", ".join(f"{names[k]} {share:.0%}" for k, share in pairs if share > 0)
 
 
 def _part(shown: int, total: int) -> str:

@@ -29,9 +29,11 @@ class RunningMetrics:
         self.class_means: dict[str, float] = {}
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: mean loss, logits (B, classes), labels (B,). `images` is left to the caller,
-        since a CUDA graph repeats only what the device does."""
+        """Add a batch: mean loss, logits (B, classes), labels (B,) or probabilities (B, classes) of
+        mixed images, the largest of which is the label. `images` is left to the caller, since a
+        CUDA graph repeats only what the device does."""
         self.loss.add_(loss.detach(), alpha=len(labels))
+        labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
         self.correct.add_((logits.argmax(dim=1) == labels).sum())
 
     def clear(self) -> None:

@@ -19,7 +19,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class CrossEntropy(nn.CrossEntropyLoss):
-    """Cross entropy of logits (N, classes) and labels (N,), in nats, mean over the batch.
+    """Cross entropy of logits (N, classes) and labels (N,) or probabilities (N, classes), in nats,
+    mean over the batch.
 
     Args:
         label_smoothing: Share of the target that is spread over all classes (Szegedy et al. 2015),
@@ -73,12 +74,17 @@ class CrossEntropy(nn.CrossEntropyLoss):
 class HalfSquaredError(nn.Module):
     """(p - y)^2 / 2, mean over the batch, with the softmax probability p of the second class.
 
-    Takes logits (N, 2) and labels (N,). Raises ValueError for another number of classes.
+    Takes logits (N, 2) and labels (N,). Raises ValueError for another number of classes, and for
+    probabilities instead of labels.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if input.shape[1] != 2:
             raise ValueError(f"is for two classes, not {input.shape[1]}")
+        if target.ndim > 1:
+            raise ValueError(
+                "takes no labels mixed by data.mixup or cutmix; loss=cross_entropy does"
+            )
         error = input.softmax(1)[:, 1] - target
         return error.square().mean() / 2
 

@@ -37,10 +37,10 @@ class CUDAGraphs:
 
 @dataclass
 class Capture:
-    """The graphs for one batch size, and the memory that they read and write."""
+    """The graphs for one shape of a batch, and the memory that they read and write."""
 
     inputs: tuple[Tensor, Tensor]
-    seen: int = 0  # batches of this size before the capture
+    seen: int = 0  # batches of this shape before the capture
     replay: Callable[[], None] | None = None
     loss: Tensor | None = None
     gradients: tuple[Tensor | None, ...] = ()
@@ -58,7 +58,7 @@ class StepGraph:
     the device has at the start of a batch.
 
     Args:
-        step: Returns the mean loss of images (B, C, H, W) and labels (B,). It may change tensors in
+        step: Returns the mean loss of images (B, C, H, W) and labels. It may change tensors in
             place, as batch normalisation does, and must not synchronise with the device.
         backward: Computes the gradients of that loss.
         optimizer: Its `step` is replaced by `update` if it is Muon or a fused one of PyTorch. Then
@@ -78,7 +78,8 @@ class StepGraph:
         self.step, self.backward, self.recorder = step, backward, recorder
         self.groups = optimizer.param_groups
         self.parameters = [p for group in self.groups for p in group["params"] if p.requires_grad]
-        self.captures: dict[torch.Size, Capture] = {}  # by the shape of the images
+        # By the shapes of images and labels: mixed labels are (B, classes).
+        self.captures: dict[tuple[torch.Size, torch.Size], Capture] = {}
         self.current: Capture | None = None  # that of the last batch
         known = isinstance(optimizer, Adam | SGD) and is_fused(optimizer)
         if updates and (known or isinstance(optimizer, Muon)):
@@ -93,9 +94,10 @@ class StepGraph:
         """The detached loss of a batch, with its gradients in the parameters; None, without any
         effect, for a batch that is to be computed eagerly."""
         self.current = None
-        capture = self.captures.get(images.shape)
+        shapes = images.shape, labels.shape
+        capture = self.captures.get(shapes)
         if capture is None:
-            capture = self.captures[images.shape] = Capture((images.clone(), labels.clone()))
+            capture = self.captures[shapes] = Capture((images.clone(), labels.clone()))
         if capture.replay is None:
             capture.seen += 1
             if capture.seen <= WARMUP:

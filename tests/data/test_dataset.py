@@ -7,18 +7,23 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from cnntrain.data import DataError, FashionMNIST, FashionMNISTMini, ImageData, fashion_mnist
+from cnntrain.config.options import defaults
+from cnntrain.data import (
+    Augment,
+    DataError,
+    FashionMNIST,
+    FashionMNISTMini,
+    ImageData,
+    fashion_mnist,
+)
 from cnntrain.data.fashion_mnist import MINI_FOLDER, NAMES
 from cnntrain.data.idx import read_idx
 
-CONF = Path(__file__).parents[2] / "conf" / "data"
 N, TEST = 12, 5
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 2, 4, 3), dtype=np.uint8)
 LABELS = np.arange(N) % 3
@@ -255,12 +260,14 @@ def test_mini_set_is_drawn_from_the_real_one():
     ("name", "cls"), [("fashion_mnist", FashionMNIST), ("fashion_mnist_mini", FashionMNISTMini)]
 )
 def test_config_has_every_option_and_its_default(name, cls):
-    config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    config = {**defaults("data", name)}
     assert config.pop("_target_") == f"cnntrain.data.{cls.__name__}"
-    options = [p for c in (ImageData, cls) for p in inspect.signature(c).parameters.values()]
-    defaults = {p.name: p.default for p in options if p.kind is p.KEYWORD_ONLY}  # cls's own win
-    for name in ("mean", "std", "recorded", "val_fraction"):  # these classes define them
-        del defaults[name]
+    classes = Augment, ImageData, cls  # cls's own win
+    options = [p for c in classes for p in inspect.signature(c).parameters.values()]
+    expected = {p.name: p.default for p in options if p.default is not p.empty}
     root = config.get("root", "").replace("${oc.env:XDG_CACHE_HOME,'~/.cache'}", "~/.cache")
-    assert {**config, **({"root": root} if root else {})} == defaults
+    config |= {"root": root} if root else {}
+    augmentation = inspect.signature(Augment).parameters
+    assert expected.items() >= {**config, "scale": tuple(config["scale"])}.items()
+    assert config.keys() >= augmentation.keys()
     cls(**config)

@@ -1,5 +1,7 @@
 """Loader and augmentation."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -165,7 +167,7 @@ def test_gpu_gets_the_same_batches_without_synchronisation(monkeypatch, resident
 
 def augmented_by_loops(image: np.ndarray, crop: int, parameters: list[int]) -> np.ndarray:
     """Crop, flip and erasing of one (C, H, W) image, pixel by pixel."""
-    flip, row, column, top, left, height, width = parameters
+    flip, row, column, top, left, height, width, _ = parameters
     channels, h, w = image.shape
     out = np.zeros_like(image)
     for c in range(channels):
@@ -211,7 +213,7 @@ def test_rates_and_ranges():
     n = 20_000
     augment = Augment(hflip=0.3, crop=2, erase=0.4)
     drawn = augment.draw(n, 28, 28, torch.Generator().manual_seed(0)).double()
-    flip, row, column, top, left, height, width = drawn
+    flip, row, column, top, left, height, width, _ = drawn
     assert abs(flip.mean() - 0.3) < 0.015  # 4.6 standard deviations of a binomial
     for offset in (row, column):
         counts = torch.bincount(offset.long(), minlength=5) / n
@@ -240,7 +242,7 @@ def test_erasing_does_not_change_other_parameters():
         for erase in (0.0, 1.0)
     ]
     assert torch.equal(draws[0][:3], draws[1][:3])
-    assert (draws[1][5:] > 0).all()
+    assert (draws[1][5:7] > 0).all()
     assert (draws[0][3:] == 0).all()
 
 
@@ -294,3 +296,56 @@ def test_balanced_sampler_is_a_function_of_seed_and_epoch():
         part = imbalanced(seed=2, rank=rank, world=2).indices(3, 0)
         assert torch.equal(part, rows[:10][rank::2])
     assert imbalanced(shuffle=False).indices(3, 1).tolist() == list(range(10, 20))
+
+
+def threads() -> int:
+    return sum(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+
+
+def test_prefetched_batches_are_the_same(tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, samples()[0].numpy())
+    mapped = torch.from_numpy(np.load(path, mmap_mode="c"))
+    options = {"mean": 0.25, "std": 0.5, "shuffle": True, "augment": Augment(0.5, 2, 0.5)}
+    options["rows"] = torch.arange(0, N, 2)
+    labels = torch.arange(0, N, 2)
+    loaders = [Loader(mapped, labels, BATCH, prefetch=ahead, **options) for ahead in (False, True)]
+    assert loaders[1].images.data_ptr() == mapped.data_ptr()  # not copied
+    expected = list(loaders[0].batches(1))
+    for start in (0, 2, 5, 6):
+        found = list(loaders[1].batches(1, start))
+        assert len(found) == len(expected) - start
+        for ours, theirs in zip(found, expected[start:], strict=True):
+            assert all(map(torch.equal, ours, theirs))
+    assert torch.equal(loaders[1].batch(1, 3)[0], expected[3][0])
+    assert threads() == 0
+
+
+def test_prefetching_is_two_groups_ahead_and_ends_with_the_iteration(monkeypatch):
+    loader, gathered = make(prefetch=True), []
+    stored = loader.stored
+
+    def gather(rows):
+        assert threading.current_thread() is not threading.main_thread()
+        gathered.append(len(rows))
+        if len(gathered) == 6:
+            raise OSError("disk failed")
+        return stored(rows)
+
+    monkeypatch.setattr(loader, "stored", gather)
+    batches = iter(loader)
+    next(batches)
+    assert threads() == 1
+    batches.close()  # waits for what has begun
+    assert 1 <= len(gathered) <= 3
+    assert threads() == 0
+    gathered.clear()
+    found = []
+    with pytest.raises(OSError, match="disk failed"):
+        found.extend(batch for batch in loader)
+    assert threads() == 0
+
+
+def test_images_on_the_device_are_not_prefetched(monkeypatch):
+    assert make(prefetch=True).prefetch
+    assert not make(prefetch=True, device="meta").prefetch

@@ -5,7 +5,9 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -251,6 +253,21 @@ def test_batch_image_shows_augmented_images(events: EventAccumulator) -> None:
     cell_w = shown.shape[1] // 8
     x = (cell_w - 84) // 2
     assert (shown[GAP : GAP + 84 : 3, x : x + 84 : 3, 0] == raw[0, 0]).all()
+
+
+def test_batch_image_names_both_classes_of_mixed_images(monkeypatch: Any) -> None:
+    data, shown = build(compose(OPTIONS).data), []
+    callback = insights.Insights(board=SimpleNamespace(experiment=Mock()), data=data)
+    monkeypatch.setattr(
+        insights.pictures, "captioned", lambda tiles, names, **_: shown.append((len(tiles), names))
+    )
+    labels = torch.zeros(40, 10)
+    labels[:, 4], labels[:, 8] = 0.7, 0.3
+    labels[1] = torch.eye(10)[9]
+    batch = torch.zeros(40, 1, 28, 28), labels
+    callback.on_train_batch_start(SimpleNamespace(current_epoch=0), None, batch, 0)
+    assert shown[0][0] == 32
+    assert shown[0][1][:2] == ["Coat 70%, Bag 30%", "Ankle boot 100%"]
 
 
 def test_projector_has_the_inputs_of_the_last_layer(run: Path, outputs: Any) -> None:

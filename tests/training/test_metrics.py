@@ -117,6 +117,15 @@ def test_several_processes_give_the_same(batches, world: int, monkeypatch) -> No
     torch.testing.assert_close(shared.probabilities, whole.probabilities)
 
 
+def test_accuracy_with_mixed_labels_is_that_of_the_larger_share() -> None:
+    running = RunningMetrics(torch.device("cpu"))
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    labels = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.6, 0.4], [0.0, 1.0, 0.0], [0.2, 0.0, 0.8]])
+    running.add(torch.tensor(0.5), logits, labels)
+    running.images = 4
+    assert running.metrics("train") == {"train/loss": 0.5, "train/acc": 0.5}
+
+
 @pytest.mark.parametrize("batches", [1, 6, 17])
 @pytest.mark.parametrize("resumed_after", [[], [0, 5, 6]])
 def test_running_metrics_after_any_batch(batches: int, resumed_after: list[int]) -> None:

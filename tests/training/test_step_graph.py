@@ -143,6 +143,14 @@ def test_batches_of_each_size_are_replayed(tmp_path: Path) -> None:
     assert graphed.recorder.replays == [10 - WARMUP] * 2 + [5 - WARMUP] * 2
 
 
+def test_mixed_and_plain_labels_have_their_own_graphs(tmp_path: Path) -> None:
+    options = ["data.mixup=0.3", "data.augment_epochs=1"]
+    plain = Run(tmp_path / "plain", *options).fit()
+    graphed = Run(tmp_path / "graphed", *options, recorder=KernelRecorder()).fit()
+    assert_same_bits(graphed.everything, plain.everything)
+    assert graphed.recorder.replays == [7 - WARMUP] * 4  # steps and updates of an epoch each
+
+
 def test_update_with_other_settings_is_not_replayed(
     tmp_path: Path,
 ) -> None:
