@@ -1,7 +1,6 @@
 """Pretrained weights: published by torchvision, or in a local file."""
 
 import logging
-import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from cnntrain.models.introspection import head, named_convolutions
 log = logging.getLogger(__name__)
 
 deferred: ContextVar[bool] = ContextVar("deferred", default=False)
-UNREADABLE = Exception  # torch.load raises many classes
 
 
 @contextmanager
@@ -38,7 +36,7 @@ def read_published(weights: Any) -> dict[str, Tensor]:
     """The state_dict of a WeightsEnum of torchvision, from torch's cache or downloaded."""
     try:
         return weights.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # torch.load raises many classes
         file, folder = weights.url.rpartition("/")[2], Path(torch.hub.get_dir(), "checkpoints")
         reason = str(error).split("\n")[0]
         raise ValueError(
@@ -54,7 +52,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # torch.load raises many classes
         raise ValueError(
             f"cannot be read ({type(error).__name__}); it must be what torch.save(state_dict, ...) "
             "writes, without other Python objects"
