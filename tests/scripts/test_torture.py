@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from torturing.corruptions import CONTENT, KINDS, damage, judge
+from torturing.corruptions import CONTENT, KINDS, SHORT, damage, judge
 from torturing.kills import wrong
 from torturing.runs import differences, record
+
+from cnntrain.config import compose
+from cnntrain.training import train
 
 pytestmark = pytest.mark.xdist_group("torture")  # in one process: the script runs once for all
 
@@ -28,6 +31,7 @@ def tortured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+    train(compose([*SHORT, "seed=5"]), folder / "corruptions/other seed")
     return folder, done.stdout
 
 

@@ -26,6 +26,7 @@ from cnntrain.training import Pruned, train
 
 SPACE = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 RUN = [*QUIET, "+trainer.limit_train_batches=3", "trainer.max_epochs=4", "scheduler=none"]
+RUN.append("tensorboard=scalars")
 
 
 def begin(sweep: Path, others: float, *overrides: str) -> tuple[SearchStudy, PlannedTrial]:
