@@ -156,13 +156,9 @@ def trial(number: int, seed: int, intact: IntactRuns, folder: Path) -> tuple[str
         another = f"other {rng.choice([*OTHER_RUNS])}"
         if kind == "another run's":
             other = intact.directory(another) / target.relative_to(directory)
-        arguments = rng.choice(
-            [
-                [*SHORT, *auto],
-                [f"resume='{directory}'"],
-                [f"resume='{directory}'", "trainer.checkpoint_every_n_steps=2"],
-            ]
-        )
+        by_folder = [f"resume='{directory}'"]
+        more = [*by_folder, "trainer.checkpoint_every_n_steps=2"]
+        arguments = rng.choice([[*SHORT, *auto], by_folder, more])
     damaged = damage(kind, target, rng, other)
     name = re.sub(r"tfevents.*", "tfevents", target.name)
     fresh = state != "from cache" and rng.random() < 0.03

@@ -18,7 +18,7 @@ def test_the_table_is_of_the_last_weights_of_all_seeds(
     shown = []
 
     def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-        done = run_command(["train", *command[2:]], tmp_path)
+        done = run_command(["train", *command[2:], "tensorboard=scalars"], tmp_path)
         assert done.returncode == 0, done.stderr
         shown.append(done.stdout)
         return done
@@ -26,7 +26,6 @@ def test_the_table_is_of_the_last_weights_of_all_seeds(
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.chdir(tmp_path)
     options = ["data=fashion_mnist_mini", "+trainer.limit_train_batches=6", "trainer.max_epochs=2"]
-    options.append("tensorboard=scalars")
     arguments = ["--recipes", "lenet5_quick", "--seeds", "2", "--at-once", "1", *options]
     monkeypatch.setattr("sys.argv", ["reproduce_results.py", *arguments])
     for _ in range(2):

@@ -26,7 +26,6 @@ from cnntrain.training import Pruned, train
 
 SPACE = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 RUN = [*QUIET, "+trainer.limit_train_batches=3", "trainer.max_epochs=4", "scheduler=none"]
-RUN.append("tensorboard=scalars")
 
 
 def begin(sweep: Path, others: float, *overrides: str) -> tuple[SearchStudy, PlannedTrial]:
@@ -51,7 +50,7 @@ def run(
     sweep: Path, asked: PlannedTrial, *callbacks: lightning.Callback, resume: bool = False
 ) -> Any:
     return train(
-        compose([*RUN, *asked.overrides]),
+        compose([*RUN, "tensorboard=scalars", *asked.overrides]),
         sweep / asked.name,
         resume=resume,
         callbacks=[pruning_callback(sweep, asked.number), *callbacks],
