@@ -1,16 +1,18 @@
 """Fixtures of all tests."""
 
 import contextlib
+import gc
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from forked import ROOT, run_command
+from forked import ROOT, Command, run_command
 
 # Tensors are small, and pytest-xdist runs a process for each core.
 torch.set_num_threads(1)
@@ -20,9 +22,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("COLUMNS", "LINES"):
     os.unsetenv(name)
 
-__all__ = ["ROOT", "Reject", "Run", "cnntrain", "reject"]
+__all__ = ["ROOT", "Reject", "Run", "Start", "cnntrain", "reject", "start"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Reject = Callable[..., list[str]]
+Start = Callable[..., Any]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop() -> Iterator[None]:
+    gc.freeze()  # what is imported lives as long as the process; Lightning collects after each run
+    result = yield
+    gc.unfreeze()  # a library reports leaks otherwise
+    return result
 
 
 @pytest.fixture
@@ -33,6 +44,28 @@ def cnntrain(tmp_path: Path) -> Run:
         return run_command(["train", *arguments], tmp_path, {**os.environ, **environment})
 
     return run
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts `python train.py`, or e.g. torchrun with it, in an empty folder; ends what is left."""
+    started: list[Any] = []
+
+    def run(*words: str, by: Sequence[str] = (), **env: str) -> Any:
+        environment = {**os.environ, **env}
+        if by:
+            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            command = [*by, str(ROOT / "train.py"), *words]
+            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))
+        else:
+            started.append(Command(["train", *words], tmp_path, environment))
+        return started[-1]
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cnntrain.training.checkpoints import Checkpoints
 from torturing.runs import STATEFUL, before_call, differences, facts, finish, launch, record
 
 SHORT = [*STATEFUL, "trainer.max_epochs=3", "+trainer.limit_train_batches=7"]
+record_once = cache(record)
 FROM_CACHE = [*SHORT, "data=fashion_mnist", "data.val_size=500"]
 
 # Runs to resume, each interrupted right before a call of a function.
@@ -95,32 +96,30 @@ def damage(kind: str, path: Path, rng: random.Random, other: Path) -> set[str]:
 
 
 class IntactRuns:
-    """Run directories and a data cache to copy and damage, with the expected records."""
+    """Run directories and a data cache to copy and damage; a run is trained when first used."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self._run("completed", SHORT)
-        for state, interruption in STATES.items():
-            self._run(state, SHORT, partial(before_call, *interruption))
-        for name, options in OTHER_RUNS.items():
-            self._run(f"other {name}", [*SHORT, *options])
-        self.cache = folder / "cache"
+        self.folder, self.cache = folder, folder / "cache"
         self.cache.mkdir()
         for packed in fashion_mnist.MINI_FOLDER.glob("*.gz"):
             (self.cache / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
         cached = [*FROM_CACHE, f"data.root='{self.cache}'"]
-        self._run("completed from cache", cached, use_mini_files)
-        self._run("from cache", cached, partial(use_mini_files, interruption=STATES["in an epoch"]))
-        self.records = {
-            "run": record(folder / "completed"),
-            "cache": record(folder / "completed from cache"),
+        stopped = partial(use_mini_files, interruption=STATES["in an epoch"])
+        self.runs: dict[str, tuple[list[str], Callable[[], object]]] = {
+            "completed": (SHORT, int),
+            "completed from cache": (cached, use_mini_files),
+            "from cache": (cached, stopped),
+            **{state: (SHORT, partial(before_call, *moment)) for state, moment in STATES.items()},
+            **{f"other {name}": ([*SHORT, *more], int) for name, more in OTHER_RUNS.items()},
         }
 
-    def _run(self, name: str, options: list[str], prepare: Callable[[], object] = int) -> None:
-        arguments = [*options, f"hydra.run.dir='{self.folder / name}'"]
-        log = self.folder / f"{name}.log"
-        code = finish(launch(arguments, log, prepare=prepare))
-        assert code in (0, -signal.SIGKILL, 128 + signal.SIGTERM), log.read_text()
+    def directory(self, name: str) -> Path:
+        directory, log = self.folder / name, self.folder / f"{name}.log"
+        if not directory.exists():
+            options, prepare = self.runs[name]
+            code = finish(launch([*options, f"hydra.run.dir='{directory}'"], log, prepare=prepare))
+            assert code in (0, -signal.SIGKILL, 128 + signal.SIGTERM), log.read_text()
+        return directory
 
 
 def use_mini_files(*, source: bool = True, interruption: Interruption | None = None) -> None:
@@ -144,34 +143,28 @@ def trial(number: int, seed: int, intact: IntactRuns, folder: Path) -> tuple[str
     rng = random.Random(f"{seed} {number}")
     state = rng.choice([*STATES, "completed", "from cache"])
     directory, log, root = folder / "run", folder / "run.log", folder / "cache"
-    shutil.copytree(intact.folder / state, directory)
+    auto, other = ["resume=auto", f"hydra.run.dir='{directory}'"], intact.folder / "none"
+    shutil.copytree(intact.directory(state), directory)
     prepare: Callable[[], object] = int
     if state == "from cache":
         shutil.copytree(intact.cache, root)
         target, kind = rng.choice(sorted(root.iterdir())), rng.choice(KINDS)
         prepare = partial(use_mini_files, source=rng.random() < 0.5)
-        arguments = [
-            *FROM_CACHE,
-            f"data.root='{root}'",
-            "resume=auto",
-            f"hydra.run.dir='{directory}'",
-        ]
-        other = intact.folder / "none"
+        arguments = [*FROM_CACHE, f"data.root='{root}'", *auto]
     else:
         target, kind = rng.choice(sorted(directory.rglob("*"))), rng.choice(KINDS)
-        other = intact.folder / f"other {rng.choice([*OTHER_RUNS])}" / target.relative_to(directory)
-        arguments = rng.choice(
-            [
-                [*SHORT, "resume=auto", f"hydra.run.dir='{directory}'"],
-                [f"resume='{directory}'"],
-                [f"resume='{directory}'", "trainer.checkpoint_every_n_steps=2"],
-            ]
-        )
+        another = f"other {rng.choice([*OTHER_RUNS])}"
+        if kind == "another run's":
+            other = intact.directory(another) / target.relative_to(directory)
+        by_folder = [f"resume='{directory}'"]
+        more = [*by_folder, "trainer.checkpoint_every_n_steps=2"]
+        arguments = rng.choice([[*SHORT, *auto], by_folder, more])
     damaged = damage(kind, target, rng, other)
     name = re.sub(r"tfevents.*", "tfevents", target.name)
     fresh = state != "from cache" and rng.random() < 0.03
     code = finish(launch(arguments, log, prepare=prepare, fresh=fresh))
-    expected = intact.records["cache" if state == "from cache" else "run"]
+    whole = "completed from cache" if state == "from cache" else "completed"
+    expected = record_once(intact.directory(whole))
     outcome, problem = judge(code, log.read_text(), directory, damaged, expected)
     return kind, name, outcome, problem and f"{state}, {' '.join(arguments)}: {problem}"
 

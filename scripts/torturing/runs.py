@@ -1,5 +1,6 @@
 """Start of trainings as processes, and comparison of their records."""
 
+import gc
 import json
 import os
 import random
@@ -69,6 +70,7 @@ def _become_training(
     arguments: Sequence[str], output: int, prepare: Callable[[], object]
 ) -> NoReturn:
     code: Any = 1
+    gc.freeze()  # a collection would copy every page of what the parent has imported
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)

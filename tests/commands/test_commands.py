@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from command_line import QUICK, TRAIN
+from command_line import QUICK, SCALARS, TRAIN
 from conftest import ROOT, Run
 from forked import run_command
 from tensorboard_page import Server
@@ -71,7 +71,7 @@ def test_progress_bar_and_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
     options = ["data=fashion_mnist_mini", "trainer.max_epochs=500", "hydra.run.dir=run"]
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
-    command = [*TRAIN, *options, "data.batch_size=16", "model=shallow"]
+    command = [*TRAIN, *options, SCALARS, "data.batch_size=32", "model=shallow"]
     bar = rb"epoch 2/500 .*\| .* loss \d\.\d{4} acc \d+\.\d+% [\d.]+ images/s"
     shown, interrupted = b"", False
     with subprocess.Popen(
@@ -105,7 +105,7 @@ def _read(terminal: int) -> bytes:
 
 def test_runs_started_at_once_have_two_directories(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as threads:
-        done = threads.map(lambda _: run_command(["train", *QUICK], tmp_path), range(2))
+        done = threads.map(lambda _: run_command(["train", *QUICK, SCALARS], tmp_path), range(2))
         assert [run.returncode for run in done] == [0, 0]
     results = list(tmp_path.glob("outputs/*/*/result.json"))
     assert len(results) == 2
@@ -126,7 +126,7 @@ def test_no_data_is_one_message(tmp_path: Path, cnntrain: Run) -> None:
 
 def test_user_backend_in_the_current_folder(cnntrain: Run, tmp_path: Path) -> None:
     (tmp_path / "mypkg.py").write_text("from torch import nn\n\n\nclass My(nn.Conv2d): pass\n")
-    done = cnntrain(*QUICK[1:], "backend._target_=mypkg.My", "experiment=quick")
+    done = cnntrain(*QUICK[1:], SCALARS, "backend._target_=mypkg.My", "experiment=quick")
     assert done.returncode == 0, done.stderr
     assert "epoch 1/1" in done.stdout
     assert " My " in done.stdout

@@ -2,20 +2,23 @@
 
 import csv
 import gzip
+import logging
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+import benchmark_training
 import numpy as np
 import pytest
-from command_line import QUICK
+from command_line import QUICK, SCALARS
 from conftest import ROOT
 from forked import run_command
 from idx_files import idx_bytes
 from PIL import Image
+
+from cnntrain.config import compose
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -93,7 +96,7 @@ def test_command_of_the_lab(command: str, tmp_path: Path) -> None:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run, outputs/mine, and the pictures that the README names."""
     folder = tmp_path_factory.mktemp("workplace")
-    options = [*QUICK, "backend=im2col", "tensorboard=scalars", "hydra.run.dir=outputs/mine"]
+    options = [*QUICK, "backend=im2col", SCALARS, "hydra.run.dir=outputs/mine"]
     assert run_command(["train", *options], folder).returncode == 0
     (folder / "folder").mkdir()
     for name in ("photo.png", "folder/another.jpg", "scan.jpg"):
@@ -152,7 +155,7 @@ def test_training_command(command: str, tmp_path: Path) -> None:
     if not own_data or any(a.startswith("experiment=lenet5") for a in arguments):
         arguments.append("data=fashion_mnist_mini")
     few = ["search.trials=2"] if "search=" in command else []
-    few += [] if "tensorboard=" in command else ["tensorboard=scalars"]
+    few += [] if "tensorboard=" in command else [SCALARS]
     few += ["data.batch_size=8"] if "model=torchvision" in command else []
     # Launchers and their processes are tested with the sweeps.
     arguments = [text for text in arguments if text != "hydra/launcher=joblib"]
@@ -176,13 +179,14 @@ def test_training_command(command: str, tmp_path: Path) -> None:
         assert " -m " not in command or re.fullmatch(r"\d+ (completed|ended)", last), last
 
 
-def test_benchmark_writes_its_ratios(tmp_path: Path) -> None:
+def test_benchmark_writes_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's measurement, one round on little data; what it measures is not tested."""
-    command = [sys.executable, str(ROOT / "scripts/benchmark_training.py"), "--rounds", "1"]
     options = ["--batch-sizes", "512", "--data", "fashion_mnist_mini", "--csv", "ratios.csv"]
-    options += ["--implementations", "native", "bare", "usual"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, *options], cwd=tmp_path, env=environment, check=True, timeout=300)
+    options += ["--rounds", "1", "--implementations", "native", "bare", "usual"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark_training.py", *options])
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "setLevel", lambda level: None)
+    benchmark_training.main()
     rows = list(csv.DictReader((tmp_path / "ratios.csv").open()))
     speed = {row["implementation"]: float(row["images_per_second"]) for row in rows}
     assert set(speed) == {"native", "bare", "usual"}
@@ -193,6 +197,8 @@ def test_benchmark_writes_its_ratios(tmp_path: Path) -> None:
 
 def test_python_of_the_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
+    few = [*QUICK, *LIMITS, SCALARS]
+    monkeypatch.setattr("cnntrain.compose", lambda typed: compose([*typed, *few]))
     blocks = (ROOT / "docs/python.md").read_text().split("```python\n")[1:]
     assert blocks
     for block in blocks:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finished_runs import answers, command, finished, plain_network
+from finished_runs import FEW, answers, command, finished, plain_network
 from omegaconf import OmegaConf
 
 from cnntrain.config import ConfigError
@@ -20,7 +20,7 @@ from cnntrain.training.metrics import Predictions
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory.mktemp("evaluate") / "[a=b, 'c' (d) \\f")
+    return finished(tmp_path_factory.mktemp("evaluate") / "[a=b, 'c' (d) \\f", FEW)
 
 
 def node(backend: str) -> OmegaConf:

@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from finished_runs import command, finished, plain_network
+from finished_runs import FEW, command, finished, plain_network
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError
@@ -20,8 +20,7 @@ BACKENDS = ["native", "im2col"]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("export")
-    few = "+trainer.limit_train_batches=10"
-    return {name: finished(folder / name, f"backend={name}", few) for name in BACKENDS}
+    return {name: finished(folder / name, f"backend={name}", FEW) for name in BACKENDS}
 
 
 def images(count: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from finished_runs import command, finished, plain_network
+from finished_runs import FEW, command, finished, plain_network
 from idx_files import idx_bytes
 from PIL import Image
 
@@ -24,7 +24,7 @@ SHAPE = (1, 28, 28)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory.mktemp("predict") / "run", "model=shallow")
+    return finished(tmp_path_factory.mktemp("predict") / "run", "model=shallow", FEW)
 
 
 @pytest.fixture(scope="module")

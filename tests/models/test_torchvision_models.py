@@ -134,7 +134,7 @@ def test_errors_are_one_line(options: dict[str, Any], message: str) -> None:
 def test_checkpoint_of_a_run_on_another_backend(tmp_path: Path) -> None:
     """Trained and tested on im2col; native has the same loss with the same weights."""
     model = ["model=torchvision", "model.name=shufflenet_v2_x0_5", "data=fashion_mnist_mini"]
-    few = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "trainer.progress_bar=false"]
+    few = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "tensorboard=scalars"]
     cfg = compose([*model, *few, "backend=im2col", "trainer=cpu", "data.batch_size=16"])
     result = train(cfg, tmp_path / "run")
     assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "completed"

@@ -18,7 +18,7 @@ def test_the_table_is_of_the_last_weights_of_all_seeds(
     shown = []
 
     def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-        done = run_command(["train", *command[2:]], tmp_path)
+        done = run_command(["train", *command[2:], "tensorboard=scalars"], tmp_path)
         assert done.returncode == 0, done.stderr
         shown.append(done.stdout)
         return done

@@ -19,6 +19,7 @@ OPTIONS = [
     "trainer.progress_bar=false",
     "tensorboard=scalars",
 ]
+FEW = "+trainer.limit_train_batches=10"
 
 
 def finished(directory: Path, *options: str) -> Path:

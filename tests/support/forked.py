@@ -1,21 +1,23 @@
 """Commands in forked processes, which need not import torch and Lightning for five seconds each.
 
 A fork server has imported them; each command runs in a fork of it, with its own working directory,
-environment, arguments, streams and exit code.
+environment, arguments, streams and exit code. Members of a sweep are forks of the sweep.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PRELOAD = ["cnntrain.training", "cnntrain.inference", "cnntrain.commands.train", "forked"]
+PRELOAD = ["cnntrain.training", "cnntrain.inference", "cnntrain.commands.train", "forked", "warm"]
 
 
 class Command:
@@ -71,7 +73,18 @@ def run_command(
     return subprocess.CompletedProcess([*arguments], command.returncode, out, err)
 
 
+def wait_until(process: subprocess.Popen[str] | Command, true: Callable[[], bool]) -> None:
+    """Poll; fails when the process ends before, and ends it at the timeout."""
+    deadline = time.monotonic() + 200
+    while not true():
+        if process.poll() is None and time.monotonic() > deadline:
+            process.kill()
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
 def _main(arguments: list[str], folder: str, environment: dict[str, str], streams: str) -> None:
+    gc.freeze()  # a collection would copy every page of what the server has imported
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -85,7 +98,9 @@ def _main(arguments: list[str], folder: str, environment: dict[str, str], stream
     sys.argv = ["cnntrain", *arguments]
     sys.orig_argv = [sys.executable, "-m", "cnntrain", *arguments]
     from cnntrain.commands import main
+    from cnntrain.sweeps import processes
 
+    processes.METHOD, processes.PROCESSES = "fork", multiprocessing.get_context("fork")
     try:
         main()
     finally:

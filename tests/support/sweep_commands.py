@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ def start(folder: Path, *typed: str, **environment: str) -> subprocess.Popen[str
     )
 
 
-def end(process: subprocess.Popen[str], code: int = 0) -> list[str]:
+def end(process: subprocess.Popen[str] | Command, code: int = 0) -> list[str]:
     """Wait for the end, with this exit code and no traceback; returns the printed lines but the
     first."""
     try:
@@ -53,17 +51,6 @@ def end(process: subprocess.Popen[str], code: int = 0) -> list[str]:
     first, *lines = printed.splitlines()
     assert first == "sweep: checking the config of every run"
     return lines
-
-
-def wait_until(process: subprocess.Popen[str] | Command, true: Callable[[], bool]) -> None:
-    """Poll; ends the sweep at the timeout."""
-    deadline = time.monotonic() + 200
-    while not true():
-        if process.poll() is not None or time.monotonic() > deadline:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError(process.communicate())
-        time.sleep(0.005)
 
 
 def rows(folder: Path) -> dict[str, dict[str, str]]:

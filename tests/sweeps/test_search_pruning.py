@@ -50,7 +50,7 @@ def run(
     sweep: Path, asked: PlannedTrial, *callbacks: lightning.Callback, resume: bool = False
 ) -> Any:
     return train(
-        compose([*RUN, *asked.overrides]),
+        compose([*RUN, "tensorboard=scalars", *asked.overrides]),
         sweep / asked.name,
         resume=resume,
         callbacks=[pruning_callback(sweep, asked.number), *callbacks],

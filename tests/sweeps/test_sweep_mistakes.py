@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Reject, Run
+from command_line import TRAIN
+from conftest import ROOT, Reject
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from run_folders import tree
@@ -91,14 +93,13 @@ def test_torch_is_not_imported_for_the_check() -> None:
 
 
 @pytest.mark.parametrize(("launcher", "package"), [("submitit_slurm", "submitit")])
-def test_a_launcher_that_is_not_installed(
-    cnntrain: Run, tmp_path: Path, launcher: str, package: str
-) -> None:
+def test_a_launcher_that_is_not_installed(tmp_path: Path, launcher: str, package: str) -> None:
     hidden = tmp_path / "shadow/hydra_plugins/__init__.py"  # found before the one with plugins
     hidden.parent.mkdir(parents=True)
     hidden.touch()
-    path = str(tmp_path / "shadow")
-    done = cnntrain("-m", *TINY, "seed=0,1", f"hydra/launcher={launcher}", PYTHONPATH=path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "shadow")}
+    command = [*TRAIN, "-m", *TINY, "seed=0,1", f"hydra/launcher={launcher}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[1:] == [
         f"  hydra/launcher={launcher}: is not installed; pip install hydra-{package}-launcher"

@@ -12,8 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from forked import Command, run_command
-from sweep_commands import completed, end, hparams, numbers, rows, start, wait_until
+from forked import Command, run_command, wait_until
+from sweep_commands import completed, end, hparams, numbers, rows, start
 
 from cnntrain.config.resume import read_result
 from cnntrain.metric_names import METRICS
@@ -128,7 +128,8 @@ def test_stopped_resumed_and_extended(stopped: Path, uninterrupted: tuple[Path, 
     wait_until(alone, (folder / name / "metrics.csv").exists)
     alone.send_signal(signal.SIGSTOP)
     done = completed(folder)
-    sweep = start(stopped, f"{clip}=null,1.0", "seed=0", *reversed(FOUR[:-2]), "sweep=s")
+    extended = [f"{clip}=null,1.0", "seed=0", *reversed(FOUR[:-2]), "sweep=s"]
+    sweep = Command(["train", "-m", *extended], stopped)
     wait_until(sweep, lambda: len(completed(folder)) == 4)
     status = rows(folder)[name]["status"]
     alone.send_signal(signal.SIGCONT)

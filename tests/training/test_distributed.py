@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from forked import Command
+from conftest import Start
+from forked import wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torturing.runs import differences, record
 
@@ -66,30 +65,7 @@ EVERYTHING = [
     "tensorboard=scalars",
 ]
 
-Start = Callable[..., Any]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts `python train.py`, or TORCHRUN with it, in an empty folder; ends what is left."""
-    started: list[Any] = []
-
-    def run(*words: str, by: Sequence[str] = (), **env: str) -> Any:
-        environment = {**os.environ, **env}
-        if by:
-            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            command = [*by, str(ROOT / "train.py"), *words]
-            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))
-        else:
-            started.append(Command(["train", *words], tmp_path, environment))
-        return started[-1]
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -114,20 +90,16 @@ def ps(*options: str) -> list[str]:
     return subprocess.run(["ps", *options], capture_output=True, text=True).stdout.splitlines()
 
 
-def wait_for(file: Path, process: Any) -> None:
-    deadline = time.monotonic() + 180
-    while not file.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def steps(checkpoint: Path) -> int:
     for _ in range(100):
         with contextlib.suppress(checkpoint_file.DamagedError):  # has no name for a moment
             return checkpoint_file.read(checkpoint)["global_step"]
         time.sleep(0.01)
     raise AssertionError(f"{checkpoint} is missing")
+
+
+def epochs(log: Path) -> int:
+    return log.read_text().count("epoch ") if log.exists() else 0
 
 
 def gone(pid: int, seconds: float = 20) -> bool:
@@ -140,36 +112,28 @@ def gone(pid: int, seconds: float = 20) -> bool:
 
 
 def test_two_processes_compute_what_one_does(start: Start, tmp_path: Path) -> None:
-    """Started by the first, and by torchrun."""
-    train(compose([*EXACT, "trainer=cpu"]), tmp_path / "one")
-    for name, by in [("two", ()), ("torchrun", TORCHRUN)]:
-        process = start(*EXACT, *DDP, f"hydra.run.dir={name}", by=by)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        assert "Traceback" not in err
-        assert out.count("epoch 1/2") == out.count("test accuracy") == 1
-        if name == "two":
-            assert err == ""
-        files = [
-            torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)
-            for run in ("one", name)
-        ]
-        for key, tensor in files[0]["state_dict"].items():
-            torch.testing.assert_close(files[1]["state_dict"][key], tensor, rtol=1e-5, atol=1e-6)
-        tags = "train/loss_step", "weight_update/grad_norm", "train/loss", "train/acc", "val/loss"
-        for tag in tags:
-            one, two = (scalars(tmp_path / run, tag) for run in ("one", name))
-            assert len(two) == (6 if tag in tags[:2] else 2)  # updates, or epochs
-            assert two == pytest.approx(one, rel=1e-5)
-        metrics = [result(tmp_path / run)["metrics"] for run in ("one", name)]
-        assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
-        assert {path.name for path in (tmp_path / name).iterdir() if "tfevents" in path.name}
-        assert not differences_of_names(tmp_path / "one", tmp_path / name)
-    assert not list(differences(record(tmp_path / "two"), record(tmp_path / "torchrun")))
+    runs = tmp_path / "one", tmp_path / "two"
+    train(compose([*EXACT, "trainer=cpu"]), runs[0])
+    process = start(*EXACT, *DDP, "hydra.run.dir=two")
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, "")
+    assert out.count("epoch 1/2") == out.count("test accuracy") == 1
+    files = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in runs]
+    for key, tensor in files[0]["state_dict"].items():
+        torch.testing.assert_close(files[1]["state_dict"][key], tensor, rtol=1e-5, atol=1e-6)
+    tags = "train/loss_step", "weight_update/grad_norm", "train/loss", "train/acc", "val/loss"
+    for tag in tags:
+        one, two = (scalars(run, tag) for run in runs)
+        assert len(two) == (6 if tag in tags[:2] else 2)  # updates, or epochs
+        assert two == pytest.approx(one, rel=1e-5)
+    metrics = [result(run)["metrics"] for run in runs]
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
+    assert {path.name for path in runs[1].iterdir() if "tfevents" in path.name}
+    assert not differences_of_names(*runs)
 
 
 def differences_of_names(one: Path, two: Path) -> set[str]:
-    """Files that only one of the runs has, except those of a command line."""
+    """Files that only one of the runs has, except those of a command line or a resume."""
     names = [
         {str(f.relative_to(run)) for f in run.rglob("*") if "tfevents" not in f.name}
         for run in (one, two)
@@ -178,16 +142,15 @@ def differences_of_names(one: Path, two: Path) -> set[str]:
 
 
 def test_killed_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
-    uninterrupted = start(*EVERYTHING, *DDP, "hydra.run.dir=uninterrupted")
+    """To the bits of an uninterrupted run, which torchrun starts."""
+    uninterrupted = start(*EVERYTHING, *DDP, "hydra.run.dir=uninterrupted", by=TORCHRUN)
     last = tmp_path / "run/checkpoints/last.ckpt"
     for rank, signum, code in [(1, "KILL", 1), (1, "INT", 130), (0, "KILL", -9), (0, "", 0)]:
         before = steps(last) if last.exists() else 0
         process = start(*EVERYTHING, *DDP, "hydra.run.dir=run", "resume=auto")
         if signum:
-            wait_for(last, process)
-            while steps(last) == before:
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.01)
+            wait_until(process, last.exists)
+            wait_until(process, lambda before=before: steps(last) != before)
             (other,) = children(process)
             os.kill(other if rank else process.pid, getattr(signal, f"SIG{signum}"))
         _, err = process.communicate(timeout=180)
@@ -203,8 +166,13 @@ def test_killed_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
             interrupted = "cnntrain: interrupted by SIGINT; resume with resume=run"
             assert err.splitlines()[-1] == interrupted
             assert checkpoint_file.read(last)["position"]["batch"] > 0
-    assert uninterrupted.wait(timeout=180) == 0
-    assert not list(differences(record(tmp_path / "uninterrupted"), record(tmp_path / "run")))
+    out, err = uninterrupted.communicate(timeout=180)
+    assert uninterrupted.returncode == 0, err
+    assert "Traceback" not in err
+    assert out.count("epoch 1/2") == out.count("test accuracy") == 1
+    runs = tmp_path / "uninterrupted", tmp_path / "run"
+    assert not list(differences(*map(record, runs)))
+    assert not differences_of_names(*runs)
 
 
 BAD = """\
@@ -302,14 +270,13 @@ def test_other_trainer_for_two_processes_is_rejected(tmp_path: Path) -> None:
 def test_stuck_process(start: Start, tmp_path: Path) -> None:
     """The main thread waits in a collective: a second SIGINT is handled without it, and without
     any signal the wait is bounded."""
-    options = [*EVERYTHING, *DDP, "trainer.max_epochs=100", "hydra.run.dir=run", "resume=auto"]
+    options = [*EVERYTHING, *DDP, "trainer.max_epochs=300", "hydra.run.dir=run", "resume=auto"]
+    options += ["trainer.limit_train_batches=4", "trainer.early_stopping=null"]
+    log = tmp_path / "run/train.log"
     for signals, code in [([signal.SIGINT, signal.SIGINT], 130), ([], 1)]:
-        log = tmp_path / "run/train.log"
-        epochs = log.read_text().count("epoch ") if log.exists() else 0
+        before = epochs(log)
         process = start(*options, *([] if signals else ["trainer.timeout=5"]))
-        while not log.exists() or log.read_text().count("epoch ") < epochs + 2:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.1)
+        wait_until(process, lambda before=before: epochs(log) > before + 1)
         (other,) = children(process)
         os.kill(other, signal.SIGSTOP)
         time.sleep(1)

@@ -74,7 +74,7 @@ def test_resumed_epoch_with_too_few_batches_is_skipped(
 
 
 def test_command(cnntrain, tmp_path: Path) -> None:
-    few = ["+trainer.limit_train_batches=12", "trainer.max_epochs=1"]
+    few = ["+trainer.limit_train_batches=12", "trainer.max_epochs=1", "tensorboard=scalars"]
     done = cnntrain(*OPTIONS[:3], *few, "profile=true", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert not done.stderr

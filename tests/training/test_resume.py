@@ -78,12 +78,12 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
 
 def train_until_completed(directory: Path, *options: str, **how: Any) -> int:
     """Train, resuming after each interruption. Returns the number of interruptions."""
-    interruptions = 0
+    interruptions, cfg = 0, compose([*EVERYTHING, *options])
     while True:
         random.seed(interruptions)  # numbers drawn before a resume have no effect
         np.random.seed(interruptions)  # noqa: NPY002
         try:
-            train(compose([*EVERYTHING, *options]), directory, resume=True, **how)
+            train(cfg, directory, resume=True, **how)
             return interruptions
         except Interrupted:
             interruptions += 1
@@ -153,7 +153,7 @@ def test_options_resume_bitwise(stops: Stops, tmp_path: Path, chosen: str) -> No
 def test_early_stopping_resumes(stops: Stops, tmp_path: Path) -> None:
     """Interrupted in the last epoch, the run is not one epoch longer."""
     options = ["trainer.early_stopping=1", "optimizer.lr=0", "trainer.ema=null", "model.norm=false"]
-    options += ["scheduler=none", "trainer.max_epochs=5"]
+    options += ["scheduler=none", "trainer.max_epochs=5", "tensorboard=scalars"]
     stops.wanted = [("train", 2 * STEPS)]
     assert train_until_completed(tmp_path / "run", *options) == 1
     stopped = read_result(tmp_path / "run")
@@ -198,7 +198,7 @@ def test_random_numbers_of_python_and_numpy_resume(
             return forward(self, x)
 
         monkeypatch.setattr(nn.Flatten, "forward", noisy)
-        train_until_completed(directory, "trainer.max_epochs=1")
+        train_until_completed(directory, "trainer.max_epochs=1", "tensorboard=scalars")
         monkeypatch.setattr(nn.Flatten, "forward", forward)
         return drawn
 
@@ -257,14 +257,22 @@ def test_typed_default_changes_the_run(tmp_path: Path) -> None:
     }
 
 
-@pytest.fixture
-def halfway(uninterrupted: Path, stops: Stops, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was interrupted in its second epoch."""
-    stops.wanted = [("train", STEPS + 2)]
-    with pytest.raises(Interrupted, match="SIGTERM"):
-        train(compose(EVERYTHING), tmp_path / "run")
+    directory = tmp_path_factory.mktemp("begun") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        Stops(patch).wanted = [("train", STEPS + 2)]
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            train(compose(EVERYTHING), directory)
     interruption.received = None
-    return tmp_path / "run"
+    return directory
+
+
+@pytest.fixture
+def halfway(begun: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(begun, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ class Run:
                 "trainer=cpu",
                 "trainer.progress_bar=false",
                 f"trainer.max_epochs={EPOCHS}",
+                *("+trainer.limit_val_batches=1", "tensorboard=scalars"),
                 "data.batch_size=100",
                 "data.val_size=4230",  # leaves 770 images, the last batch has 70
                 "data.crop=1",
@@ -136,7 +137,7 @@ def test_replayed_steps_are_the_same_bits(tmp_path: Path, options: list[str]) ->
 
 
 def test_batches_of_each_size_are_replayed(tmp_path: Path) -> None:
-    options = ["trainer.max_epochs=5", "data.val_size=4730"]  # 100, 100, 70
+    options = ["trainer.max_epochs=5", "data.val_size=4730", "tensorboard=full"]  # 100, 100, 70
     plain = Run(tmp_path / "plain", *options).fit()
     graphed = Run(tmp_path / "graphed", *options, recorder=KernelRecorder()).fit()
     assert_same_bits(graphed.everything, plain.everything)
@@ -251,7 +252,7 @@ def test_steps_synchronise_only_to_log(
 
     options = [f"backend={backend}", "data.hflip=0.5", "data.erase=0.2", "trainer.ema=0.9"]
     options += [f"trainer.log_every_n_steps={every}", "trainer.gradient_clip_val=1"]
-    options += [f"optimizer={optimizer}", "trainer.progress_bar=true"]
+    options += [f"optimizer={optimizer}", "trainer.progress_bar=true", "tensorboard=full"]
     run = Run(tmp_path, *options, recorder=KernelRecorder() if graphs else None)
     run.trainer.callbacks.append(Count())
     run.defer_nan_check()

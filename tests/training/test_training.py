@@ -42,7 +42,7 @@ def evaluate(network: nn.Module, loader: Any) -> tuple[float, float]:
 
 
 def test_metrics_are_those_of_the_checkpoint(tmp_path: Path) -> None:
-    result, cfg = run(tmp_path / "run", "trainer.max_epochs=2", "loss.label_smoothing=0.1")
+    result, cfg = run(tmp_path / "run", "trainer.max_epochs=2", "loss.label_smoothing=0.1", SCALARS)
     data = build(cfg.data)
     network = load(
         cfg, tmp_path / "run/checkpoints/best.ckpt", in_shape=(1, 28, 28), num_classes=10
@@ -64,6 +64,7 @@ def test_training_is_the_plain_loop(tmp_path: Path) -> None:
         "trainer.test_checkpoint=last",
         "optimizer.lr=0.02",
         "seed=5",
+        SCALARS,
     )
     torch.manual_seed(5)
     import lightning
@@ -209,7 +210,8 @@ def test_files_of_the_run_directory(tmp_path: Path) -> None:
 def test_hparams_tab_has_options_and_final_metrics(tmp_path: Path) -> None:
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    result, _ = run(tmp_path / "run", "optimizer.lr=0.001", "+trainer.limit_train_batches=3")
+    options = ("optimizer.lr=0.001", "+trainer.limit_train_batches=3", SCALARS)
+    result, _ = run(tmp_path / "run", *options)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     content = {
         tag: plugin_data_pb2.HParamsPluginData.FromString(data)
@@ -242,6 +244,7 @@ def test_options_reach_the_library(tmp_path: Path) -> None:
         "trainer.log_every_n_steps=1",
         "trainer.test_checkpoint=last",
         "+trainer.limit_train_batches=2",
+        SCALARS,
     )
     assert len(scalars(tmp_path / "clip", "weight_update/lr")) == 1  # two batches, one step
     norms = scalars(tmp_path / "clip", "weight_update/grad_norm")
@@ -318,7 +321,7 @@ def test_compile_computes_the_same(tmp_path: Path) -> None:
 
 
 def test_directory_of_another_run_is_rejected(tmp_path: Path) -> None:
-    run(tmp_path / "run", "+trainer.limit_train_batches=1")
+    run(tmp_path / "run", "+trainer.limit_train_batches=1", SCALARS)
     before = (tmp_path / "run/result.json").read_text()
     with pytest.raises(ConfigError, match="holds another run already"):
         run(tmp_path / "run")
