@@ -44,6 +44,9 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
         if key not in cfg:
             problems += [] if key in root.optional else [f"{key}: missing"]
             continue
+        if missing := OmegaConf.missing_keys(cfg[key]) if OmegaConf.is_dict(cfg[key]) else ():
+            problems += [f"{name}: has to be given, {name}=..." for name in sorted(missing)]
+            continue
         values, wrong = _resolved(cfg, key)
         if wrong:
             problems.append(f"{key}: {wrong}")

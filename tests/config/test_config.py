@@ -117,10 +117,19 @@ def test_shipped_choices_are_valid() -> None:
     groups["experiment"] = [f.stem for f in (CONF / "experiment").glob("*.yaml")]
     groups.pop("loss")
     assert all(groups.values())
+    given = {"arrays": ["data.root=a.npz"], "torchvision": ["data.name=MNIST"]}
+    given["image_folder"] = ["data.root=photos"]
     for group, choices in groups.items():
         for choice in choices:
             if (group, choice) != ("trainer", "gpu"):
-                assert compose([f"{group}={choice}"]).seed == 0
+                required = given.get(choice, []) if group == "data" else []
+                assert compose([f"{group}={choice}", *required]).seed == 0
+
+
+def test_option_that_has_to_be_given() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["data=image_folder"])
+    assert caught.value.problems == ["data.root: has to be given, data.root=..."]
 
 
 def test_options_reach_the_config() -> None:
