@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 ERASE_AREA = (0.02, 0.33)  # of the image
 ERASE_RATIO = (0.3, 3.3)  # height over width
@@ -99,22 +100,16 @@ class Augment:
 
     def transforms(self, height: int, width: int) -> list[nn.Module]:
         """Those of torchvision, for images (C, H, W) of this size."""
-        affine_on = self.rotate or self.translate or self.shear or self.scale != (1, 1)
-        area, trivial, jitter = self.random_resized_crop, self.trivial_augment, self.color_jitter
-        if not (affine_on or area or trivial or jitter):
-            return []
-        from torchvision.transforms import v2  # half a second
-
         bilinear, found = v2.InterpolationMode.BILINEAR, list[nn.Module]()
-        if area:
+        if area := self.random_resized_crop:
             found.append(v2.RandomResizedCrop((height, width), scale=(area, 1.0)))
-        if affine_on:
+        if self.rotate or self.translate or self.shear or self.scale != (1, 1):
             shift = self.translate, self.translate
             affine = self.rotate, shift, self.scale, self.shear
             found.append(v2.RandomAffine(*affine, interpolation=bilinear))
-        if trivial:
+        if self.trivial_augment:
             found.append(v2.TrivialAugmentWide(interpolation=bilinear))
-        if jitter:
+        if jitter := self.color_jitter:
             each = (*[jitter] * 3, jitter / 4) if isinstance(jitter, (int, float)) else jitter
             found.append(v2.ColorJitter(*each))
         return found
