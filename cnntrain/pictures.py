@@ -115,8 +115,8 @@ def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
     group = -(-len(names) // MAX_CELLS)
     names = names[::group]
     classes, font, counts = len(names), _font(13), counts.coalesce()
-    content = counts.indices() // group, counts.values(), (classes, classes)
-    counts = torch.sparse_coo_tensor(*content, check_invariants=True).to_dense()
+    dense = counts.values().new_zeros((classes, classes))
+    counts = dense.index_put_(tuple(counts.indices() // group), counts.values(), accumulate=True)
     cell, numbered = (46, True) if classes <= 20 else (max(1, 920 // classes), False)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     part = "validation" if split == "val" else split

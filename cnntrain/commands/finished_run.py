@@ -76,10 +76,10 @@ def export() -> None:
         from cnntrain.inference import export
 
         with report_errors():
-            exported = export(trained, cfg.format, folder=_output_folder())
+            exported = export(trained, cfg.format, normalise=cfg.normalise, folder=_output_folder())
         print(
-            f"loaded again and compared with {trained.backend} on {exported.images} validation "
-            "images, in batches of several sizes:\n"
+            f"loaded again and compared with {trained.backend} on {exported.images} "
+            f"{exported.kind} images, in batches of several sizes:\n"
             f"largest difference of a logit   {exported.error:.1e}   (the largest logit is "
             f"{exported.largest:.3g})\n"
             f"same class                      {exported.same} of {exported.images}\n\n"
@@ -156,11 +156,12 @@ def _print_evaluation(result: "Evaluation") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    trained, outcome = result.trained, result.outcome
+    trained, outcome, means = result.trained, result.outcome, result.outcome.class_means
     tta = ", averaged with their horizontal flips" if result.tta else ""
     terminal.paragraph(
         f"{result.split} accuracy   {result.accuracy:.2%}   (loss {result.loss:.4f}, "
         f"calibration error {outcome.calibration_error:.2%})\n"
+        f"balanced accuracy {means['balanced_acc']:.2%}, macro F1 {means['macro_f1']:.2%}\n"
         f"{len(result.images):,} images{tta}, weights of epoch {trained.epoch} "
         f"({short(trained.checkpoint)}), on {trained.backend}\n\n"
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 from cnntrain.commands.app import exit_with_os_error, exit_with_problems, short
 from cnntrain.config import ConfigError, folder_problem
 from cnntrain.config.errors import unknown
-from cnntrain.sweeps.records import METRICS, collect
+from cnntrain.metric_names import METRICS
+from cnntrain.sweeps.records import collect
 
 OPTIONS = ("metric", "out")
 HELP = f"""\

@@ -49,7 +49,7 @@ def main() -> None:
                 "train",
                 lambda cfg: _train(cfg, resumed),
                 arguments=arguments,
-                dry_run=lambda cfg: _dry_run(resumed[0] if resumed else cfg),
+                dry_run=lambda cfg: _dry_run(cfg, resumed),
                 resuming=resumed is not None,
                 multirun=SweepCommand,
             )
@@ -123,10 +123,10 @@ def _train(cfg: DictConfig, resumed: Resumed | None) -> float:
     return result.metrics[cfg.trainer.monitor]
 
 
-def _dry_run(cfg: DictConfig) -> None:
+def _dry_run(cfg: DictConfig, resumed: Resumed | None) -> None:
     from cnntrain.training import dry_run
 
-    dry_run(cfg)
+    dry_run(resumed[0] if resumed else cfg, resuming=resumed is not None)
 
 
 def _resumed(arguments: argparse.Namespace) -> Resumed | None:

@@ -127,6 +127,7 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
             problems += check_node(inner, NODES[inner], values.pop(name))
         else:
             problems.append(f"{inner}: missing; its file in conf/{key} begins with `defaults:`")
+    types = {**accepted.types, **(signature(node.reader).types if node.reader else {})}
     missing = [name for name in node.given if node.filled and name not in accepted.types]
     if missing and not accepted.open:
         problems.append(f"{named}: must take the parameters {', '.join(missing)}")
@@ -140,10 +141,10 @@ def check_node(key: str, node: Node, values: Any) -> list[str]:
             problems.append(f"{option}: a _target_ may stand only in {', '.join(NODES)}")
         elif name in node.given:
             problems.append(f"{option}: is decided by the program; {node.given[name]}")
-        elif name not in accepted.types and not accepted.open:
-            names = [n for n in accepted.types if n not in node.given]
+        elif name not in types and not accepted.open:
+            names = [n for n in types if n not in node.given]
             problems.append(f"{option}: {unknown(f'{target} has', 'option', name, names)}")
-        elif wrong := mismatch(accepted.types.get(name, Any), value):
+        elif wrong := mismatch(types.get(name, Any), value):
             problems.append(f"{option}: {wrong}")
     return problems
 

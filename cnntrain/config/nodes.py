@@ -50,6 +50,7 @@ class Node:
     filled: bool = False  # all of `given` must be parameters of the target
     unfit: Mapping[str, str] = field(default_factory=dict)  # unusable classes of that kind, and why
     extra: str | None = None  # package that must be installed
+    reader: str | None = None  # function whose parameters are options of the node, too
 
 
 NODES = {
@@ -62,8 +63,9 @@ NODES = {
     "data": Node("cnntrain.data.ImageData"),
     "optimizer": Node(
         "torch.optim.Optimizer",
-        _given("params"),
+        _given("params", "optimizer", "network"),
         partial=True,
+        reader="cnntrain.training.optim.scale_backbone_lr",
         unfit={"torch.optim.SparseAdam": "takes sparse gradients only; torch.optim.Adam any"},
     ),
     "scheduler": Node(

@@ -25,6 +25,11 @@ from torch.compiler import is_compiling
 from cnntrain.conv.geometry import Pair
 from cnntrain.conv.torch_compat import gradient_is_needed
 
+# A constant, as torch.compile traces no call of is_autocast_available in torch 2.11.
+AUTOCAST_DEVICES = [
+    name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)
+]
+
 # In this module `how` is a Geometry, an Algorithm, and the zeros at each side of the input. The
 # Functions pad, so that the backward keeps the unpadded input.
 
@@ -177,7 +182,7 @@ def _required(ctx: Any, i: int) -> bool:
 
 def autocasts(device: str) -> bool:
     """Whether torch.autocast is on for this type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def _run(method: Callable[..., Tensor], a: Tensor, b: Tensor, *how: Any) -> Tensor:

@@ -42,6 +42,7 @@ class ImageData(ABC):
         mean: Mean of the pixels scaled to 0..1, per channel; None: see the attribute.
         std: Standard deviation, likewise.
         augment_epochs: See `Loader`.
+        sampler: Of training images; see `Loader`.
         recorded: What an earlier run found in the data, from its config; see `found`.
         augmentation: Of training images; see `Augment`.
 
@@ -77,6 +78,7 @@ class ImageData(ABC):
         mean: Sequence[float] | None = None,
         std: Annotated[Sequence[PositiveFloat], Field(min_length=1)] | None = None,
         augment_epochs: NonNegativeInt | None = None,
+        sampler: Literal["balanced"] | None = None,
         recorded: Mapping[str, Any] | None = None,
         **augmentation: Any,
     ) -> None:
@@ -86,10 +88,12 @@ class ImageData(ABC):
         self.split_seed = split_seed
         self.augment = Augment(**augmentation)
         self.augment_epochs = augment_epochs
+        self.sampler = sampler
         self._train: tuple[Tensor, Tensor] | None = None
         self.found: dict[str, Any] = {}
         self.find(**(recorded or {}))
-        for name, values in {"mean": mean, "std": std}.items():
+        self.given = {"mean": mean, "std": std}
+        for name, values in self.given.items():
             if values is not None:
                 setattr(self, name, tuple(values))
         if hasattr(self, "train_size"):
@@ -102,12 +106,19 @@ class ImageData(ABC):
             setattr(self, name, value)
             self.found[name] = list(value) if isinstance(value, tuple) else value
 
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take the normalisation of pretrained weights, of RGB images, unless options give it."""
+        for name, values in {"mean": mean, "std": std}.items():
+            if self.given[name] is None:
+                values = values if self.shape[0] == 3 else [sum(values) / 3] * self.shape[0]
+                self.find(**{name: values})
+
     def _hold_out(self) -> None:
         size = self.train_size
         self.val_size = self.val_size or min(max(1, round(self.val_fraction * size)), size - 1)
         if not 0 < self.val_size < size:
             raise ValueError(
-                f"data.val_size={self.val_size}: leaves nothing of the {size} training "
+                f"data.val_size={self.val_size} leaves nothing of the {size} training "
                 f"images to train on: choose at most {size - 1}"
             )
 
@@ -154,6 +165,16 @@ class ImageData(ABC):
         order = np.argsort(raw, kind="stable")
         return np.sort(order[self.val_size :]), np.sort(order[: self.val_size])
 
+    def class_counts(self) -> Tensor:
+        """Images of each class to train on, those held out left out: int64 (classes,), on the CPU.
+
+        Reads the training set.
+        """
+        self.prepare()
+        assert self._train is not None
+        labels = self._train[1][torch.from_numpy(self.split()[0])]
+        return labels.bincount(minlength=self.num_classes)
+
     def normalised(self, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Other images, uint8 (B, C, H, W), normalised as those of the loaders."""
         device = torch.device(device)
@@ -172,6 +193,7 @@ class ImageData(ABC):
         """
         options: dict[str, Any] = {"augment": self.augment, "augment_epochs": self.augment_epochs}
         options |= {"shuffle": True, "seed": seed, "device": device, "rank": rank, "world": world}
+        options["sampler"] = self.sampler
         return self._loader("train", self.batch_size, **options)
 
     def val_loader(self, device: torch.device | str = "cpu", **share: int) -> Loader:
@@ -191,12 +213,12 @@ class ImageData(ABC):
         return Decoder(self.shape, resize="pad")
 
     def _loader(self, part: Part, size: int, **options: Any) -> Loader:
-        images, labels, rows = self._part(part)
+        images, labels, rows = self.part(part)
         options |= {"rows": rows, "mean": self.mean, "std": self.std}
         options |= {"num_classes": self.num_classes, "prefetch": self.mapped}
         return Loader(images, labels if rows is None else labels[rows], size, **options)
 
-    def _part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+    def part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
         """Images (M, C, H, W), their labels (M,), and which of them are the part; None: all."""
         if part == "test":
             return *self._checked("test"), None
@@ -206,7 +228,7 @@ class ImageData(ABC):
 
     def _statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of the images to train on, per channel."""
-        images, _, rows = self._part("train")
+        images, _, rows = self.part("train")
         assert rows is not None
         sums = torch.zeros(2, images.shape[1], dtype=torch.int64)
         for some in rows.split(1024):

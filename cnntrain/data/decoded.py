@@ -185,7 +185,7 @@ class DecodedData(ImageData):
     def names(self, part: Part) -> list[str]:
         return [self.listed[row].name for row in self.rows[part]]
 
-    def _part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+    def part(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
         self.prepare()
         assert self._train is not None
         return *self._train, torch.from_numpy(self.rows[part])

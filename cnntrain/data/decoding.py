@@ -46,7 +46,11 @@ class Decoder:
     invert: bool = False
 
     def read(self, file: Path | IO[bytes]) -> np.ndarray:
-        """The image in a file; raises what Pillow raises."""
+        """The image in a file, uint8 (C, H, W); raises what Pillow raises."""
+        return self(self.load(file))
+
+    def load(self, file: Path | IO[bytes]) -> Image.Image:
+        """The image in a file as it is, but for a large JPEG, which is reduced."""
         with open_image(file) as image:
             # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that suffices.
             factor = REDUCING_GAP * max(self.shape[1:]) / max(1, min(image.size))
@@ -54,17 +58,23 @@ class Decoder:
                 width, height = image.size
                 image.draft(None, (round(width * factor), round(height * factor)))
             image.load()
-            return self(image)
+            return image
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """An image in memory."""
+        """An image in memory, uint8 (C, H, W)."""
+        return self.resized(self.converted(image))
+
+    def converted(self, image: Image.Image) -> Image.Image:
+        """The image upright, in mode L or RGB, and inverted if it is to be."""
         with contextlib.suppress(Exception):  # of many classes, if EXIF data are damaged
             image = ImageOps.exif_transpose(image)
-        channels, height, width = self.shape
         background = 255 - self.background if self.invert else self.background
-        image = in_mode(image, "RGB" if channels == 3 else "L", background)
-        if self.invert:
-            image = ImageOps.invert(image)
+        image = in_mode(image, "RGB" if self.shape[0] == 3 else "L", background)
+        return ImageOps.invert(image) if self.invert else image
+
+    def resized(self, image: Image.Image) -> np.ndarray:
+        """A converted image in the size of the network's input, uint8 (C, H, W)."""
+        channels, height, width = self.shape
         if image.size != (width, height):
             image = self._resized(image, width, height)
         pixels = np.asarray(image).reshape(height, width, channels)

@@ -20,7 +20,8 @@ class Drawings(ImageData):
     drawings: ClassVar[tuple[tuple[int, str], ...]]  # label and rows of each
 
     def __init__(self, *, batch_size: PositiveInt = 1, **options: Any) -> None:
-        fixed = {"val_size": len(self.drawings), "split_seed": 0}  # a TypeError if given again
+        # A TypeError if given again.
+        fixed: dict[str, Any] = {"val_size": len(self.drawings), "split_seed": 0}
         super().__init__(batch_size=batch_size, **fixed, **options)
 
     def read(self, split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -64,6 +65,8 @@ class Loader:
         rows: int64 (N,), indices of the images that belong to `labels`; None: all, M = N. On the
             CPU the images are indexed, not copied.
         shuffle: Whether each epoch has a new order instead of the stored one.
+        sampler: balanced: a shuffled epoch has as many samples, drawn with replacement, each class
+            in `labels` with the same probability; None: every sample once.
         seed: Determines order and augmentation.
         augment: Augmentation; None: none.
         augment_epochs: Number of epochs, from the first on, with more augmentation than flips;
@@ -87,6 +90,7 @@ class Loader:
         std: float | Sequence[float],
         rows: Tensor | None = None,
         shuffle: bool = False,
+        sampler: Literal["balanced"] | None = None,
         seed: int = 0,
         augment: Augment | None = None,
         augment_epochs: int | None = None,
@@ -98,7 +102,7 @@ class Loader:
     ) -> None:
         self.batch_size = batch_size
         self.rank, self.world = rank, world
-        self.shuffle = shuffle
+        self.shuffle, self.sampler = shuffle, sampler
         self.seed = seed
         self.epoch = 0
         self.start = 0
@@ -110,6 +114,7 @@ class Loader:
         nbytes = len(labels) * images[:1].nbytes
         storage = self.device if fits(nbytes, self.device) else torch.device("cpu")
         self.images, self.index = images, rows  # (M, C, H, W), and (N,) or None
+        self.positions = torch.arange(len(labels)) if rows is None else rows  # in the data set
         if storage != images.device:
             moved = torch.empty((len(labels), *images.shape[1:]), dtype=torch.uint8, device=storage)
             for part in torch.arange(len(labels)).split(4096):  # without a second copy on the CPU
@@ -226,10 +231,18 @@ class Loader:
         return [batch[..., self.rank :: self.world] for batch in batches]
 
     def _order(self, epoch: int) -> Tensor:
-        """Order of the epoch: every row once, int64 (N,), on the CPU."""
+        """Rows of the epoch in order: every row once, or sampled; int64 (N,), on the CPU."""
+        n, generator = len(self.labels), self._generator(epoch, ORDER)
         if not self.shuffle:
-            return torch.arange(len(self.labels))
-        return torch.randperm(len(self.labels), generator=self._generator(epoch, ORDER))
+            return torch.arange(n)
+        if self.sampler is None:
+            return torch.randperm(n, generator=generator)
+        # A class, then one of its images, in integers: the same on every machine.
+        labels = self.labels.cpu()
+        counts = labels.unique(return_counts=True)[1]  # of the classes in `labels`
+        classes = torch.randint(len(counts), (n,), generator=generator)
+        offsets = torch.randint(2**62, (n,), generator=generator) % counts[classes]
+        return labels.argsort(stable=True)[(counts.cumsum(0) - counts)[classes] + offsets]
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
         mixed = self._seeds(epoch, stream)

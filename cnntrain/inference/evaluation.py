@@ -37,9 +37,10 @@ class Evaluation:
     tta: str | None
     loss: float  # mean over the images
     accuracy: float  # from 0 to 1
-    outcome: Predictions
+    outcome: Predictions  # with `class_means`: balanced accuracy and macro F1
     images: Tensor  # uint8 (N, C, H, W), as stored in the data set
     positions: Tensor  # index of each image in the files of the data set (N,)
+    names: list[str] | None  # of the file of each image, if it has one
 
     @property
     def classes(self) -> list[dict[str, Any]]:
@@ -59,6 +60,7 @@ class Evaluation:
         return [
             {
                 "index": int(self.positions[i]),
+                **({"image": self.names[i]} if self.names else {}),
                 "class": names[int(outcome.labels[i])],
                 "predicted": names[int(outcome.predicted[i])],
                 "probability": float(outcome.confidence[i]),
@@ -98,6 +100,7 @@ class Evaluation:
             "tta": self.tta,
             "images": len(self.images),
             "accuracy": self.accuracy,
+            **self.outcome.class_means,
             "loss": self.loss,
             "calibration_error": self.outcome.calibration_error,
             "classes": self.classes,
@@ -110,7 +113,8 @@ class Evaluation:
         images = {"confusion.png": pictures.confusion(confusion, names, self.split)}
         if self.mistakes:
             stored = self.images.__getitem__
-            images["mistakes.png"] = worst(self.outcome, stored, names, MAX_MISTAKES)
+            shown = worst(self.outcome, stored, names, MAX_MISTAKES, self.names)
+            images["mistakes.png"] = shown
         for name, picture in images.items():
             (folder / name).write_bytes(pictures.png(picture))
         return [folder / name for name in ("evaluation.json", *images)]
@@ -143,7 +147,7 @@ def evaluate(
     """
     trained = load_trained(run, checkpoint, backend=backend, device=device, root=root)
     with as_config_error("loss"):
-        criterion = build(trained.cfg.loss)
+        criterion = build(trained.cfg.loss).eval()
     data, kind = trained.data, trained.device
     dtype = AUTOCAST.get(str(evaluation_precision(trained, precision)))
     autocast = torch.autocast(kind.type, dtype) if dtype else contextlib.nullcontext()
@@ -164,11 +168,9 @@ def evaluate(
             f"{trained.checkpoint}: with these weights, on {trained.backend}, the loss is {loss}"
         )
     outcome = Predictions.of(answers)
-    positions = torch.arange(count) if split == "test" else torch.from_numpy(data.split()[1])
     stored = loader.stored().cpu()
-    return Evaluation(
-        trained, split, tta, loss / count, correct / count, outcome, stored, positions
-    )
+    names, means = data.names(split), (loss / count, correct / count)
+    return Evaluation(trained, split, tta, *means, outcome, stored, loader.positions, names)
 
 
 def evaluation_precision(trained: Trained, precision: Precision | None) -> Precision:

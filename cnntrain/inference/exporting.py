@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import cnntrain
 from cnntrain.config import ConfigError
+from cnntrain.data import DataError, ImageData
+from cnntrain.data.loader import Normalise
 from cnntrain.inference.trained import Trained, load_trained
 from cnntrain.interruption import interruptible
 from cnntrain.terminal import NoTraceback
@@ -42,6 +44,7 @@ class Exported:
 
     file: Path
     images: int  # compared
+    kind: str  # of these images: validation, or random without the data set
     error: float  # largest absolute difference of a logit
     largest: float  # largest absolute logit
     same: int  # images with the same predicted class
@@ -54,21 +57,24 @@ def export(
     *,
     checkpoint: str | os.PathLike[str] = "best",
     root: str | os.PathLike[str] | None = None,
+    normalise: bool = False,
     folder: str | os.PathLike[str] | None = None,
 ) -> Exported:
     """Export the network of a run to a file.
 
     The file maps normalised images, float32 (N, C, H, W) with any N, to logits (N, classes). It
-    contains class names, mean and standard deviation: as metadata of the ONNX model, or as the
-    extra file cnntrain.json of the torch.export program.
+    contains class names, size, resize mode, background, mean and standard deviation: as metadata of
+    the ONNX model, or as the extra file cnntrain.json of the torch.export program.
 
     Convolutions are exported as those of `nn.Conv2d`, whatever the backend: loops would become
     thousands of graph nodes. The result is compared with the network on its own backend, on
-    validation images. A backend with other parameters than `nn.Conv2d` is exported as it is.
+    validation images, or on random ones if the data set cannot be read. A backend with other
+    parameters than `nn.Conv2d` is exported as it is.
 
     Args:
         run, checkpoint, root: See `load_trained`.
         format: onnx, or torch for a torch.export program.
+        normalise: Whether the file takes uint8 images (N, C, H, W) and normalises them itself.
         folder: Where to write; None: export/ in the run directory.
 
     Raises:
@@ -78,7 +84,8 @@ def export(
     check_installed(format)
     trained = load_trained(run, checkpoint, device="cpu", root=root)
     data = trained.data
-    images = data.val_loader().rows(torch.arange(min(max(BATCH_SIZES), data.val_size)))
+    images, kind = _images(data)
+    inputs = data.normalised(images)
     # Not `convert`, which rejects convolutions that override the computation.
     cfg = trained.cfg.copy()
     cfg.backend = {"_target_": "torch.nn.Conv2d", "_partial_": True}
@@ -87,6 +94,8 @@ def export(
         network = trained.network
     else:
         network.load_state_dict(weights)
+    if normalise:
+        network = nn.Sequential(Normalisation(data), network)
     file = Path(folder or trained.run / "export") / f"{trained.checkpoint.stem}{SUFFIXES[format]}"
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}")
@@ -95,8 +104,9 @@ def export(
         with _silence():
             try:
                 # Zeros, as the program keeps its example; a batch of one would fix the batch size.
-                example = torch.zeros(2, *data.shape)
-                exported = write(network, example, _metadata(trained), temporary)
+                example = torch.zeros(2, *data.shape, dtype=torch.uint8)
+                example = example if normalise else example.float()
+                exported = write(network, example, _metadata(trained, normalise), temporary)
             except OSError:
                 raise
             except Exception as error:  # exporters raise many classes
@@ -104,7 +114,8 @@ def export(
                 raise ExportError(
                     f"format={format}: PyTorch cannot export this network: {reason}"
                 ) from error
-            result = _compare(trained.network, exported, images, file)
+            taken = images if normalise else inputs
+            result = _compare(trained.network, inputs, exported, taken, kind, file)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -120,14 +131,42 @@ def check_installed(format: Format) -> None:
         )
 
 
-def _metadata(trained: Trained) -> dict[str, Any]:
+class Normalisation(nn.Module):
+    """uint8 images (N, C, H, W) normalised as those of a data set."""
+
+    def __init__(self, data: ImageData):
+        super().__init__()
+        normalise = Normalise(data.mean, data.std, torch.device("cpu"))
+        self.register_buffer("scale", normalise.scale)
+        self.register_buffer("shift", normalise.shift)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32) * self.scale + self.shift
+
+
+def _images(data: ImageData) -> tuple[Tensor, str]:
+    """uint8 (N, C, H, W), and whether they are validation images, or random ones without these."""
+    try:
+        loader = data.val_loader()
+        return loader.stored(torch.arange(len(loader.labels))[: max(BATCH_SIZES)]), "validation"
+    except DataError:
+        generator, size = torch.Generator().manual_seed(0), (max(BATCH_SIZES), *data.shape)
+        return torch.randint(256, size, generator=generator, dtype=torch.uint8), "random"
+
+
+def _metadata(trained: Trained, normalise: bool) -> dict[str, Any]:
     data = trained.data
+    kind = "uint8 (N, C, H, W)"
+    if not normalise:
+        kind = "float32 (N, C, H, W): (pixel / 255 - mean) / std"
     return {
         "classes": list(data.classes),
         "shape": list(data.shape),
         "mean": list(data.mean),
         "std": list(data.std),
-        "input": "images, float32 (N, C, H, W): (pixel / 255 - mean) / std",
+        "resize": data.decoder.resize,
+        "background": data.decoder.background,
+        "input": f"images, {kind}",
         "output": "logits, float32 (N, classes)",
         "model": trained.cfg.model._target_,
         "trained_on": trained.cfg.backend._target_,
@@ -137,10 +176,13 @@ def _metadata(trained: Trained) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _compare(network: Network, exported: Network, images: Tensor, file: Path) -> Exported:
+def _compare(
+    network: Network, inputs: Tensor, exported: Network, images: Tensor, kind: str, file: Path
+) -> Exported:
+    """Compare the logits of the network for `inputs` with those of the file for `images`."""
     errors = []
     for size in dict.fromkeys(min(size, len(images)) for size in BATCH_SIZES):
-        expected, logits = network(images[-size:]), exported(images[-size:])
+        expected, logits = network(inputs[-size:]), exported(images[-size:])
         error, largest = float("nan"), float(expected.abs().max())
         if logits.shape == expected.shape:
             error = float((logits - expected).abs().max())
@@ -151,7 +193,7 @@ def _compare(network: Network, exported: Network, images: Tensor, file: Path) ->
             )
         errors.append(error)
     same = int((logits.argmax(1) == expected.argmax(1)).sum())  # of the last and largest batch
-    return Exported(file, len(images), max(errors), largest, same)
+    return Exported(file, len(images), kind, max(errors), largest, same)
 
 
 def _write_onnx(

@@ -1,8 +1,6 @@
 """Input images of `predict`: files, folders and arrays, converted to the input of a network."""
 
-import contextlib
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from cnntrain.config import ConfigError
+from cnntrain.data.decoding import SUFFIXES, Decoder, decoding_error, no_warnings
 from cnntrain.data.idx import GZIP_MAGIC, read_idx
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".idx", "-ubyte", ".idx.gz", "-ubyte.gz")
+ENDINGS = (*SUFFIXES, ".idx", "-ubyte", ".idx.gz", "-ubyte.gz")
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 ImageSource = Path | tuple[str, Image.Image]  # a file; or an image in memory and its name
@@ -34,7 +33,7 @@ class InputImage:
 def find_images(images: Any) -> list[ImageSource]:
     """Files and images in the argument of `predict`; ConfigError for anything else.
 
-    Of a folder these are all PNG, JPEG and IDX files below it, without hidden and label files.
+    Of a folder these are all image and IDX files below it, without hidden and label files.
     """
     if sources := list(_sources(images, "images")):
         return sources
@@ -66,13 +65,13 @@ def _files(path: str) -> list[Path]:
         return [Path(path)]
     files = sorted(file for file in Path(path).rglob("*") if _is_image(file.relative_to(path)))
     if not files:
-        raise ConfigError([f"images={path}: contains no PNG, JPEG or IDX file"])
+        raise ConfigError([f"images={path}: contains no image or IDX file"])
     return files
 
 
 def _is_image(file: Path) -> bool:
     name, hidden = file.name.lower(), any(part.startswith(".") for part in file.parts)
-    return name.endswith(SUFFIXES) and not hidden and "idx1" not in name and "labels" not in name
+    return name.endswith(ENDINGS) and not hidden and "idx1" not in name and "labels" not in name
 
 
 def _channels_last(images: Any, name: str) -> np.ndarray:
@@ -100,66 +99,41 @@ def _channels_last(images: Any, name: str) -> np.ndarray:
     return (array * (255 / top)).round().astype(np.uint8).reshape(-1, *array.shape[-3:])
 
 
-def read_images(
-    source: ImageSource, shape: tuple[int, int, int], *, invert: bool
-) -> Iterator[InputImage]:
-    """All images in a PNG, JPEG or IDX file, or the one in memory, as (C, H, W) = `shape`.
+def read_images(source: ImageSource, decoder: Decoder) -> Iterator[InputImage]:
+    """All images in an image or IDX file, or the one in memory, as inputs of the network.
 
-    An image is scaled to fit and centred on black. 16 bits become 8; colour becomes grey (ITU-R
-    601) where C is 1; transparent pixels become background, which is black; with `invert`, as for
-    ink on paper, dark becomes light first. A grey image of the size `shape` is not changed. It has
-    an `error` if the file is damaged, of another format or too large, or if C is neither 1 nor 3.
+    An image has an `error` if the file is damaged, of another format or too large, or if the
+    network's images are neither grey nor RGB.
     """
-    channels, height, width = shape
     name = str(source if isinstance(source, Path) else source[0])
     try:
-        if channels not in (1, 3):
+        if decoder.shape[0] not in (1, 3):
+            channels = decoder.shape[0]
             raise ValueError(f"is grey or colour, but the network expects {channels} channels")
-        for suffix, image in _decode(source):
-            image = _convert(image, "RGB" if channels == 3 else "L", invert)
-            image = ImageOps.contain(image, (width, height), Image.Resampling.BILINEAR)
-            pixels = np.asarray(ImageOps.pad(image, (width, height)))
-            pixels = pixels.reshape(height, width, channels).transpose(2, 0, 1)
-            yield InputImage(name + suffix, pixels, _has_light_border(image))
-    except UnidentifiedImageError:
-        yield InputImage(name, error="is not a PNG, JPEG or IDX file")
+        with no_warnings():
+            for suffix, image in _load(source, decoder):
+                image = decoder.converted(image)
+                pixels, light = decoder.resized(image), _has_light_border(image)
+                yield InputImage(name + suffix, pixels, light)
     except Exception as error:  # decoders raise many classes
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        yield InputImage(name, error=reason.removeprefix(f"{name}: ").split("\n")[0])
+        yield InputImage(name, error=decoding_error(error, name))
 
 
-def _decode(source: ImageSource) -> Iterator[tuple[str, Image.Image]]:
+def _load(source: ImageSource, decoder: Decoder) -> Iterator[tuple[str, Image.Image]]:
     """Images, with the suffixes of their names."""
     if not isinstance(source, Path):
-        yield "", ImageOps.exif_transpose(source[1])
+        yield "", source[1]
         return
     with source.open("rb") as stream:
         head = stream.read(4)
-    if head.startswith(GZIP_MAGIC) or head[:3] == b"\0\0\x08":
-        images = read_idx(source)
-        if images.ndim != 3:
-            raise ValueError(f"contains an array of {images.ndim} dimensions, not (N, H, W)")
-        for index, pixels in enumerate(images):
-            yield f"[{index}]", Image.fromarray(pixels)
+    if not (head.startswith(GZIP_MAGIC) or head[:3] == b"\0\0\x08"):
+        yield "", decoder.load(source)
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged EXIF data, and of more than 89 million pixels
-        image: Image.Image = Image.open(source, formats=["PNG", "JPEG"])
-        image.load()
-        with contextlib.suppress(Exception):  # of many classes, if EXIF data are damaged
-            image = ImageOps.exif_transpose(image)
-    yield "", image
-
-
-def _convert(image: Image.Image, mode: str, invert: bool) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        background = (255, 255, 255) if invert else (0, 0, 0)
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
-    image = image.convert(mode)
-    return ImageOps.invert(image) if invert else image
+    images = read_idx(source)
+    if images.ndim != 3:
+        raise ValueError(f"contains an array of {images.ndim} dimensions, not (N, H, W)")
+    for index, pixels in enumerate(images):
+        yield f"[{index}]", Image.fromarray(pixels)
 
 
 def _has_light_border(image: Image.Image) -> bool:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def predict(
 
     Args:
         run, checkpoint, backend, device: See `load_trained`.
-        images: A path of a PNG, JPEG or IDX file or of a folder with such files, a PIL image, an
+        images: A path of an image or IDX file or of a folder with such files, a PIL image, an
             array, a tensor, or an iterable of any of these.
         top: Number of classes of each image.
         invert: Whether dark becomes light first, for images that are dark on light.
@@ -107,8 +107,8 @@ def predictions(
     trained: Trained, sources: Iterable[ImageSource], *, top: int, invert: bool
 ) -> Iterator[Prediction]:
     """Predictions of the images, one after the other; see `predict`."""
-    shape = trained.data.shape
-    images = (image for s in sources for image in read_images(s, shape, invert=invert))
+    decoder = replace(trained.data.decoder, invert=invert)
+    images = (image for source in sources for image in read_images(source, decoder))
     # Where the standard deviation exceeds the mean, most pixels are dark, as the background of
     # digits and clothes; in photographs it is about half the mean.
     mean, std = trained.data.mean, trained.data.std

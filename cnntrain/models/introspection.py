@@ -44,6 +44,14 @@ def leaf_modules(network: nn.Module) -> dict[nn.Module, str]:
     return {module: name for name, module in network.named_modules() if not list(module.children())}
 
 
+def head(network: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the last leaf module with parameters, in the order of registration.
+
+    In a classifier this is the layer that computes the logits; all others are its backbone.
+    """
+    return [(n, m) for m, n in leaf_modules(network).items() if list(m.parameters())][-1]
+
+
 def named_convolutions(network: nn.Module) -> list[tuple[str, nn.Conv2d]]:
     """All convolutions with their names, in the order of registration."""
     layers = network.named_modules()

@@ -1,5 +1,6 @@
 """Layers and initialisations that the options of a network name."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -50,6 +51,28 @@ def initialise(network: nn.Module, init: Init) -> None:
             getattr(nn.init, f"{init}_")(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+class MapSize:
+    """Height and width of feature maps from layer to layer, for images of any size."""
+
+    def __init__(self, size: Sequence[int]):
+        self.size = size
+
+    def window(self, most: int, stride: int = 1, padding: int = 0) -> tuple[int, int]:
+        """Kernel size of the next layer, a convolution or pooling: `most`, or what fits."""
+        height, width = (size + 2 * padding for size in self.size)
+        window = min(most, height), min(most, width)
+        self.size = (height - window[0]) // stride + 1, (width - window[1]) // stride + 1
+        return window
+
+    def limit(self, most: int) -> list[nn.Module]:
+        """Average pooling to at most `most` x `most`; no layer if the maps are not larger.
+
+        `nn.AdaptiveAvgPool2d` has no deterministic gradient on CUDA.
+        """
+        window = [-(-size // most) for size in self.size]
+        return [nn.AvgPool2d((window[0], window[1]), ceil_mode=True)] if max(window) > 1 else []
 
 
 def flat_features(features: nn.Module, in_shape: tuple[int, ...]) -> int:

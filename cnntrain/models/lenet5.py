@@ -19,8 +19,11 @@ class LeNet5(nn.Module):
     normalisation. 65,886 parameters with the defaults. Maps images (N, *in_shape) to logits
     (N, num_classes).
 
+    Kernels and poolings larger than the feature maps of a small image shrink to them. After the
+    last convolution, maps of a large image are average-pooled to at most 4x4 (1x1 for 28x28).
+
     Args:
-        in_shape: Channels, height and width; at least 28x28.
+        in_shape: Channels, height and width, of any size.
         num_classes: Number of classes.
         conv: Called like `nn.Conv2d`.
         channels: Of the three convolutions.
@@ -32,7 +35,7 @@ class LeNet5(nn.Module):
         init: Initialisation of the weights.
 
     Raises:
-        ValueError: The images are too small.
+        ValueError: The images are too small for a convolution with dilation.
     """
 
     def __init__(
@@ -53,14 +56,17 @@ class LeNet5(nn.Module):
         act = layers.ACTIVATIONS[activation]
         pool = layers.POOLINGS[pooling]
         c1, c2, c3 = channels
+        maps = layers.MapSize(in_shape[1:])
 
         def block(c_in: int, c_out: int, padding: int) -> list[nn.Module]:
             normalised = [layers.BatchNorm2d(c_out)] if norm else []
-            return [conv(c_in, c_out, 5, padding=padding), *normalised]
+            kernel = maps.window(5, padding=padding)
+            return [conv(c_in, c_out, kernel, padding=padding), *normalised]
 
         def downsample() -> list[nn.Module]:
             # Activations increase: max pooling first gives the same for a quarter of the work.
-            return [pool(2), act()] if pooling == "max" else [act(), pool(2)]
+            window = maps.window(2, stride=2)
+            return [pool(window), act()] if pooling == "max" else [act(), pool(window)]
 
         self.features = nn.Sequential(
             *block(in_shape[0], c1, padding=2),  # (N, 6, 28, 28)
@@ -69,6 +75,7 @@ class LeNet5(nn.Module):
             *downsample(),  # (N, 16, 5, 5)
             *block(c2, c3, padding=0),  # (N, 128, 1, 1)
             act(),
+            *maps.limit(4),
             nn.Flatten(),
         )
         self.classifier = nn.Sequential(

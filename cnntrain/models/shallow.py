@@ -11,10 +11,11 @@ from cnntrain.models import layers
 class Shallow(nn.Module):
     """Convolution, activation, 2x2 pooling, one fully connected layer.
 
-    Maps images (N, *in_shape) to logits (N, num_classes).
+    Maps images (N, *in_shape) to logits (N, num_classes). A kernel or pooling larger than the
+    feature maps shrinks to them; above 28x28, they are average-pooled to at most that at the end.
 
     Args:
-        in_shape: Channels, height and width; at least 4x4 with the defaults.
+        in_shape: Channels, height and width, of any size.
         num_classes: Number of classes.
         conv: Called like `nn.Conv2d`.
         channels: Of the convolution.
@@ -25,7 +26,7 @@ class Shallow(nn.Module):
             class. The logits are (0, z), which have the same softmax.
 
     Raises:
-        ValueError: The images are too small.
+        ValueError: `one_output` without two classes, or images too small for a dilation.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Shallow(nn.Module):
         super().__init__()
         if one_output and num_classes != 2:
             raise ValueError(f"model.one_output=true: is for two classes, not {num_classes}")
-        pool = [layers.POOLINGS[pooling](2)] if pooling else []
+        maps = layers.MapSize(in_shape[1:])
         self.features = nn.Sequential(
-            conv(in_shape[0], channels, kernel_size),  # (N, 16, 26, 26)
+            conv(in_shape[0], channels, maps.window(kernel_size)),  # (N, 16, 26, 26)
             layers.ACTIVATIONS[activation](),
-            *pool,  # (N, 16, 13, 13)
+            # (N, 16, 13, 13)
+            *([layers.POOLINGS[pooling](maps.window(2, stride=2))] if pooling else []),
+            *maps.limit(28),
             nn.Flatten(),
         )
         self.one_output = one_output

@@ -9,7 +9,8 @@ from typing import Any
 
 from scipy.stats import ttest_ind
 
-from cnntrain.sweeps.records import METRICS, Collection, Member, as_typed, text
+from cnntrain.metric_names import METRICS
+from cnntrain.sweeps.records import Collection, Member, as_typed, text
 
 ALPHA = 0.05  # significance level
 

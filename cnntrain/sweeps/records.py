@@ -8,17 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from cnntrain.config import ConfigError, config_hash, flat, incidental, resume
 from cnntrain.config.options import choice
-
-Metric = Literal["val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss"]
+from cnntrain.metric_names import METRICS, Metric, higher_is_better
 
 SWEEP_FILE = "sweep.json"
-METRICS: tuple[str, ...] = get_args(Metric)
 STATUSES = ("completed", "running", "pending", "interrupted", "pruned", "failed", "damaged")
 TARGET = "._target_"
 
@@ -61,7 +59,7 @@ class Member:
     directory: Path
     values: dict[str, Any]  # of the varying options and the seed
     status: str
-    # Losses in nats, accuracies in [0, 1]: of the selected epoch if completed, else of the last.
+    # Losses in nats, others in [0, 1]: of the selected epoch if completed, else of the last.
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     error: str | None = None
@@ -82,7 +80,7 @@ class Collection:
 
     @property
     def maximise(self) -> bool:
-        return self.metric.endswith("acc")
+        return higher_is_better(self.metric)
 
     @property
     def options(self) -> list[str]:
@@ -179,14 +177,14 @@ def text(value: Any) -> str:
 
 
 def unit(metric: str) -> str:
-    return " %" if metric.endswith("acc") else ""
+    return " %" if higher_is_better(metric) else ""
 
 
 def number(metric: str, value: float | None) -> str:
-    """An accuracy in %, a loss with four decimals."""
+    """A loss with four decimals, any other metric in %."""
     if value is None:
         return "–"
-    return f"{100 * value:.2f}" if metric.endswith("acc") else f"{value:.4f}"
+    return f"{100 * value:.2f}" if higher_is_better(metric) else f"{value:.4f}"
 
 
 def is_number(value: Any) -> bool:

@@ -22,9 +22,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 
 import cnntrain
 from cnntrain.atomic import replacing
+from cnntrain.metric_names import METRICS, higher_is_better
 from cnntrain.sweeps import tables
 from cnntrain.sweeps.ranking import Ranking, clipped, mean_curve, option_effects, rank
-from cnntrain.sweeps.records import METRICS, Collection, Member, as_typed, history, is_number
+from cnntrain.sweeps.records import Collection, Member, as_typed, history, is_number
 from cnntrain.sweeps.tables import text, unit
 
 # The colour-blind safe palette of Okabe and Ito (2008); further groups are grey.
@@ -197,7 +198,7 @@ def _axes(size: tuple[float, float], metric: str, **properties: Any) -> tuple[Fi
     axes = figure.subplots()
     axes.set(**properties)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    if metric.endswith("acc"):
+    if higher_is_better(metric):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     return figure, axes
 

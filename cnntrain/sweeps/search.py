@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -10,10 +10,9 @@ from pydantic import PositiveInt
 
 from cnntrain.config import ConfigError
 from cnntrain.config.errors import collect, format_error, format_value, unknown
+from cnntrain.metric_names import Monitored, higher_is_better
 from cnntrain.sweeps.members import typed
 from cnntrain.sweeps.records import is_number
-
-Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
 
 WHERE = "search.space"
 
@@ -27,7 +26,7 @@ class Search:
             study's seed and its trials.
         pruner: An Optuna pruner.
         trials: Number of runs in all, those before an interruption included.
-        metric: Of the weights that would be tested; accuracies are maximised, losses minimised.
+        metric: Of the weights that would be tested; losses are minimised, others maximised.
         at_once: Trials run side by side; default: chosen by the launcher.
     """
 
@@ -38,12 +37,12 @@ class Search:
         sampler: Callable[..., Any],
         pruner: Any,
         trials: PositiveInt = 40,
-        metric: Metric = "val/acc",
+        metric: Monitored = "val/acc",
         at_once: PositiveInt | None = None,
     ):
         self.space, self.sampler, self.pruner = Space(space), sampler, pruner
         self.trials, self.metric, self.at_once = trials, metric, at_once
-        self.direction: Any = "maximize" if metric.endswith("acc") else "minimize"
+        self.direction: Any = "maximize" if higher_is_better(metric) else "minimize"
 
 
 KINDS = {"categorical": CategoricalDistribution, "int": IntDistribution, "float": FloatDistribution}

@@ -15,9 +15,10 @@ from pydantic import PositiveInt
 from cnntrain.config import quoted
 from cnntrain.config.resume import is_running, read_result
 from cnntrain.interruption import interruption
+from cnntrain.metric_names import METRICS, Metric
 from cnntrain.sweeps import processes
 from cnntrain.sweeps.members import ComposedRun, PlannedMember, SweepFolder, plan_members
-from cnntrain.sweeps.records import METRICS, Metric, as_typed, collect, is_number, number, unit
+from cnntrain.sweeps.records import as_typed, collect, is_number, number, unit
 from cnntrain.terminal import paragraph
 
 # A launcher, called with the overrides of each member.

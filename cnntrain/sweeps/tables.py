@@ -13,16 +13,19 @@ from rich.text import Text
 
 from cnntrain import terminal
 from cnntrain.atomic import replacing
+from cnntrain.metric_names import METRICS, higher_is_better
 from cnntrain.sweeps.ranking import ALPHA, Group, OptionEffect, Ranking, option_effects, rank, short
-from cnntrain.sweeps.records import METRICS, Collection, as_typed, number, text, unit
+from cnntrain.sweeps.records import Collection, as_typed, number, text, unit
 
 MOST_ROWS = 30  # on the terminal
 # Columns left out on a narrow terminal, in this order; then options from the last one on.
 OPTIONAL = (
     *("train/acc", "train/loss", "val/loss", "seconds", "val/acc", "test/loss", "test/acc"),
+    *("test/balanced_acc", "test/macro_f1"),
     *("n", "− best", "verdict"),
 )
-SHOWN = ("val/acc", "test/acc", "train/acc", "val/loss")  # besides the ranking metric
+# Besides the ranking metric and its value on the test set.
+SHOWN = ("val/acc", "test/acc", "train/acc", "val/loss")
 EFFECT_COLUMNS = ("option", "instead of", "effect", "pairs", "better in")
 RULE = (
     "≈: not distinguished from the best by Welch's t-test (two-sided, p ≥ 0.05, not corrected for "
@@ -109,7 +112,7 @@ def rows(ranking: Ranking) -> list[list[str]]:
 
 
 def effect_row(effect: OptionEffect, metric: str) -> list[str]:
-    """Cells for EFFECT_COLUMNS, in percentage points of accuracy or nats."""
+    """Cells for EFFECT_COLUMNS, in percentage points, or nats of a loss."""
     return [
         f"{effect.option}={text(effect.value)}",
         text(effect.instead),
@@ -120,7 +123,7 @@ def effect_row(effect: OptionEffect, metric: str) -> list[str]:
 
 
 def effects_note(metric: str) -> str:
-    points = "percentage points" if metric.endswith("acc") else "nats"
+    points = "percentage points" if higher_is_better(metric) else "nats"
     mean = "mean difference ± its standard deviation"
     return f"{metric}, in {points}: {mean} over pairs of members that differ in nothing else."
 
@@ -167,7 +170,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def group_csv(collection: Collection) -> str:
-    """A row per group: accuracies in [0, 1], losses in nats, seconds."""
+    """A row per group: losses in nats, other metrics in [0, 1], seconds."""
     ranking, options = rank(collection), collection.options
     spread = [f"{metric} {kind}" for metric in METRICS for kind in ("mean", "std")]
     head = ["rank", *options, "n", "members", *spread, "seconds", "difference", "p"]
@@ -195,7 +198,7 @@ def duration(seconds: float | None, deviation: float | None = None) -> str:
 
 
 def difference(metric: str, amount: float) -> str:
-    """A signed difference in percentage points of accuracy, or nats."""
+    """A signed difference in percentage points, or nats of a loss."""
     return ("−" if amount < 0 else "+") + number(metric, abs(amount))
 
 
@@ -217,7 +220,8 @@ def _tested(ranking: Ranking) -> bool:
 
 
 def _others(ranking: Ranking) -> list[str]:
-    known = [m for m in SHOWN if any(group.samples[m] for group in ranking.groups)]
+    shown = dict.fromkeys([*SHOWN, ranking.collection.metric.replace("val/", "test/")])
+    known = [m for m in shown if any(group.samples[m] for group in ranking.groups)]
     return [metric for metric in known if metric != ranking.collection.metric]
 
 

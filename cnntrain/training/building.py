@@ -17,23 +17,28 @@ from torch import nn
 from cnntrain.config import as_config_error, build, config_hash
 from cnntrain.data import ImageData
 from cnntrain.interruption import Interrupted, interruption, watching
+from cnntrain.models import deferred_weights
 from cnntrain.process_info import TIMEOUT, ProcessInfo
 from cnntrain.training import distributed
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.insights import Insights
 from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
+from cnntrain.training.optim import CrossEntropy, build_optimizer
 from cnntrain.training.step_graph import CUDAGraphs
 from cnntrain.training.tensorboard import TensorBoard
 from cnntrain.training.trainer import ProcessEnvironment, Trainer
 
 
-def dry_run(cfg: DictConfig) -> None:
+def dry_run(cfg: DictConfig, resuming: bool = False) -> None:
     """Build everything that a run builds, and train one step on zeros on the CPU.
 
-    Writes nothing. Raises ConfigError with the node and the message of the constructor or step.
+    Writes nothing. A resumed run has its weights in a checkpoint. Raises ConfigError with the node
+    and the message of the constructor or step.
     """
     data, module = build_run(cfg)
+    if not resuming:
+        load_initial_weights(module.network)
     with as_config_error("model"):
         logits = module.network(torch.zeros(2, *data.shape))
         if logits.shape != (2, data.num_classes):
@@ -62,21 +67,32 @@ def build_run(cfg: DictConfig) -> tuple[ImageData, Classifier]:
         data = build(cfg.data)
         data.open()
     network = build_network(cfg, data)
+    if normalisation := getattr(network, "normalisation", None):  # of pretrained weights
+        data.normalise_by(*normalisation)
     with as_config_error("loss"):
         loss = build(cfg.loss)
+        if isinstance(loss, CrossEntropy):  # the counts are known once the data have been read
+            loss.set_class_counts(torch.ones(data.num_classes, dtype=torch.int64))
     with as_config_error("optimizer"):
         optimizer = build(cfg.optimizer)
-        optimizer(params=network.parameters())  # raises before the data is loaded
+        build_optimizer(optimizer, network)  # raises before the data is loaded
     scheduler = build(cfg.scheduler) if cfg.scheduler else None
     return data, Classifier(network, loss, optimizer, scheduler, seed=cfg.seed)
 
 
 def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
-    """The network of a run, newly initialised."""
-    with as_config_error("model"):
+    """The network of a run, randomly initialised."""
+    with as_config_error("model"), deferred_weights():
         return build(
             cfg.model, conv=build(cfg.backend), in_shape=data.shape, num_classes=data.num_classes
         )
+
+
+def load_initial_weights(network: nn.Module) -> None:
+    """Load pretrained weights at the start of a run, if the network has a method for it."""
+    if load := getattr(network, "load_initial_weights", None):
+        with as_config_error("model"):
+            load()
 
 
 def build_record(cfg: DictConfig, directory: Path, data: ImageData) -> EpochLog:
@@ -127,6 +143,7 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", ".*number of training batches .* smaller than the logging.*")
     warnings.filterwarnings("ignore", ".*ended before the epoch ended.*not resumable.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", "Profiler won't be using warmup")
     warnings.filterwarnings("ignore", ".*`srun` command is available .* but is not used.*")
     # Metrics are summed over the ranks already.
@@ -144,6 +161,8 @@ def fit_and_test(
     trainer: Trainer, data: ImageData, module: Classifier, checkpoint: Path | None
 ) -> None:
     """Train on this rank's share of every batch, then test the chosen weights once."""
+    if isinstance(module.loss, CrossEntropy):
+        module.loss.set_class_counts(data.class_counts())
     device, info = trainer.strategy.root_device, trainer.info
     share = {"rank": info.rank, "world": info.world_size}
     loaders = data.train_loader(module.seed, device, **share), data.val_loader(device, **share)

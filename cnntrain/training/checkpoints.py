@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnntrain.interruption import Interrupted, interruption
+from cnntrain.metric_names import higher_is_better
 from cnntrain.training.checkpoint_file import BEST, LAST, PREVIOUS, Content, read, write
 from cnntrain.training.distributed import any_stop
 from cnntrain.training.lightning_compat import set_progress
@@ -87,7 +88,7 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         stage = self.monitor.partition("/")[0]
         value = module.totals[stage].metrics(stage)[self.monitor]
-        sign = 1 if self.monitor.endswith("acc") else -1
+        sign = 1 if higher_is_better(self.monitor) else -1
         self.better = self.best is None or sign * value > sign * self.best["value"]
         if self.better:
             self.best = {"epoch": trainer.current_epoch, "value": value}

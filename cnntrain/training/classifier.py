@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from cnntrain.config import as_config_error
 from cnntrain.training.distributed import all_gather, all_sum, is_single_process
 from cnntrain.training.metrics import Batches, Predictions, RunningMetrics, Stage
+from cnntrain.training.optim import build_optimizer
 from cnntrain.training.step_graph import Recorder, StepGraph, is_fused
 
 
@@ -28,7 +29,7 @@ class Classifier(lightning.LightningModule):
 
     Args:
         loss: Mean loss of logits (N, classes) and labels (N,).
-        optimizer: Called with `params`.
+        optimizer: Called with `params`; see `build_optimizer`.
         scheduler: Called with `optimizer`. One that takes `total_steps` is stepped after every
             update, any other after every epoch.
         seed: Seed of dropout.
@@ -86,7 +87,7 @@ class Classifier(lightning.LightningModule):
 
     def schedule(self, total_steps: int) -> tuple[Optimizer, dict[str, Any] | None]:
         """The optimizer and its learning rate schedule over this number of steps."""
-        optimizer = self.make_optimizer(params=self.network.parameters())
+        optimizer = build_optimizer(self.make_optimizer, self.network)
         if self.make_scheduler is None:
             return optimizer, None
         every_step = "total_steps" in inspect.signature(self.make_scheduler).parameters
@@ -208,6 +209,7 @@ class Classifier(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.predictions, self.batches = Predictions.of(self.batches), []
+        self.running[self.stage].class_means = self.predictions.class_means
         if not is_single_process():
             self.totals = {stage: metrics.total() for stage, metrics in self.running.items()}
         self._log(self.stage)

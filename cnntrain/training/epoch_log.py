@@ -12,13 +12,13 @@ import lightning.pytorch as lightning
 from tqdm.auto import tqdm
 
 from cnntrain.atomic import replacing
+from cnntrain.metric_names import EPOCH_METRICS
 from cnntrain.training.insights import Insights
 from cnntrain.training.nan_guard import learning_rate
-from cnntrain.training.tensorboard import METRICS
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ["epoch", "step", "lr", *METRICS, "grad_norm"]
+COLUMNS = ["epoch", "step", "lr", *EPOCH_METRICS, "grad_norm"]
 
 
 class EpochLog(lightning.Callback):
@@ -94,7 +94,7 @@ class EpochLog(lightning.Callback):
         for stage, totals in module.totals.items():
             if found := totals.metrics(stage):
                 metrics |= found
-                loss, accuracy = found.values()
+                loss, accuracy, *_ = found.values()
                 line.append(f"{stage} loss {loss:.4f} acc {accuracy:7.2%}")
                 if self.insights.charts:
                     self.tensorboard.curve(stage, {"loss": loss, "acc": accuracy}, epoch)
@@ -127,7 +127,7 @@ class EpochLog(lightning.Callback):
     def so_far(self) -> dict[str, Any]:
         """The content of result.json for a run that is not completed."""
         last = self.epochs[-1] if self.epochs else {}
-        metrics = {name: last[name] for name in METRICS if name in last}
+        metrics = {name: last[name] for name in EPOCH_METRICS if name in last}
         return {"metrics": metrics, "epochs": len(self.epochs)}
 
 

@@ -191,16 +191,22 @@ class Insights(lightning.Callback):
 
 
 def worst(
-    found: Predictions, images: Callable[[Tensor], Tensor], names: Sequence[str], most: int
+    found: Predictions,
+    images: Callable[[Tensor], Tensor],
+    names: Sequence[str],
+    most: int,
+    files: Sequence[str] | None = None,
 ) -> pictures.Picture:
     """The most confident mistakes, captioned with predicted class, probability and true class.
 
-    `images` returns images, uint8 (B, C, H, W), at positions (B,) of the data set.
+    `images` returns images, uint8 (B, C, H, W), at positions (B,) of the data set, and
+    `files` has their names.
     """
     wrong = found.mistakes(most)
     predicted, labels = found.predicted.tolist(), found.labels.tolist()
     captions = [
         f"predicted {names[predicted[i]]} {found.confidence[i]:.0%}\ntrue {names[labels[i]]}"
+        + (f"\n{files[i]}" if files else "")
         for i in wrong.tolist()
     ]
     return pictures.captioned(pictures.in_colour(images(wrong)), captions)

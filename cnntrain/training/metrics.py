@@ -1,4 +1,5 @@
-"""Loss and accuracy of an epoch; confusion matrix, F1 and calibration of an evaluation."""
+"""Loss and accuracy of an epoch; confusion matrix, means over classes and calibration of an
+evaluation."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +16,17 @@ Stage = Literal["train", "val", "test"]
 
 
 class RunningMetrics:
-    """Sum of losses and number of correct predictions, added up without synchronisation."""
+    """Sum of losses and number of correct predictions, added up without synchronisation.
+
+    Attributes:
+        class_means: `Predictions.class_means` of an evaluation, once it has ended.
+    """
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.images = 0
+        self.class_means: dict[str, float] = {}
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: mean loss, logits (B, classes), labels (B,) or probabilities (B, classes) of
@@ -49,16 +55,17 @@ class RunningMetrics:
         total = RunningMetrics(torch.device("cpu"))
         sums = all_sum([float(self.loss), int(self.correct), self.images])
         total.loss, total.correct = torch.tensor(sums[:2], dtype=torch.float64)
-        total.images = int(sums[2])
+        total.images, total.class_means = int(sums[2]), self.class_means
         return total
 
     def metrics(self, stage: Stage) -> dict[str, float]:
-        """Mean loss (nats) and accuracy (0 to 1) as `<stage>/loss` and `<stage>/acc`; nothing
-        before the first image. Synchronises."""
+        """Mean loss (nats) and accuracy (0 to 1) as `<stage>/loss` and `<stage>/acc`, then the
+        means over classes; nothing before the first image. Synchronises."""
         if not self.images:
             return {}
         loss, correct = float(self.loss), int(self.correct)
-        return {f"{stage}/loss": loss / self.images, f"{stage}/acc": correct / self.images}
+        found = {"loss": loss / self.images, "acc": correct / self.images} | self.class_means
+        return {f"{stage}/{name}": value for name, value in found.items()}
 
 
 Batches = list[tuple[Tensor, Tensor]]  # logits (B, classes) and labels (B,)
@@ -111,7 +118,9 @@ class Predictions:
         pairs, counts = (self.labels * self.classes + self.predicted).unique(return_counts=True)
         size = self.classes, self.classes
         indices = torch.stack([pairs // self.classes, pairs % self.classes])
-        return torch.sparse_coo_tensor(indices, counts, size, check_invariants=True).coalesce()
+        return torch.sparse_coo_tensor(
+            indices, counts, size, check_invariants=True, is_coalesced=True
+        )
 
     @cached_property
     def support(self) -> Tensor:
@@ -121,13 +130,23 @@ class Predictions:
     @cached_property
     def per_class(self) -> dict[str, Tensor]:
         """Precision, recall and F1 of each class (classes,), 0 to 1; 0 where undefined."""
-        right = self.labels[self.predicted == self.labels].bincount(minlength=self.classes)
+        right = self.labels[self.predicted == self.labels].bincount(minlength=self.classes).double()
         predicted = self.predicted.bincount(minlength=self.classes)
         return {
             "precision": right / predicted.clamp(min=1),
             "recall": right / self.support.clamp(min=1),
             "f1": 2 * right / (predicted + self.support).clamp(min=1),
         }
+
+    @property
+    def class_means(self) -> dict[str, float]:
+        """Balanced accuracy, which is the mean recall, and macro F1, over the classes with images.
+
+        As scikit-learn's `balanced_accuracy_score(y, predicted)` and `f1_score(y, predicted,
+        labels=np.unique(y), average="macro")`.
+        """
+        names, present = {"balanced_acc": "recall", "macro_f1": "f1"}, self.support > 0
+        return {name: float(self.per_class[of][present].mean()) for name, of in names.items()}
 
     @property
     def calibration_error(self) -> float:

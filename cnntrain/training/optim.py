@@ -1,5 +1,6 @@
 """Losses, learning rate schedules and the Muon optimizer."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from cnntrain.models import head
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -22,14 +25,50 @@ class CrossEntropy(nn.CrossEntropyLoss):
     Args:
         label_smoothing: Share of the target that is spread over all classes (Szegedy et al. 2015),
             in training only, so that validation and test losses of different runs compare.
+        class_weights: Weight of each class, likewise in training only. `balanced`: inversely
+            proportional to the number of its training images, with mean 1 over the training images
+            (scikit-learn's `compute_class_weight`); 0 for a class without any. None: all 1.
+
+    The mean of weight times loss is divided by the number of images, not, as in
+    `nn.CrossEntropyLoss`, by the sum of their weights: the gradient is then the same however a
+    batch is divided among processes or accumulated, and weights have an effect in any batch.
     """
 
-    def __init__(self, label_smoothing: Share = 0.0):
+    def __init__(
+        self,
+        label_smoothing: Share = 0.0,
+        class_weights: Literal["balanced"] | list[NonNegativeFloat] | None = None,
+    ):
         super().__init__(label_smoothing=label_smoothing)
+        self.class_weights = class_weights
+
+    def set_class_counts(self, counts: Tensor) -> None:
+        """Set the buffer `weight`, given the number of training images of each class (classes,).
+
+        Raises ValueError if `class_weights` has another number of classes.
+        """
+        if self.class_weights is None:
+            return
+        if self.class_weights == "balanced":
+            weight = counts.sum() / ((counts > 0).sum() * counts.double())
+            weight[counts == 0] = 0.0
+        elif len(self.class_weights) == len(counts):
+            weight = torch.tensor([float(value) for value in self.class_weights])
+        else:
+            raise ValueError(
+                f"loss.class_weights={self.class_weights}: has {len(self.class_weights)} numbers "
+                f"for {len(counts)} classes; give one per class"
+            )
+        self.weight = weight.float()
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         smoothing = self.label_smoothing if self.training else 0.0
-        return nn.functional.cross_entropy(input, target, label_smoothing=smoothing)
+        if self.weight is None or not self.training:
+            return nn.functional.cross_entropy(input, target, label_smoothing=smoothing)
+        total = nn.functional.cross_entropy(
+            input, target, self.weight, reduction="sum", label_smoothing=smoothing
+        )
+        return total / len(target)
 
 
 class HalfSquaredError(nn.Module):
@@ -103,6 +142,48 @@ class WarmupCosine(LambdaLR):
             return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
 
         super().__init__(optimizer, factor)
+
+
+def build_optimizer(make: Callable[..., Optimizer], network: nn.Module) -> Optimizer:
+    """The optimizer of those parameters of a network that require a gradient.
+
+    Args:
+        make: Called with `params`. A `functools.partial` may have `backbone_lr_factor` among its
+            keywords, which is not passed on.
+
+    Raises:
+        ValueError: As `scale_backbone_lr`.
+    """
+    make = copy.deepcopy(make)  # of Hydra's own class, so that its keywords are changed in place
+    factor = getattr(make, "keywords", {}).pop("backbone_lr_factor", 1.0)
+    optimizer = make(params=[p for p in network.parameters() if p.requires_grad])
+    if factor != 1:
+        scale_backbone_lr(optimizer, network, factor)
+    return optimizer
+
+
+def scale_backbone_lr(
+    optimizer: Optimizer, network: nn.Module, backbone_lr_factor: PositiveFloat
+) -> None:
+    """Multiply the learning rates of all layers but the head, the last layer with parameters.
+
+    A parameter group with both is divided in two, the head's first.
+
+    Raises:
+        ValueError: Only the head is trained.
+    """
+    last = set(head(network)[1].parameters())
+    if all(p in last for group in optimizer.param_groups for p in group["params"]):
+        option = f"optimizer.backbone_lr_factor={backbone_lr_factor}"
+        raise ValueError(f"{option}: only the last layer is trained; leave it out")
+    for group in list(optimizer.param_groups):
+        backbone = [p for p in group["params"] if p not in last]
+        lr = group["lr"] * backbone_lr_factor
+        if len(backbone) == len(group["params"]):
+            group["lr"] = lr
+        elif backbone:
+            group["params"] = [p for p in group["params"] if p in last]
+            optimizer.add_param_group({**group, "params": backbone, "lr": lr})
 
 
 class Muon(Optimizer):

@@ -44,6 +44,7 @@ class Profile(lightning.Callback):
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
             schedule=schedule(wait=0, warmup=warmup, active=steps, repeat=1),
             on_trace_ready=self._write,
+            acc_events=True,  # there is one cycle; otherwise torch 2.11 warns
         )
         self.layers = RegisterRecordFunction(module.network)
         self.layers.__enter__()

@@ -18,6 +18,7 @@ from cnntrain.config import ConfigError, folder_problem, run_directory_problem
 from cnntrain.config import resume as run_files
 from cnntrain.data import ImageData
 from cnntrain.interruption import interruptible, interruption, watching
+from cnntrain.metric_names import EPOCH_METRICS
 from cnntrain.models import layer_table
 from cnntrain.process_info import launched
 from cnntrain.terminal import UNLIMITED, NoTraceback, table_text, width
@@ -29,7 +30,6 @@ from cnntrain.training.distributed import all_ranks, share_cores
 from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.profile import Profile
 from cnntrain.training.run_directory import Result, RunDirectory, conditions, logged
-from cnntrain.training.tensorboard import METRICS
 from cnntrain.training.trainer import Trainer, device_text
 
 log = logging.getLogger(__name__)
@@ -141,6 +141,8 @@ def run_training(
             log.info("already completed")
             return Result.of(recorded, directory, lambda: _tested_network(directory, cfg, module))
         saved = _checkpoint_to_resume(directory, cfg, data, module) if resume else None
+        if not saved:  # other ranks receive the weights from this one
+            building.load_initial_weights(module.network)
         run.begin(cfg, overrides)
         record = building.build_record(cfg, directory, data)
         with _final_status(run, record):
@@ -196,8 +198,6 @@ def _checkpoint_to_resume(
             _reject(run_files.resume_problems(before, cfg), directory / run_files.CONFIG)
         return None
     path, content = saved
-    if different := shape_differences(content["state_dict"], module.state_dict()):
-        raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
     problems = run_files.resume_problems(DictConfig(content["config"]), cfg)
     recorded = content["config"]["data"].get("recorded", {})
     if recorded.get("files") != data.found.get("files"):
@@ -211,6 +211,8 @@ def _checkpoint_to_resume(
         what = f"epoch {least} has begun" if begun else f"{done} epochs are done"
         problems.append(f"trainer.max_epochs={epochs}: {what}; set {least} or more")
     _reject(problems, path)
+    if different := shape_differences(content["state_dict"], module.state_dict()):
+        raise CheckpointError(f"{path}: is of another network: {'; '.join(different)}")
     for what, now in conditions().items():
         if (before := content["conditions"].get(what)) != now:
             log.warning(f"{what}: {now}, before {before}: results may differ in their last bits")
@@ -251,7 +253,7 @@ def _final_metrics(
     record.tensorboard.end(cfg)
     tested = record.epochs[trainer.tested["epoch"] if trainer.tested else -1]
     return {
-        "metrics": {name: tested[name] for name in METRICS if name in tested} | test,
+        "metrics": {name: tested[name] for name in EPOCH_METRICS if name in tested} | test,
         "epochs": len(record.epochs),
         "tested_epoch": tested["epoch"],
     }

@@ -20,9 +20,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from cnntrain.config import flat
 from cnntrain.config.options import choice
+from cnntrain.metric_names import EPOCH_METRICS, METRICS
 from cnntrain.models import GraphNode
 
-METRICS = ["train/loss", "train/acc", "val/loss", "val/acc"]
 GROUPS = ("model", "backend", "data", "optimizer", "scheduler", "loss", "trainer")
 # The first columns of the HParams tab, which shows only five by default.
 FIRST = {*GROUPS[:3], "optimizer.lr", "data.batch_size", "trainer.max_epochs", "seed"}
@@ -48,7 +48,8 @@ class TensorBoard(Logger):
         the tab, which TensorBoard reads from the first run that has them.
         """
         self.resume({})
-        metrics = dict.fromkeys(["test/acc", "val/acc", "test/loss", *METRICS], 0.0)
+        names = ["test/acc", "val/acc", "test/loss", *EPOCH_METRICS, *METRICS]
+        metrics = dict.fromkeys(names, 0.0)
         columns, values, _ = hparams({**options(cfg), **(labels or {})}, metrics)
         metadata = columns.value[0].metadata.plugin_data
         content = HParamsPluginData.FromString(metadata.content)

@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from cnntrain.metric_names import Monitored, higher_is_better
 from cnntrain.process_info import TIMEOUT, ProcessInfo
 from cnntrain.training.checkpoints import EMA, CheckpointFiles, Checkpoints
 from cnntrain.training.epoch_log import ProgressBar
 
-Metric = Literal["val/acc", "val/loss", "train/acc", "train/loss"]
 Devices = Annotated[
     int,
     Field(
@@ -70,7 +70,7 @@ class Trainer(lightning.Trainer):
         deterministic: bool = False,
         gradient_clip_val: PositiveFloat | None = None,
         accumulate_grad_batches: PositiveInt = 1,
-        monitor: Metric = "val/acc",
+        monitor: Monitored = "val/acc",
         early_stopping: PositiveInt | None = None,
         ema: Decay | None = None,
         checkpoint_every_n_epochs: PositiveInt = 1,
@@ -99,7 +99,7 @@ class Trainer(lightning.Trainer):
         own: list[lightning.Callback] = [ProgressBar()] if progress_bar and info.rank == 0 else []
         own += [*(callbacks or []), *([average] if average else [])]
         if early_stopping is not None:
-            mode = "max" if monitor.endswith("acc") else "min"
+            mode = "max" if higher_is_better(monitor) else "min"
             own.append(EarlyStopping(monitor, patience=early_stopping, mode=mode))
         if info.world_size > 1:
             lightning_options["strategy"] = DDPStrategy(

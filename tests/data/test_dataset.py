@@ -58,6 +58,15 @@ def message(set_: ImageData, split: str) -> str:
     return str(error.value)
 
 
+def test_class_counts_are_of_the_images_to_train_on():
+    mine = Mine(labels=np.where(LABELS == 1, 0, LABELS))  # none of class 1
+    expected = np.bincount(mine.given["train"][1][mine.split()[0]], minlength=3)
+    counts = mine.class_counts()
+    assert (counts.tolist(), counts.dtype) == (expected.tolist(), torch.int64)
+    assert counts[1] == 0
+    assert counts.sum() == N - 3
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int8, np.uint64, ">i2"])
 def test_valid_arrays(dtype):
     mine = Mine(labels=LABELS.astype(dtype))

@@ -59,7 +59,7 @@ def wait_for(path: Path) -> None:
 @pytest.mark.parametrize("call", [0, 3])
 def test_killed_before_a_file_gets_its_name(root, tmp_path, monkeypatch, call):
     Sources(monkeypatch, only=write(tmp_path / "source"))
-    rename, calls = os.replace, []
+    rename, calls = Path.replace, []
 
     def rename_or_die(*arguments: object) -> None:
         if len(calls) == call:
@@ -68,7 +68,7 @@ def test_killed_before_a_file_gets_its_name(root, tmp_path, monkeypatch, call):
         rename(*arguments)
 
     def work() -> None:
-        monkeypatch.setattr(os, "replace", rename_or_die)
+        monkeypatch.setattr(Path, "replace", rename_or_die)
         data(root).prepare()
 
     assert end(start(work)) == -signal.SIGKILL

@@ -262,6 +262,42 @@ def test_mini_loaders():
     assert (data.shape, data.num_classes, data.classes[9]) == ((1, 28, 28), 10, "Ankle boot")
 
 
+def imbalanced(**options) -> Loader:
+    """100 images: 80 of class 0, none of 1, 15 of 2 and 5 of 3, not in order."""
+    images, _ = samples(100)
+    kinds = torch.tensor([0] * 80 + [2] * 15 + [3] * 5)
+    labels = kinds[torch.randperm(100, generator=torch.Generator().manual_seed(1))]
+    options = {"shuffle": True, "sampler": "balanced", **options}
+    return Loader(images, labels, 10, mean=0.25, std=0.5, **options)
+
+
+def test_balanced_sampler_draws_each_image_by_the_size_of_its_class():
+    loader, epochs = imbalanced(), 400
+    rows = torch.cat([loader.indices(e, b) for e in range(epochs) for b in range(len(loader))])
+    assert len(rows) == 100 * epochs
+    found = rows.bincount(minlength=100).numpy()
+    labels = loader.labels.numpy()
+    expected = 100 * epochs / 3 / np.bincount(labels)[labels]
+    # Chi-squared with 99 degrees of freedom: mean 99, standard deviation 14.
+    assert ((found - expected) ** 2 / expected).sum() < 99 + 4 * 14
+
+
+def test_balanced_sampler_is_a_function_of_seed_and_epoch():
+    images, labels = epoch(imbalanced(seed=2), 3)
+    other = imbalanced(seed=2)
+    epoch(other, 1)  # what was drawn before has no effect
+    assert torch.equal(epoch(other, 3)[0], images)
+    assert not torch.equal(epoch(imbalanced(seed=2), 4)[0], images)
+    assert not torch.equal(epoch(imbalanced(seed=3), 3)[0], images)
+    rows = torch.cat([imbalanced(seed=2).indices(3, batch) for batch in range(10)])
+    assert torch.equal(imbalanced().labels[rows], labels)
+    assert rows[:8].tolist() == [40, 96, 18, 34, 23, 15, 9, 29]  # on every machine
+    for rank in range(2):
+        part = imbalanced(seed=2, rank=rank, world=2).indices(3, 0)
+        assert torch.equal(part, rows[:10][rank::2])
+    assert imbalanced(shuffle=False).indices(3, 1).tolist() == list(range(10, 20))
+
+
 def threads() -> int:
     return sum(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
 

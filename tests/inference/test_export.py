@@ -11,7 +11,7 @@ from finished_runs import command, finished, plain_network
 from torch import Tensor, nn
 
 from cnntrain.config import ConfigError
-from cnntrain.data import FashionMNISTMini
+from cnntrain.data import DataError, FashionMNISTMini
 from cnntrain.inference import ExportError, export, exporting
 
 BACKENDS = ["native", "im2col"]
@@ -55,6 +55,28 @@ def test_same_logits_for_any_batch_size(
         with torch.no_grad():
             wanted = network(images(size))
         torch.testing.assert_close(run(images(size)), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_normalisation_within_the_file(
+    runs: dict[str, Path], format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(self, split: str) -> None:
+        raise DataError("is not here")
+
+    raw = torch.tensor(FashionMNISTMini().read("test")[0][:5])
+    inputs = images(5)
+    monkeypatch.setattr(FashionMNISTMini, "read", missing)
+    found = export(runs["native"], format, normalise=True, folder=tmp_path)
+    assert (found.kind, found.images) == ("random", 256)
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(str(found.file))
+        logits = torch.from_numpy(session.run(["logits"], {"images": raw.numpy()})[0])
+    else:
+        logits = torch.export.load(str(found.file)).module()(raw)
+    with torch.no_grad():
+        wanted = plain_network(runs["native"])(inputs)
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch"])

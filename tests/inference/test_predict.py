@@ -15,7 +15,7 @@ from idx_files import idx_bytes
 from PIL import Image
 
 from cnntrain.config import ConfigError
-from cnntrain.data import FashionMNISTMini
+from cnntrain.data import Decoder, FashionMNISTMini
 from cnntrain.inference import predict
 from cnntrain.inference.images import find_images, read_images
 
@@ -33,13 +33,13 @@ def pixels() -> np.ndarray:
 
 
 def one(file: Path, **options: object) -> np.ndarray:
-    (picture,) = read_images(file, SHAPE, **{"invert": False, **options})
+    (picture,) = read_images(file, Decoder(SHAPE, "pad", **options))
     assert picture.error is None
     return picture.pixels
 
 
 def error(file: Path, shape: tuple[int, int, int] = SHAPE) -> str:
-    (picture,) = read_images(file, shape, invert=False)
+    (picture,) = read_images(file, Decoder(shape, "pad"))
     assert picture.pixels is None
     return picture.error
 
@@ -78,7 +78,7 @@ def test_grey_input(tmp_path: Path) -> None:
 
 def test_colour_input() -> None:
     source = "name", Image.new("RGB", (8, 8), (10, 200, 60))
-    (found,) = read_images(source, (3, 4, 4), invert=False)
+    (found,) = read_images(source, Decoder((3, 4, 4), "pad"))
     assert found.pixels.shape == (3, 4, 4)
     assert found.pixels[:, 2, 2].tolist() == [10, 200, 60]
 
@@ -135,19 +135,19 @@ def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
 def test_idx_files_of_any_size(tmp_path: Path, pixels) -> None:
     (tmp_path / "a").write_bytes(idx_bytes(pixels[:3]))
     (tmp_path / "b.gz").write_bytes(gzip.compress(idx_bytes(np.full((2, 5, 9), 77, np.uint8))))
-    small = list(read_images(tmp_path / "a", SHAPE, invert=False))
+    small = list(read_images(tmp_path / "a", Decoder(SHAPE, "pad")))
     assert [picture.name for picture in small] == [f"{tmp_path}/a[{i}]" for i in range(3)]
     assert (np.stack([picture.pixels[0] for picture in small]) == pixels[:3]).all()
-    large = list(read_images(tmp_path / "b.gz", SHAPE, invert=False))
+    large = list(read_images(tmp_path / "b.gz", Decoder(SHAPE, "pad")))
     assert large[1].pixels[0, 14, 14] == 77
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a PNG, JPEG or IDX file"),
-        (b"hello", "is not a PNG, JPEG or IDX file"),
-        (b"GIF89a\1\0\1\0\0\0\0", "is not a PNG, JPEG or IDX file"),
+        (b"", "is not an image, or of an unknown format"),
+        (b"hello", "is not an image, or of an unknown format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "is not an image, or of an unknown format"),
         (b"\0\0\x08\x01\0\0\0\x02\1\2", "contains an array of 1 dimensions"),
         (b"\0\0\x08\x04" + b"\0\0\0\1" * 4 + b"\7", "contains an array of 4 dimensions"),
         (b"\0\0\x08\x03\0\0\0\x02", "not an IDX file of unsigned bytes"),
@@ -173,7 +173,7 @@ def test_truncated_and_too_large_images(
             assert error(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
     Image.new("1", (200, 250)).save(tmp_path / "bomb.png")
-    assert "(50000 pixels) exceeds limit" in error(tmp_path / "bomb.png")
+    assert "is too large: 50000 pixels" in error(tmp_path / "bomb.png")
     Image.new("1", (200, 150)).save(tmp_path / "large.png")
     assert one(tmp_path / "large.png").shape == SHAPE
 
@@ -220,7 +220,7 @@ def test_command(run: Path, tmp_path: Path, pixels) -> None:
     done = command("predict", f"run={run}", images, "top=2", where, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "cnntrain: broken.png: is not a PNG, JPEG or IDX file",
+        "cnntrain: broken.png: is not an image, or of an unknown format",
         "cnntrain: 1 of 2 could not be read",
     ]
     head, line = done.stdout.splitlines()[:2]
@@ -230,7 +230,7 @@ def test_command(run: Path, tmp_path: Path, pixels) -> None:
     lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
     assert [line["image"] for line in lines] == ["photo.jpg", "broken.png"]
     assert len(lines[0]["predictions"]) == 2
-    assert lines[1]["error"] == "is not a PNG, JPEG or IDX file"
+    assert lines[1]["error"] == "is not an image, or of an unknown format"
     picture = Image.open(tmp_path / "out/predictions.png")
     assert min(picture.size) >= 84
     assert picture.getextrema() != (255, 255)
@@ -332,7 +332,7 @@ def test_closed_pipe(run: Path, tmp_path: Path, pixels) -> None:
 
 def test_invalid_options(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="empty: contains no PNG, JPEG or IDX file"):
+    with pytest.raises(ConfigError, match="empty: contains no image or IDX file"):
         predict(run, str(tmp_path / "empty"))
     for images in ([""], [str(tmp_path / "none.png")]):
         with pytest.raises(ConfigError, match="there is no such file"):

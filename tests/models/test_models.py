@@ -1,5 +1,6 @@
 """Networks against counts and formulas derived by hand."""
 
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from cnntrain.conv import BACKENDS
 from cnntrain.models import LeNet5, Shallow, layer_table, summarise
-from cnntrain.models.layers import BatchNorm2d
+from cnntrain.models.layers import BatchNorm2d, MapSize
 
 
 def count(network: nn.Module) -> int:
@@ -84,9 +85,79 @@ def test_any_batch_shape_and_class_count(network: Any, name: str) -> None:
         assert all(type(m) is BACKENDS[name] for m in made.modules() if isinstance(m, nn.Conv2d))
 
 
-def test_too_small_images() -> None:
+SIZES = [(1, 1, 1), (2, 1, 9), (1, 2, 3), (3, 5, 4), (1, 8, 8), (1, 20, 20), (3, 64, 64)]
+
+
+@pytest.mark.parametrize("network", [LeNet5, Shallow])
+@pytest.mark.parametrize("shape", [*SIZES, (3, 37, 224)])
+def test_any_size(network: Any, shape: tuple[int, int, int]) -> None:
+    made = network(shape, 4)
+    for batch in (1, 2):
+        logits = made.train()(torch.randn(batch, *shape))
+        assert logits.shape == (batch, 4)
+        logits.square().sum().backward()
+    assert count(made) < 300_000
+
+
+def test_28x28_is_not_changed() -> None:
+    """The same random numbers and the same function as written out."""
+    torch.manual_seed(5)
+    lenet, shallow = LeNet5(), Shallow()
+    torch.manual_seed(5)
+    layers = [nn.Conv2d(1, 6, 5, padding=2), nn.BatchNorm2d(6), nn.MaxPool2d(2), nn.Tanh()]
+    layers += [nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.MaxPool2d(2), nn.Tanh()]
+    layers += [nn.Conv2d(16, 128, 5), nn.BatchNorm2d(128), nn.Tanh(), nn.Flatten()]
+    layers += [nn.Linear(128, 84), nn.Dropout(0.3), nn.Tanh(), nn.Linear(84, 10)]
+    for layer in layers:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.zeros_(layer.bias)
+            nn.init.xavier_uniform_(layer.weight)
+    flat = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2704, 10)]
+    images = torch.randn(3, 1, 28, 28)
+    for found, expected in ((lenet, nn.Sequential(*layers)), (shallow, nn.Sequential(*flat))):
+        for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert torch.equal(found.eval()(images), expected.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernels", "flat"),
+    [
+        ((1, 28, 28), [(5, 5), (5, 5), (5, 5)], 128),
+        ((1, 32, 30), [(5, 5), (5, 5), (5, 5)], 128 * 2 * 1),
+        ((1, 20, 9), [(5, 5), (5, 4), (3, 1)], 128),  # 20x9, 10x4, 6x1, 3x1
+        ((1, 2, 1), [(5, 5), (1, 1), (1, 1)], 128),
+        ((1, 44, 40), [(5, 5), (5, 5), (5, 5)], 128 * 3 * 4),  # of 5x4 maps
+        ((1, 224, 224), [(5, 5), (5, 5), (5, 5)], 128 * 4 * 4),
+    ],
+)
+def test_lenet5_kernels_of_any_size(
+    shape: tuple[int, int, int], kernels: list[tuple[int, int]], flat: int
+) -> None:
+    network = LeNet5(shape)
+    found = [m.kernel_size for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert found == kernels
+    assert network.classifier[0].in_features == flat
+
+
+def test_maps_of_large_images_are_averaged() -> None:
+    """Each of 3x4 positions is the mean of the positions of the map that it covers."""
+    maps = MapSize((5, 11))
+    (pool,) = maps.limit(4)
+    values = torch.rand(1, 2, 5, 11)
+    rows, columns = ((0, 2), (2, 4), (4, 5)), ((0, 3), (3, 6), (6, 9), (9, 11))
+    for i, (top, bottom) in enumerate(rows):
+        for j, (left, right) in enumerate(columns):
+            mean = values[:, :, top:bottom, left:right].mean((2, 3))
+            torch.testing.assert_close(pool(values)[:, :, i, j], mean)
+    assert pool(values).shape == (1, 2, 3, 4)
+    assert not MapSize((4, 1)).limit(4)
+
+
+def test_dilated_convolutions_need_larger_images() -> None:
+    conv = functools.partial(nn.Conv2d, dilation=3)
     with pytest.raises(ValueError, match=r"images of shape \(1, 20, 20\) do not fit"):
-        LeNet5((1, 20, 20))
+        LeNet5((1, 20, 20), conv=conv)
 
 
 def test_xavier_uniform_bounds() -> None:

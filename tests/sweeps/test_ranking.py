@@ -16,7 +16,7 @@ from run_folders import write_run
 
 from cnntrain.sweeps.ranking import Group, rank, welch_p
 from cnntrain.sweeps.records import Collection, collect, history
-from cnntrain.sweeps.tables import group_csv, markdown, print_ranked, rows
+from cnntrain.sweeps.tables import columns, group_csv, markdown, print_ranked, rows
 
 NATIVE, IM2COL, NAIVE = [0.90, 0.92, 0.91], [0.91, 0.93, 0.905], [0.80, 0.81, 0.83]
 
@@ -63,6 +63,19 @@ def test_groups_against_numpy_and_scipy(tmp_path: Path) -> None:
         freedom = (a + b) ** 2 / (a**2 / 2 + b**2 / 2)
         assert group.p == pytest.approx(2 * scipy.stats.t.sf(abs(t), freedom))
         assert group.difference == pytest.approx(np.mean(values) - np.mean(IM2COL))
+
+
+def test_means_over_classes_rank_the_highest_first(tmp_path: Path) -> None:
+    for backend, value in {"native": 0.7, "im2col": 0.8}.items():
+        metrics = {"val/macro_f1": value, "test/macro_f1": value - 0.125}
+        write_run(tmp_path / backend, [f"backend={backend}"], val=[1 - value], metrics=metrics)
+    ranking = rank(collect(tmp_path, "val/macro_f1"))
+    assert [group.values["backend"] for group in ranking.groups] == ["im2col", "native"]
+    shown = dict(zip(columns(ranking), rows(ranking)[1], strict=True))
+    assert (shown["val/macro_f1 %"], shown["test/macro_f1 %"]) == ("70.00", "57.50")
+    assert (shown["val/acc %"], shown["− best"]) == ("30.00", "−10.00")
+    table = list(csv.DictReader(io.StringIO(group_csv(ranking.collection))))
+    assert float(table[0]["test/macro_f1 mean"]) == pytest.approx(0.675)
 
 
 def test_losses_rank_the_lowest_first(tmp_path: Path) -> None:

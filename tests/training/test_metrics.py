@@ -47,6 +47,25 @@ def test_class_that_is_never_predicted() -> None:
     assert found.per_class["recall"].tolist() == [1, 0, 0]
 
 
+def test_means_over_the_classes_with_images(batches) -> None:
+    """scikit-learn's balanced_accuracy_score, and f1_score over the labels that occur."""
+    batches = [(logits, labels.clamp(max=2)) for logits, labels in batches]  # none of class 3
+    shares, labels = joined(batches)
+    predicted = shares.argmax(1)
+    assert (predicted == 3).any()
+    recalls, scores = [], []
+    for k in np.unique(labels):
+        right = ((labels == k) & (predicted == k)).sum()
+        false_positive = ((labels != k) & (predicted == k)).sum()
+        false_negative = ((labels == k) & (predicted != k)).sum()
+        recalls.append(right / (right + false_negative))
+        scores.append(2 * right / (2 * right + false_positive + false_negative))
+    found = Predictions.of(batches).class_means
+    assert found == pytest.approx(
+        {"balanced_acc": np.mean(recalls), "macro_f1": np.mean(scores)}, rel=1e-12
+    )
+
+
 def test_one_class_is_always_right() -> None:
     found = Predictions.of([(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))])
     assert found.confusion.to_dense().tolist() == [[3]]

@@ -20,6 +20,43 @@ def test_cross_entropy_against_the_formula() -> None:
     assert loss.eval()(*given).item() == pytest.approx(norm - logits[label], rel=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_class_weights_against_the_formula(smoothing: float) -> None:
+    """Of labels, and of the same as probabilities; divided by the number of images."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, generator=generator)
+    labels, weights = torch.tensor([2, 2, 0, 1, 2, 0]), [0.5, 0.0, 4.0]
+    expected = 0.0
+    for row, label in zip(logits.double().tolist(), labels.tolist(), strict=True):
+        norm = math.log(sum(map(math.exp, row)))
+        target = [smoothing / 3 + (1 - smoothing) * (i == label) for i in range(3)]
+        expected -= sum(w * t * (x - norm) for w, t, x in zip(weights, target, row, strict=True))
+    loss = CrossEntropy(smoothing, weights)
+    loss.set_class_counts(torch.tensor([5, 1, 2]))
+    for target in (labels, torch.eye(3)[labels]):
+        assert loss.train()(logits, target).item() == pytest.approx(expected / 6, rel=1e-6)
+        plain = torch.nn.functional.cross_entropy(logits, labels)
+        assert loss.eval()(logits, target).item() == pytest.approx(plain.item(), rel=1e-6)
+    assert list(loss.state_dict()) == ["weight"]
+
+
+def test_balanced_class_weights() -> None:
+    """scikit-learn: n / (classes * count), of the classes that have images."""
+    loss = CrossEntropy(class_weights="balanced")
+    loss.set_class_counts(torch.tensor([10, 0, 30, 20]))
+    assert loss.weight is not None
+    assert loss.weight.tolist() == pytest.approx([2.0, 0.0, 60 / 90, 1.0])
+
+
+def test_no_class_weights() -> None:
+    loss = CrossEntropy(0.1)
+    loss.set_class_counts(torch.tensor([1, 3]))
+    assert not loss.state_dict()
+    logits, labels = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
+    plain = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, labels)
+    assert torch.equal(loss(logits, labels), plain)
+
+
 def rates(scheduler_class: Any, steps: int, **options: Any) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0, momentum=0.9)
     scheduler = scheduler_class(optimizer, total_steps=steps, **options)

@@ -133,6 +133,7 @@ def test_interrupted_anywhere(
         "trainer.accumulate_grad_batches=3 trainer.checkpoint_every_n_epochs=2",
         "trainer.accumulate_grad_batches=1 optimizer.fused=true trainer.ema=null",
         "trainer.early_stopping=1 optimizer.lr=0 trainer.ema=null model.norm=false",
+        "loss.class_weights=balanced data.sampler=balanced trainer.monitor=val/balanced_acc",
         "data.vflip=0.5 data.random_resized_crop=0.5 data.rotate=10 data.translate=0.1 "
         "data.trivial_augment=true data.color_jitter=0.4 data.mixup=0.2 data.cutmix=1",
     ],

@@ -179,13 +179,15 @@ def test_files_of_the_run_directory(tmp_path: Path) -> None:
     recorded = json.loads((directory / "result.json").read_text())
     assert recorded["status"] == "completed"
     assert recorded["metrics"] == result.metrics
-    assert set(result.metrics) == {
-        f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "acc")
-    }
+    evaluated = ("loss", "acc", "balanced_acc", "macro_f1")
+    names = {"train": ("loss", "acc"), "val": evaluated, "test": evaluated}
+    assert set(result.metrics) == {f"{stage}/{name}" for stage in names for name in names[stage]}
     rows = list(csv.DictReader((directory / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [row["step"] for row in rows] == ["6", "12", "18"]
-    for tag in ("train/loss", "train/acc", "val/loss", "val/acc"):
+    columns = "train/loss,train/acc,val/loss,val/acc,val/balanced_acc,val/macro_f1"
+    assert ",".join(rows[0]) == f"epoch,step,lr,{columns},grad_norm"
+    for tag in columns.split(","):
         logged = [float(row[tag]) for row in rows]
         assert scalars(directory, tag) == pytest.approx(logged)
     saved = {

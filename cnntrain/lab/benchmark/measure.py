@@ -171,7 +171,9 @@ def extra_memory(timed: TimedConv) -> ExtraMemory:
 
 def _track_cpu(call: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], int, int]:
     """Results of a call, and the peak and final growth of memory in bytes without them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         results = call()
     tree = profiler.profiler.kineto_results.experimental_event_tree()
     blocks = sorted(_blocks(tree))  # by time

@@ -53,6 +53,14 @@ def window(
     try:
         conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups,
                          bias=False, padding_mode=padding_mode, device="meta")  # fmt: skip
+        amounts = padding_amounts(conv.padding, conv.kernel_size, conv.dilation)
+        down, across = padded((height, width), amounts)
+        window = [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+        if window[0] > down or window[1] > across:
+            raise ValueError(
+                f"the window of {window[0]}x{window[1]} is larger than the input with its padding, "
+                f"{down}x{across}: take a smaller kernel, or a larger size or padding"
+            )
         output = conv(torch.empty(1, in_channels, height, width, device="meta"))
     except (ValueError, RuntimeError) as error:
         raise ConfigError([f"lesson window: {first_line(error)}"]) from None
