@@ -4,10 +4,8 @@ Each sample has its own parameters, drawn on the CPU (a generator gives the same
 
 - crop, flips and erasing: integers for a whole epoch (`draw`), applied to a batch at once (`apply`)
   with the same pixels on every device;
-- torchvision's transforms: a seed per image, and a call per image (`transformed`). Microseconds
-  per image, of 32x32 and of 224x224 in colour, on one core of a busy server: random_resized_crop
-  450 and 2,300, rotation 840 and 3,800, trivial_augment 770 and 2,300 on average, color_jitter
-  2,200 and 9,800, most of it for the hue;
+- torchvision's transforms: a seed and a call per image (`transformed`), with the cost that
+  docs/configuration.md states: 0.4 to 4 ms per image and transform on one core;
 - mixup and CutMix: a weight and a rectangle for a whole epoch (`draw_mixing`), applied to a
   normalised batch (`mix`).
 """
