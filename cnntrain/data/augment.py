@@ -4,10 +4,8 @@ Each sample has its own parameters, drawn on the CPU (a generator gives the same
 
 - crop, flips and erasing: integers for a whole epoch (`draw`), applied to a batch at once (`apply`)
   with the same pixels on every device;
-- torchvision's transforms: a seed per image, and a call per image (`transformed`). Microseconds
-  per image, of 32x32 and of 224x224 in colour, on one core of a busy server: random_resized_crop
-  450 and 2,300, rotation 840 and 3,800, trivial_augment 770 and 2,300 on average, color_jitter
-  2,200 and 9,800, most of it for the hue;
+- torchvision's transforms: a seed and a call per image (`transformed`), with the cost that
+  docs/configuration.md states: 0.4 to 4 ms per image and transform on one core;
 - mixup and CutMix: a weight and a rectangle for a whole epoch (`draw_mixing`), applied to a
   normalised batch (`mix`).
 """
@@ -22,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 ERASE_AREA = (0.02, 0.33)  # of the image
 ERASE_RATIO = (0.3, 3.3)  # height over width
@@ -99,22 +98,16 @@ class Augment:
 
     def transforms(self, height: int, width: int) -> list[nn.Module]:
         """Those of torchvision, for images (C, H, W) of this size."""
-        affine_on = self.rotate or self.translate or self.shear or self.scale != (1, 1)
-        area, trivial, jitter = self.random_resized_crop, self.trivial_augment, self.color_jitter
-        if not (affine_on or area or trivial or jitter):
-            return []
-        from torchvision.transforms import v2  # half a second
-
         bilinear, found = v2.InterpolationMode.BILINEAR, list[nn.Module]()
-        if area:
+        if area := self.random_resized_crop:
             found.append(v2.RandomResizedCrop((height, width), scale=(area, 1.0)))
-        if affine_on:
+        if self.rotate or self.translate or self.shear or self.scale != (1, 1):
             shift = self.translate, self.translate
             affine = self.rotate, shift, self.scale, self.shear
             found.append(v2.RandomAffine(*affine, interpolation=bilinear))
-        if trivial:
+        if self.trivial_augment:
             found.append(v2.TrivialAugmentWide(interpolation=bilinear))
-        if jitter:
+        if jitter := self.color_jitter:
             each = (*[jitter] * 3, jitter / 4) if isinstance(jitter, (int, float)) else jitter
             found.append(v2.ColorJitter(*each))
         return found
