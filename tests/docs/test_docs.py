@@ -156,10 +156,10 @@ def test_training_command(command: str, tmp_path: Path) -> None:
         arguments.append("data=fashion_mnist_mini")
     few = ["search.trials=2"] if "search=" in command else []
     few += [] if "tensorboard=" in command else [SCALARS]
-    few += ["data.batch_size=8"] if "model=torchvision" in command else []
-    # Launchers and their processes are tested with the sweeps.
-    arguments = [text for text in arguments if text != "hydra/launcher=joblib"]
-    arguments = ["seed=0" if text == "seed=0,1,2" else text for text in arguments]
+    few += ["data.batch_size=8", "data.eval_batch_size=8"] * ("model=torchvision" in command)
+    # Launchers and several processes have tests of their own.
+    fewer = {"seed=0,1,2": "seed=0", "trainer.devices=2": "trainer.devices=1"}
+    arguments = [fewer.get(a, a) for a in arguments if a != "hydra/launcher=joblib"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = run_command(["train", *arguments, *QUICK[1:], *LIMITS, *few], tmp_path, environment)
     if "trainer=gpu" in arguments and not Path("/dev/nvidia0").exists():
