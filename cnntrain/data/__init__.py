@@ -1,5 +1,6 @@
 """Data sets, their download, the in-memory loader and augmentation."""
 
+from cnntrain.data.arrays import Arrays as Arrays
 from cnntrain.data.augment import Augment as Augment
 from cnntrain.data.dataset import DataError as DataError
 from cnntrain.data.dataset import ImageData as ImageData
@@ -13,3 +14,4 @@ from cnntrain.data.fashion_mnist import FashionMNIST as FashionMNIST
 from cnntrain.data.fashion_mnist import FashionMNISTMini as FashionMNISTMini
 from cnntrain.data.image_folder import ImageFolder as ImageFolder
 from cnntrain.data.loader import Loader as Loader
+from cnntrain.data.torchvision_sets import TorchVisionData as TorchVisionData

@@ -110,8 +110,9 @@ class DecodedData(ImageData):
         return Decoder(self.shape, self.resize, self.background)
 
     def open(self) -> None:
-        if not hasattr(self, "classes"):
-            self.find(classes=sorted({entry.label for entry in self.listed}))
+        labels = sorted({entry.label for entry in self.listed})
+        if not hasattr(self, "classes"):  # `entries` may find them
+            self.find(classes=labels)
         self._check_parts(self.rows)
         if hasattr(self, "shape"):  # recorded by an earlier run
             return

@@ -27,6 +27,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from cnntrain.data.dataset import DataError
 from cnntrain.data.decoding import decoding_error, no_warnings
 
 log = logging.getLogger(__name__)
@@ -239,6 +240,8 @@ def _decode_one(
 ) -> tuple[np.ndarray, Record]:
     try:
         pixels = earlier[image] if image in earlier else decode(row)
+    except DataError:  # concerns all images
+        raise
     except Exception as error:  # decoders raise many classes
         return np.zeros(shape, np.uint8), Record(image, error=decoding_error(error, image[0]))
     values = pixels.reshape(shape[0], -1).astype(np.uint64)

@@ -85,7 +85,7 @@ def _in_folder(root: Path) -> Iterator[Entry]:
             label = unicodedata.normalize("NFC", own.name)
             for path in _images(own):
                 found = True
-                yield _entry(path, os.path.relpath(path, root), label, part)
+                yield file_entry(path, os.path.relpath(path, root), label, part)
     if not found:
         loose = sum(f.name.lower().endswith(SUFFIXES) for f in root.iterdir())
         what = f"{loose:,} images, but no class folders with images" if loose else "no images"
@@ -117,7 +117,7 @@ def _ignored(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
 
 
-def _entry(path: Path, name: str, label: str, part: Part | None) -> Entry:
+def file_entry(path: Path, name: str, label: str, part: Part | None) -> Entry:
     try:
         status = path.stat()
         nbytes, modified = status.st_size, status.st_mtime_ns
@@ -165,7 +165,7 @@ def _in_csv(file: Path) -> Iterator[Entry]:
         seen[key] = label, rows.line_num
         if not path.is_file():
             absent.append(f"{name} (line {rows.line_num})")
-        yield _entry(path, name, unicodedata.normalize("NFC", label), PART_NAMES.get(split))
+        yield file_entry(path, name, unicodedata.normalize("NFC", label), PART_NAMES.get(split))
     if absent:
         raise DataError(
             f"data.root={file}: {len(absent):,} files do not exist: {few(absent)}; paths are "
