@@ -112,6 +112,11 @@ def encodable(text: str) -> str:
     return text.encode(encoding, ERRORS).decode(encoding)
 
 
+def printable(text: str) -> str:
+    """A text in one line, with control and invalid characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def print_table(table: Table, optional: Sequence[str], where: str = "") -> None:
     """Print a table, in color on a terminal; see `table_text`."""
     print(table_text(table, optional, width(), where, styled=sys.stdout.isatty()))

@@ -24,6 +24,7 @@ from cnntrain.config.errors import collect, format_error, format_os_error
 from cnntrain.config.hydra_compat import get_args_parser
 from cnntrain.config.overrides import merged
 from cnntrain.process_info import launched
+from cnntrain.terminal import printable
 
 Run = Callable[[DictConfig], float | None]
 DryRun = Callable[[DictConfig], None]
@@ -146,11 +147,6 @@ def exit_with_os_error(error: OSError, hint: str = "") -> NoReturn:
     """Print the file and the system's message, and exit with code 1."""
     print(f"cnntrain: {format_os_error(error)}{hint}", file=sys.stderr)
     sys.exit(1)
-
-
-def printable(text: str) -> str:
-    """The text with control and invalid characters escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def build_problems(cfg: DictConfig, dry_run: DryRun | None) -> list[str]:

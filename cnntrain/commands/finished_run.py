@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cnntrain import terminal
-from cnntrain.commands.app import exit_with_os_error, printable, short, start
+from cnntrain.commands.app import exit_with_os_error, short, start
 from cnntrain.config import quoted
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _predict(cfg: DictConfig, trained: "Trained", files: "list[ImageSource]") ->
                     print(f"{'image':32} {classes}, the most probable first")
                 print(prediction_line(prediction), flush=True)
             if prediction.error:
-                _warn(f"{printable(prediction.name)}: {prediction.error}")
+                _warn(f"{terminal.printable(prediction.name)}: {prediction.error}")
             elif len(drawn) < MAX_DRAWN:
                 drawn.append(prediction)
         if drawn:
@@ -235,7 +235,7 @@ def _warn(message: str) -> None:
 
 def prediction_line(prediction: "Prediction") -> str:
     """Name and classes of an image; in a narrow terminal, each on a line of its own."""
-    name = printable(prediction.name)
+    name = terminal.printable(prediction.name)
     classes = [f"{name} {p:.1%}" for name, p in prediction.classes]
     line = f"{name:32} {''.join(f'{text:24}' for text in classes)}".rstrip()
     return line if len(line) <= terminal.width() else "\n  ".join([name, *classes])

@@ -24,9 +24,9 @@ from cnntrain.data.dataset import (
     mean_and_std,
     shared_tensor,
 )
-from cnntrain.data.decoding import Decoder, Resize, decoding_error, median_size
+from cnntrain.data.decoding import Decoder, Resize, decoding_error, median_size, no_warnings
 from cnntrain.data.entries import Entry, by_hash, few, split_by_hash
-from cnntrain.data.image_cache import DecodedImages, decoded
+from cnntrain.data.image_cache import DecodedImages, ImageCache
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class DecodedData(ImageData):
         self.resize, self.color, self.background = resize, color, background
         self.test_fraction, self.on_error = test_fraction, on_error
         self.cache = Path(os.path.expanduser(cache))
+        self.ignored: list[str] = []  # files and folders that `entries` leaves out, for the log
         self._decoded: DecodedImages
         super().__init__(val_fraction=val_fraction, batch_size=batch_size, **options)
 
@@ -128,11 +129,12 @@ class DecodedData(ImageData):
     def _sample(self) -> tuple[list[tuple[int, int]], list[bool]]:
         """Size and colour of some of the images, those that can be read; DataError without any."""
         found, failed = [], []
-        for entry in by_hash(self.listed)[:SAMPLE]:
-            try:
-                found.append(self.header(entry))
-            except Exception as error:  # decoders raise many classes
-                failed.append(f"{entry.name}: {decoding_error(error, entry.name)}")
+        with no_warnings():
+            for entry in by_hash(self.listed)[:SAMPLE]:
+                try:
+                    found.append(self.header(entry))
+                except Exception as error:  # decoders raise many classes
+                    failed.append(f"{entry.name}: {decoding_error(error, entry.name)}")
         if not found:
             raise DataError(self._unreadable(failed))
         sizes, colours = zip(*found, strict=True)
@@ -147,11 +149,17 @@ class DecodedData(ImageData):
         options = [str(self.root.resolve()), self.shape, self.resize, self.background]
         key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
         stamps = [(entry.name, entry.nbytes, entry.modified) for entry in self.listed]
-        title = f"decoding {self.root.name}"
+        if self.ignored:
+            log.info(f"{self.root}: ignored {few(self.ignored)}")
+        cache = ImageCache(
+            self.cache / key,
+            stamps,
+            self.shape,
+            lambda row: self.decode(self.listed[row]),
+            f"decoding {self.root.name}",
+        )
         try:
-            images = decoded(
-                self.cache / key, stamps, self.shape, lambda i: self.decode(self.listed[i]), title
-            )
+            images = cache.open()
         except OSError as error:
             raise DataError(
                 f"data.cache={self.cache}: cannot be written ({error.strerror or error}); choose "

@@ -1,6 +1,7 @@
 """Decoding of one image file to the size and colour of a network's input."""
 
 import contextlib
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,8 +67,9 @@ class Decoder:
 
     def converted(self, image: Image.Image) -> Image.Image:
         """The image upright, in mode L or RGB, and inverted if it is to be."""
-        with contextlib.suppress(Exception):  # of many classes, if EXIF data are damaged
-            image = ImageOps.exif_transpose(image)
+        if orientation(image) != 1:  # else `exif_transpose` would copy the image
+            with contextlib.suppress(Exception):  # of many classes, if EXIF data are damaged
+                image = ImageOps.exif_transpose(image)
         background = 255 - self.background if self.invert else self.background
         image = in_mode(image, "RGB" if self.shape[0] == 3 else "L", background)
         return ImageOps.invert(image) if self.invert else image
@@ -105,13 +107,12 @@ class Decoder:
 @contextmanager
 def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
     """An image file, of which the header is read; UnidentifiedImageError if it is none."""
-    # Path, because Pillow does not close the file of an image that it cannot load.
-    if isinstance(file, Path):
-        with file.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
-            yield image
-    else:
-        with Image.open(file, formats=FORMATS) as image:
-            yield image
+    if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError("is not a regular file")  # a pipe would be waited for
+    # Pillow does not close the file of an image that it cannot load.
+    stream = file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file)
+    with stream as opened, Image.open(opened, formats=FORMATS) as image:
+        yield image
 
 
 @contextmanager
@@ -128,29 +129,42 @@ def no_warnings() -> Iterator[None]:
 def in_mode(image: Image.Image, mode: str, background: int) -> Image.Image:
     """An image of any mode in mode L or RGB, transparent pixels on a grey of 0 to 255.
 
-    ValueError for 32 bits per pixel, whose range is unknown.
+    Of 16 bits the upper 8 are taken, as by Pillow for RGB. ValueError for 32 bits, whose range is
+    unknown.
     """
-    if image.mode.startswith("I;16") or image.mode == "I":
+    if image.mode.startswith("I"):
         values = np.asarray(image)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError("has 32-bit pixels; convert it to 8 or 16 bits")
-        image = Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8))
+        signed = values.min(initial=0) < 0 or values.max(initial=0) > 65535
+        if signed or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError("has signed or 32-bit pixels; convert it to 8 or 16 bits")
+        key = image.info.get("transparency")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+        if isinstance(key, int):
+            image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     elif image.mode == "F":
         raise ValueError("has floating-point pixels; convert it to 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         below = Image.new("RGBA", image.size, (background, background, background, 255))
         image = Image.alpha_composite(below, image)
+    if image.mode == "LAB":  # is converted to RGB only
+        image = image.convert("RGB")
     return image if image.mode == mode else image.convert(mode)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1 (upright) if it has none."""
+    with contextlib.suppress(Exception):  # of many classes, if EXIF data are damaged
+        if (found := image.getexif().get(ExifTags.Base.Orientation)) in range(1, 9):
+            return int(found)
+    return 1
 
 
 def oriented_size(image: Image.Image) -> tuple[int, int]:
     """Height and width of an opened image after its EXIF orientation is applied."""
-    width, height = image.size
-    with contextlib.suppress(Exception):  # of many classes, if EXIF data are damaged
-        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
-            return width, height
-    return height, width
+    width, height = image.size  # Pillow has swapped those of a TIFF
+    swapped = orientation(image) >= 5 and image.format != "TIFF"
+    return (width, height) if swapped else (height, width)
 
 
 def is_colour(image: Image.Image) -> bool:

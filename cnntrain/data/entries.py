@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cnntrain.data.dataset import Part
+from cnntrain.terminal import printable
 
 LISTED = 10  # names in an error
 
@@ -32,9 +33,9 @@ class Entry:
 
 
 def few(texts: Sequence[str], most: int = LISTED) -> str:
-    """The first texts and the number of the others."""
+    """The first texts, in one line, and the number of the others."""
     more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
-    return f"{', '.join(texts[:most])}{more}"
+    return f"{', '.join(map(printable, texts[:most]))}{more}"
 
 
 def by_hash(entries: Sequence[Entry], seed: int = 0) -> list[Entry]:
@@ -42,7 +43,7 @@ def by_hash(entries: Sequence[Entry], seed: int = 0) -> list[Entry]:
 
     def digest(entry: Entry) -> bytes:
         name = unicodedata.normalize("NFC", entry.name)  # file systems differ in this
-        return hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()
+        return hashlib.sha256(f"{seed}/{name}".encode(errors="surrogatepass")).digest()
 
     return sorted(entries, key=digest)
 
