@@ -49,7 +49,7 @@ def test_layouts(images, wanted, compressed, tmp_path):
     assert (mine.shape, mine.classes) == (wanted.shape[1:], ("0", "1", "2"))
     found = []
     for part in PARTS:
-        pixels, labels, own = mine._part(part)
+        pixels, labels, own = mine.part(part)
         numbers = rows(mine.names(part))
         found += numbers
         assert len(own)
@@ -76,7 +76,7 @@ def test_parts_of_medmnist(tmp_path):
     mine.prepare()
     start = 0
     for part in PARTS:
-        pixels, labels, own = mine._part(part)
+        pixels, labels, own = mine.part(part)
         assert mine.names(part) == [f"{part}_images[{i}]" for i in range(len(own))]
         assert (pixels[own].numpy() == COLOUR[start:][: len(own)].transpose(0, 3, 1, 2)).all()
         assert labels[own].tolist() == LABELS[start:][: len(own)].tolist()

@@ -24,7 +24,7 @@ def data(name: str, folder: Path, **options) -> TorchVisionData:
 
 def items(mine: TorchVisionData, part: str) -> Counter:
     """Class and pixels of each image that is not augmented or normalised."""
-    images, labels, rows = mine._part(part)
+    images, labels, rows = mine.part(part)
     return Counter((mine.classes[labels[row]], images[row].numpy().tobytes()) for row in rows)
 
 
@@ -62,7 +62,7 @@ def test_order_and_names(tmp_path, monkeypatch):
     write("DTD", tmp_path, monkeypatch)
     original = torchvision.datasets.MNIST(str(tmp_path), train=False)
     mine = data("MNIST", tmp_path)
-    images, _, rows = mine._part("test")
+    images, _, rows = mine.part("test")
     assert [images[row, 0].tolist() for row in rows] == original.data.tolist()
     assert mine.names("test") == [f"test[{i:06}]" for i in range(4)]
     assert data("DTD", tmp_path).names("val")[0] == "dtd/dtd/images/banded/val1.jpg"
