@@ -165,11 +165,11 @@ def main() -> None:
         options = [f"--root={root}", f"--model={arguments.model}", f"--epochs={arguments.epochs}"]
         results: dict[str, list[dict[str, Any]]] = {"cnntrain": [], "usual": []}
         for number in range(arguments.rounds):
-            for kind, found in results.items():
+            for kind, runs in results.items():
                 command = [sys.executable, __file__, f"--only={kind}", *options]
                 output = subprocess.check_output(command, text=True)
-                found.append(json.loads(output.splitlines()[-1]))
-                seconds = ", ".join(f"{s:.1f}" for s in found[-1]["seconds"])
+                runs.append(json.loads(output.splitlines()[-1]))
+                seconds = ", ".join(f"{s:.1f}" for s in runs[-1]["seconds"])
                 print(f"round {number + 1}, {kind}: s/epoch {seconds}", flush=True)
     for name, of in {
         "first epoch": lambda run: run["seconds"][0],

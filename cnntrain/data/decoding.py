@@ -155,8 +155,8 @@ def in_mode(image: Image.Image, mode: str, background: int) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of an opened image, 1 to 8; 1 (upright) if it has none."""
     with contextlib.suppress(Exception):  # of many classes, if EXIF data are damaged
-        if (found := image.getexif().get(ExifTags.Base.Orientation)) in range(1, 9):
-            return int(found)
+        if (found := int(image.getexif().get(ExifTags.Base.Orientation, 1))) in range(1, 9):
+            return found
     return 1
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from filelock import FileLock
 
+from cnntrain.data import torchvision_compat
 from cnntrain.data.dataset import DataError, Part
 from cnntrain.data.decoded import PARTS, DecodedData
 from cnntrain.data.decoding import is_colour, open_image, oriented_size
@@ -86,7 +87,8 @@ class TorchVisionData(DecodedData):
         self._in_memory.clear()
 
     def entries(self) -> list[Entry]:
-        choice, entries, classes = SETS[self.name], list[Entry](), dict[str, None]()
+        choice, entries = SETS[self.name], list[Entry]()
+        classes: dict[str, None] = {}
         parts: dict[Part | None, dict[str, Any]] = {
             part: {choice[0]: value}
             for part, value in zip(PARTS, choice[1:], strict=False)
@@ -104,7 +106,7 @@ class TorchVisionData(DecodedData):
                     name = os.path.relpath(path, self.folder)
                     entries.append(file_entry(Path(path), name, text, part))
             else:
-                stamp = dataset.data.nbytes, zlib.crc32(np.ascontiguousarray(dataset.data))
+                stamp = dataset.data.nbytes, zlib.crc32(np.ascontiguousarray(dataset.data).data)
                 own = [Entry(f"{part}[{i:06}]", text, part, *stamp) for i, text in enumerate(texts)]
                 self._in_memory |= {entry.name: (dataset, i) for i, entry in enumerate(own)}
                 entries += own
@@ -175,12 +177,8 @@ def _files_and_labels(dataset: Any) -> tuple[list[str | Path], list[int]]:
     """Paths of the images, none if they are not files, and their labels."""
     from torchvision import datasets
 
-    # Of torchvision 0.29 no public attribute of these two has the labels, and their items are
-    # decoded: half a minute at the start of each run.
-    if isinstance(dataset, datasets.GTSRB):
-        return [path for path, _ in dataset._samples], [label for _, label in dataset._samples]
-    if isinstance(dataset, datasets.OxfordIIITPet):
-        return dataset._images, dataset._labels
+    if known := torchvision_compat.files_and_labels(dataset):
+        return known
     if isinstance(dataset, datasets.Caltech101):
         folders = [Path(dataset.root, "101_ObjectCategories", name) for name in dataset.categories]
         places = zip(dataset.y, dataset.index, strict=True)

@@ -137,8 +137,7 @@ class Normalisation(nn.Module):
     def __init__(self, data: ImageData):
         super().__init__()
         normalise = Normalise(data.mean, data.std, torch.device("cpu"))
-        self.register_buffer("scale", normalise.scale)
-        self.register_buffer("shift", normalise.shift)
+        self.scale, self.shift = nn.Buffer(normalise.scale), nn.Buffer(normalise.shift)
 
     def forward(self, images: Tensor) -> Tensor:
         return images.to(torch.float32) * self.scale + self.shift
