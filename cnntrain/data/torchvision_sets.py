@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 
 Variant = Literal["byclass", "bymerge", "balanced", "letters", "digits", "mnist"]
 DOCS = "https://docs.pytorch.org/vision/stable/generated/torchvision.datasets."
-SETS = {  # name -> the argument that chooses a part, and its values for train, val and test
+SETS: dict[
+    str, tuple[Any, ...]
+] = {  # name -> the argument that chooses a part, and its values for train, val and test
     **dict.fromkeys(
         ("CIFAR10", "CIFAR100", "EMNIST", "FashionMNIST"), ("train", True, None, False)
     ),
