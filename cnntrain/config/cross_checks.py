@@ -153,6 +153,10 @@ def cross_check_data(cfg: DictConfig, data: Any) -> list[str]:
             f"data.crop={crop}: on images of {data.shape[1]}x{data.shape[2]} a crop may contain "
             f"only padding; take less than {smallest}"
         )
+    for name in ("trivial_augment", "color_jitter"):
+        if (value := cfg.data.get(name)) and data.shape[0] not in (1, 3):
+            channels = f"is for images with 1 or 3 channels, not {data.shape[0]}; leave it out"
+            problems.append(f"data.{name}={format_value(value)}: {channels}")
     images = data.train_size - data.val_size
     whole = math.ceil(images / data.batch_size)
     batches = {"train": whole, "val": math.ceil(data.val_size / data.eval_batch_size)}

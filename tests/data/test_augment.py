@@ -1,6 +1,7 @@
 """Augmentation by torchvision's transforms, mixup and CutMix, in the loader."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.stats import beta, ks_2samp, kstest
 from torchvision.transforms import v2
 
 from cnntrain.config import ConfigError, build, compose
+from cnntrain.config.cross_checks import cross_check_data
 from cnntrain.data import Augment, FashionMNISTMini, Loader
 from cnntrain.training import CrossEntropy, dry_run
 
@@ -287,6 +289,17 @@ def test_mistakes(options: str, problem: str) -> None:
         dry_run(compose(["data=fashion_mnist_mini", "trainer=cpu", *options.split()]))
     (line,) = caught.value.problems
     assert problem in line
+
+
+def test_colour_operations_need_one_or_three_channels() -> None:
+    cfg = compose(["data=fashion_mnist_mini", "data.trivial_augment=true", "data.color_jitter=0.4"])
+    sizes = {"train_size": 20, "val_size": 4, "batch_size": 4, "eval_batch_size": 4}
+    problem = "is for images with 1 or 3 channels, not 2; leave it out"
+    assert cross_check_data(cfg, SimpleNamespace(shape=(2, 28, 28), **sizes)) == [
+        f"data.trivial_augment=true: {problem}",
+        f"data.color_jitter=0.4: {problem}",
+    ]
+    assert cross_check_data(cfg, SimpleNamespace(shape=(3, 28, 28), **sizes)) == []
 
 
 def test_options_reach_the_data_set() -> None:
