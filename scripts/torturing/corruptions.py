@@ -163,8 +163,7 @@ def trial(number: int, seed: int, intact: IntactRuns, folder: Path) -> tuple[str
     name = re.sub(r"tfevents.*", "tfevents", target.name)
     fresh = state != "from cache" and rng.random() < 0.03
     code = finish(launch(arguments, log, prepare=prepare, fresh=fresh))
-    whole = "completed from cache" if state == "from cache" else "completed"
-    expected = record_once(intact.directory(whole))
+    expected = record_once(intact.directory("completed" + " from cache" * (state == "from cache")))
     outcome, problem = judge(code, log.read_text(), directory, damaged, expected)
     return kind, name, outcome, problem and f"{state}, {' '.join(arguments)}: {problem}"
 

@@ -197,8 +197,7 @@ def test_benchmark_writes_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_python_of_the_pages(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    few = [*QUICK, *LIMITS, SCALARS]
-    monkeypatch.setattr("cnntrain.compose", lambda typed: compose([*typed, *few]))
+    monkeypatch.setattr("cnntrain.compose", lambda t: compose([*t, *QUICK, *LIMITS, SCALARS]))
     blocks = (ROOT / "docs/python.md").read_text().split("```python\n")[1:]
     assert blocks
     for block in blocks:

@@ -13,11 +13,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 PRELOAD = ["cnntrain.training", "cnntrain.inference", "cnntrain.commands.train", "forked", "warm"]
+
+
+@cache
+def server() -> Any:
+    """The context of the fork server, which is started with this process's sys.path."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    return context
 
 
 class Command:
@@ -26,11 +39,9 @@ class Command:
     def __init__(
         self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ
     ):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self.streams = tempfile.TemporaryDirectory()
         call = (list(arguments), str(folder), dict(environment), self.streams.name)
-        self.process = context.Process(target=_main, args=call)
+        self.process = server().Process(target=_main, args=call)
         self.process.start()
         self.pid = self.process.pid
 

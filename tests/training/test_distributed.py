@@ -29,6 +29,8 @@ from cnntrain.training.distributed import connect
 
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.progress_bar=false"]
 MINI = ["data=fashion_mnist_mini", "data.hflip=0.5", "data.crop=2", "data.erase=0.3"]
+MINI += ["trainer.max_epochs=2", "trainer.log_every_n_steps=1", "optimizer.fused=false"]
+MINI += ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1.0"]
 # Nothing depends on which images are together in a process. The parts are uneven, and one is empty:
 # the last batch of the 500 validation images has one.
 EXACT = [
@@ -37,12 +39,7 @@ EXACT = [
     "data.val_size=500",
     "data.batch_size=1001",
     "data.eval_batch_size=499",
-    "trainer.max_epochs=2",
-    "trainer.log_every_n_steps=1",
-    "trainer.accumulate_grad_batches=2",
-    "trainer.gradient_clip_val=1.0",
     "trainer.progress_bar=false",
-    "optimizer.fused=false",
     "loss.class_weights=balanced",
     "data.sampler=balanced",
     "trainer.monitor=val/macro_f1",
@@ -52,19 +49,13 @@ EVERYTHING = [
     *MINI,
     "data.batch_size=100",
     "data.eval_batch_size=200",
-    "trainer.max_epochs=2",
-    "trainer.accumulate_grad_batches=2",
     "trainer.ema=0.9",
     "trainer.early_stopping=5",
-    "trainer.gradient_clip_val=1.0",
     "trainer.checkpoint_every_n_steps=2",
     "+trainer.limit_train_batches=25",
-    "trainer.log_every_n_steps=1",
-    "optimizer.fused=false",
     "optimizer.lr=0.005",
     "tensorboard=scalars",
 ]
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
