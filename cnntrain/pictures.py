@@ -99,7 +99,7 @@ def _length(line: str) -> int:
     return int(_font(FONT_SIZE).getlength(line)) + 1
 
 
-def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
+def confusion(pairs: Tensor, occurrences: Tensor, names: Sequence[str], split: str) -> Picture:
     """Confusion matrix: how often images of a class (row) are predicted as another (column).
 
     The colour is the share of the row's images, on a square-root scale that makes small shares
@@ -108,15 +108,15 @@ def confusion(counts: Tensor, names: Sequence[str], split: str) -> Picture:
     dominate short epochs on a GPU.
 
     Args:
-        counts: Integers (K, K), a sparse COO tensor.
+        pairs, occurrences: True and predicted class (M, 2), and how often they occur (M,).
         names: Of the K classes; long names are shortened.
         split: test or val.
     """
     group = -(-len(names) // MAX_CELLS)
     names = names[::group]
-    classes, font, counts = len(names), _font(13), counts.coalesce()
-    dense = counts.values().new_zeros((classes, classes))
-    counts = dense.index_put_(tuple(counts.indices() // group), counts.values(), accumulate=True)
+    classes, font = len(names), _font(13)
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    counts.index_put_(tuple((pairs // group).T), occurrences, accumulate=True)
     cell, numbered = (46, True) if classes <= 20 else (max(1, 920 // classes), False)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     part = "validation" if split == "val" else split

@@ -171,7 +171,7 @@ def _print_evaluation(result: "Evaluation") -> None:
         table.add_column(title, justify="right")
     table.add_column("most often confused with")
     names, confused = trained.data.classes, dict[str, tuple[int, str]]()
-    pairs, counts = outcome.confusion.indices().T.tolist(), outcome.confusion.values().tolist()
+    pairs, counts = (values.tolist() for values in outcome.confusion)
     for (i, j), count in zip(pairs, counts, strict=True):
         if i != j and count > confused.get(names[i], (0,))[0]:
             confused[names[i]] = count, names[j]

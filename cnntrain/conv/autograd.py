@@ -39,6 +39,11 @@ def convolve(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
     return (_Forward if is_compiling() else Forward).apply(x, w, bias, *how)
 
 
+if torch.__version__ < "2.15":
+    # Traced by torch.compile of torch 2.11, these Functions have gradients of zero.
+    convolve = torch.compiler.disable(convolve)
+
+
 def grad_input(g: Tensor, w: Tensor, input_size: Pair, *how: Any) -> Tensor:
     """dx (N, C, H, W), differentiable in g and w."""
     return (_GradInput if is_compiling() else GradInput).apply(g, w, input_size, *how)
@@ -57,7 +62,8 @@ class _Product(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        a, b, third, *ctx.how = inputs
+        a, b, third = inputs[:3]
+        ctx.how = inputs[3:]
         ctx.size = None if isinstance(third, Tensor) else third
         ctx.shape = output.shape
         ctx.save_for_backward(a, b)
@@ -93,8 +99,9 @@ class Forward(_Product):
     """y = x * w + bias"""
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
-        geometry, algorithm, zeros = how
+    def forward(
+        x: Tensor, w: Tensor, bias: Tensor | None, geometry: Any, algorithm: Any, zeros: Any
+    ) -> Tensor:
         y = _run(algorithm.padded_forward, x, w, bias, geometry, zeros)
         return y.clone() if is_compiling() and bias is None else y
 
@@ -116,8 +123,9 @@ class GradInput(_Product):
     """dx, the input gradient: linear in g and in w."""
 
     @staticmethod
-    def forward(g: Tensor, w: Tensor, input_size: Pair, *how: Any) -> Tensor:
-        geometry, algorithm, zeros = how
+    def forward(
+        g: Tensor, w: Tensor, input_size: Pair, geometry: Any, algorithm: Any, zeros: Any
+    ) -> Tensor:
         return _run(algorithm.padded_grad_input, g, w, input_size, geometry, zeros)
 
     @staticmethod
@@ -138,8 +146,9 @@ class GradWeight(_Product):
     channels_of_b = 1
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, kernel_size: Pair, *how: Any) -> Tensor:
-        geometry, algorithm, zeros = how
+    def forward(
+        g: Tensor, x: Tensor, kernel_size: Pair, geometry: Any, algorithm: Any, zeros: Any
+    ) -> Tensor:
         return _run(algorithm.padded_grad_weight, g, x, kernel_size, geometry, zeros)
 
     @staticmethod

@@ -82,7 +82,7 @@ class Evaluation:
             for row in self.classes[:MAX_CLASSES]
         ]
         table = table_html(("class", "images", "precision", "recall", "F1"), rows)
-        picture = pictures.confusion(self.outcome.confusion, self.trained.data.classes, self.split)
+        picture = pictures.confusion(*self.outcome.confusion, self.trained.data.classes, self.split)
         return f"<pre>{html.escape(repr(self))}</pre>{table}{png_html(pictures.png(picture))}"
 
     def write(self, folder: str | os.PathLike[str]) -> list[Path]:
@@ -90,7 +90,7 @@ class Evaluation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         trained, names, confusion = self.trained, self.trained.data.classes, self.outcome.confusion
-        pairs, counts = confusion.indices().T.tolist(), confusion.values().tolist()
+        pairs, counts = (values.tolist() for values in confusion)
         content = {
             "run": str(trained.run),
             "checkpoint": str(trained.checkpoint),
@@ -110,7 +110,7 @@ class Evaluation:
         }
         write_json(folder / "evaluation.json", content)
         (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier evaluation
-        images = {"confusion.png": pictures.confusion(confusion, names, self.split)}
+        images = {"confusion.png": pictures.confusion(*confusion, names, self.split)}
         if self.mistakes:
             stored = self.images.__getitem__
             shown = worst(self.outcome, stored, names, MAX_MISTAKES, self.names)

@@ -159,7 +159,7 @@ class Insights(lightning.Callback):
     def _show(self, found: Predictions, loader: Any, stage: str, epoch: int) -> None:
         names = self.data.classes
         if self.confusion:
-            picture = pictures.confusion(found.confusion, names, stage)
+            picture = pictures.confusion(*found.confusion, names, stage)
             self._image(f"{stage}/confusion", picture, epoch)
         if self.mistakes and len(found.mistakes(MISTAKES)):
             picture = worst(found, loader.stored, names, MISTAKES)

@@ -113,14 +113,10 @@ class Predictions:
         return self.probabilities.argmax(1)
 
     @cached_property
-    def confusion(self) -> Tensor:
-        """Confusion matrix (true class, predicted class), int64, a sparse COO tensor."""
+    def confusion(self) -> tuple[Tensor, Tensor]:
+        """Pairs of true and predicted class that occur (M, 2), and how often (M,), int64."""
         pairs, counts = (self.labels * self.classes + self.predicted).unique(return_counts=True)
-        size = self.classes, self.classes
-        indices = torch.stack([pairs // self.classes, pairs % self.classes])
-        return torch.sparse_coo_tensor(
-            indices, counts, size, check_invariants=True, is_coalesced=True
-        )
+        return torch.stack([pairs // self.classes, pairs % self.classes], 1), counts
 
     @cached_property
     def support(self) -> Tensor:

@@ -38,7 +38,7 @@ def test_accuracy_and_loss_on_every_backend(run: Path, backend: str | None, spli
     assert found.accuracy == pytest.approx(right, abs=1.5 / len(labels))
     loss = -logits.log_softmax(1)[torch.arange(len(labels)), labels].mean().item()
     assert found.loss == pytest.approx(loss, abs=1e-5)
-    assert found.outcome.confusion.sum() == len(labels)
+    assert found.outcome.confusion[1].sum() == len(labels)
     torch.testing.assert_close(
         found.outcome.probabilities, logits.softmax(1).float(), atol=1e-4, rtol=0
     )
