@@ -266,6 +266,8 @@ class Workers:
         self.closed.set()
         for process in self.context.processes:
             process.kill()
+        self.thread.join()  # it waits for the same processes, which two threads must not do
+        for process in self.context.processes:
             process.join()
             interruption.children.remove(process)
 
