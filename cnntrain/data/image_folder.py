@@ -107,7 +107,7 @@ class ImageFolder(DecodedData):
         needed = {f for f in folders if len(f) <= depth and (f[0] in named or not divided)}
         if empty := needed - {image[:n] for image in used for n in range(1, depth + 1)}:
             names = sorted("/".join(folder) for folder in empty)
-            self._fail(f"no images in {few(names)}; add some, or remove or hide these folders")
+            self._fail(f"no images of its own in {few(names)}; add some, or remove or hide it")
         self.ignored += sorted("/".join(file) for file in {*files} - {*used})
         # A label that is not UTF-8 could not be written to the config of the run.
         labels = {f: f[-1].encode(errors="backslashreplace").decode() for f in needed}
@@ -129,12 +129,12 @@ class ImageFolder(DecodedData):
             below, real = Path(path).relative_to(self.root).parts, os.path.realpath(path)
             part = PART_NAMES.get(below[0].lower()) if below else None
             names[:] = sorted(name for name in names if not name.startswith(HIDDEN))
+            folders += [below] if below else []
             if below and ((part, real) in visited or real in above):  # by a symbolic link
                 self.ignored.append("/".join(below))
                 names.clear()
                 continue
             visited.add((part, real))
-            folders += [below] if below else []
             files += [(*below, name) for name in inside if not name.startswith(HIDDEN)]
         return folders, files
 
