@@ -257,8 +257,8 @@ def _class_names(label: Tensor, names: Sequence[str]) -> str:
     """Name of a label (), or names and shares of the largest of mixed labels (classes,)."""
     if not label.ndim:
         return names[int(label)]
-    shares, labels = label.topk(min(2, len(label)))
-    pairs = zip(labels, shares.tolist(), strict=True)
+    shares, labels = (part.tolist() for part in label.topk(min(2, len(label))))
+    pairs = zip(labels, shares, strict=True)
     return ", ".join(f"{names[k]} {share:.0%}" for k, share in pairs if share > 0)
 
 
