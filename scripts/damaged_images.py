@@ -210,7 +210,9 @@ def csv_file(case: Case) -> None:
 
 
 def root(case: Case) -> None:
-    case.root = case.folder / case.rng.choice(["none", case.some(), "../photos", "pipe.csv", "."])
+    case.root = case.folder / case.rng.choice(
+        ["none", str(case.some()), "../photos", "pipe.csv", "."]
+    )
     if case.root.name == "pipe.csv":
         os.mkfifo(case.root)
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cnntrain.config.errors import format_error, format_value, unknown
 from cnntrain.config.nodes import LEAVE_OUT, NODES, ROOTS, Node, Root
@@ -44,9 +44,6 @@ def check(cfg: DictConfig, root: Root = ROOTS["train"]) -> list[str]:
         if key not in cfg:
             problems += [] if key in root.optional else [f"{key}: missing"]
             continue
-        if missing := OmegaConf.missing_keys(cfg[key]) if OmegaConf.is_dict(cfg[key]) else ():
-            problems += [f"{name}: has to be given, {name}=..." for name in sorted(missing)]
-            continue
         values, wrong = _resolved(cfg, key)
         if wrong:
             problems.append(f"{key}: {wrong}")
@@ -68,6 +65,8 @@ def _resolved(cfg: DictConfig, key: str) -> tuple[Any, str | None]:
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
         return value, None
+    except MissingMandatoryValue as error:
+        return None, f"{error.full_key} has to be given, {error.full_key}=..."
     except (OmegaConfBaseException, RecursionError) as error:
         return OmegaConf.to_container(cfg)[key], format_error(error)  # type: ignore[index, call-overload]
 

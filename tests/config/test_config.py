@@ -129,7 +129,7 @@ def test_shipped_choices_are_valid() -> None:
 def test_option_that_has_to_be_given() -> None:
     with pytest.raises(ConfigError) as caught:
         compose(["data=image_folder"])
-    assert caught.value.problems == ["data.root: has to be given, data.root=..."]
+    assert caught.value.problems == ["data: data.root has to be given, data.root=..."]
 
 
 def test_options_reach_the_config() -> None:
