@@ -113,6 +113,10 @@ class DecodedData(ImageData):
         if not hasattr(self, "classes"):
             self.find(classes=sorted({entry.label for entry in self.listed}))
         self._check_parts(self.rows)
+        self.measure()
+
+    def measure(self) -> None:
+        """Find out `shape` and the sizes of the parts. Raises DataError: no image can be read."""
         if hasattr(self, "shape"):  # recorded by an earlier run
             return
         size, color = self.size, self.color

@@ -71,21 +71,26 @@ class ImageFolder(DecodedData):
         return self.decoder.read(self.file(entry))
 
 
-def _in_folder(root: Path) -> Iterator[Entry]:
+def class_folders(root: Path) -> Iterator[tuple[Path, str, Part | None]]:
+    """The folders of classes, with or without images: path, name of the class, part."""
     folders = sorted(f for f in root.iterdir() if f.is_dir() and not _ignored(f.name))
     parts = {folder: PART_NAMES.get(folder.name.lower()) for folder in folders}
     if "train" not in parts.values() or None in parts.values():  # classes, whatever their names
         parts = dict.fromkeys(folders)
-    found = False
     for folder, part in parts.items():
         classes = [folder]
         if part:
             classes = [f for f in folder.iterdir() if f.is_dir() and not _ignored(f.name)]
         for own in classes:
-            label = unicodedata.normalize("NFC", own.name)
-            for path in _images(own):
-                found = True
-                yield _entry(path, os.path.relpath(path, root), label, part)
+            yield own, unicodedata.normalize("NFC", own.name), part
+
+
+def _in_folder(root: Path) -> Iterator[Entry]:
+    found = False
+    for folder, label, part in class_folders(root):
+        for path in _images(folder):
+            found = True
+            yield _entry(path, os.path.relpath(path, root), label, part)
     if not found:
         loose = sum(f.name.lower().endswith(SUFFIXES) for f in root.iterdir())
         what = f"{loose:,} images, but no class folders with images" if loose else "no images"
