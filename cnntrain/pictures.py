@@ -3,12 +3,13 @@
 import io
 import textwrap
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
-from matplotlib import color_sequences, colormaps
+from matplotlib import color_sequences, colormaps, font_manager, get_data_path
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def captioned(
     tiles: Tensor, captions: Sequence[str], *, columns: int = 8, size: int = 84, heading: str = ""
 ) -> Picture:
     """Tiles, uint8 (N, 3, H, W), with a caption below each and a heading above, both wrapped."""
-    tiles, font = enlarged(tiles, size).cpu(), _font(FONT_SIZE)
+    tiles = enlarged(tiles, size).cpu()
     height, width = tiles.shape[-2:]
     texts = [_wrapped(text, MAX_CHARACTERS) for text in captions]
     lines = max((len(text) for text in texts), default=0)
@@ -79,13 +80,14 @@ def captioned(
     sheet = Image.new("RGB", (across, top + rows * cell_h), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(head):
-        draw.text((GAP, GAP + i * LINE), line, INK, font)
+        draw.text((GAP, GAP + i * LINE), line, INK, _font(FONT_SIZE, font_file(line)))
     for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
         x, y = number % columns * cell_w, top + number // columns * cell_h
         image = Image.fromarray(tile.movedim(0, -1).contiguous().numpy())
         sheet.paste(image, (x + (cell_w - width) // 2, y + GAP))
         for i, line in enumerate(text):
             bottom = y + height + 2 * GAP + i * LINE
+            font = _font(FONT_SIZE, font_file(line))
             draw.text((x + cell_w // 2, bottom), line, INK, font, anchor="ma")
     return np.asarray(sheet)
 
@@ -96,7 +98,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _length(line: str) -> int:
-    return int(_font(FONT_SIZE).getlength(line)) + 1
+    return int(_font(FONT_SIZE, font_file(line)).getlength(line)) + 1
 
 
 def confusion(pairs: Tensor, occurrences: Tensor, names: Sequence[str], split: str) -> Picture:
@@ -186,8 +188,32 @@ def png(picture: Picture) -> bytes:
     return file.getvalue()
 
 
+@lru_cache(1000)
+def font_file(text: str) -> str | None:
+    """A font that has all characters of a text: "" is Pillow's own, None that there is none.
+
+    Pillow's has the Latin alphabet; matplotlib's Greek, Cyrillic, Arabic and Hebrew too; other
+    scripts need a font of the system.
+    """
+    needed = {ord(character) for character in text if not character.isspace()}
+    if max(needed, default=0) < 0x180:
+        return ""
+    own = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    system = sorted(font_manager.findSystemFonts(), key=lambda path: ("Regular" not in path, path))
+    return next((path for path in (own, *system) if needed <= _characters(path)), None)
+
+
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
+def _characters(path: str) -> frozenset[int]:
+    try:
+        _font(FONT_SIZE, path)  # fails for fonts of bitmaps, such as coloured emoji
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+@cache
+def _font(size: int, path: str | None = None) -> ImageFont.FreeTypeFont:
+    font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont), "Pillow has FreeType, in all its wheels"
     return font

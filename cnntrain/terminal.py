@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UNLIMITED = 10_000  # characters, for a line in a file or a pipe
 PARAGRAPH = 110  # characters, for a line of prose
 ASCII = dict(zip("−–≈×·─", "--~x.-", strict=True)) | {"±": "+-", "≥": ">="}
-TABLE_OPTIONS = ("box", "show_edge", "show_footer", "pad_edge", "collapse_padding")
+TABLE_OPTIONS = ("box", "show_header", "show_edge", "show_footer", "pad_edge", "collapse_padding")
 COLUMN_OPTIONS = ("header", "footer", "justify", "max_width")
 ERRORS = "cnntrain.ascii"  # the name of the error handler
 

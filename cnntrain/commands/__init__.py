@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "classify images of any size with a trained network",
     "export": "export a trained network as ONNX or with torch.export",
     "lesson": "explain convolution in numbers and pictures",
+    "data": "inspect a data set before training",
     "report": "rank the runs of a sweep or folder: table and HTML page",
 }
 ON_FINISHED_RUNS = ("evaluate", "predict", "export")

@@ -114,6 +114,7 @@ ROOTS = {
         optional=["tensorboard", "search", "sweep"],
     ),
     "verify": Root(["backend"], "cnntrain.lab.verify.verify"),
+    "inspect": Root(["data"], types={"out": str | None, "json": str | None}),
     "evaluate": Root(
         ["backend"], "cnntrain.inference.evaluate", optional=["backend"], required=["run"]
     ),

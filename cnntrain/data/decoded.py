@@ -91,6 +91,7 @@ class DecodedData(ImageData):
         self.test_fraction, self.on_error = test_fraction, on_error
         self.cache = Path(os.path.expanduser(cache))
         self.ignored: list[str] = []  # files and folders that `entries` leaves out, for the log
+        self.empty: list[str] = []  # folders without images, where it expects some
         self._decoded: DecodedImages
         super().__init__(val_fraction=val_fraction, batch_size=batch_size, **options)
 
@@ -114,7 +115,16 @@ class DecodedData(ImageData):
         labels = sorted({entry.label for entry in self.listed})
         if not hasattr(self, "classes"):  # `entries` may find them
             self.find(classes=labels)
+        if self.empty:
+            raise DataError(
+                f"data.root={self.root}: no images of its own in {few(self.empty)}; add some, or "
+                "remove or hide it"
+            )
         self._check_parts(self.rows)
+        self.measure()
+
+    def measure(self) -> None:
+        """Find out `shape` and the sizes of the parts. Raises DataError: no image can be read."""
         if hasattr(self, "shape"):  # recorded by an earlier run
             return
         size, color = self.size, self.color

@@ -49,7 +49,7 @@ class ImageFolder(DecodedData):
         super().__init__(root=root, **options)
 
     def entries(self) -> list[Entry]:
-        self.ignored = []
+        self.ignored, self.empty = [], []
         try:
             if self.root.is_dir():
                 return self._in_folder()
@@ -105,9 +105,8 @@ class ImageFolder(DecodedData):
                 f"{self.root / '<class>'}, or name a CSV file with the columns path,label"
             )
         needed = {f for f in folders if len(f) <= depth and (f[0] in named or not divided)}
-        if empty := needed - {image[:n] for image in used for n in range(1, depth + 1)}:
-            names = sorted("/".join(folder) for folder in empty)
-            self._fail(f"no images of its own in {few(names)}; add some, or remove or hide it")
+        empty = needed - {image[:n] for image in used for n in range(1, depth + 1)}
+        self.empty = sorted("/".join(folder) for folder in empty)
         self.ignored += sorted("/".join(file) for file in {*files} - {*used})
         # A label that is not UTF-8 could not be written to the config of the run.
         labels = {f: f[-1].encode(errors="backslashreplace").decode() for f in needed}

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import QUICK, SCALARS, TRAIN
 from conftest import ROOT, Run
 from forked import run_command
+from PIL import Image
 from tensorboard_page import Server
 
 Finished = tuple[subprocess.CompletedProcess[str], Path]
@@ -200,3 +202,17 @@ def test_tensorboard_shows_the_run(server: str, finished: Finished) -> None:
     result = json.loads((directory / "result.json").read_text())["metrics"]
     shown = {m["name"]["tag"]: m["value"] for m in group["metricValues"]}
     assert shown == pytest.approx(result)
+
+
+def test_data_inspect(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "собака")):
+        for k in range(40):
+            pixels = np.random.default_rng([number, k]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / f"photos/{name}/{k}.png")
+    done = run_command(["data", "inspect", "data.root=photos"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("cat", "собака"):
+        assert re.search(rf"^{name} +32 +4 +4 +40$", done.stdout, re.M)
+    assert done.stdout.endswith("\noutputs/inspect/contact_sheet.png\n")
+    assert (tmp_path / "outputs/inspect/contact_sheet.png").exists()
