@@ -55,13 +55,14 @@ def test_counts(photos: Path) -> None:
     found = inspect(photos)
     assert found.classes["a"] == {"train": 9, "val": 1, "test": 1}
     assert found.classes["b"] == {"train": 3, "val": 0, "test": 1}  # the damaged one included
-    assert found.empty_classes == ["none"]
+    assert found.empty_classes == ["train/none"]
     assert found.sizes == [(30, 30), (40, 60), (80, 90)]
     assert found.shape == (3, 32, 32)
     assert found.formats == {"PNG RGB": 11, "PNG L": 2, "BMP RGB": 1}
     assert found.unreadable == {"train/b/bad.jpg": "is not an image, or of an unknown format"}
     assert found.ignored == {".txt": ["train/notes.TXT"], ".png": ["loose.png"]}
-    assert found.problems == []
+    (problem,) = found.problems
+    assert "no images of its own in train/none; add some" in problem
 
 
 def test_duplicates_and_leakage(photos: Path) -> None:
@@ -190,7 +191,7 @@ def test_lines_and_json(
     for line in (
         "unreadable            1: train/b/bad.jpg: is not an image, or of an unknown format; "
         "data.on_error=skip leaves them out",
-        "empty classes         none",
+        "empty classes         train/none",
         "no validation images  b",
         "imbalance             largest class / smallest: 3 in training; see "
         "loss.class_weights=balanced and data.sampler=balanced",
@@ -205,7 +206,7 @@ def test_lines_and_json(
     assert Path("outputs/inspect/contact_sheet.png").is_file()
     found = json.loads(Path("found.json").read_text())
     assert found["classes"]["a"] == {"train": 9, "val": 1, "test": 1}
-    assert run(monkeypatch, *options, "data.on_error=skip", "json=-", "out=null") == 0
+    assert run(monkeypatch, *options, "data.on_error=skip", "json=-", "out=null") == 1
     assert json.loads(capsys.readouterr().out) == found
 
 
