@@ -144,6 +144,8 @@ class ImageCache:
             rows = range(start, min(start + BATCH, len(self.images)))
             return [self._decode_one(row, earlier) for row in rows if not stopping.is_set()]
 
+        # tqdm's own lock is shared with forked processes, one of which may be killed.
+        tqdm.set_lock(threading.RLock())
         pool, waiting = ThreadPoolExecutor(cores()), deque[Future[list[Row]]]()
         with (
             (unfinished / IMAGES).open("ab") as pixels,

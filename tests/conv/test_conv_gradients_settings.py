@@ -79,7 +79,8 @@ def test_next_layer_may_write_in_place(backend, bias):
     reference, x = nn.Conv2d(2, 3, 2, bias=bias, dtype=torch.float64), randn(2, 2, 3, 3)
     ours = layer_like(backend, reference, 2, 3, 2, bias=bias)
     given = []
-    for function in (reference, ours, *([] if bias else [compiled(ours)])):
+    traced = not bias and torch.__version__ >= "2.15"
+    for function in (reference, ours, *([compiled(ours)] if traced else [])):
         leaf = x.clone().requires_grad_()
         nn.ReLU(inplace=True)(function(leaf)).square().sum().backward()
         given.append(leaf.grad)
