@@ -4,9 +4,9 @@ from cnntrain.training.building import dry_run as dry_run
 from cnntrain.training.checkpoint_file import CheckpointError as CheckpointError
 from cnntrain.training.distributed import ProcessLost as ProcessLost
 from cnntrain.training.insights import Insights as Insights
+from cnntrain.training.losses import CrossEntropy as CrossEntropy
+from cnntrain.training.losses import HalfSquaredError as HalfSquaredError
 from cnntrain.training.nan_guard import NonFiniteError as NonFiniteError
-from cnntrain.training.optim import CrossEntropy as CrossEntropy
-from cnntrain.training.optim import HalfSquaredError as HalfSquaredError
 from cnntrain.training.optim import Muon as Muon
 from cnntrain.training.optim import OneCycle as OneCycle
 from cnntrain.training.optim import WarmupCosine as WarmupCosine

@@ -23,8 +23,9 @@ from cnntrain.training import distributed
 from cnntrain.training.classifier import Classifier
 from cnntrain.training.epoch_log import EpochLog
 from cnntrain.training.insights import Insights
+from cnntrain.training.losses import CrossEntropy
 from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
-from cnntrain.training.optim import CrossEntropy, build_optimizer
+from cnntrain.training.optim import build_optimizer
 from cnntrain.training.step_graph import CUDAGraphs
 from cnntrain.training.tensorboard import TensorBoard
 from cnntrain.training.trainer import ProcessEnvironment, Trainer

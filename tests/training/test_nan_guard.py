@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cnntrain.config import build, compose
 from cnntrain.training.classifier import Classifier
+from cnntrain.training.losses import CrossEntropy
 from cnntrain.training.nan_guard import NaNGuard, NonFiniteError
-from cnntrain.training.optim import CrossEntropy
 
 BATCH, BATCHES, EPOCHS = 20, 8, 3
 both = pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
