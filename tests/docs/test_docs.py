@@ -162,7 +162,8 @@ def test_training_command(command: str, tmp_path: Path) -> None:
     # Launchers and several processes have tests of their own.
     fewer = {"seed=0,1,2": "seed=0", "trainer.devices=2": "trainer.devices=1"}
     arguments = [fewer.get(a, a) for a in arguments if a != "hydra/launcher=joblib"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+    environment["https_proxy"] = "http://127.0.0.1:9"  # no download
     done = run_command(["train", *arguments, *QUICK[1:], *LIMITS, *few], tmp_path, environment)
     if "trainer=gpu" in arguments and not Path("/dev/nvidia0").exists():
         assert done.returncode == 2
@@ -171,6 +172,9 @@ def test_training_command(command: str, tmp_path: Path) -> None:
         assert done.returncode == 2
         shown = "".join(page.read_text() for page in PAGES)
         assert all(line in shown for line in done.stderr.splitlines()), done.stderr
+    elif "model.weights=DEFAULT" in command:
+        assert done.returncode == 2
+        assert "resnet18-f37072fd.pth can be neither downloaded nor read" in done.stderr
     elif "optimizer.lr=1e20" in command:
         assert done.returncode == 3
         assert "is nan; the first layer with a non-finite output is features.6" in done.stderr
