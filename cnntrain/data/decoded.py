@@ -112,7 +112,10 @@ class DecodedData(ImageData):
 
     def open(self) -> None:
         if not hasattr(self, "classes"):
-            self.find(classes=sorted({entry.label for entry in self.listed}))
+            classes = sorted({entry.label for entry in self.listed})
+            if odd := [name for name in classes if name == "???" or "${" in name]:
+                raise DataError(f"{self.root}: {few(odd)} cannot be a name in a config; rename it")
+            self.find(classes=classes)
         self._check_parts(self.rows)
         if hasattr(self, "shape"):  # recorded by an earlier run
             return
