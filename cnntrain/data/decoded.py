@@ -114,6 +114,8 @@ class DecodedData(ImageData):
     def open(self) -> None:
         labels = sorted({entry.label for entry in self.listed})
         if not hasattr(self, "classes"):  # `entries` may find them
+            if odd := [name for name in labels if name == "???" or "${" in name]:
+                raise DataError(f"{self.root}: {few(odd)} cannot be a name in a config; rename it")
             self.find(classes=labels)
         if self.empty:
             raise DataError(

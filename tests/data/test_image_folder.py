@@ -95,6 +95,12 @@ def test_names_in_any_script(root: Path) -> None:
     assert len(found.listed) == 7 * 6 + 4
 
 
+@pytest.mark.parametrize("name", ["???", "a${x}"])
+def test_names_that_a_config_cannot_contain(root: Path, name: str) -> None:
+    fill(root, "cat", name)
+    assert problem(root) == f"{name} cannot be a name in a config; rename it"
+
+
 def test_parts(root: Path) -> None:
     fill(root / "Train", "cat", "dog")
     fill(root / "validation", "cat", "dog", count=2)
