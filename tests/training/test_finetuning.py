@@ -143,7 +143,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tested(run: Path) -> dict[str, Tensor]:
+def final_weights(run: Path) -> dict[str, Tensor]:
     state = torch.load(run / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
     return {name.removeprefix("network.network."): tensor for name, tensor in state.items()}
 
@@ -169,7 +169,7 @@ def test_run_from_weights(
     train(cfg, whole)
     log = (whole / "train.log").read_text()
     assert log.count("head: classifier.3, 5 -> 10 classes, newly initialised") == 1
-    given, found = torch.load(file), tested(whole)
+    given, found = torch.load(file), final_weights(whole)
     grey = given["features.0.0.weight"].sum(1, keepdim=True)
     moved = [
         name
