@@ -110,9 +110,9 @@ def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
     if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
         raise ValueError("is not a regular file")  # a pipe would be waited for
     # Pillow does not close the file of an image that it cannot load.
-    stream = file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file)
-    with stream as opened, Image.open(opened, formats=FORMATS) as image:
-        yield image
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
+        yield stack.enter_context(Image.open(stream, formats=FORMATS))
 
 
 @contextmanager
