@@ -145,9 +145,9 @@ def _lines(found: "Inspection", counts: dict[str, list[int]]) -> Iterator[tuple[
         pairs = [pair for pair in found.duplicates if {*pair.parts} == {"train", part}]
         pairs.sort(key=lambda pair: pair.exact)  # the last pair of an image is shown
         if images := {pair.names[pair.parts.index(part)]: pair for pair in pairs}:
-            exact = sum(pair.exact for pair in images.values())
+            same = sum(pair.exact for pair in images.values())
             text = f"{len(images):,} {part} images have a duplicate in the training set"
-            text += f" ({exact:,} of them with the same pixels): {_pairs([*images.values()])}"
+            text += f" ({same:,} of them with the same pixels): {_pairs([*images.values()])}"
             yield "leakage", text, True
     if pairs := [pair for pair in found.duplicates if pair.labels[0] != pair.labels[1]]:
         yield "other labels", f"{len(pairs):,} pairs with different labels: {_pairs(pairs)}", True

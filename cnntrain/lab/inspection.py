@@ -118,9 +118,9 @@ def inspect(data: ImageData) -> tuple[Inspection, dict[int, list[np.ndarray]]]:
     except DataError as error:
         found.problems = list(dict.fromkeys([*found.problems, str(error)]))
         data.find(shape=(3, SMALL, SMALL))  # each will fail
+    labels = {str(part): data.labels[rows] for part, rows in data.rows.items()}
     for k, name in enumerate(data.classes):
-        counts = {part: int((data.labels[data.rows[part]] == k).sum()) for part in PARTS}
-        found.classes[name] = counts
+        found.classes[name] = {part: int((own == k).sum()) for part, own in labels.items()}
     return found, _decode(found, data)
 
 
@@ -159,7 +159,7 @@ def _decode(found: Inspection, data: DecodedData) -> dict[int, list[np.ndarray]]
             with open_image(data.file(entry)) as file:
                 kind = f"{file.format} {file.mode}"
         pixels = data.decode(entry)
-        digests[row] = hashlib.sha256(pixels).digest()
+        digests[row] = hashlib.sha256(pixels.tobytes()).digest()
         if found.near:
             hashes[row], small[row] = fingerprint(pixels)
         tile = None
@@ -182,6 +182,7 @@ def _decode(found: Inspection, data: DecodedData) -> dict[int, list[np.ndarray]]
     options: dict[str, Any] = {"unit": " images", "leave": False, "disable": None}
     bar = tqdm(total=count, desc=f"decoding {data.root.name}", **options)
     starts = range(0, count, BATCH)
+    results: list[Any]
     with bar, no_warnings():
         for start, results in zip(starts, map_ahead(batch, starts, cores()), strict=True):
             for row, result in enumerate(results, start):
