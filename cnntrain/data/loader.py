@@ -275,7 +275,7 @@ def ahead(
 ) -> Iterator[Tensor]:
     """`map`, computed in one background thread, which is `depth` results ahead of the consumer and
     ends with the iteration, also with one that is abandoned."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         pending = deque[Future[Tensor]]()
         try:
             for item in items:

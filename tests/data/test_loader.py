@@ -299,7 +299,7 @@ def test_balanced_sampler_is_a_function_of_seed_and_epoch():
 
 
 def threads() -> int:
-    return sum(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+    return sum(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
 def test_prefetched_batches_are_the_same(tmp_path):
